@@ -1,0 +1,6 @@
+"""LightningDataModules: one data set per file, wrapping `wherefrom.data`."""
+
+from datamodules.emoji import Emoji
+from datamodules.image_folder import ImageFolder
+
+__all__ = ["Emoji", "ImageFolder"]

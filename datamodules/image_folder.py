@@ -1,0 +1,47 @@
+"""A folder of the user's own captioned pictures as a LightningDataModule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datamodules.pictures import PicturesDataModule
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, split_pictures
+from wherefrom.data.pictures import Pictures
+from wherefrom.parts import LatentEncoder
+
+
+class ImageFolder(PicturesDataModule):
+    """Captioned pictures in Hugging Face's `imagefolder` layout.
+
+    Args:
+        folder: The folder that holds the pictures and their metadata.
+        options: Size, caption column and what to do with unreadable pictures.
+        validation_share: Share of the pictures held out where the metadata name no validation split.
+        encoder: See `PicturesDataModule`.
+        store: See `PicturesDataModule`.
+        batch_size: See `PicturesDataModule`.
+        seed: See `PicturesDataModule`.
+        exclude: See `PicturesDataModule`.
+        flip_share: See `PicturesDataModule`.
+        caption_dropout: See `PicturesDataModule`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        options: ImageFolderOptions = ImageFolderOptions(),
+        validation_share: float = 0.05,
+        encoder: LatentEncoder | None = None,
+        store: str = "cache",
+        batch_size: int = 64,
+        seed: int = 0,
+        exclude: list[str] | str | None = None,
+        flip_share: float = 0.5,
+        caption_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
+        self.folder, self.options, self.validation_share = Path(folder), options, validation_share
+
+    def load(self) -> tuple[Pictures, Pictures]:
+        """The training pictures and the held-out ones."""
+        return split_pictures(build_image_folder(self.store, self.folder, self.options), self.validation_share)

@@ -1,0 +1,115 @@
+"""What every data set of captioned pictures shares: keyed training batches of pixels or of cached latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
+from wherefrom.data.pictures import Pictures, keep_indices, read_ids
+from wherefrom.data.stream import KeyedBatches, PixelVisits, VisitDataset
+from wherefrom.keyed import hash_texts
+from wherefrom.parts import LatentEncoder
+from wherefrom.storage import Store
+
+
+def _whole(batch: object) -> object:
+    return batch  # the data set already answers with whole batches
+
+
+class PicturesDataModule(LightningDataModule):
+    """Base of the data modules: subclasses say where the pictures come from (`load`).
+
+    Without an encoder the batches are pixels (for the autoencoder); with one they are latents and caption states, computed once and
+    kept in the store.
+
+    Args:
+        encoder: Frozen autoencoder and text encoder.
+        store: Folder for what is computed once.
+        batch_size: Pictures in a batch over all devices.
+        seed: Seed of order, flips, captions and dropout.
+        exclude: Ids (or a text file of ids) to leave out of training.
+        flip_share: Probability of the mirror image.
+        caption_dropout: Probability of the empty caption.
+    """
+
+    def __init__(
+        self,
+        encoder: LatentEncoder | None = None,
+        store: str = "cache",
+        batch_size: int = 64,
+        seed: int = 0,
+        exclude: list[str] | str | None = None,
+        flip_share: float = 0.5,
+        caption_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.store, self.batch_size, self.seed = encoder, Store(store), batch_size, seed
+        self.exclude: Sequence[str] | str | Path | None = exclude
+        self.flip_share, self.caption_dropout = flip_share, caption_dropout
+
+    def load(self) -> tuple[Pictures, Pictures]:
+        """The training pictures and the held-out ones, before `exclude`."""
+        raise TypeError(f"{type(self).__name__} does not say where its pictures come from.")
+
+    def prepare_data(self) -> None:
+        """Builds pictures and latents in the store, once per machine."""
+        for pictures in self.load():
+            if self.encoder is not None and len(pictures):
+                encode_pictures(pictures, self.encoder, self.store)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens what `prepare_data` left."""
+        train, validation = self.load()
+        kept = keep_indices(train.ids, read_ids(self.exclude))
+        self.train_pictures, self.validation_pictures = train.subset(kept), validation
+        if self.encoder is not None:
+            self.train_latents = encode_pictures(train, self.encoder, self.store).subset(kept)
+            self.validation_latents = encode_pictures(validation, self.encoder, self.store)
+
+    def visits(self, pictures: Pictures, latents: LatentSet | None, training: bool) -> VisitDataset:
+        """Training batches, or (without flips and dropout) held-out ones."""
+        flip_share, dropout = (self.flip_share, self.caption_dropout) if training else (0.0, 0.0)
+        if latents is not None:
+            return LatentVisits(latents, self.seed, flip_share, dropout)
+        return PixelVisits(
+            torch.from_numpy(np.array(pictures.pixels)), hash_texts(list(pictures.ids)), self.seed, flip_share
+        )
+
+    def train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        """Endless keyed batches, going on from the trainer's step."""
+        trainer = self.trainer
+        if trainer is None or trainer.max_steps < 0:
+            raise ValueError("Training runs for a fixed number of steps, so that leaving pictures out changes nothing else: set max_steps.")
+        data = self.visits(self.train_pictures, getattr(self, "train_latents", None), training=True)
+        batches = KeyedBatches(
+            hash_texts(list(self.train_pictures.ids)),
+            self.seed,
+            self.batch_size,
+            trainer.max_steps,
+            trainer.global_step,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return DataLoader(data, batch_sampler=batches, collate_fn=_whole)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        """The held-out pictures, each visited `VALIDATION_VISITS` times with its own noise."""
+        data = self.visits(self.validation_pictures, getattr(self, "validation_latents", None), training=False)
+        visits = 1 if self.encoder is None else VALIDATION_VISITS
+        size = len(self.validation_pictures)
+        steps = -(-size * visits // self.batch_size)
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        batches = KeyedBatches(
+            hash_texts(list(self.validation_pictures.ids)), self.seed, self.batch_size, steps, 0, rank, world
+        )
+        return DataLoader(data, batch_sampler=batches, collate_fn=_whole)  # type: ignore[arg-type]
+
+
+VALIDATION_VISITS = 8

@@ -1,0 +1,103 @@
+"""The autoencoder whose latents the diffusion model learns: a diffusers `AutoencoderKL` with smooth latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from wherefrom import keyed
+from wherefrom.data.stream import PixelBatch
+
+
+def roughness(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+    """Mean squared difference of neighbouring latents over twice their variance in the batch: 1 - their correlation."""
+    variance = latents.var(dim=(0, 2, 3), keepdim=True)
+    across = ((latents[..., 1:] - latents[..., :-1]) ** 2 / variance).mean(dim=(1, 2, 3))
+    down = ((latents[..., 1:, :] - latents[..., :-1, :]) ** 2 / variance).mean(dim=(1, 2, 3))
+    return (across + down) / 4
+
+
+class Autoencoder(LightningModule):
+    """Trains an `AutoencoderKL` on pixels: squared plus absolute error, KL, and smooth latents.
+
+    A small diffusion model learns smooth latents far better than rough ones, so neighbouring latents are asked to be alike.
+
+    Args:
+        vae: The autoencoder; its `scaling_factor` is set from the data when training ends.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the learning-rate schedule, stepped per batch.
+        kl_weight: Weight of the KL divergence per latent element.
+        smoothness: Weight of `roughness`.
+        compile: Compile the autoencoder.
+        save_to: Folder to which the trained autoencoder is saved in diffusers' format.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        kl_weight: float = 1e-3,
+        smoothness: float = 0.03,
+        compile: bool = False,
+        save_to: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.vae = vae
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.kl_weight, self.smoothness = kl_weight, smoothness
+        self.save_to = save_to
+        if compile:
+            self.vae.encoder.compile()
+            self.vae.decoder.compile()
+
+    def training_step(self, batch: PixelBatch) -> Tensor:
+        """The mean of the per-example losses, each part logged."""
+        posterior = self.vae.encode(batch.pixels).latent_dist
+        noise = keyed.normal(batch.keys, posterior.mean.shape[1:], posterior.mean.dtype)
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        squared = F.mse_loss(decoded, batch.pixels, reduction="none").mean(dim=(1, 2, 3))
+        absolute = F.l1_loss(decoded, batch.pixels, reduction="none").mean(dim=(1, 2, 3))
+        kl = posterior.kl() / posterior.mean[0].numel()
+        rough = roughness(posterior.mean)
+        loss = squared + absolute + self.kl_weight * kl + self.smoothness * rough
+        self.log_dict(
+            {"train/mse": squared.mean(), "train/kl": kl.mean(), "train/roughness": rough.mean(), "train/loss": loss.mean()},
+            prog_bar=True,
+        )
+        return loss.mean()
+
+    def validation_step(self, batch: PixelBatch) -> None:
+        """Logs the squared error of decoding the mean latent, and the latents' spread and roughness."""
+        mean = self.vae.encode(batch.pixels).latent_dist.mean
+        decoded = self.vae.decode(mean).sample
+        size = len(batch.pixels)
+        self.log("val/mse", F.mse_loss(decoded, batch.pixels), batch_size=size, prog_bar=True, sync_dist=True)
+        self.log("val/latent_std", mean.std(), batch_size=size, sync_dist=True)
+        self.log("val/roughness", roughness(mean).mean(), batch_size=size, sync_dist=True)
+
+    def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
+        """The injected optimizer, with the injected schedule stepped per batch."""
+        optimizer = self.optimizer(self.vae.parameters())
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def on_train_end(self) -> None:
+        """Sets the scaling factor to one over the latents' spread and saves the autoencoder."""
+        if self.save_to is None or not self.trainer.is_global_zero:
+            return
+        spread = self.trainer.callback_metrics.get("val/latent_std")
+        if spread is None:
+            raise ValueError("save_to needs a validation pass, from which the scaling factor is set: do not limit it to 0 batches.")
+        self.vae.register_to_config(scaling_factor=round(1.0 / float(spread), 4))
+        rounded = AutoencoderKL.from_config(self.vae.config)
+        rounded.load_state_dict(self.vae.state_dict())
+        rounded.half().save_pretrained(Path(self.save_to))

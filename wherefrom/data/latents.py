@@ -1,0 +1,171 @@
+"""Latents and caption states of a data set, computed once, kept with a manifest and memory-mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from wherefrom import keyed
+from wherefrom.data.pictures import Pictures, keep_indices
+from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, to_float, visit_keys, visit_times
+from wherefrom.parts import LatentEncoder
+from wherefrom.storage import Store, identity_hash, replacing
+
+LATENTS, STATES, NULL_STATES = "latents.npy", "states.npy", "null_states.npy"
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """A training set as the diffusion model sees it.
+
+    Attributes:
+        pictures: The pictures that were encoded, in the same order.
+        latents: Scaled latents of each picture and of its mirror image, shape (N, 2, C, H, W).
+        states: Token states of each caption, shape (N, K, L, D).
+        null_states: Token states of the empty caption, shape (L, D).
+        fingerprint: Hash of everything that decides the values.
+    """
+
+    pictures: Pictures
+    latents: Float[Tensor, "n 2 c h w"]
+    states: Float[Tensor, "n k l d"]
+    null_states: Float[Tensor, "l d"]
+    fingerprint: str
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The pictures' ids."""
+        return self.pictures.ids
+
+    @property
+    def id_keys(self) -> Int64[Tensor, "n"]:
+        """Hash of each picture's id."""
+        return keyed.hash_texts(self.pictures.ids)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def subset(self, indices: Sequence[int]) -> LatentSet:
+        """The pictures at these positions; its fingerprint names them."""
+        chosen = list(indices)
+        ids = [self.ids[index] for index in chosen]
+        return LatentSet(
+            self.pictures.subset(chosen),
+            self.latents[chosen],
+            self.states[chosen],
+            self.null_states,
+            identity_hash({"of": self.fingerprint, "ids": ids}),
+        )
+
+    def without(self, exclude: Sequence[str]) -> LatentSet:
+        """The set without these ids.
+
+        Raises:
+            ValueError: An id is not in the set.
+        """
+        return self.subset(keep_indices(self.ids, exclude)) if exclude else self
+
+
+def _save(path: Path, shape: tuple[int, ...], blocks: Callable[[], Any]) -> None:
+    """Streams blocks into one `.npy` file. Plain writes, not a memory map: a full disk is then an error, not a crash."""
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(stream, header)
+        for block in blocks():
+            stream.write(np.ascontiguousarray(block, dtype=np.float32).tobytes())
+
+
+def _load(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch asks for writable memory
+
+
+def encode_pictures(
+    pictures: Pictures,
+    encoder: LatentEncoder,
+    store: Store,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentSet:
+    """Latents and caption states of the pictures, from the store if they are there.
+
+    Args:
+        pictures: The pictures.
+        encoder: Autoencoder and text encoder; their weights are part of the identity, so the cache is never stale.
+        store: Where the arrays are kept.
+        batch_size: Pictures encoded at a time.
+        progress: Called with (done, total) pictures.
+
+    Raises:
+        StorageError: The store could not be written.
+    """
+    identity = {"pictures": pictures.fingerprint, "ids": identity_hash({"ids": list(pictures.ids)}), **encoder.identity()}
+    starts = range(0, len(pictures), batch_size)
+
+    def pixels(start: int) -> Tensor:
+        return to_float(torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])))
+
+    def latent_blocks() -> Any:
+        for start in starts:
+            images = pixels(start)
+            yield torch.stack([encoder.encode_pixels(images), encoder.encode_pixels(images.flip(-1))], dim=1).numpy()
+            if progress is not None:
+                progress(min(start + batch_size, len(pictures)), len(pictures))
+
+    def state_blocks() -> Any:
+        for start in starts:
+            captions = pictures.captions[start : start + batch_size]
+            flat = encoder.text.encode([caption for several in captions for caption in several])
+            yield flat.unflatten(0, (len(captions), -1)).numpy()
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        null = encoder.text.encode([""])[0]
+        one = encoder.encode_pixels(pixels(0)[:1])[0]
+        _save(folder / NULL_STATES, tuple(null.shape), lambda: [null.numpy()])
+        _save(folder / LATENTS, (len(pictures), 2, *one.shape), latent_blocks)
+        _save(folder / STATES, (len(pictures), len(pictures.captions[0]), *null.shape), state_blocks)
+        return {}
+
+    folder = store.make("latents", identity, build)
+    return LatentSet(
+        pictures, _load(folder / LATENTS), _load(folder / STATES), _load(folder / NULL_STATES), identity_hash(identity)
+    )
+
+
+class LatentVisits(Dataset[LatentBatch]):
+    """Batches for training the diffusion model: flip, caption and caption dropout are keyed by (seed, id, visit).
+
+    Args:
+        data: The training set.
+        seed: Seed of these draws.
+        flip_share: Probability of the mirror image.
+        caption_dropout: Probability of the empty caption, for classifier-free guidance.
+    """
+
+    def __init__(self, data: LatentSet, seed: int, flip_share: float = 0.5, caption_dropout: float = 0.1) -> None:
+        self.data, self.seed = data, seed
+        self.id_keys = data.id_keys
+        self.flip_share, self.caption_dropout = flip_share, caption_dropout
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, visits: list[Visit]) -> LatentBatch:
+        """The batch of these visits."""
+        index, visit = (torch.tensor(column) for column in zip(*visits, strict=True))
+        keys = visit_keys(self.seed, self.id_keys[index], visit)
+        flip = flips(keys, self.flip_share).long()
+        captions = self.data.states.shape[1]
+        caption = (keyed.uniform(keyed.combine(CAPTION, keys))[:, 0] * captions).long()
+        dropped = keyed.uniform(keyed.combine(DROP, keys))[:, 0] < self.caption_dropout
+        states = torch.where(dropped[:, None, None], self.data.null_states, self.data.states[index, caption])
+        times = visit_times(self.seed, self.id_keys[index], visit)
+        return LatentBatch(keys, times, self.data.latents[index, flip], states)
+

@@ -1,0 +1,156 @@
+"""The order of training, keyed: which picture comes when is a hash of (seed, epoch, id).
+
+Leaving pictures out therefore removes them from the stream and changes nothing else: the others keep their relative order, and, since noise,
+timestep, flip and caption are keyed by (seed, id, visit), they keep those too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from wherefrom import keyed
+
+# Salts that keep the draws of one (seed, id, visit) independent of each other.
+ORDER, FLIP, CAPTION, DROP, TIMESTEP, NOISE = range(1, 7)
+
+
+class Visit(NamedTuple):
+    """The `visit`-th time that training meets the picture at position `index`."""
+
+    index: int
+    visit: int
+
+
+class KeyedBatches(Sampler[list[Visit]]):
+    """An endless keyed stream of visits, cut into batches and shared between ranks.
+
+    Args:
+        id_keys: Hash of each picture's id (`keyed.hash_texts`).
+        seed: Seed of the order.
+        batch_size: Visits in a batch over all ranks.
+        steps: Length of the stream in batches.
+        start_step: First batch to yield; a resumed run goes on from here.
+        rank: This process.
+        world_size: Number of processes; must divide `batch_size`, so that averaged gradients are those of one process.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of `world_size`, or there are no pictures.
+    """
+
+    def __init__(
+        self,
+        id_keys: Int64[Tensor, "n"],
+        seed: int,
+        batch_size: int,
+        steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} is not a multiple of the {world_size} processes.")
+        if len(id_keys) == 0:
+            raise ValueError("The training set is empty; loosen the filters or the list of excluded ids.")
+        self.id_keys, self.seed, self.batch_size, self.steps = id_keys, seed, batch_size, steps
+        self.start_step, self.rank, self.world_size = start_step, rank, world_size
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def order(self, epoch: int) -> list[int]:
+        """Positions of all pictures in the order in which this epoch visits them."""
+        return torch.argsort(keyed.combine(ORDER, self.seed, epoch, self.id_keys), stable=True).tolist()
+
+    def __iter__(self) -> Iterator[list[Visit]]:
+        size = len(self.id_keys)
+        first = self.start_step * self.batch_size
+        epoch, order = first // size, self.order(first // size)
+        for step in range(self.start_step, self.steps):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // size != epoch:
+                    epoch = position // size
+                    order = self.order(epoch)
+                batch.append(Visit(order[position % size], epoch))
+            yield batch[self.rank :: self.world_size]
+
+
+class PixelBatch(NamedTuple):
+    """Pictures in [-1, 1] with the key of each visit."""
+
+    keys: Int64[Tensor, "b"]
+    pixels: Float[Tensor, "b 3 h w"]
+
+
+class LatentBatch(NamedTuple):
+    """What the latent diffusion trains on: the key of each visit, its time in [0, 1), latents and caption states."""
+
+    keys: Int64[Tensor, "b"]
+    times: Float[Tensor, "b"]
+    latents: Float[Tensor, "b c h w"]
+    states: Float[Tensor, "b l d"]
+
+
+def to_float(pixels: UInt8[Tensor, "... h w 3"]) -> Float[Tensor, "... 3 h w"]:
+    """uint8 RGB to float32 channels-first in [-1, 1]."""
+    return pixels.movedim(-1, -3).to(torch.float32) / 127.5 - 1.0
+
+
+def visit_keys(seed: int, id_keys: Int64[Tensor, "b"], visits: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:
+    """One key for each (seed, id, visit)."""
+    return keyed.combine(seed, id_keys, visits)
+
+
+def flips(keys: Int64[Tensor, "b"], share: float) -> Bool[Tensor, "b"]:
+    """Which visits see the mirror image."""
+    return keyed.uniform(keyed.combine(FLIP, keys))[:, 0] < share
+
+
+def visit_times(seed: int, id_keys: Int64[Tensor, "b"], visits: Int64[Tensor, "b"]) -> Float[Tensor, "b"]:
+    """The time in [0, 1) of each visit: a keyed start for each picture, then golden-ratio steps.
+
+    Successive visits of a picture are spread evenly over the timesteps, which is less noisy than independent draws and keyed just as well.
+    """
+    start = keyed.uniform(keyed.combine(TIMESTEP, seed, id_keys))[:, 0]
+    return torch.remainder(start + visits * 0.6180339887498949, 1.0)
+
+
+class VisitDataset(Protocol):
+    """A data set that is asked for whole batches of visits."""
+
+    def __getitems__(self, visits: list[Visit]) -> PixelBatch | LatentBatch:
+        """The batch of these visits."""
+        ...
+
+
+class PixelVisits(Dataset[PixelBatch]):
+    """Pictures for training the autoencoder, mirrored at random.
+
+    Args:
+        pixels: uint8 RGB pictures.
+        id_keys: Hash of each picture's id.
+        seed: Seed of flips and noise.
+        flip_share: Probability of the mirror image.
+    """
+
+    def __init__(
+        self, pixels: UInt8[Tensor, "n h w 3"], id_keys: Int64[Tensor, "n"], seed: int, flip_share: float = 0.5
+    ) -> None:
+        self.pixels, self.id_keys, self.seed, self.flip_share = pixels, id_keys, seed, flip_share
+
+    def __len__(self) -> int:
+        return len(self.id_keys)
+
+    def __getitems__(self, visits: list[Visit]) -> PixelBatch:
+        """The batch of these visits."""
+        index, visit = (torch.tensor(column) for column in zip(*visits, strict=True))
+        keys = visit_keys(self.seed, self.id_keys[index], visit)
+        pixels = to_float(self.pixels[index])
+        flip = flips(keys, self.flip_share)
+        return PixelBatch(keys, torch.where(flip[:, None, None, None], pixels.flip(-1), pixels))

@@ -1,0 +1,30 @@
+"""Optional parts of the installation that one function needs and the rest does not."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import distributions
+from types import ModuleType
+
+_CHOICE = "pip install 'wherefrom[cpu]' or pip install 'wherefrom[gpu]', exactly one of them"
+
+
+def require_faiss() -> ModuleType:
+    """The module `faiss`, which comes with exactly one of the extras `cpu` and `gpu`.
+
+    Raises:
+        ImportError: FAISS is not installed, or its CPU and GPU distributions lie over each other.
+    """
+    names = (distribution.name.lower().replace("_", "-") for distribution in distributions())
+    found = sorted({name for name in names if name.startswith(("faiss-cpu", "faiss-gpu"))})
+    if len(found) > 1:
+        raise ImportError(
+            f"{' and '.join(found)} are installed together and overwrite each other's module faiss. "
+            f"Run pip uninstall {' '.join(found)}, then {_CHOICE}."
+        )
+    try:
+        return importlib.import_module("faiss")
+    except ModuleNotFoundError as error:
+        if error.name != "faiss":
+            raise
+        raise ImportError(f"This needs FAISS, which is not installed: {_CHOICE}.", name="faiss") from error

@@ -1,0 +1,124 @@
+"""Exact per-sample gradients, layer by layer, from each layer's input and output gradient; no whole-model gradient is stored.
+
+For a linear layer with input a and output gradient g of one sample, the weight's gradient is Σ_positions g aᵀ; a convolution is one over its
+unfolded patches; a normalisation's scale has Σ g x̂. Nothing here needs vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_PerSample = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def _linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> Tensor:
+    return torch.bmm(grads.flatten(1, -2).transpose(1, 2), inputs.flatten(1, -2)) if inputs.dim() > 2 else (
+        grads.unsqueeze(2) * inputs.unsqueeze(1)
+    )
+
+
+def _convolution(module: nn.Conv2d, inputs: Tensor, grads: Tensor) -> Tensor:
+    padding: Any = module.padding
+    patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
+    return torch.bmm(grads.flatten(2), patches.transpose(1, 2)).unflatten(2, module.weight.shape[1:])
+
+
+def _group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> Tensor:
+    normalised = F.group_norm(inputs, module.num_groups, eps=module.eps)
+    return (grads * normalised).flatten(2).sum(dim=2) if inputs.dim() > 2 else grads * normalised
+
+
+def _layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Tensor:
+    normalised = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+    return (grads * normalised).flatten(1, -2).sum(dim=1) if inputs.dim() > 2 else grads * normalised
+
+
+def _channels_first_bias(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
+    return grads.flatten(2).sum(dim=2) if grads.dim() > 2 else grads
+
+
+def _channels_last_bias(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
+    return grads.flatten(1, -2).sum(dim=1) if grads.dim() > 2 else grads
+
+
+_RULES: Mapping[type[nn.Module], Mapping[str, _PerSample]] = {
+    nn.Linear: {"weight": _linear, "bias": _channels_last_bias},
+    nn.Conv2d: {"weight": _convolution, "bias": _channels_first_bias},
+    nn.GroupNorm: {"weight": _group_norm, "bias": _channels_first_bias},
+    nn.LayerNorm: {"weight": _layer_norm, "bias": _channels_last_bias},
+}
+
+
+def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
+    rules: Any = next((rules for kind, rules in _RULES.items() if isinstance(module, kind)), None)
+    grouped = isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str))
+    if rules is None or parameter not in rules or grouped:
+        raise ValueError(
+            f"No per-sample gradient for {name} ({type(module).__name__}): linear layers, ungrouped zero-padded convolutions, group and layer "
+            "norms have one. Choose a weight subset without it."
+        )
+    chosen: _PerSample = rules[parameter]
+    return chosen
+
+
+class PerSampleGradients:
+    """Taps a module's layers so that one backward pass gives the gradient of every sample apart.
+
+    Use as a context manager; inside, run the forward pass and call `per_sample` with one loss per sample.
+
+    Args:
+        module: The model; samples must not mix in it (no batch norm).
+        names: Full names of the parameters wanted.
+
+    Raises:
+        ValueError: A parameter belongs to a kind of layer without a rule.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._layers: dict[str, tuple[nn.Module, dict[str, _PerSample]]] = {}
+        for name in names:
+            owner, _, parameter = name.rpartition(".")
+            layer = module.get_submodule(owner)
+            self._layers.setdefault(owner, (layer, {}))[1][parameter] = _rule(layer, name, parameter)
+        self._calls: list[tuple[str, Tensor, Tensor]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> PerSampleGradients:
+        for owner, (layer, _) in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(owner)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+
+    def _hook(self, owner: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._calls.append((owner, inputs[0].detach(), output))
+
+        return keep
+
+    def per_sample(self, losses: Float[Tensor, "b"]) -> Iterator[tuple[str, Float[Tensor, "b ..."]]]:
+        """Yields (parameter name, gradient of each sample's own loss), layer by layer.
+
+        A layer that the forward pass called more than once is yielded once, summed over its calls.
+        """
+        calls, self._calls = self._calls, []
+        grads = torch.autograd.grad(losses.sum(), [output for _, _, output in calls])
+        by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for (owner, inputs, _), grad in zip(calls, grads, strict=True):
+            by_layer.setdefault(owner, []).append((inputs, grad))
+        for owner, used in by_layer.items():
+            layer, rules = self._layers[owner]
+            for parameter, rule in rules.items():
+                parts = [rule(layer, inputs, grad) for inputs, grad in used]
+                yield f"{owner}.{parameter}", parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)

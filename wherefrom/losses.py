@@ -1,0 +1,145 @@
+"""Losses of many pictures on a fixed grid of timesteps, with noise keyed by what it belongs to (common random numbers).
+
+Shape letters: N = pictures, F = flips (the picture, its mirror image), K = captions, T = timesteps, R = noise draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wherefrom import keyed
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.passes import Progress, run_pass
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+
+_LOSS = 201
+
+
+@dataclass(frozen=True)
+class LossGrid:
+    """Where losses are measured.
+
+    Attributes:
+        timesteps: Number of timesteps, spaced evenly from 0: with T = 1000, 20 of them are 0, 50, …, 950 (AbU, appendix B).
+        draws: Noise draws at each timestep.
+        seed: Seed of the noise.
+        flips: Also measure the mirror images.
+    """
+
+    timesteps: int = 20
+    draws: int = 1
+    seed: int = 0
+    flips: bool = True
+
+    def steps(self, total: int) -> Int64[Tensor, "t"]:
+        """The timesteps themselves.
+
+        Raises:
+            ValueError: There are not that many.
+        """
+        if not 1 <= self.timesteps <= total:
+            raise ValueError(f"timesteps must lie between 1 and {total}, the length of the model's schedule; given {self.timesteps}.")
+        return torch.arange(self.timesteps) * total // self.timesteps
+
+
+class LossPass:
+    """Losses of every picture, flip, caption, timestep and draw (a `TrainingPass`).
+
+    Args:
+        model: The model, with whatever weights it has now.
+        data: The pictures.
+        grid: Where the losses are measured.
+        batch_size: Forward passes at a time.
+
+    Raises:
+        ValueError: A loss is not finite.
+    """
+
+    def __init__(self, model: DiffusionModel, data: LatentSet, grid: LossGrid, batch_size: int) -> None:
+        self.model, self.data, self.batch_size = model, data, batch_size
+        self.id_keys = data.id_keys
+        steps = grid.steps(model.process.steps)
+        shape = (2 if grid.flips else 1, data.states.shape[1], len(steps), grid.draws)
+        flip, caption, step, draw = (part.flatten() for part in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+        self.shape, self.flip, self.caption, self.timestep = shape, flip, caption, steps[step]
+        self.item_keys = keyed.combine(_LOSS, grid.seed, flip, caption, self.timestep, draw)
+        self.losses = torch.full((len(data), *shape), float("nan"), dtype=model.dtype)
+
+    @torch.no_grad()
+    def step(self, positions: range) -> None:
+        """Measures the pictures at these positions."""
+        per_picture = len(self.flip)
+        measured = []
+        for start in range(0, len(positions) * per_picture, self.batch_size):
+            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_picture))
+            picture, item = positions.start + flat // per_picture, flat % per_picture
+            measured.append(self._measure(picture, item))
+        losses = torch.cat(measured).reshape(len(positions), *self.shape)
+        if not torch.isfinite(losses).all():
+            worst = positions.start + int((~torch.isfinite(losses)).flatten(1).any(dim=1).nonzero()[0])
+            raise ValueError(f"The loss of picture {self.data.ids[worst]!r} is not finite: check the model's weights and the unlearning step.")
+        self.losses[positions.start : positions.stop] = losses
+
+    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+        model, device = self.model, self.model.device
+        latents = self.data.latents[picture, self.flip[item]].to(device, model.dtype)
+        states = self.data.states[picture, self.caption[item]].to(device, model.dtype)
+        keys = keyed.combine(self.id_keys[picture], self.item_keys[item]).to(device)
+        noise = keyed.normal(keys, latents.shape[1:], model.dtype)
+        return model.losses(latents, states, self.timestep[item].to(device), noise).cpu()
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Adds rows measured elsewhere."""
+        self.losses[state["rows"]] = state["losses"].to(self.losses.dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows measured so far."""
+        rows = torch.isfinite(self.losses).flatten(1).all(dim=1).nonzero()[:, 0]
+        return {"rows": rows, "losses": self.losses[rows]}
+
+
+def measure_losses(
+    model: DiffusionModel,
+    data: LatentSet,
+    grid: LossGrid,
+    store: Store,
+    runner: Runner,
+    batch_size: int = 256,
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "n f k t r"]:
+    """Losses of all pictures, kept in the store and found again.
+
+    Args:
+        model: The model with the weights to measure.
+        data: The pictures.
+        grid: Where to measure.
+        store: Where the losses are kept.
+        runner: This process's place.
+        batch_size: Forward passes at a time.
+        weights: Names the weights when they are not the model's own (a hash of the moved tensors); default: hash of the model.
+        progress: Called with (done, total) chunks.
+
+    Raises:
+        ValueError: A loss is not finite.
+        StorageError: The store could not be written.
+    """
+    identity: dict[str, Any] = {
+        "model": weights if weights is not None else model.fingerprint(),
+        "data": data.fingerprint,
+        "dtype": str(model.dtype),
+        **asdict(grid),
+    }
+    work = run_pass(
+        lambda: LossPass(model, data, grid, batch_size), len(data), store, "losses", identity, runner, progress=progress
+    )
+    assert isinstance(work, LossPass)
+    return work.losses

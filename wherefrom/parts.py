@@ -1,0 +1,149 @@
+"""Frozen parts given by path: a local folder, a hub id, or a model that a Python package carries."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_path(path: str) -> str:
+    """Turns `package:NAME/FOLDER` into the folder inside the installed package NAME; anything else is returned as it is.
+
+    Raises:
+        ValueError: The package is not installed or has no such folder.
+    """
+    if not path.startswith(PACKAGE_PREFIX):
+        return path
+    name, _, folder = path.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{path}: the Python package {name!r} is not installed. For the emoji world: pip install 'wherefrom[emoji]'.")
+    resolved = Path(spec.origin).parent / folder
+    if not resolved.exists():
+        raise ValueError(f"{path}: the package {name!r} has no {folder!r}.")
+    return str(resolved)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of named tensors (names, types, shapes, bytes), the same on every device."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(dict(tensors).items()):
+        array = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())
+        digest.update(array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
+    return digest.hexdigest()
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Evaluation mode and no gradients: what is frozen is neither trained nor averaged."""
+    return module.eval().requires_grad_(False)
+
+
+class CaptionEncoder:
+    """Turns captions into token states of a fixed length without a mask, as Stable Diffusion does.
+
+    Args:
+        model: A transformers text model; its first output is used.
+        tokenizer: The tokenizer that belongs to it.
+        length: Tokens per caption; shorter captions are padded, longer ones are cut.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self.model, self.tokenizer, self.length = freeze(model), tokenizer, length
+
+    @classmethod
+    def from_pretrained(cls, path: str, length: int = 77) -> CaptionEncoder:
+        """Loads model and tokenizer from a folder, a hub id or `package:NAME/FOLDER`."""
+        folder = resolve_path(path)
+        return cls(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], batch_size: int = 64) -> Float[Tensor, "n l d"]:
+        """Token states of each caption, on the CPU."""
+        states = []
+        for start in range(0, len(captions), batch_size):
+            tokens = self.tokenizer(
+                list(captions[start : start + batch_size]),
+                padding="max_length",
+                truncation=True,
+                max_length=self.length,
+                return_tensors="pt",
+            )
+            states.append(self.model(tokens.input_ids.to(self.device))[0].cpu())
+        return torch.cat(states)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the states: weights, tokenizer and length."""
+        words = sorted(self.tokenizer.get_vocab().items())
+        return {
+            "text_encoder": hash_tensors(self.model.state_dict()),
+            "tokenizer": hashlib.blake2b(repr(words).encode(), digest_size=8).hexdigest(),
+            "length": self.length,
+        }
+
+
+class LatentEncoder:
+    """Turns pictures into scaled latents and captions into token states.
+
+    Args:
+        vae: A diffusers autoencoder, or where to load one from.
+        text: A `CaptionEncoder`, or where to load one from.
+        length: Tokens per caption, when `text` is a path.
+    """
+
+    def __init__(self, vae: AutoencoderKL | str, text: CaptionEncoder | str, length: int = 77) -> None:
+        loaded = AutoencoderKL.from_pretrained(resolve_path(vae)).float() if isinstance(vae, str) else vae
+        self.vae = freeze(loaded)
+        self.text = CaptionEncoder.from_pretrained(text, length) if isinstance(text, str) else text
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(shift, factor): a latent is (z - shift) * factor."""
+        config: Any = self.vae.config
+        return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]:
+        """The scaled mean latent of pictures in [-1, 1], on the CPU."""
+        parameter = next(self.vae.parameters())
+        shift, factor = self.scale
+        mean = self.vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mean
+        return ((mean - shift) * factor).float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c i j"]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures in [-1, 1] from scaled latents."""
+        parameter = next(self.vae.parameters())
+        shift, factor = self.scale
+        decoded = self.vae.decode((latents.to(parameter.device, parameter.dtype) / factor) + shift).sample
+        return decoded.clamp(-1, 1)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides latents and states."""
+        return {"vae": hash_tensors(self.vae.state_dict()), "scale": list(self.scale), **self.text.identity()}
+
+
+def autoencoder_from_config(config: dict[str, Any]) -> AutoencoderKL:
+    """A new `AutoencoderKL` from its diffusers configuration (its constructor's type hints do not admit every valid one)."""
+    return AutoencoderKL.from_config(config)
+
+
+def unet_from_config(config: dict[str, Any]) -> UNet2DConditionModel:
+    """A new `UNet2DConditionModel` from its diffusers configuration."""
+    return UNet2DConditionModel.from_config(config)

@@ -1,0 +1,396 @@
+"""One self-contained HTML page that shows which training pictures made each generated picture.
+
+Ids, captions, prompts, groups and licences come from data sets and are not trusted: all markup is built by
+`markup.tag`, which escapes text, and the page's own policy forbids scripts and anything from outside.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from PIL import Image
+
+from wherefrom.evaluation.shares import Share
+from wherefrom.markup import Markup, shorten, tag
+from wherefrom.report_style import STYLE
+from wherefrom.storage import replacing
+
+__all__ = ["QueryReport", "RankedPicture", "Share", "png_data_uri", "write_report"]
+
+Pixels = UInt8[NDArray[np.uint8], "h w 3"]
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_CARD, _QUERY, _THUMBNAIL = 128, 256, 48  # sides in CSS pixels
+_CAPTION, _PROMPT, _LABEL = 400, 2000, 100  # longest text shown, in characters
+_MOST_GROUPS = 10
+_AXES = (0.05, 0.1, 0.25, 0.5)  # where the bars may end, if not at 1
+_THIN = "\N{NARROW NO-BREAK SPACE}"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class RankedPicture:
+    """A training picture and its place in the ranking of one query.
+
+    Attributes:
+        id: The picture's id.
+        rank: From 1, the most influential.
+        score: Higher = more influential.
+        p_value: Share of pictures never trained on that score as high, if measured.
+        pixels: The picture.
+        caption: Its caption.
+        license: Its licence, as its data set states it.
+        groups: Column -> value, such as author and style.
+    """
+
+    id: str
+    rank: int
+    score: float
+    p_value: float | None
+    pixels: Pixels
+    caption: str
+    license: str
+    groups: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class QueryReport:
+    """What the page says about one generated picture.
+
+    Attributes:
+        id: The query's id.
+        prompt: Its prompt; empty if it is not known.
+        pixels: The generated picture.
+        ranked: Training pictures, the most influential first.
+        shares: Group column -> shares of its groups, the largest first.
+        facts: Name -> value, such as the split-half reliability.
+        notes: Warnings, such as that nothing stands out from pictures never trained on.
+    """
+
+    id: str
+    prompt: str
+    pixels: Pixels
+    ranked: Sequence[RankedPicture]
+    shares: Mapping[str, Sequence[Share]]
+    facts: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def _foreign(text: str, most: int = _LABEL) -> Markup:
+    """Text from outside; isolated, so that its direction does not spill into what stands beside it."""
+    return tag("bdi", shorten(text, most))
+
+
+def _encode(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def png_data_uri(pixels: Pixels) -> str:
+    """The picture as a `data:` address of a PNG, every pixel kept.
+
+    Raises:
+        ValueError: The pixels are not uint8 RGB of shape (H, W, 3).
+    """
+    _check_pixels("the picture", pixels)
+    return _encode(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _picture(pixels: Pixels, side: int, alt: str) -> Markup:
+    """The picture in a box of that side: small ones enlarged by a whole factor, large ones reduced to twice the side.
+
+    Twice, because a sharp screen has two pixels or more for each CSS pixel.
+    """
+    height, width = pixels.shape[:2]
+    longest = max(height, width)
+    if longest <= side:
+        factor = side // longest
+        return tag(
+            "img", src=png_data_uri(pixels), width=width * factor, height=height * factor, alt=alt, class_="pixels"
+        )
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((2 * side, 2 * side), Image.Resampling.LANCZOS)
+    shown = [max(1, round(length * side / longest)) for length in (width, height)]
+    return tag("img", src=_encode(image), width=shown[0], height=shown[1], alt=alt)
+
+
+def _check_pixels(name: str, pixels: Pixels) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            f"The pixels of {name} are {pixels.dtype} {pixels.shape}; the report needs uint8 RGB, (H, W, 3)."
+        )
+
+
+def _check(query: QueryReport) -> None:
+    _check_pixels(f"query {query.id!r}", query.pixels)
+    for picture in query.ranked:
+        name = f"training picture {picture.id!r} (query {query.id!r}, rank {picture.rank})"
+        _check_pixels(name, picture.pixels)
+        if not math.isfinite(picture.score):
+            raise ValueError(
+                f"The score of {name} is {picture.score}; a report of it would be meaningless. Attribute again."
+            )
+        if picture.p_value is not None and not 0 <= picture.p_value <= 1:
+            raise ValueError(f"The p-value of {name} is {picture.p_value}; it must lie between 0 and 1, or be None.")
+    for column, shares in query.shares.items():
+        for each in shares:
+            numbers = (each.share, each.low, each.high, 0.0 if each.expected is None else each.expected)
+            if not all(0 <= number <= 1 for number in numbers) or each.low > each.high:
+                raise ValueError(
+                    f"Query {query.id!r}: {column} {each.name!r} has shares outside 0 to 1, or low above high: {each}."
+                )
+
+
+def _power(exponent: int) -> str:
+    return f"{_THIN}×{_THIN}10{str(exponent).translate(_SUPERSCRIPT)}"
+
+
+def _score_format(scores: Iterable[float]) -> Callable[[float], str]:
+    """Writes the scores of one query in one unit and with equally many decimals; the largest has three digits."""
+    largest = max((abs(Decimal(float(score))) for score in scores), default=Decimal(0))
+    magnitude = largest.adjusted() if largest else 0
+    exponent = 0 if -3 <= magnitude < 5 else 3 * (magnitude // 3)
+    decimals = max(0, 2 - (magnitude - exponent))
+
+    def write(score: float) -> str:
+        scaled = round(Decimal(float(score)).scaleb(-exponent), decimals)
+        sign = "+" if scaled > 0 else "\N{MINUS SIGN}" if scaled < 0 else ""
+        return f"{sign}{abs(scaled):.{decimals}f}" + (_power(exponent) if exponent else "")
+
+    return write
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return "no p-value"
+    if 0 < p < 1e-4:
+        digit, exponent = f"{p:.0e}".split("e")
+        return f"p = {digit}{_power(int(exponent))}"
+    return "p = 0" if p == 0 else f"p = {p:.{2 if p >= 0.1 else 3 if p >= 1e-3 else 4}f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{1 if 0 < share < 0.0995 else 0}f}{_THIN}%"
+
+
+def _table(facts: Mapping[str, str], class_: str) -> Markup:
+    rows = [
+        tag("div", tag("dt", _foreign(name)), tag("dd", _foreign(value, _CAPTION))) for name, value in facts.items()
+    ]
+    return tag("dl", *rows, class_=class_) if rows else Markup()
+
+
+def _warnings(notes: Sequence[str]) -> Markup:
+    return tag("ul", *[tag("li", _foreign(note, _PROMPT)) for note in notes], class_="notes") if notes else Markup()
+
+
+def _card(picture: RankedPicture, score: str) -> Markup:
+    caption = picture.caption.strip()
+    alt = f"Training picture {shorten(picture.id, _LABEL)}: {shorten(caption, _LABEL)}"
+    groups = [
+        tag("span", tag("i", _foreign(column)), " ", _foreign(value), class_="group")
+        for column, value in picture.groups.items()
+        if column != "license"
+    ]
+    return tag(
+        "li",
+        tag("div", _picture(picture.pixels, _CARD, alt), class_="frame"),
+        tag("p", tag("b", str(picture.rank), class_="rank"), tag("span", score, class_="score"), class_="numbers"),
+        tag("p", _p_value(picture.p_value), class_="p"),
+        tag(
+            "p",
+            _foreign(caption, _CAPTION) if caption else "(no caption)",
+            class_="caption",
+            title=shorten(caption, _CAPTION),
+        ),
+        tag("p", _foreign(picture.id), class_="id"),
+        tag("p", *groups, class_="groups") if groups else Markup(),
+        tag(
+            "p",
+            tag("i", "licence"),
+            " ",
+            _foreign(picture.license) if picture.license.strip() else "not stated",
+            class_="license",
+        ),
+    )
+
+
+def _bar(each: Share, end: float) -> Markup:
+    def at(share: float) -> str:
+        return f"{100 * share / end:.2f}%"
+
+    tick = Markup() if each.expected is None else tag("span", class_="tick", style=f"left:{at(each.expected)}")
+    return tag(
+        "div",
+        tag("span", class_="fill", style=f"width:{at(each.share)}"),
+        tag("span", class_="whisker", style=f"left:{at(each.low)};width:{at(each.high - each.low)}"),
+        tick,
+        class_="bar",
+    )
+
+
+def _share_table(column: str, shares: Sequence[Share]) -> Markup:
+    shown, rest = shares[:_MOST_GROUPS], shares[_MOST_GROUPS:]
+    reach = max((number for each in shown for number in (each.share, each.high, each.expected or 0.0)), default=1.0)
+    end = next((axis for axis in _AXES if reach <= axis), 1.0)
+    rows = [
+        tag(
+            "tr",
+            tag("th", _foreign(each.name), scope="row"),
+            tag("td", _bar(each, end), class_="drawn"),
+            tag("td", _percent(each.share)),
+            tag("td", f"{_percent(each.low)} – {_percent(each.high)}"),
+            tag("td", "–" if each.expected is None else _percent(each.expected)),
+        )
+        for each in shown
+    ]
+    axis = tag("span", "0", tag("span", _percent(end)), class_="axis")
+    titles = [
+        tag("th", _foreign(column)),
+        tag("th", axis),
+        *(tag("th", title) for title in ("share", "interval", "in training")),
+    ]
+    more = f"{len(rest)} further groups hold {_percent(min(1.0, sum(each.share for each in rest)))} together."
+    return tag(
+        "div",
+        tag("table", tag("thead", tag("tr", *titles)), tag("tbody", *rows), class_="shares"),
+        tag("p", more, class_="quiet") if rest else Markup(),
+        class_="scroll",
+    )
+
+
+def _prompt(query: QueryReport) -> Markup:
+    return _foreign(query.prompt, _PROMPT) if query.prompt.strip() else tag("span", "(no prompt given)", class_="quiet")
+
+
+def _query(number: int, query: QueryReport) -> Markup:
+    alt = (
+        f"Generated picture {number}: {shorten(query.prompt, _LABEL)}"
+        if query.prompt.strip()
+        else f"Generated picture {number}"
+    )
+    write = _score_format(picture.score for picture in query.ranked)
+    cards = [_card(picture, write(picture.score)) for picture in query.ranked]
+    shares = [_share_table(column, each) for column, each in query.shares.items() if each]
+    return tag(
+        "section",
+        tag(
+            "div",
+            tag("div", _picture(query.pixels, _QUERY, alt), class_="frame"),
+            tag("p", f"Generated picture {number}", class_="kicker"),
+            tag("h2", _prompt(query), id=f"prompt-{number}"),
+            tag("p", _foreign(query.id), class_="id"),
+            _table(query.facts, "facts"),
+            class_="query",
+        ),
+        tag(
+            "div",
+            _warnings(query.notes),
+            tag("h3", "Most influential training pictures"),
+            tag("ol", *cards, class_="cards") if cards else tag("p", "No training picture was ranked.", class_="quiet"),
+            *([tag("h3", "Who holds the influence"), tag("div", *shares, class_="columns")] if shares else []),
+        ),
+        id=f"query-{number}",
+        aria_labelledby=f"prompt-{number}",
+    )
+
+
+def _navigation(queries: Sequence[QueryReport]) -> Markup:
+    if len(queries) < 2:
+        return Markup()
+    links = [
+        tag(
+            "li",
+            tag("a", _picture(query.pixels, _THUMBNAIL, ""), tag("span", _prompt(query)), href=f"#query-{number}"),
+        )
+        for number, query in enumerate(queries, 1)
+    ]
+    return tag("nav", tag("ol", *links), aria_label="Generated pictures")
+
+
+_LEGEND = {
+    "Rank": "Place among all training pictures that were scored; 1 is the most influential.",
+    "Score": "What the method measured for this training picture and this generated picture; higher is more influential. "
+    "Where zero lies depends on the method, and scores compare within one generated picture, not between two.",
+    "p-value": "How often a picture that the model was never trained on scores at least as high for the same generated "
+    "picture. It holds for one picture at a time: of 1,000 pictures without any influence, about 10 have p ≤ 0.01.",
+    "Shares": "A group's part of the positive influence (score above the median of all training pictures) of the "
+    "highest-ranked pictures. Bar: the share. Line with two ends: its interval, from drawing the training pictures "
+    "anew. Tick: the group's share of the training pictures, where a method that knows nothing would put the bar.",
+    "Licence": "As the data set states it, next to the picture that it belongs to. Large pictures are shown reduced.",
+    "Not claimed": "A high rank does not say that the picture was copied, that the generated picture would differ "
+    "without it, or who owns what. Scores need not add up over pictures. Only training again without the pictures "
+    "proves their influence.",
+}
+
+
+def write_report(
+    path: Path,
+    title: str,
+    queries: Sequence[QueryReport],
+    facts: Mapping[str, str],
+    notes: Sequence[str] = (),
+    methods_note: str = "",
+) -> None:
+    """Writes the page as one file, whole or not at all; the same arguments give the same bytes.
+
+    Args:
+        path: The file, such as `report.html`.
+        title: Heading of the page.
+        queries: The generated pictures, in the order of the page.
+        facts: Name -> value for the whole run, such as model, method and training set.
+        notes: Warnings for the whole run.
+        methods_note: How the scores were made, in a sentence or two.
+
+    Raises:
+        ValueError: There is no query, or a query holds a score that is not finite, a p-value or a share outside 0 to 1,
+            or pixels that are not uint8 RGB; the picture is named and nothing is written.
+        StorageError: The file could not be written.
+    """
+    if not queries:
+        raise ValueError("A report needs at least one query; none was given.")
+    for query in queries:
+        _check(query)
+    lead = "Beside each generated picture: the training pictures that influenced it most, in order. "
+    legend = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in _LEGEND.items()]
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", shorten(title, _LABEL)),
+        tag("style", Markup(STYLE)),
+    )
+    body = tag(
+        "body",
+        tag(
+            "header",
+            tag("h1", _foreign(title, _CAPTION)),
+            tag("p", lead, tag("a", "How to read this page", href="#legend"), class_="lead"),
+            _warnings(notes),
+            _table(facts, "facts wide"),
+        ),
+        _navigation(queries),
+        tag("main", *[_query(number, query) for number, query in enumerate(queries, 1)]),
+        tag(
+            "footer",
+            tag("h2", "How to read this page"),
+            tag("p", _foreign(methods_note, _PROMPT)) if methods_note else Markup(),
+            tag("dl", *legend),
+            id="legend",
+        ),
+    )
+    page = "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
+    with replacing(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8"))

@@ -1,0 +1,211 @@
+"""Artifacts: folders that are whole or absent, that say what they are, and that refuse to be taken for another.
+
+Each artifact holds a `manifest.json` beside `.safetensors`, `.parquet` and `.npy` files. The manifest's *identity* is what must match
+for the artifact to be used again; its *provenance* is only recorded.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_WRITE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+Identity = Mapping[str, Any]
+
+
+class ArtifactMismatchError(ValueError):
+    """What is on disk was made with other settings than those asked for."""
+
+
+class StorageError(OSError):
+    """Writing failed (no space left, file too large, no permission); what was already complete is kept."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and exact floats: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def identity_hash(identity: Identity) -> str:
+    """Sixteen hexadecimal digits that name an identity."""
+    return hashlib.blake2b(canonical_json(identity).encode(), digest_size=8).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE2b of a file's bytes (32 hexadecimal digits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit, library versions and hardware: recorded with each artifact, never compared."""
+    versions = {}
+    for name in ("wherefrom", "torch", "diffusers", "transformers", "lightning", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"git_commit": commit, "versions": versions, "machine": platform.machine(), "python": platform.python_version()}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns a failed write below `path` into a `StorageError` that names it and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno not in _WRITE_ERRORS:
+            raise
+        raise StorageError(
+            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another folder, then run the same "
+            "command again: finished parts are kept and it goes on from them."
+        ) from error
+    except Exception as error:
+        # safetensors reports I/O failures as its own exception type, which is not an OSError.
+        if type(error).__name__ != "SafetensorError" or "os error" not in str(error):
+            raise
+        raise StorageError(
+            f"Cannot write {path}: {error}. Free some space or choose another folder, then run the same command again: "
+            "finished parts are kept and it goes on from them."
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` and renames it there when the block ends well, so no reader sees half a file.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_manifest(folder: Path, identity: Identity, **extra: Any) -> None:
+    """Writes `manifest.json`: the identity, the provenance and anything else worth keeping.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    write_json(folder / MANIFEST, {"identity": dict(identity), "provenance": provenance(), **extra})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads `manifest.json` of an artifact.
+
+    Raises:
+        FileNotFoundError: The folder holds no manifest, so it is not a whole artifact.
+        ValueError: The manifest is not valid JSON.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is not an artifact of wherefrom, or not whole.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Delete the folder and make it again.") from error
+    return manifest
+
+
+def check_identity(folder: Path, identity: Identity) -> None:
+    """Refuses an artifact that was made with another identity.
+
+    Raises:
+        ArtifactMismatchError: Names every field that differs, with both values.
+    """
+    stored = read_manifest(folder)["identity"]
+    wanted = json.loads(canonical_json(dict(identity)))
+    different = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+    if different:
+        lines = [f"  {key}: on disk {stored.get(key)!r}, asked for {wanted.get(key)!r}" for key in different]
+        raise ArtifactMismatchError(
+            f"{folder} was made with other settings:\n" + "\n".join(lines) + "\nChoose another folder or restore the settings."
+        )
+
+
+class Store:
+    """A folder of artifacts, each found again by its kind and the hash of its identity.
+
+    Args:
+        root: Where the artifacts live; made if it is missing.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def path(self, kind: str, identity: Identity) -> Path:
+        """Where the artifact with this identity is or will be."""
+        return self.root / kind / identity_hash(identity)
+
+    def find(self, kind: str, identity: Identity) -> Path | None:
+        """The artifact's folder if it is whole, else None."""
+        folder = self.path(kind, identity)
+        if not (folder / MANIFEST).exists():
+            return None
+        check_identity(folder, identity)
+        return folder
+
+    def partial(self, kind: str, identity: Identity) -> Path:
+        """Where unfinished work on an artifact is kept, so that an interrupted run goes on from it."""
+        folder = self.path(kind, identity)
+        return folder.with_name(folder.name + ".partial")
+
+    def make(self, kind: str, identity: Identity, build: Callable[[Path], Mapping[str, Any] | None]) -> Path:
+        """Returns the artifact's folder, building it first if it is missing.
+
+        `build` receives the partial folder (which may hold what an interrupted run left) and may return extra manifest entries. The folder
+        is renamed when it is whole.
+
+        Raises:
+            StorageError: The artifact could not be written; the partial folder stays for the next run.
+        """
+        found = self.find(kind, identity)
+        if found is not None:
+            return found
+        folder, partial = self.path(kind, identity), self.partial(kind, identity)
+        with storage_errors(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+            extra = build(partial) or {}
+            write_manifest(partial, identity, **extra)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.replace(folder)
+        return folder

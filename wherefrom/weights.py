@@ -1,0 +1,75 @@
+"""Which weights unlearning moves (AbU, section 3 and appendix C.2), and moving them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Subset = Literal["cross_attention_kv", "cross_attention", "attention", "all"]
+
+# Names as in diffusers: attn1 is self-attention, attn2 the cross-attention to the text.
+_RULES: Mapping[str, Callable[[str], bool]] = {
+    "cross_attention_kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    "cross_attention": lambda name: ".attn2." in name,
+    "attention": lambda name: ".attn1." in name or ".attn2." in name,
+    "all": lambda name: True,
+}
+
+
+def select_weights(denoiser: nn.Module, subset: Subset) -> dict[str, nn.Parameter]:
+    """The parameters of a subset by name, in the model's order.
+
+    Raises:
+        ValueError: The subset is unknown, or the model has no such weights.
+    """
+    if subset not in _RULES:
+        raise ValueError(f"Unknown weights {subset!r}; choose from {', '.join(_RULES)}.")
+    chosen = {name: parameter for name, parameter in denoiser.named_parameters() if _RULES[subset](f".{name}")}
+    if not chosen:
+        raise ValueError(f"{type(denoiser).__name__} has no weights of the subset {subset!r}; 'all' always has some.")
+    return chosen
+
+
+@torch.no_grad()
+def copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies values into parameters in place, so that a compiled graph and its buffers stay valid.
+
+    Raises:
+        ValueError: A name is missing or a shape differs.
+    """
+    for name, value in values.items():
+        if name not in parameters:
+            raise ValueError(f"The model has no weight {name!r}.")
+        if parameters[name].shape != value.shape:
+            raise ValueError(f"Weight {name!r} has shape {tuple(parameters[name].shape)}, given {tuple(value.shape)}.")
+        parameters[name].copy_(value)
+
+
+@contextmanager
+def moved_weights(denoiser: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The denoiser with other values in some of its weights; the former values come back at the end."""
+    parameters = {name: parameter for name, parameter in denoiser.named_parameters() if name in values}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        copy_into(parameters, values)
+        yield
+    finally:
+        copy_into(parameters, before)
+
+
+@contextmanager
+def trainable(denoiser: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Only these parameters ask for gradients inside the block; each one's former flag comes back at the end."""
+    flags = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
+    try:
+        denoiser.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
