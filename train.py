@@ -1,7 +1,7 @@
 """Trains any module of `lightning_modules` on any data set of `datamodules`.
 
-    python train.py fit -c configs/experiment/emoji_diffusion.yaml
-    python train.py fit -c configs/experiment/emoji_diffusion.yaml --ckpt_path runs/emoji_diffusion/last.ckpt  # go on
+python train.py fit -c configs/experiment/emoji_diffusion.yaml
+python train.py fit -c configs/experiment/emoji_diffusion.yaml --ckpt_path runs/emoji_diffusion/last.ckpt  # go on
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
-import callbacks  # noqa: F401  so that YAML may use short class names
-import datamodules  # noqa: F401
+import callbacks
+import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
 
 
@@ -23,6 +23,7 @@ def main(args: ArgsType = None) -> LightningCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        save_config_callback=callbacks.LogConfig,
         parser_kwargs={"parser_mode": "omegaconf"},
         args=args,
     )

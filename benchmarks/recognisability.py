@@ -71,21 +71,26 @@ def choose_prompts(pictures: Pictures, count: int, seed: int) -> list[int]:
     concepts = pictures.columns["concept"]
     styles = pictures.columns.get("style", ("",) * len(pictures))
     splits = pictures.columns.get("split", ("train",) * len(pictures))
-    styles_of: dict[str, set[str]] = {}
-    for concept, style in zip(concepts, styles, strict=True):
-        styles_of.setdefault(concept, set()).add(style)
+    captions_of: dict[str, dict[str, str]] = {}
+    for concept, style, captions in zip(concepts, styles, pictures.captions, strict=True):
+        captions_of.setdefault(concept, {})[style] = captions[0]
     chosen: list[int] = []
-    seen: set[str] = set()
+    seen_concepts: set[str] = set()
+    seen_captions: set[str] = set()
     for row in sorted(range(len(pictures)), key=lambda row: hash_text(f"prompt/{seed}/{pictures.ids[row]}")):
-        caption = pictures.captions[row][0]
-        if splits[row] != "train" or {concepts[row], caption} & seen or styles_of[concepts[row]] != set(styles):
+        own = captions_of[concepts[row]]
+        if splits[row] != "train" or concepts[row] in seen_concepts or own.keys() != set(styles):
+            continue
+        if not seen_captions.isdisjoint(own.values()):
             continue
         chosen.append(row)
-        seen |= {concepts[row], caption}
+        seen_concepts.add(concepts[row])
+        seen_captions.update(own.values())
         if len(chosen) == count:
             return chosen
     raise ValueError(
-        f"{count} prompts were asked for, but only {len(chosen)} training concepts have a picture in every style."
+        f"{count} prompts were asked for, but only {len(chosen)} training concepts have a caption of their own in "
+        "every style; ask for fewer, or give more pictures."
     )
 
 

@@ -25,8 +25,8 @@ def _whole(batch: object) -> object:
 class PicturesDataModule(LightningDataModule):
     """Base of the data modules: subclasses say where the pictures come from (`load`).
 
-    Without an encoder the batches are pixels (for the autoencoder); with one they are latents and caption states, computed once and
-    kept in the store.
+    Without an encoder the batches are pixels (for the autoencoder); with one they are latents and caption states,
+    computed once and kept in the store.
 
     Args:
         encoder: Frozen autoencoder and text encoder.
@@ -85,7 +85,10 @@ class PicturesDataModule(LightningDataModule):
         """Endless keyed batches, going on from the trainer's step."""
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 0:
-            raise ValueError("Training runs for a fixed number of steps, so that leaving pictures out changes nothing else: set max_steps.")
+            raise ValueError(
+                "Training runs for a fixed number of steps, so that leaving pictures out changes nothing else: "
+                "set max_steps."
+            )
         data = self.visits(self.train_pictures, getattr(self, "train_latents", None), training=True)
         batches = KeyedBatches(
             hash_texts(list(self.train_pictures.ids)),

@@ -2,5 +2,6 @@
 
 from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.latent_diffusion import LatentDiffusion
+from lightning_modules.unlearning import Unlearning
 
-__all__ = ["Autoencoder", "LatentDiffusion"]
+__all__ = ["Autoencoder", "LatentDiffusion", "Unlearning"]

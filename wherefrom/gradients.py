@@ -1,7 +1,9 @@
-"""Exact per-sample gradients, layer by layer, from each layer's input and output gradient; no whole-model gradient is stored.
+"""Exact per-sample gradients, layer by layer, from each layer's input and output gradient.
 
-For a linear layer with input a and output gradient g of one sample, the weight's gradient is Σ_positions g aᵀ; a convolution is one over its
-unfolded patches; a normalisation's scale has Σ g x̂. Nothing here needs vmap.
+No whole-model gradient is stored.
+
+For a linear layer with input a and output gradient g of one sample, the weight's gradient is Σ_positions g aᵀ; a
+convolution is one over its unfolded patches; a normalisation's scale has Σ g x̂. Nothing here needs vmap.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ _PerSample = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 def _linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> Tensor:
-    return torch.bmm(grads.flatten(1, -2).transpose(1, 2), inputs.flatten(1, -2)) if inputs.dim() > 2 else (
-        grads.unsqueeze(2) * inputs.unsqueeze(1)
+    return (
+        torch.bmm(grads.flatten(1, -2).transpose(1, 2), inputs.flatten(1, -2))
+        if inputs.dim() > 2
+        else (grads.unsqueeze(2) * inputs.unsqueeze(1))
     )
 
 
 def _convolution(module: nn.Conv2d, inputs: Tensor, grads: Tensor) -> Tensor:
     padding: Any = module.padding
     patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
-    return torch.bmm(grads.flatten(2), patches.transpose(1, 2)).unflatten(2, module.weight.shape[1:])
+    return torch.bmm(grads.flatten(2), patches.transpose(1, 2)).reshape(-1, *module.weight.shape)
 
 
 def _group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> Tensor:
@@ -37,31 +41,44 @@ def _group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> Tensor:
 
 def _layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Tensor:
     normalised = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-    return (grads * normalised).flatten(1, -2).sum(dim=1) if inputs.dim() > 2 else grads * normalised
+    return _over_positions(grads * normalised, len(module.normalized_shape))
 
 
 def _channels_first_bias(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
     return grads.flatten(2).sum(dim=2) if grads.dim() > 2 else grads
 
 
-def _channels_last_bias(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
-    return grads.flatten(1, -2).sum(dim=1) if grads.dim() > 2 else grads
+def _linear_bias(module: nn.Linear, inputs: Tensor, grads: Tensor) -> Tensor:
+    return _over_positions(grads, 1)
+
+
+def _layer_norm_bias(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Tensor:
+    return _over_positions(grads, len(module.normalized_shape))
+
+
+def _over_positions(terms: Tensor, kept: int) -> Tensor:
+    """Sums everything between the batch and the last `kept` dimensions."""
+    between = tuple(range(1, terms.dim() - kept))
+    return terms.sum(dim=between) if between else terms
 
 
 _RULES: Mapping[type[nn.Module], Mapping[str, _PerSample]] = {
-    nn.Linear: {"weight": _linear, "bias": _channels_last_bias},
+    nn.Linear: {"weight": _linear, "bias": _linear_bias},
     nn.Conv2d: {"weight": _convolution, "bias": _channels_first_bias},
     nn.GroupNorm: {"weight": _group_norm, "bias": _channels_first_bias},
-    nn.LayerNorm: {"weight": _layer_norm, "bias": _channels_last_bias},
+    nn.LayerNorm: {"weight": _layer_norm, "bias": _layer_norm_bias},
 }
 
 
 def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
     rules: Any = next((rules for kind, rules in _RULES.items() if isinstance(module, kind)), None)
-    grouped = isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str))
+    grouped = isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    )
     if rules is None or parameter not in rules or grouped:
         raise ValueError(
-            f"No per-sample gradient for {name} ({type(module).__name__}): linear layers, ungrouped zero-padded convolutions, group and layer "
+            f"No per-sample gradient for {name} ({type(module).__name__}): linear layers, ungrouped zero-padded "
+            "convolutions, group and layer "
             "norms have one. Choose a weight subset without it."
         )
     chosen: _PerSample = rules[parameter]
@@ -95,7 +112,9 @@ class PerSampleGradients:
             self._handles.append(layer.register_forward_hook(self._hook(owner)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -103,6 +122,8 @@ class PerSampleGradients:
 
     def _hook(self, owner: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()  # the graph starts here: neither weights nor inputs need ask for gradients
             self._calls.append((owner, inputs[0].detach(), output))
 
         return keep

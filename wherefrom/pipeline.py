@@ -21,8 +21,8 @@ TEXT_SOURCE = "text_encoder/source.json"
 def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: torch.dtype = torch.float16) -> None:
     """Saves denoiser, autoencoder, scheduler and tokenizer as a diffusers pipeline folder.
 
-    The text encoder is frozen and large, so the folder names where it comes from instead of holding a copy; `load_pipeline` follows that
-    name.
+    The text encoder is frozen and large, so the folder names where it comes from instead of holding a copy;
+    `load_pipeline` follows that name.
 
     Args:
         folder: Where to save.
@@ -58,7 +58,7 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
             "safety_checker": [None, None],
             "scheduler": ["diffusers", "DDIMScheduler"],
             "text_encoder": ["transformers", type(model.encoder.text.model).__name__],
-            "tokenizer": ["transformers", "AutoTokenizer"],
+            "tokenizer": ["transformers", type(tokenizer).__name__],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         },
@@ -76,7 +76,7 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     if source.is_file():
         text = AutoModel.from_pretrained(resolve_path(json.loads(source.read_text())["path"]))
         parts["text_encoder"] = text.to(dtype)
-    return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **parts)
+    return DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
 
 
 def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
@@ -89,7 +89,8 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     unet, vae, text, tokenizer = (parts.get(name) for name in ("unet", "vae", "text_encoder", "tokenizer"))
     if not isinstance(unet, UNet2DConditionModel) or vae is None or text is None or tokenizer is None:
         raise ValueError(
-            f"{type(pipeline).__name__} is not supported: a UNet2DConditionModel, an autoencoder, a text encoder and a tokenizer are needed; "
+            f"{type(pipeline).__name__} is not supported: a UNet2DConditionModel, an autoencoder, a text encoder "
+            "and a tokenizer are needed; "
             f"it has {', '.join(name for name, part in parts.items() if part is not None)}."
         )
     freeze(unet)

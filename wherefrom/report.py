@@ -298,7 +298,7 @@ def _query(number: int, query: QueryReport) -> Markup:
             _warnings(query.notes),
             tag("h3", "Most influential training pictures"),
             tag("ol", *cards, class_="cards") if cards else tag("p", "No training picture was ranked.", class_="quiet"),
-            *([tag("h3", "Who holds the influence"), tag("div", *shares, class_="columns")] if shares else []),
+            *([tag("h3", "Influence by group"), tag("div", *shares, class_="columns")] if shares else []),
         ),
         id=f"query-{number}",
         aria_labelledby=f"prompt-{number}",
@@ -320,7 +320,7 @@ def _navigation(queries: Sequence[QueryReport]) -> Markup:
 
 _LEGEND = {
     "Rank": "Place among all training pictures that were scored; 1 is the most influential.",
-    "Score": "What the method measured for this training picture and this generated picture; higher is more influential. "
+    "Score": "What the method measured for this training and this generated picture; higher is more influential. "
     "Where zero lies depends on the method, and scores compare within one generated picture, not between two.",
     "p-value": "How often a picture that the model was never trained on scores at least as high for the same generated "
     "picture. It holds for one picture at a time: of 1,000 pictures without any influence, about 10 have p ≤ 0.01.",

@@ -9,8 +9,9 @@ from torch.optim.lr_scheduler import LambdaLR
 class WarmupStableDecay(LambdaLR):
     """Linear warm-up, a constant rate, then a decay to zero as 1 - √progress.
 
-    Until the decay begins the run does not depend on its length, so a run can be made longer from a checkpoint and still be the run that its
-    configuration describes (Hägele et al., "Scaling laws and compute-optimal training beyond fixed training durations", 2024).
+    Until the decay begins the run does not depend on its length, so a run can be made longer from a checkpoint and
+    still be the run that its configuration describes (Hägele et al., "Scaling laws and compute-optimal training beyond
+    fixed training durations", 2024).
 
     Args:
         optimizer: The optimizer; its learning rate is the constant one.
@@ -24,7 +25,9 @@ class WarmupStableDecay(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int, decay_steps: int) -> None:
         if warmup_steps + decay_steps > total_steps:
-            raise ValueError(f"warmup_steps {warmup_steps} and decay_steps {decay_steps} do not fit into total_steps {total_steps}.")
+            raise ValueError(
+                f"warmup_steps {warmup_steps} and decay_steps {decay_steps} do not fit into total_steps {total_steps}."
+            )
 
         def factor(step: int) -> float:
             if step < warmup_steps:

@@ -1,7 +1,7 @@
 """Artifacts: folders that are whole or absent, that say what they are, and that refuse to be taken for another.
 
-Each artifact holds a `manifest.json` beside `.safetensors`, `.parquet` and `.npy` files. The manifest's *identity* is what must match
-for the artifact to be used again; its *provenance* is only recorded.
+Each artifact holds a `manifest.json` beside `.safetensors`, `.parquet` and `.npy` files. The manifest's *identity* is
+what must match for the artifact to be used again; its *provenance* is only recorded.
 """
 
 from __future__ import annotations
@@ -65,7 +65,12 @@ def provenance() -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"git_commit": commit, "versions": versions, "machine": platform.machine(), "python": platform.python_version()}
+    return {
+        "git_commit": commit,
+        "versions": versions,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
 
 
 @contextmanager
@@ -77,7 +82,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         if isinstance(error, StorageError) or error.errno not in _WRITE_ERRORS:
             raise
         raise StorageError(
-            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another folder, then run the same "
+            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another folder, then run "
+            "the same "
             "command again: finished parts are kept and it goes on from them."
         ) from error
     except Exception as error:
@@ -92,7 +98,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` and renames it there when the block ends well, so no reader sees half a file.
+    """Yields a temporary path and renames it to `path` when the block ends well, so no reader sees half a file.
 
     Raises:
         StorageError: The file could not be written.
@@ -139,7 +145,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is not an artifact of wherefrom, or not whole.") from error
+        raise FileNotFoundError(
+            f"{folder} holds no {MANIFEST}: it is not an artifact of wherefrom, or not whole."
+        ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete the folder and make it again.") from error
     return manifest
@@ -157,7 +165,9 @@ def check_identity(folder: Path, identity: Identity) -> None:
     if different:
         lines = [f"  {key}: on disk {stored.get(key)!r}, asked for {wanted.get(key)!r}" for key in different]
         raise ArtifactMismatchError(
-            f"{folder} was made with other settings:\n" + "\n".join(lines) + "\nChoose another folder or restore the settings."
+            f"{folder} was made with other settings:\n"
+            + "\n".join(lines)
+            + "\nChoose another folder or restore the settings."
         )
 
 
@@ -191,8 +201,8 @@ class Store:
     def make(self, kind: str, identity: Identity, build: Callable[[Path], Mapping[str, Any] | None]) -> Path:
         """Returns the artifact's folder, building it first if it is missing.
 
-        `build` receives the partial folder (which may hold what an interrupted run left) and may return extra manifest entries. The folder
-        is renamed when it is whole.
+        `build` receives the partial folder (which may hold what an interrupted run left) and may return extra manifest
+        entries. The folder is renamed when it is whole.
 
         Raises:
             StorageError: The artifact could not be written; the partial folder stays for the next run.

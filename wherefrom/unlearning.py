@@ -1,10 +1,13 @@
-"""Unlearning a synthesized image: gradient ascent on its loss, preconditioned or plain (AbU, section 3.2 and appendix A)."""
+"""Unlearning a synthesized image: gradient ascent on its loss, preconditioned or plain (AbU.
+
+Section 3.2 and appendix A).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,15 +18,18 @@ from wherefrom import keyed
 from wherefrom.curvature.base import Curvature, Identity
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.runner import Runner
-from wherefrom.weights import Subset, copy_into, moved_weights, select_weights, trainable
+from wherefrom.weights import Subset, copy_into, restored, select_weights, trainable
 
 _TIME, _GRADIENT, _MEASURE = 401, 402, 403
 _RISE_TOLERANCE = 0.01
-_MAX_TRIALS = 60
+_MAX_TRIALS = 80
+_LARGEST_ALPHA = 1e30  # float32 ends at 3e38
 
 
 class NewtonAscent(Optimizer):
-    """θ ← θ + (α/N) · F⁻¹ g, or, with the pull of the second term, θ + (α/N) · F⁻¹ g - α (θ - θ₀) (AbU, equation 5 and appendix A.2).
+    """θ ← θ + (α/N) · F⁻¹ g, or with the pull of the second term θ + (α/N) · F⁻¹ g - α (θ - θ₀).
+
+    AbU, section 3.2 and appendix A.2.
 
     Args:
         named_params: (name, parameter) pairs; the names are those that the curvature knows.
@@ -45,7 +51,9 @@ class NewtonAscent(Optimizer):
         pull: bool = False,
     ) -> None:
         if lr < 0 or dataset_size < 1:
-            raise ValueError(f"lr must not be negative and dataset_size must be positive; given {lr} and {dataset_size}.")
+            raise ValueError(
+                f"lr must not be negative and dataset_size must be positive; given {lr} and {dataset_size}."
+            )
         super().__init__(list(named_params), {"lr": lr})
         self.curvature, self.dataset_size, self.pull = curvature, dataset_size, pull
         if pull:
@@ -64,7 +72,9 @@ class NewtonAscent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        named = [pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+        named = [
+            pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+        ]
         self.ascend({name: parameter.grad for name, parameter in named if parameter.grad is not None})
         return loss
 
@@ -105,7 +115,8 @@ class UnlearningSettings:
     Attributes:
         steps: Number of steps.
         draws: (t, ε) draws of which each step's gradient is the mean; AbU takes 50,000.
-        rise: Choose α so that the query's loss rises by this share over all steps (ours: α itself does not transfer between models).
+        rise: Choose α so that the query's loss rises by this share over all steps (ours: α itself does not transfer
+            between models).
         alpha: α itself; instead of `rise`.
         newton: Precondition with the curvature; False is the SGD ablation.
         pull: Keep the pull towards the pretrained weights.
@@ -124,11 +135,15 @@ class UnlearningSettings:
 
     def __post_init__(self) -> None:
         if (self.rise is None) == (self.alpha is None):
-            raise ValueError(f"Give either rise or alpha, and null for the other; given rise={self.rise} and alpha={self.alpha}.")
+            raise ValueError(
+                f"Give either rise or alpha, and null for the other; given rise={self.rise} and alpha={self.alpha}."
+            )
         if self.steps < 1 or self.draws < 1 or self.measure_draws < 1:
             raise ValueError("steps, draws and measure_draws must be at least 1.")
         if self.rise is not None and self.rise <= 0:
             raise ValueError(f"rise must be positive (0.2 is 20 %); given {self.rise}.")
+        if self.alpha is not None and self.alpha < 0:
+            raise ValueError(f"alpha must not be negative: unlearning ascends; given {self.alpha}.")
 
 
 @dataclass(frozen=True)
@@ -168,8 +183,8 @@ class Unlearned:
 class QueryLoss:
     """L(ẑ; θ) over keyed draws of timestep and noise: its value and its gradient.
 
-    Draws are keyed by (seed, query id, step, draw index), and a step's timesteps follow a golden-ratio sequence, so they cover the schedule
-    evenly without ever being the same in two steps.
+    Draws are keyed by (seed, query id, step, draw index), and a step's timesteps follow a golden-ratio sequence, so
+    they cover the schedule evenly without ever being the same in two steps.
 
     Args:
         model: The model.
@@ -179,7 +194,9 @@ class QueryLoss:
         batch_size: Draws at a time.
     """
 
-    def __init__(self, model: DiffusionModel, query: QueryLatent, seed: int, runner: Runner, batch_size: int = 128) -> None:
+    def __init__(
+        self, model: DiffusionModel, query: QueryLatent, seed: int, runner: Runner, batch_size: int = 128
+    ) -> None:
         self.model, self.query, self.seed, self.runner, self.batch_size = model, query, seed, runner, batch_size
 
     def _batches(self, salt: int, step: int, draws: int) -> Iterable[Float[Tensor, "b"]]:
@@ -188,7 +205,9 @@ class QueryLoss:
         start = float(keyed.uniform(keyed.combine(_TIME, base))[0])
         for first in range(self.runner.rank * self.batch_size, draws, self.runner.world_size * self.batch_size):
             draw = torch.arange(first, min(first + self.batch_size, draws))
-            timesteps = (torch.remainder(start + draw * 0.6180339887498949, 1.0) * model.process.steps).long().to(device)
+            timesteps = (
+                (torch.remainder(start + draw * 0.6180339887498949, 1.0) * model.process.steps).long().to(device)
+            )
             noise = keyed.normal(keyed.combine(base, draw).to(device), self.query.latent.shape, model.dtype)
             latents = self.query.latent.to(device, model.dtype).expand_as(noise)
             states = self.query.states.to(device, model.dtype).expand(len(draw), -1, -1)
@@ -214,35 +233,123 @@ class QueryLoss:
 
 
 def _with_rise(apply: Callable[[float], float], target: float) -> float:
-    """The α at which `apply(α)` = target, by doubling and then regula falsi with bisection; apply(0) < target is assumed.
+    """The α at which `apply(α)` = target, by doubling, then regula falsi with bisection; apply(0) < target.
 
     Raises:
         ValueError: No α reaches the target.
     """
+
+    def excess(alpha: float) -> float:
+        value = apply(alpha) - target
+        return math.inf if math.isnan(value) else value  # a step that breaks the model is too long
+
     low, high, value_low = 0.0, 1e-12, -target
-    value_high = apply(high) - target
-    trials = 0
-    while value_high < 0:
-        low, value_low = high, value_high
-        high *= 8 if value_high < -0.9 * target else 2
-        value_high = apply(high) - target
-        trials += 1
-        if trials > _MAX_TRIALS or value_high != value_high:
-            raise ValueError(
-                f"No step size raises the query's loss by {target:.1%} (tried up to {high:.3g}). Ask for a smaller rise, or give alpha instead."
-            )
-    while abs(value_high) > _RISE_TOLERANCE * target and trials < _MAX_TRIALS:
-        trials += 1
+    value_high = excess(high)
+    for _ in range(_MAX_TRIALS):
+        if abs(value_high) <= _RISE_TOLERANCE * target:
+            return high
+        if value_high < 0:
+            if high > _LARGEST_ALPHA:
+                break
+            low, value_low = high, value_high
+            high *= 8 if value_high < -0.9 * target else 2
+            value_high = excess(high)
+            continue
         secant = low - value_low * (high - low) / (value_high - value_low)
         middle = min(max(secant, low + 0.05 * (high - low)), high - 0.05 * (high - low))
-        value = apply(middle) - target
+        value = excess(middle)
         if abs(value) <= _RISE_TOLERANCE * target:
             return middle
         if value < 0:
             low, value_low = middle, value
         else:
             high, value_high = middle, value
-    return high
+    raise ValueError(
+        f"No step size raises the query's loss by {target:.1%} (tried up to {high:.3g}). Ask for a smaller rise, "
+        "or give alpha instead."
+    )
+
+
+class Unlearner:
+    """Unlearns one query step by step, in the model's own weights; `unlearn` is the usual way to run it.
+
+    Args:
+        model: The pretrained model.
+        query: The synthesized image and its prompt.
+        weights: Which weights move.
+        curvature: F; not used where `settings.newton` is False.
+        dataset_size: N.
+        settings: How to unlearn.
+        runner: This process's place.
+        batch_size: Draws at a time; does not change the result.
+
+    Raises:
+        ValueError: The query's loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        query: QueryLatent,
+        weights: Subset,
+        curvature: Curvature,
+        dataset_size: int,
+        settings: UnlearningSettings,
+        runner: Runner,
+        batch_size: int = 128,
+    ) -> None:
+        self.model, self.query, self.settings = model, query, settings
+        self.parameters = select_weights(model.denoiser, weights)
+        self.loss = QueryLoss(model, query, settings.seed, runner, batch_size)
+        self.optimizer: NewtonAscent = (
+            NewtonAscent(self.parameters.items(), curvature, 0.0, dataset_size, settings.pull)
+            if settings.newton
+            else SGDAscent(self.parameters.items(), 0.0)
+        )
+        self.alphas: list[float] = []
+        self.losses: list[float] = []
+        self._measure()
+
+    def _measure(self) -> None:
+        value = self.loss.value(self.settings.measure_draws)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"The loss of query {self.query.id!r} is {value} after step {len(self.alphas)} of unlearning. "
+                "Choose a smaller alpha, or a "
+                "rise, which cannot overshoot."
+            )
+        self.losses.append(value)
+
+    def step(self) -> None:
+        """One step of ascent.
+
+        Raises:
+            ValueError: The loss or the step is not finite, or no α gives the rise.
+        """
+        with trainable(self.model.denoiser, self.parameters):
+            gradients = self.loss.gradient(self.parameters, len(self.alphas), self.settings.draws)
+        before = self.values()
+
+        def move(alpha: float) -> None:
+            copy_into(self.parameters, before)
+            self.optimizer.param_groups[0]["lr"] = alpha
+            self.optimizer.ascend(gradients)
+
+        def rise(alpha: float) -> float:
+            move(alpha)
+            return self.loss.value(self.settings.measure_draws) / self.losses[-1] - 1.0
+
+        alpha = self.settings.alpha
+        if alpha is None:
+            assert self.settings.rise is not None
+            alpha = _with_rise(rise, (1.0 + self.settings.rise) ** (1.0 / self.settings.steps) - 1.0)
+        move(alpha)
+        self.alphas.append(alpha)
+        self._measure()
+
+    def values(self) -> dict[str, Tensor]:
+        """A copy of the weights as they are now."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
 
 def unlearn(
@@ -254,84 +361,14 @@ def unlearn(
     settings: UnlearningSettings,
     runner: Runner,
     batch_size: int = 128,
-    after_step: Callable[[int, Mapping[str, Tensor]], None] | None = None,
 ) -> Unlearned:
-    """Unlearns one query and returns the moved weights; the model itself is left as it was.
-
-    Args:
-        model: The pretrained model.
-        query: The synthesized image and its prompt.
-        weights: Which weights move.
-        curvature: F; not used where `settings.newton` is False.
-        dataset_size: N.
-        settings: How to unlearn.
-        runner: This process's place.
-        batch_size: Draws at a time; does not change the result.
-        after_step: Called with the step's index and the weights after each step, while they are in the model.
+    """Unlearns one query and returns the moved weights; the model is left as it was. Arguments: see `Unlearner`.
 
     Raises:
         ValueError: The query's loss or a step is not finite, or no α gives the rise.
     """
-    parameters = select_weights(model.denoiser, weights)
-    loss = QueryLoss(model, query, settings.seed, runner, batch_size)
-    with moved_weights(model.denoiser, {name: parameter.detach().clone() for name, parameter in parameters.items()}):
-        optimizer: NewtonAscent = (
-            NewtonAscent(parameters.items(), curvature, 0.0, dataset_size, settings.pull)
-            if settings.newton
-            else SGDAscent(parameters.items(), 0.0)
-        )
-        losses, alphas = [loss.value(settings.measure_draws)], []
-        _check_finite(losses[0], query, 0)
-        for step in range(settings.steps):
-            with trainable(model.denoiser, parameters):
-                gradients = loss.gradient(parameters, step, settings.draws)
-            alpha = _take_step(optimizer, parameters, gradients, loss, losses, settings)
-            alphas.append(alpha)
-            losses.append(loss.value(settings.measure_draws))
-            _check_finite(losses[-1], query, step + 1)
-            if after_step is not None:
-                after_step(step, parameters)
-        moved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return Unlearned(moved, alphas, losses)
-
-
-def _take_step(
-    optimizer: NewtonAscent,
-    parameters: Mapping[str, nn.Parameter],
-    gradients: Mapping[str, Tensor],
-    loss: QueryLoss,
-    losses: list[float],
-    settings: UnlearningSettings,
-) -> float:
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-    def move(alpha: float) -> None:
-        copy_into(parameters, before)
-        optimizer.param_groups[0]["lr"] = alpha
-        optimizer.ascend(gradients)
-
-    if settings.alpha is not None:
-        move(settings.alpha)
-        return settings.alpha
-    assert settings.rise is not None
-    share = (1.0 + settings.rise) ** (1.0 / settings.steps) - 1.0
-
-    def rise(alpha: float) -> float:
-        move(alpha)
-        return loss.value(settings.measure_draws) / losses[-1] - 1.0
-
-    alpha = _with_rise(rise, share)
-    move(alpha)
-    return alpha
-
-
-def _check_finite(value: float, query: QueryLatent, step: int) -> None:
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(
-            f"The loss of query {query.id!r} is {value} after step {step} of unlearning. Choose a smaller alpha, or a rise, which cannot overshoot."
-        )
-
-
-def settings_identity(settings: UnlearningSettings) -> dict[str, Any]:
-    """The settings as they enter an artifact's identity."""
-    return {f"unlearning_{name}": value for name, value in vars(settings).items()}
+    with restored(select_weights(model.denoiser, weights)):
+        work = Unlearner(model, query, weights, curvature, dataset_size, settings, runner, batch_size)
+        for _ in range(settings.steps):
+            work.step()
+        return Unlearned(work.values(), work.alphas, work.losses)

@@ -50,15 +50,22 @@ def copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) ->
 
 
 @contextmanager
-def moved_weights(denoiser: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The denoiser with other values in some of its weights; the former values come back at the end."""
-    parameters = {name: parameter for name, parameter in denoiser.named_parameters() if name in values}
+def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Whatever happens to these parameters inside the block, their former values come back at its end."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
-        copy_into(parameters, values)
         yield
     finally:
         copy_into(parameters, before)
+
+
+@contextmanager
+def moved_weights(denoiser: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The denoiser with other values in some of its weights; the former values come back at the end."""
+    parameters = {name: parameter for name, parameter in denoiser.named_parameters() if name in values}
+    with restored(parameters):
+        copy_into(parameters, values)
+        yield
 
 
 @contextmanager

@@ -66,20 +66,18 @@ def test_bootstrap_is_that_of_real_resampled_data() -> None:
 def test_interval_covers_the_truth() -> None:
     """Over many samples of a known population the 95 % interval holds the population's share about that often."""
     inside = 0
-    for seed in range(60):
+    for seed in range(40):
         generator = np.random.default_rng(seed)
-        group = generator.random(300) < 0.3
-        shares = group_shares(
-            generator.exponential(size=300), ["a" if is_a else "b" for is_a in group], 150, resamples=200
-        )
+        groups = ["a" if uniform < 0.3 else "b" for uniform in generator.random(200)]
+        shares = group_shares(generator.exponential(size=200), groups, top=100, resamples=200)
         (share,) = [each for each in shares if each.name == "a"]
         inside += share.low <= 0.3 <= share.high
-    assert inside >= 51  # 57 expected; below 51 has a probability under 2 %, and the seeds are fixed
+    assert inside >= 34  # 38 expected; fewer than 34 have a probability of 1 %, and the seeds are fixed
 
 
 def test_more_pictures_narrow_the_interval() -> None:
     widths = []
-    for count in (100, 1600):
+    for count in (60, 960):
         scores, groups = _sample(3, count)
         widths.append(np.mean([each.high - each.low for each in group_shares(scores, groups, count // 4)]))
     assert widths[1] < 0.5 * widths[0]  # 1/4 by the square-root law
@@ -114,7 +112,7 @@ def test_draws_without_influence_are_left_out() -> None:
 
 def test_equal_shares_are_ordered_by_what_was_expected_then_name() -> None:
     scores = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
-    assert [each.name for each in group_shares(scores, list("azycc"), top=1)] == ["a", "c", "y", "z"]
+    assert [each.name for each in group_shares(scores, list("azzyc"), top=1)] == ["a", "z", "c", "y"]
 
 
 @pytest.mark.parametrize(

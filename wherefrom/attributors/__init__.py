@@ -1,0 +1,16 @@
+"""Attribution methods, all behind `Attributor`."""
+
+from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
+from wherefrom.attributors.baselines import CaptionSimilarity, PixelSimilarity, Random
+from wherefrom.attributors.unlearning import AttributionByUnlearning
+
+__all__ = [
+    "AttributionByUnlearning",
+    "Attributor",
+    "CaptionSimilarity",
+    "PixelSimilarity",
+    "Query",
+    "Random",
+    "Scores",
+    "TrainingData",
+]

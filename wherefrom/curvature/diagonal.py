@@ -1,4 +1,7 @@
-"""The diagonal of the empirical Fisher information (AbU, section 3.2): mean squared per-sample gradients over the training set."""
+"""The diagonal of the empirical Fisher information (AbU, section 3.2).
+
+Mean squared per-sample gradients over the training set.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,13 @@ class Diagonal(Curvature):
             raise ValueError(f"damping must not be negative; given {damping}.")
         for name, values in fisher.items():
             if not torch.isfinite(values).all() or (values < 0).any():
-                raise ValueError(f"The Fisher information of {name!r} holds negative or non-finite values; make it again.")
+                raise ValueError(
+                    f"The Fisher information of {name!r} holds negative or non-finite values; make it again."
+                )
         self.fisher, self.damping = dict(fisher), damping
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """g / (f + δ) for each tensor.
+        """Returns g / (f + δ) for each tensor.
 
         Raises:
             ValueError: A parameter has no Fisher information of its shape, or a step is not finite.
@@ -56,13 +61,16 @@ class Diagonal(Curvature):
             if values is None or values.shape != gradient.shape:
                 found = "none" if values is None else f"shape {tuple(values.shape)}"
                 raise ValueError(
-                    f"The Fisher information holds {found} for weight {name!r} of shape {tuple(gradient.shape)}: it was made for other "
+                    f"The Fisher information holds {found} for weight {name!r} of shape {tuple(gradient.shape)}: "
+                    "it was made for other "
                     "weights. Fit it with the same `weights` and model."
                 )
             values = values.to(gradient.device, gradient.dtype)
             steps[name] = gradient / (values + self.damping * values.mean())
             if not torch.isfinite(steps[name]).all():
-                raise ValueError(f"The Newton step of {name!r} is not finite: some Fisher values are 0. Set damping above 0.")
+                raise ValueError(
+                    f"The Newton step of {name!r} is not finite: some Fisher values are 0. Set damping above 0."
+                )
         return steps
 
 
@@ -102,13 +110,21 @@ class FisherPass:
     def __init__(
         self, model: DiffusionModel, data: LatentSet, names: Sequence[str], settings: FisherSettings, batch_size: int
     ) -> None:
-        self.model, self.data, self.names, self.settings, self.batch_size = model, data, list(names), settings, batch_size
+        self.model, self.data, self.names, self.settings, self.batch_size = (
+            model,
+            data,
+            list(names),
+            settings,
+            batch_size,
+        )
         shapes = {name: parameter.shape for name, parameter in model.denoiser.named_parameters() if name in set(names)}
         self.sums = {name: torch.zeros(shapes[name], dtype=torch.float64, device=model.device) for name in names}
         self.samples = 0
         self.id_keys = data.id_keys
 
-    def draws(self, picture: Int64[Tensor, "b"], flip: Int64[Tensor, "b"], visit: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor, Tensor]:
+    def draws(
+        self, picture: Int64[Tensor, "b"], flip: Int64[Tensor, "b"], visit: Int64[Tensor, "b"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Timestep, caption and noise key of each sample, keyed by (seed, id, flip, visit)."""
         keys = keyed.combine(self.settings.seed, self.id_keys[picture], flip, visit)
         # One golden-ratio sequence over a picture's visits and flips: its timesteps are spread evenly.
@@ -130,9 +146,7 @@ class FisherPass:
         model, device = self.model, self.model.device
         timestep, caption, noise_keys = self.draws(picture, flip, visit)
         latents = self.data.latents[picture, flip].to(device, model.dtype)
-        # Inputs that ask for gradients build the graph; the weights need not, so no weight gradient is computed.
-        latents.requires_grad_()
-        states = self.data.states[picture, caption].to(device, model.dtype).requires_grad_()
+        states = self.data.states[picture, caption].to(device, model.dtype)
         noise = keyed.normal(noise_keys.to(device), latents.shape[1:], model.dtype)
         with torch.enable_grad(), PerSampleGradients(model.denoiser, self.names) as tap:
             losses = model.losses(latents, states, timestep.to(device), noise)
@@ -205,14 +219,16 @@ def fit_diagonal(
     return Diagonal(work.mean(), damping)
 
 
-def load_diagonal(folder: Path, model: DiffusionModel, curvature_from: str | None = None, damping: float = 0.1) -> Diagonal:
+def load_diagonal(
+    folder: Path, model: DiffusionModel, curvature_from: str | None = None, damping: float = 0.1
+) -> Diagonal:
     """A Fisher diagonal that `fit_diagonal` left in a folder, refused if it belongs to another model.
 
     Args:
         folder: The artifact.
         model: The model that will be unlearned.
-        curvature_from: Fingerprint of the model that the Fisher information was made on, where that is on purpose another one (the base of a
-            customized model).
+        curvature_from: Fingerprint of the model that the Fisher information was made on, where that is on purpose
+            another one (the base of a customized model).
         damping: Relative damping.
 
     Raises:
@@ -223,13 +239,18 @@ def load_diagonal(folder: Path, model: DiffusionModel, curvature_from: str | Non
     if made_on not in (wanted, curvature_from):
         declared = "nothing" if curvature_from is None else repr(curvature_from)
         raise ValueError(
-            f"{folder} holds the Fisher information of model {made_on}, but the model to unlearn is {wanted} and curvature_from declares "
+            f"{folder} holds the Fisher information of model {made_on}, but the model to unlearn is {wanted} and "
+            "curvature_from declares "
             f"{declared}. Fit it on this model, or, if that one is its base, set curvature_from: {made_on}."
         )
     state = load_file(folder / RESULT)
     samples = int(state.pop(_COUNT))
-    shapes = {name: parameter.shape for name, parameter in model.denoiser.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.denoiser.named_parameters()}
     for name, total in state.items():
-        if shapes.get(name) != total.shape:
-            raise ValueError(f"{folder}: weight {name!r} has shape {tuple(total.shape)}, the model's is {shapes.get(name)}.")
+        if shapes.get(name) != tuple(total.shape):
+            raise ValueError(
+                f"{folder}: weight {name!r} has shape {tuple(total.shape)}, in the model to unlearn "
+                f"{shapes.get(name)}: "
+                "it was made for a model of another kind."
+            )
     return Diagonal({name: (total / samples).to(model.dtype) for name, total in state.items()}, damping)

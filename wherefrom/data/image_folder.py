@@ -25,7 +25,7 @@ from wherefrom.storage import Store, canonical_json, hash_file, identity_hash, r
 # Pillow would also open formats that run other programs (EPS), and some that are not pictures.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 # What Pillow raises on broken files is not one family.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     RuntimeError,
     SyntaxError,
@@ -104,7 +104,7 @@ def _write_pixels(
                 progress(index, len(rows))
             try:
                 pixels = draw(folder / row.name, options.size)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 if not options.skip_unreadable:
                     raise ValueError(
                         f"{folder / row.name} ({row.where}) cannot be read: {error}. Repair it, remove it with its "

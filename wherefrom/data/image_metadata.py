@@ -158,7 +158,8 @@ def _read(path: Path, caption: str, columns: Collection[str] | None) -> list[_Ce
     ):
         if column not in present:
             raise ValueError(f"{path} has no column {column!r}, only {shown(sorted(present))}. {remedy}")
-    return [(where, {name: cell for name, cell in cells.items() if wanted(name)}) for where, cells in rows]
+    names = [name for name in sorted(present) if wanted(name)]
+    return [(where, {name: cells.get(name) for name in names}) for where, cells in rows]
 
 
 def _missing(cell: Any) -> bool:
@@ -213,7 +214,7 @@ def _id(cell: Any, where: str) -> str:
     if _missing(cell) or isinstance(cell, bool | float):
         raise ValueError(f"{where}: the id {cell!r} is not one. Give each picture its own, or drop the column 'id'.")
     name = _text(cell, where, "id", "An id is a string.")
-    if "\0" in name or len(name.splitlines()) != 1:
+    if "\0" in name or name.splitlines() != [name]:
         raise ValueError(f"{where}: the id {name!r} holds a NUL character or a line break. Rename it.")
     return name
 

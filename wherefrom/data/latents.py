@@ -75,7 +75,10 @@ class LatentSet:
 
 
 def _save(path: Path, shape: tuple[int, ...], blocks: Callable[[], Any]) -> None:
-    """Streams blocks into one `.npy` file. Plain writes, not a memory map: a full disk is then an error, not a crash."""
+    """Streams blocks into one `.npy` file. Plain writes, not a memory map: a full disk is then an error.
+
+    Not a crash.
+    """
     with replacing(path) as temporary, temporary.open("wb") as stream:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_2_0(stream, header)
@@ -106,7 +109,11 @@ def encode_pictures(
     Raises:
         StorageError: The store could not be written.
     """
-    identity = {"pictures": pictures.fingerprint, "ids": identity_hash({"ids": list(pictures.ids)}), **encoder.identity()}
+    identity = {
+        "pictures": pictures.fingerprint,
+        "ids": identity_hash({"ids": list(pictures.ids)}),
+        **encoder.identity(),
+    }
     starts = range(0, len(pictures), batch_size)
 
     def pixels(start: int) -> Tensor:
@@ -168,4 +175,3 @@ class LatentVisits(Dataset[LatentBatch]):
         states = torch.where(dropped[:, None, None], self.data.null_states, self.data.states[index, caption])
         times = visit_times(self.seed, self.id_keys[index], visit)
         return LatentBatch(keys, times, self.data.latents[index, flip], states)
-

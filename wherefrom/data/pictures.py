@@ -105,7 +105,8 @@ def keep_indices(ids: Sequence[str], exclude: Sequence[str]) -> list[int]:
     if unknown:
         raise ValueError(
             f"exclude names {len(unknown)} ids that the data set does not have, such as {unknown[0]!r}; "
-            f"its ids look like {ids[0] if ids else '(it is empty)'!r}. Correct the list: an id that excludes nothing would spoil a leave-out run."
+            + (f"its ids look like {ids[0]!r}. " if ids else "it is empty. ")
+            + "Correct the list: an id that excludes nothing would spoil a leave-out run."
         )
     dropped = set(exclude)
     return [index for index, name in enumerate(ids) if name not in dropped]

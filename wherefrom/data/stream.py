@@ -1,7 +1,7 @@
 """The order of training, keyed: which picture comes when is a hash of (seed, epoch, id).
 
-Leaving pictures out therefore removes them from the stream and changes nothing else: the others keep their relative order, and, since noise,
-timestep, flip and caption are keyed by (seed, id, visit), they keep those too.
+Leaving pictures out therefore removes them from the stream and changes nothing else: the others keep their relative
+order, and, since noise, timestep, flip and caption are keyed by (seed, id, visit), they keep those too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ORDER, FLIP, CAPTION, DROP, TIMESTEP, NOISE = range(1, 7)
 
 
 class Visit(NamedTuple):
-    """The `visit`-th time that training meets the picture at position `index`."""
+    """The `visit`-th time that training meets the picture at `position`."""
 
-    index: int
+    position: int
     visit: int
 
 
@@ -115,7 +115,8 @@ def flips(keys: Int64[Tensor, "b"], share: float) -> Bool[Tensor, "b"]:
 def visit_times(seed: int, id_keys: Int64[Tensor, "b"], visits: Int64[Tensor, "b"]) -> Float[Tensor, "b"]:
     """The time in [0, 1) of each visit: a keyed start for each picture, then golden-ratio steps.
 
-    Successive visits of a picture are spread evenly over the timesteps, which is less noisy than independent draws and keyed just as well.
+    Successive visits of a picture are spread evenly over the timesteps, which is less noisy than independent draws and
+    keyed just as well.
     """
     start = keyed.uniform(keyed.combine(TIMESTEP, seed, id_keys))[:, 0]
     return torch.remainder(start + visits * 0.6180339887498949, 1.0)

@@ -69,10 +69,13 @@ class AlignmentModel:
     Attributes:
         weight: Shape (D, E), float64.
         bias: Shape (E,), float64.
+        centre: The average caption vector of the pictures that it learned from, shape (E,), float64. What captions have
+            in common (the template, the style's name) says nothing of a picture: cosines are taken around it.
     """
 
     weight: Float[Tensor, "d e"]
     bias: Float[Tensor, "e"]
+    centre: Float[Tensor, "e"]
 
     @classmethod
     def fit(
@@ -107,7 +110,7 @@ class AlignmentModel:
         scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)  # one picture alone has no spread
         gram.diagonal().add_(alpha * scale)
         weight = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
-        return cls(weight, mean_y - mean_x @ weight)
+        return cls(weight, mean_y - mean_x @ weight, mean_y)
 
     def predict(self, image_features: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
         """The caption vector that each picture points to, in float64."""
@@ -115,22 +118,24 @@ class AlignmentModel:
 
 
 def rank_of_prompt(
-    predicted: Float[Tensor, "n e"], candidates: Float[Tensor, "n c e"], own: Int64[Tensor, "n"]
+    predicted: Float[Tensor, "n e"],
+    candidates: Float[Tensor, "c e"],
+    own: Int64[Tensor, "n"],
+    centre: Float[Tensor, "e"] | None = None,
 ) -> Int64[Tensor, "n"]:
-    """From 1: where a picture's own prompt stands among its candidate captions, by cosine.
+    """From 1: where a picture's own prompt stands among the candidate captions, by cosine.
 
     A tie, or a cosine that is not a number, counts against the picture.
 
     Args:
         predicted: The caption vector that each picture points to.
-        candidates: The captions' vectors that it is compared with, its own among them.
-        own: Which candidate is its own.
+        candidates: Vectors of the captions that every picture is compared with.
+        own: Which candidate is the picture's own prompt.
+        centre: Subtracted from both sides first.
     """
-    cosines = torch.einsum(
-        "ne,nce->nc",
-        functional.normalize(predicted.double(), dim=-1),
-        functional.normalize(candidates.double(), dim=-1),
-    )
+    if centre is not None:
+        predicted, candidates = predicted - centre, candidates - centre
+    cosines = functional.normalize(predicted.double(), dim=-1) @ functional.normalize(candidates.double(), dim=-1).T
     # The own prompt is never below itself, so it is among the counted: ranks start at 1.
     return (~(cosines < cosines.gather(1, own[:, None]))).sum(1)
 
@@ -262,24 +267,8 @@ class AlignmentJudge:
                 model = AlignmentModel.solve(rest, alpha)
                 for judged, validated in ((a, b), (b, a)):
                     rows = (fold == validated).nonzero()[:, 0]
-                    hits[judged, index] += _found_in_top(
-                        model.predict(x[rows]), y[rows], [styles[int(row)] for row in rows]
-                    )
+                    hits[judged, index] += _found_in_top(model, x[rows], y[rows], [styles[int(row)] for row in rows])
         return tuple(self.alphas[int(best)] for best in hits.argmax(1))
-
-    def predict(self, pixels: Pixels, concepts: Sequence[str]) -> Float[Tensor, "n e"]:
-        """The caption vector that each picture points to, by the ridge that never saw its concept.
-
-        Raises:
-            ValueError: The judge is not fitted, or the lengths differ.
-        """
-        if not self.models:
-            raise ValueError("The judge has not learned yet; call fit(pictures) first.")
-        if len(pixels) != len(concepts):
-            raise ValueError(f"{len(pixels)} pictures but {len(concepts)} concepts; give one for each.")
-        features = self.images.encode_images(pixels)
-        rows = [self.models[self.fold(concept)].predict(row) for concept, row in zip(concepts, features, strict=True)]
-        return torch.stack(rows)
 
     def ranks(self, pixels: Pixels, concepts: Sequence[str], styles: Sequence[str]) -> Int64[NDArray[np.int64], "n"]:
         """From 1: the rank of each picture's prompt among the captions of all the concepts in the picture's style.
@@ -290,19 +279,29 @@ class AlignmentJudge:
             styles: The style that each was asked for.
 
         Raises:
-            ValueError: Concepts or candidate captions repeat, a caption is unknown, or the judge is not fitted.
+            ValueError: Concepts or candidate captions repeat, a caption is unknown, the lengths differ, or the judge is
+                not fitted.
         """
+        if not self.models:
+            raise ValueError("The judge has not learned yet; call fit(pictures) first.")
+        if not len(pixels) == len(concepts) == len(styles):
+            raise ValueError(
+                f"{len(pixels)} pictures, {len(concepts)} concepts and {len(styles)} styles were given; "
+                "each picture needs one of each."
+            )
         _check_distinct("Concepts", concepts)
-        predicted = self.predict(pixels, concepts)
+        features = self.images.encode_images(pixels)
         ranks = np.empty(len(concepts), dtype=np.int64)
         for style in sorted(set(styles)):
-            rows = [row for row, found in enumerate(styles) if found == style]
             captions = [self._caption(concept, style) for concept in concepts]
             _check_distinct("Candidate captions", captions)
             candidates = self.texts.encode_texts(captions)
-            ranks[rows] = rank_of_prompt(
-                predicted[rows], candidates.expand(len(rows), *candidates.shape), torch.tensor(rows)
-            ).numpy()
+            for fold, model in enumerate(self.models):
+                rows = [row for row, c in enumerate(concepts) if styles[row] == style and self.fold(c) == fold]
+                predicted = model.predict(features[rows])
+                ranks[rows] = rank_of_prompt(
+                    predicted, candidates, torch.tensor(rows, dtype=torch.int64), model.centre
+                ).numpy()
         return ranks
 
     def top5(self, pixels: Pixels, concepts: Sequence[str], styles: Sequence[str]) -> Bool[NDArray[np.bool_], "n"]:
@@ -326,13 +325,14 @@ def _sum(moments: Sequence[Moments], without: set[int]) -> Moments:
     return first
 
 
-def _found_in_top(predicted: Tensor, captions: Tensor, styles: Sequence[str], share: float = 0.05) -> int:
+def _found_in_top(
+    model: AlignmentModel, images: Tensor, captions: Tensor, styles: Sequence[str], share: float = 0.05
+) -> int:
     """How many pictures have their own caption within the nearest `share` of the captions of their style."""
     found = 0
     for style in sorted(set(styles)):
         rows = torch.tensor([row for row, name in enumerate(styles) if name == style])
-        candidates = captions[rows].expand(len(rows), len(rows), -1)
-        ranks = rank_of_prompt(predicted[rows], candidates, torch.arange(len(rows)))
+        ranks = rank_of_prompt(model.predict(images[rows]), captions[rows], torch.arange(len(rows)), model.centre)
         found += int((ranks <= max(1, round(share * len(rows)))).sum())
     return found
 

@@ -1,0 +1,107 @@
+"""How much of scoring is the bare U-Net forward?
+
+    python -m benchmarks.scoring
+
+Runs the loss pass and the same module's bare forward in turn (same module, dtype, threads and batch, tensors in
+memory, no gradients) and prints the ratio of their throughputs, pair by pair, and what the rest is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from wherefrom import keyed
+from wherefrom.data.latents import LatentSet
+from wherefrom.data.pictures import Pictures
+from wherefrom.losses import LossGrid, LossPass
+from wherefrom.pipeline import load_model
+
+
+def random_set(count: int, shape: tuple[int, int, int], tokens: int, width: int) -> LatentSet:
+    """Random latents and states: the cost does not depend on their values."""
+    random = torch.Generator().manual_seed(0)
+    pictures = Pictures(
+        tuple(f"{index:05d}" for index in range(count)),
+        (("",),) * count,
+        np.zeros((count, 1, 1, 3), np.uint8),
+        fingerprint="random",
+    )
+    return LatentSet(
+        pictures,
+        torch.randn(count, 2, *shape, generator=random),
+        torch.randn(count, 1, tokens, width, generator=random),
+        torch.zeros(tokens, width),
+        "random",
+    )
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def main() -> None:
+    """Prints the ratios."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", default="weights/emoji")
+    arguments.add_argument("--pictures", type=int, default=128)
+    arguments.add_argument("--timesteps", type=int, default=8)
+    arguments.add_argument("--batch-size", type=int, default=256)
+    arguments.add_argument("--runs", type=int, default=7)
+    options = arguments.parse_args()
+    model = load_model(options.model)
+    assert model.encoder is not None
+    null = model.encoder.text.encode([""])
+    config = model.denoiser.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    data = random_set(options.pictures, shape, null.shape[1], null.shape[2])
+    grid = LossGrid(timesteps=options.timesteps)
+    count = options.pictures * 2 * options.timesteps
+    batch = options.batch_size
+    noisy, states = torch.randn(batch, *shape), torch.randn(batch, *null.shape[1:])
+    timesteps = torch.arange(batch) * model.process.steps // batch
+
+    def bare() -> None:
+        for start in range(0, count, batch):
+            size = min(batch, count - start)
+            model.predict(noisy[:size], timesteps[:size], states[:size])
+
+    def scoring() -> None:
+        LossPass(model, data, grid, batch).step(range(options.pictures))
+
+    def noise() -> None:
+        for _ in range(0, count, batch):
+            keyed.normal(keyed.combine(0, torch.arange(batch)), shape)
+
+    def gather() -> None:
+        for start in range(0, count, batch):
+            rows = torch.arange(start, min(start + batch, count)) % options.pictures
+            data.latents[rows, 0], data.states[rows, 0]
+
+    bare()
+    scoring()
+    ratios, parts = [], {"noise": [], "gather": []}
+    for _ in range(options.runs):
+        forward = timed(bare)
+        ratios.append(forward / timed(scoring))
+        parts["noise"].append(timed(noise) / forward)
+        parts["gather"].append(timed(gather) / forward)
+        print(f"bare forward {count / forward:,.0f}/s, scoring at {ratios[-1]:.1%} of it")
+    print(
+        f"median over {options.runs} runs: scoring reaches {statistics.median(ratios):.1%} of the bare forward "
+        f"({torch.get_num_threads()} threads)"
+    )
+    print(", ".join(f"{name} costs {statistics.median(values):.1%} of a forward" for name, values in parts.items()))
+
+
+if __name__ == "__main__":
+    main()

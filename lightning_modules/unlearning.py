@@ -1,0 +1,123 @@
+"""Unlearning one picture under Lightning's loop, for ablations (Newton against SGD, which weights) and their curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from safetensors.torch import save_file
+from torch import Tensor
+
+from datamodules.pictures import PicturesDataModule
+from wherefrom.curvature import Curvature, FisherSettings, Identity, fit_diagonal
+from wherefrom.data.latents import LatentSet
+from wherefrom.losses import LossGrid, LossPass
+from wherefrom.pipeline import load_model
+from wherefrom.queries import generate
+from wherefrom.runner import Runner
+from wherefrom.unlearning import QueryLatent, Unlearner, UnlearningSettings
+from wherefrom.weights import Subset, select_weights
+
+
+class Unlearning(LightningModule):
+    """Draws a picture from the model and unlearns it; the data module's pictures are the training set.
+
+    The data module's batches only count the steps: each step's draws are keyed by the step, not read from data. The
+    trainer's `max_steps` must equal `settings.steps`.
+
+    Args:
+        model: The pretrained pipeline: folder or hub id.
+        prompt: The prompt of the picture that is drawn and unlearned.
+        weights: Which weights move.
+        settings: How to unlearn.
+        fisher: How the Fisher information is sampled.
+        damping: Its relative damping.
+        grid: Where the losses of held-out pictures are measured.
+        seed: Seed of the picture.
+        save_to: File for the moved weights.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prompt: str,
+        weights: Subset = "cross_attention_kv",
+        settings: UnlearningSettings = UnlearningSettings(),
+        fisher: FisherSettings = FisherSettings(),
+        damping: float = 0.1,
+        grid: LossGrid = LossGrid(timesteps=10),
+        seed: int = 0,
+        save_to: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.diffusion = load_model(model)
+        self.unet = self.diffusion.denoiser.requires_grad_(True)
+        self.prompt, self.weights, self.settings = prompt, weights, settings
+        self.fisher, self.damping, self.grid, self.seed, self.save_to = fisher, damping, grid, seed, save_to
+
+    def setup(self, stage: str) -> None:
+        """Gives the data module this model's encoder, so that latents and states are the model's own.
+
+        Raises:
+            ValueError: There is no data module with pictures, or `max_steps` is not `settings.steps`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PicturesDataModule):
+            raise ValueError("Unlearning needs a data module with the training pictures.")
+        if self.trainer.max_steps != self.settings.steps:
+            raise ValueError(
+                f"trainer.max_steps is {self.trainer.max_steps}, settings.steps {self.settings.steps}: make them equal."
+            )
+        self.pictures = data
+        data.encoder = self.diffusion.encoder
+        if self.trainer.is_global_zero:
+            data.prepare_data()
+        self.trainer.strategy.barrier()
+        data.setup()
+
+    def on_fit_start(self) -> None:
+        """Draws the picture and makes the curvature."""
+        encoder = self.diffusion.encoder
+        assert encoder is not None
+        encoder.vae.to(self.device)
+        encoder.text.model.to(self.device)
+        runner, train = Runner.current(self.device), self.pictures.train_latents
+        channels, rows, columns = train.latents.shape[2:]
+        query = generate(self.diffusion, [self.prompt], self.seed, (channels, rows, columns))[0]
+        assert query.latent is not None
+        curvature: Curvature = Identity()
+        if self.settings.newton:
+            names = list(select_weights(self.unet, self.weights))
+            curvature = fit_diagonal(
+                self.diffusion, train, names, self.pictures.store, runner, self.fisher, self.damping
+            )
+        latent = QueryLatent(query.id, query.latent, encoder.text.encode([self.prompt])[0])
+        self.unlearner = Unlearner(self.diffusion, latent, self.weights, curvature, len(train), self.settings, runner)
+
+    def training_step(self, batch: object) -> None:
+        """One step of ascent on the picture's loss."""
+        self.unlearner.step()
+        self.optimizers().step()  # type: ignore[union-attr]  # counts the step; its parameters hold no gradients
+        self.log("unlearning/alpha", self.unlearner.alphas[-1], on_step=True)
+
+    def set_loss(self, data: LatentSet) -> Float[Tensor, "n"]:
+        """The present loss of each picture of a set, on the grid."""
+        work = LossPass(self.diffusion, data, self.grid, 256)
+        work.step(range(len(data)))
+        return work.losses.flatten(1).mean(dim=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer that Lightning can count steps by.
+
+        The ascent itself is `NewtonAscent` or `SGDAscent` in `Unlearner`.
+        """
+        return torch.optim.SGD(select_weights(self.unet, self.weights).values(), lr=0.0)
+
+    def on_train_end(self) -> None:
+        """Saves the moved weights."""
+        if self.save_to is not None and self.trainer.is_global_zero:
+            Path(self.save_to).parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.cpu().contiguous() for name, value in self.unlearner.values().items()}, self.save_to)

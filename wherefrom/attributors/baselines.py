@@ -1,0 +1,137 @@
+"""Three attributors that need no model: random, pixel and caption similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from wherefrom import keyed
+from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, silent
+from wherefrom.data.pictures import Pictures
+from wherefrom.data.stream import to_float
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.features import MiniLMEncoder, TextEncoder
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+
+
+class _NoModel(Attributor):
+    """What the three share: pictures and the null, both scored by `compare`."""
+
+    data: TrainingData | None = None
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Keeps the pictures."""
+        self.data = data
+        self.prepare(data.pictures)
+
+    def prepare(self, pictures: Pictures) -> None:
+        """Makes what comparing with these pictures needs."""
+
+    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], "n"]:
+        """One score a picture."""
+        raise TypeError(f"{type(self).__name__} does not compare.")
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """One query at a time."""
+        if self.data is None:
+            raise ValueError("fit must run before score.")
+        pictures, held_out = self.data.pictures, self.data.held_out
+        chosen = self.positions(pictures.ids, candidates)
+        for query in queries:
+            scores = self.compare(query, pictures)[chosen]
+            null = self.compare(query, held_out) if held_out is not None and len(held_out) else np.empty(0)
+            yield Scores(query, tuple(pictures.ids[index] for index in chosen), scores, null)
+
+
+class Random(_NoModel):
+    """Uniform scores, keyed by (seed, query id, image id): the floor.
+
+    Args:
+        seed: Seed of the scores.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {"method": "random", "seed": self.seed}
+
+    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], "n"]:
+        """A uniform number for each picture."""
+        keys = keyed.combine(self.seed, keyed.hash_text(query.id), keyed.hash_texts(pictures.ids))
+        return keyed.uniform(keys)[:, 0].numpy()
+
+
+class PixelSimilarity(_NoModel):
+    """Cosine of flattened pixels in [-1, 1], the larger of picture and mirror image.
+
+    Args:
+        size: Side to which pictures are reduced before comparing; None compares them at their own size.
+    """
+
+    requires: frozenset[Need] = frozenset({"features"})
+
+    def __init__(self, size: int | None = None) -> None:
+        self.size = size
+        self._vectors: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {"method": "pixel similarity", "size": self.size}
+
+    def vectors(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "n d"]:
+        """Unit vectors of pictures."""
+        floats = to_float(torch.from_numpy(np.array(pixels)))
+        if self.size is not None:
+            floats = F.interpolate(floats, (self.size, self.size), mode="area")
+        return F.normalize(floats.double().flatten(1), dim=1)
+
+    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], "n"]:
+        """The cosine with each picture."""
+        if query.pixels.shape != pictures.pixels.shape[1:]:
+            raise ValueError(
+                f"Query {query.id!r} has shape {query.pixels.shape}, the training pictures "
+                f"{pictures.pixels.shape[1:]}: resize it first."
+            )
+        key = pictures.fingerprint, pictures.ids
+        if key not in self._vectors:
+            self._vectors[key] = self.vectors(np.asarray(pictures.pixels))
+        both = np.stack([query.pixels, query.pixels[:, ::-1]])  # mirroring the query mirrors every comparison
+        return (self._vectors[key] @ self.vectors(both).T).amax(dim=1).numpy()
+
+
+class CaptionSimilarity(_NoModel):
+    """Cosine of caption and prompt embeddings; the best of a picture's captions.
+
+    Args:
+        encoder: Turns captions into vectors.
+    """
+
+    requires: frozenset[Need] = frozenset({"features", "prompt"})
+
+    def __init__(self, encoder: TextEncoder | None = None) -> None:
+        self.encoder: TextEncoder = MiniLMEncoder.from_pretrained() if encoder is None else encoder
+        self._vectors: dict[tuple[tuple[str, ...], ...], Tensor] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {"method": "caption similarity", "encoder": self.encoder.identity()}
+
+    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], "n"]:
+        """The cosine with each picture's captions."""
+        if pictures.captions not in self._vectors:
+            flat = self.encoder.encode_texts([caption for several in pictures.captions for caption in several])
+            self._vectors[pictures.captions] = F.normalize(flat.double(), dim=1).unflatten(0, (len(pictures), -1))
+        prompt = F.normalize(self.encoder.encode_texts([query.prompt]).double(), dim=1)[0]
+        return (self._vectors[pictures.captions] @ prompt).amax(dim=1).numpy()

@@ -1,0 +1,78 @@
+"""Rankings on disk: `ranking.parquet` with query, rank (from 1), image and score, sorted by query and rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+
+from wherefrom.storage import replacing
+
+RANKING = "ranking.parquet"
+
+
+def order_of(ids: Sequence[str], scores: Float[NDArray[np.float64], "n"]) -> Int64[NDArray[np.int64], "n"]:
+    """Positions from the highest score to the lowest; ties are broken by id.
+
+    Raises:
+        ValueError: A score is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise ValueError(f"The score of picture {ids[bad[0]]!r} is {scores[bad[0]]}; rankings need finite scores.")
+    return np.lexsort((np.asarray(ids), -scores))
+
+
+def normalised_ranks(ids: Sequence[str], scores: Float[NDArray[np.float64], "n"]) -> Float[NDArray[np.float64], "n"]:
+    """(rank - 1) / n of each picture: 0 is the most influential."""
+    ranks = np.empty(len(ids))
+    ranks[order_of(ids, scores)] = np.arange(len(ids)) / len(ids)
+    return ranks
+
+
+def write_ranking(
+    folder: Path,
+    rankings: Mapping[str, tuple[Sequence[str], Float[NDArray[np.float64], "n"]]],
+    p_values: Mapping[str, Float[NDArray[np.float64], "n"]] | None = None,
+) -> None:
+    """Writes the rankings of several queries.
+
+    Args:
+        folder: Where `ranking.parquet` goes.
+        rankings: Query id -> (image ids, scores).
+        p_values: Query id -> p-values in the same order, as a further column.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    parts = []
+    for query in sorted(rankings):
+        ids, scores = rankings[query]
+        order = order_of(ids, scores)
+        columns = {
+            "query": pa.array([query] * len(order), pa.string()),
+            "rank": pa.array(np.arange(1, len(order) + 1), pa.int64()),
+            "image": pa.array([ids[index] for index in order], pa.string()),
+            "score": pa.array(scores[order], pa.float64()),
+        }
+        if p_values is not None:
+            columns["p_value"] = pa.array(p_values[query][order], pa.float64())
+        parts.append(pa.table(columns))
+    with replacing(folder / RANKING) as temporary:
+        pq.write_table(pa.concat_tables(parts), temporary)
+
+
+def read_ranking(folder: Path) -> dict[str, tuple[list[str], Float[NDArray[np.float64], "n"]]]:
+    """Query id -> (image ids from the most influential, their scores)."""
+    table = pq.read_table(folder / RANKING).to_pydict()
+    rankings: dict[str, tuple[list[str], list[float]]] = {}
+    for query, image, score in zip(table["query"], table["image"], table["score"], strict=True):
+        ids, scores = rankings.setdefault(query, ([], []))
+        ids.append(image)
+        scores.append(score)
+    return {query: (ids, np.asarray(scores)) for query, (ids, scores) in rankings.items()}

@@ -1,0 +1,88 @@
+"""What a person sees while something long runs: lines of what is being done, a bar.
+
+And an estimate before it starts.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from wherefrom import keyed
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+
+
+class Console:
+    """Prints on one process; silent on the others.
+
+    Args:
+        active: Whether this process prints.
+    """
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+        self._bar: Any = None
+        self._label = ""
+
+    def say(self, message: str) -> None:
+        """A line; it also names the next bar."""
+        self._label = message
+        if self.active:
+            tqdm.write(message, file=sys.stderr)
+
+    def progress(self, done: int, total: int) -> None:
+        """Moves the bar to `done` of `total`; the last call removes it."""
+        if not self.active:
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=self._label[:40], leave=False, file=sys.stderr)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+            self._bar = None
+
+
+def forward_rate(model: DiffusionModel, data: LatentSet, batch_size: int = 128, batches: int = 3) -> float:
+    """Forward passes a second, measured on the training latents (the first batch is not counted)."""
+    rows = torch.arange(batch_size) % len(data)
+    latents = data.latents[rows, 0].to(model.device, model.dtype)
+    states = data.states[rows, 0].to(model.device, model.dtype)
+    noise = keyed.normal(keyed.combine(rows), latents.shape[1:], model.dtype).to(model.device)
+    timesteps = (torch.arange(batch_size) * model.process.steps // batch_size).to(model.device)
+    started = 0.0
+    with torch.no_grad():
+        for batch in range(batches + 1):
+            losses = model.losses(latents, states, timesteps, noise)
+            float(losses.sum())  # waits for the device
+            if batch == 0:
+                started = time.perf_counter()
+    return batches * batch_size / (time.perf_counter() - started)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def room(folder: Path) -> str:
+    """Free memory and free disk below a folder, in words."""
+    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    return f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB of disk are free"
