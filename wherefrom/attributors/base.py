@@ -15,6 +15,7 @@ from torch import Tensor
 from wherefrom.data.latents import LatentSet
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.evaluation.ranking import order_of
 from wherefrom.passes import Progress
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
@@ -74,6 +75,12 @@ class Scores:
     scores: Float[NDArray[np.float64], "n"]
     null: Float[NDArray[np.float64], "m"]
     facts: Mapping[str, float] = field(default_factory=dict)
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """The (id, score) pairs of the most influential pictures, the first first."""
+        return [
+            (self.ids[position], float(self.scores[position])) for position in order_of(self.ids, self.scores)[:count]
+        ]
 
 
 @dataclass(frozen=True)
