@@ -17,6 +17,8 @@ from wherefrom.keyed import hash_texts
 from wherefrom.parts import LatentEncoder
 from wherefrom.storage import Store
 
+VALIDATION_VISITS = 8  # timesteps and noise draws per held-out picture
+
 
 def _whole(batch: object) -> object:
     return batch  # the data set already answers with whole batches
@@ -114,5 +116,10 @@ class PicturesDataModule(LightningDataModule):
         )
         return DataLoader(data, batch_sampler=batches, collate_fn=_whole)  # type: ignore[arg-type]
 
+    def test_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        """The held-out pictures again."""
+        return self.val_dataloader()
 
-VALIDATION_VISITS = 8
+    def predict_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        """The held-out pictures again."""
+        return self.val_dataloader()

@@ -94,6 +94,15 @@ class LatentDiffusion(LightningModule):
         losses = self.losses(self.ema, batch)
         self.log("val/loss", losses.mean(), batch_size=len(losses), prog_bar=True, sync_dist=True)
 
+    def test_step(self, batch: LatentBatch) -> None:
+        """Logs the same loss as `validation_step`, as `test/loss`."""
+        losses = self.losses(self.ema, batch)
+        self.log("test/loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+
+    def predict_step(self, batch: LatentBatch) -> dict[str, Tensor]:
+        """The averaged model's loss of each example, with the key of its visit."""
+        return {"keys": batch.keys, "losses": self.losses(self.ema, batch)}
+
     def model(self) -> DiffusionModel:
         """The averaged model, with the data module's encoder where there is one."""
         datamodule = getattr(self.trainer, "datamodule", None)

@@ -117,8 +117,7 @@ class TestEfficientNetLite0:
         assert features[0].shape == (30, 1280)
         assert not features[0].requires_grad
         raw = (to_float(torch.tensor(side)).flatten(1) for side in (twemoji, openmoji))
-        print("FOUND", found(*features), "RAW", found(*raw))
-        assert found(*features) >= 15
+        assert found(*features) >= 14 > 2 * found(*raw)
 
     def test_order_of_tensors_is_the_mapping(self) -> None:
         source = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))

@@ -39,7 +39,10 @@ class Quadratic:
         self.a, self.b = root @ root.T, torch.randn(7, generator=random, dtype=torch.float64)
         self.start = torch.randn(7, generator=random, dtype=torch.float64)
         self.fisher = torch.rand(7, generator=random, dtype=torch.float64) + 0.5
-        self.parameters = {"first": nn.Parameter(self.start[:3].clone()), "second": nn.Parameter(self.start[3:].clone())}
+        self.parameters = {
+            "first": nn.Parameter(self.start[:3].clone()),
+            "second": nn.Parameter(self.start[3:].clone()),
+        }
 
     def theta(self) -> Tensor:
         return torch.cat(list(self.parameters.values()))
@@ -233,7 +236,9 @@ def assert_untouched(model: DiffusionModel, before: dict[str, tuple[Tensor, bool
 
 
 @pytest.mark.parametrize(
-    "settings", [{"rise": 1e-2, "steps": 2}, {"rise": None, "alpha": 1e200}, {"rise": 1e30}], ids=["ends", "breaks", "fails"]
+    "settings",
+    [{"rise": 1e-2, "steps": 2}, {"rise": None, "alpha": 1e200}, {"rise": 1e30}],
+    ids=["ends", "breaks", "fails"],
 )
 def test_the_model_is_left_bit_for_bit_as_it_was(settings: dict[str, Any]) -> None:
     model = tiny_model()
