@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ def drawing_with(model: DiffusionModel, seed: int, steps: int, guidance: float, 
     encoder = model.encoder
     if encoder is None:
         raise ValueError("The model has no encoder, so it cannot draw prompts.")
-    config = model.denoiser.config
+    config: Any = model.denoiser.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
 
     def draw(prompts: list[str]) -> NDArray[np.uint8]:

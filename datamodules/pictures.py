@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,25 @@ VALIDATION_VISITS = 8  # timesteps and noise draws per held-out picture
 
 def _whole(batch: object) -> object:
     return batch  # the data set already answers with whole batches
+
+
+class KeyedLoader(DataLoader[Any]):
+    """Batches of visits. Its stream starts at the trainer's step, so it resumes without any state of its own.
+
+    Args:
+        data: Answers with whole batches.
+        batches: The keyed stream.
+    """
+
+    def __init__(self, data: Any, batches: KeyedBatches) -> None:
+        super().__init__(data, batch_sampler=batches, collate_fn=_whole)
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: the step is in the checkpoint already."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing: see the class."""
 
 
 class PicturesDataModule(LightningDataModule):
@@ -83,7 +103,7 @@ class PicturesDataModule(LightningDataModule):
             torch.from_numpy(np.array(pictures.pixels)), hash_texts(list(pictures.ids)), self.seed, flip_share
         )
 
-    def train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+    def train_dataloader(self) -> KeyedLoader:
         """Endless keyed batches, going on from the trainer's step."""
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 0:
@@ -101,9 +121,9 @@ class PicturesDataModule(LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
-        return DataLoader(data, batch_sampler=batches, collate_fn=_whole)  # type: ignore[arg-type]
+        return KeyedLoader(data, batches)
 
-    def val_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+    def val_dataloader(self) -> KeyedLoader:
         """The held-out pictures, each visited `VALIDATION_VISITS` times with its own noise."""
         data = self.visits(self.validation_pictures, getattr(self, "validation_latents", None), training=False)
         visits = 1 if self.encoder is None else VALIDATION_VISITS
@@ -114,12 +134,12 @@ class PicturesDataModule(LightningDataModule):
         batches = KeyedBatches(
             hash_texts(list(self.validation_pictures.ids)), self.seed, self.batch_size, steps, 0, rank, world
         )
-        return DataLoader(data, batch_sampler=batches, collate_fn=_whole)  # type: ignore[arg-type]
+        return KeyedLoader(data, batches)
 
-    def test_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+    def test_dataloader(self) -> KeyedLoader:
         """The held-out pictures again."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+    def predict_dataloader(self) -> KeyedLoader:
         """The held-out pictures again."""
         return self.val_dataloader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from wherefrom import keyed
 from wherefrom.data.stream import NOISE, LatentBatch
-from wherefrom.diffusion import DiffusionModel, ForwardProcess
+from wherefrom.diffusion import TRAINING_VERSION, DiffusionModel, ForwardProcess
 from wherefrom.pipeline import save_pipeline
+from wherefrom.storage import write_json
 
 
 class LatentDiffusion(LightningModule):
@@ -83,9 +85,11 @@ class LatentDiffusion(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def on_train_batch_end(self, outputs: object, batch: LatentBatch, batch_idx: int) -> None:
-        """Moves the average towards the weights."""
-        decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the step, then moves the average; later hooks would come after a checkpoint of this step is written."""
+        super().optimizer_step(*args, **kwargs)
+        step = self.global_step + 1
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1 - decay)
 
@@ -121,6 +125,10 @@ class LatentDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def on_train_end(self) -> None:
-        """Saves the averaged model as a pipeline."""
-        if self.save_to is not None and self.trainer.is_global_zero:
-            save_pipeline(Path(self.save_to), self.model(), self.text_source)
+        """Saves the averaged model as a pipeline, and beside it what was measured."""
+        if self.save_to is None or not self.trainer.is_global_zero:
+            return
+        save_pipeline(Path(self.save_to), self.model(), self.text_source)
+        metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
+        record = {"training_version": TRAINING_VERSION, "steps": self.global_step, "metrics": metrics}
+        write_json(Path(self.save_to) / "training.json", record)

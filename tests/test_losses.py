@@ -36,9 +36,7 @@ def change(
     model: DiffusionModel, moved: DiffusionModel, data: LatentSet, grid: LossGrid, batch_size: int, flip: Flip = "max"
 ) -> np.ndarray:
     """τ."""
-    return reduce_losses(
-        losses(moved, data, grid, batch_size) - losses(model, data, grid, batch_size), flip
-    ).numpy()
+    return reduce_losses(losses(moved, data, grid, batch_size) - losses(model, data, grid, batch_size), flip).numpy()
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
@@ -71,9 +69,7 @@ def test_losses_equal_a_loop_over_single_evaluations(prediction: str) -> None:
 def test_the_batch_size_does_not_matter(batch_size: int) -> None:
     model, data = tiny_model(), tiny_latents(20)
     moved, grid = moved_copy(model), LossGrid(timesteps=2)
-    torch.testing.assert_close(
-        losses(model, data, grid, batch_size), losses(model, data, grid, 256), rtol=1e-9, atol=0
-    )
+    torch.testing.assert_close(losses(model, data, grid, batch_size), losses(model, data, grid, 256), rtol=1e-9, atol=0)
     small, large = change(model, moved, data, grid, batch_size), change(model, moved, data, grid, 256)
     np.testing.assert_allclose(small, large, rtol=1e-9, atol=1e-12)
     assert np.array_equal(order_of(data.ids, small), order_of(data.ids, large))
@@ -174,10 +170,19 @@ def test_the_grid_is_that_of_the_paper() -> None:
 def test_losses_are_kept_and_found_again(tmp_path: Path) -> None:
     chunks: list[tuple[int, int]] = []
 
-    def measure(model: DiffusionModel, data: LatentSet = DATA, grid: LossGrid = GRID, name: str | None = None) -> Tensor:
+    def measure(
+        model: DiffusionModel, data: LatentSet = DATA, grid: LossGrid = GRID, name: str | None = None
+    ) -> Tensor:
         chunks.clear()
         return measure_losses(
-            model, data, grid, Store(tmp_path), one_process(), 64, name, lambda done, total: chunks.append((done, total))
+            model,
+            data,
+            grid,
+            Store(tmp_path),
+            one_process(),
+            64,
+            name,
+            lambda done, total: chunks.append((done, total)),
         )
 
     model = tiny_model()

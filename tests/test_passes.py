@@ -83,7 +83,13 @@ CPU = torch.device("cpu")
 
 def run(root: Path, runner: Runner, stop: int | None = None, kill: bool = False) -> Count:
     return run_pass(
-        lambda: Count(root / f"steps{runner.rank}.log", stop, kill), COUNT, Store(root / "store"), "count", IDENTITY, runner, CHUNK
+        lambda: Count(root / f"steps{runner.rank}.log", stop, kill),
+        COUNT,
+        Store(root / "store"),
+        "count",
+        IDENTITY,
+        runner,
+        CHUNK,
     )
 
 
@@ -153,7 +159,9 @@ from wherefrom import passes
 passes._SAVE_EVERY_S = 0.0
 test_passes.run(Path(sys.argv[1]), test_passes.Runner(torch.device("cpu")), int(sys.argv[2]), kill=True)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(root), str(stop)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(root), str(stop)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -247,18 +247,18 @@ def test_the_model_is_left_bit_for_bit_as_it_was(settings: dict[str, Any]) -> No
     if settings.get("rise") == 1e-2:
         run(model, newton=False, **settings)
     else:
-        with pytest.raises(ValueError, match="No step size raises|The loss of query 'query' is"):
+        with pytest.raises(ValueError, match=r"No step size raises|The loss of query 'query' is"):
             run(model, "cross_attention_kv", newton=False, **settings)
     assert_untouched(model, before)
 
 
 def test_a_loss_that_is_no_number_names_the_query_and_the_step() -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match="The loss of query 'fox 1' is .* after step 1 of unlearning"):
+    with pytest.raises(ValueError, match=r"The loss of query 'fox 1' is .* after step 1 of unlearning"):
         run(model, newton=False, rise=None, alpha=1e200, query=tiny_query("fox 1"))
     with torch.no_grad():
         model.denoiser.conv_out.bias[0] = float("nan")  # type: ignore[index, union-attr]
-    with pytest.raises(ValueError, match="The loss of query 'fox 2' is nan after step 0 of unlearning"):
+    with pytest.raises(ValueError, match=r"The loss of query 'fox 2' is nan after step 0 of unlearning"):
         run(model, newton=False, query=tiny_query("fox 2"))
 
 

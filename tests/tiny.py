@@ -21,7 +21,23 @@ from wherefrom.pipeline import save_pipeline
 from wherefrom.runner import Runner
 from wherefrom.unlearning import QueryLatent
 
-WORDS = "red green blue grey dark light square circle stripe picture of a the big small".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "grey",
+    "dark",
+    "light",
+    "square",
+    "circle",
+    "stripe",
+    "picture",
+    "of",
+    "a",
+    "the",
+    "big",
+    "small",
+]
 LENGTH = 6
 
 

@@ -70,6 +70,7 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
 
     Raises:
         OSError: There is no pipeline at that path.
+        ValueError: The path is neither a folder nor a hub id.
     """
     source = Path(path) / TEXT_SOURCE
     parts: dict[str, Any] = {}
@@ -103,6 +104,6 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
 
     Raises:
         OSError: There is no pipeline at that path.
-        ValueError: The pipeline is of a kind that is not supported.
+        ValueError: The path is neither a folder nor a hub id, or the pipeline is of a kind that is not supported.
     """
     return model_from_pipeline(load_pipeline(path, dtype))

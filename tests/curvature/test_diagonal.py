@@ -133,7 +133,7 @@ def test_a_zero_in_the_fisher_needs_damping() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_a_fisher_that_cannot_be_one_is_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="'w' holds negative or non-finite values"):
+    with pytest.raises(ValueError, match=r"'w' holds negative or non-finite values"):
         Diagonal({"w": torch.tensor([1.0, bad])})
 
 
@@ -184,7 +184,7 @@ def test_the_fisher_of_another_model_is_refused_unless_declared(tmp_path: Path) 
     )
     with pytest.raises(ValueError, match=message):
         load_diagonal(folder, custom)
-    with pytest.raises(ValueError, match="curvature_from declares 'something else'"):
+    with pytest.raises(ValueError, match=r"curvature_from declares 'something else'"):
         load_diagonal(folder, custom, curvature_from="something else")
     loaded = load_diagonal(folder, custom, curvature_from=base.fingerprint())
     assert all(torch.equal(loaded.fisher[name], values) for name, values in fisher.fisher.items())
@@ -194,7 +194,7 @@ def test_the_fisher_of_other_weights_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     fisher, folder = fitted(tmp_path, model)
     gradients = {name: torch.ones_like(value) for name, value in select_weights(model.denoiser, "attention").items()}
-    with pytest.raises(ValueError, match="holds none for weight '.*attn1.*made for other weights"):
+    with pytest.raises(ValueError, match=r"holds none for weight '.*attn1.*made for other weights"):
         fisher.precondition(gradients)
     wide = tiny_model(channels=(8, 24))
     with pytest.raises(ValueError, match=r"weight '.*' has shape \(16, 12\), in the model to unlearn \(24, 12\)"):

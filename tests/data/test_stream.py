@@ -185,7 +185,7 @@ def test_visits_mix_mirror_images_and_captions_in_their_shares(latents: LatentSe
     data = LatentVisits(latents, seed=4, flip_share=0.5, caption_dropout=0.25)
     visits = [Visit(index, visit) for visit in range(200) for index in range(23)]
     batch = data.__getitems__(visits)
-    index = torch.tensor([visit.index for visit in visits])
+    index = torch.tensor([visit.position for visit in visits])
     mirrored = (batch.latents[:, 0, 0, 0] - index) == 0.5
     dropped = batch.states[:, 0, 0] == -1
     caption = batch.states[~dropped][:, 0, 0] - 100 * index[~dropped]

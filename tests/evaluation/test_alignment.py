@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from transformers import BertConfig, BertModel, BertTokenizer
 
-from benchmarks.recognisability import choose_prompts, contact_sheet, recognisability, summary
+from benchmarks.recognisability import choose_prompts, contact_sheet, drawing_with, recognisability, summary
 from wherefrom import keyed
 from wherefrom.data.pictures import Pictures
+from wherefrom.diffusion import DiffusionModel, ForwardProcess
 from wherefrom.evaluation.alignment import AlignmentJudge, AlignmentModel, Moments, rank_of_prompt, rate, rate_ratio
+from wherefrom.parts import CaptionEncoder, LatentEncoder, autoencoder_from_config, freeze, unet_from_config
 from wherefrom.storage import Store
 
 WIDTH, SIDE = 6, 4
@@ -76,6 +80,41 @@ def fitted(pictures: Pictures, tmp_path, **settings) -> AlignmentJudge:
 
 def asked(pictures: Pictures):
     return pictures.pixels, pictures.columns["concept"], pictures.columns["style"]
+
+
+def tiny_model(folder) -> DiffusionModel:
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "red", "house", "hill"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = CaptionEncoder(
+        BertModel(BertConfig(vocab_size=len(words), **sizes)), BertTokenizer(str(folder / "vocab.txt")), 6
+    )
+    vae = autoencoder_from_config(
+        {
+            "block_out_channels": [4, 4],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "latent_channels": 4,
+            "norm_num_groups": 2,
+            "sample_size": 16,
+        }
+    )
+    unet = unet_from_config(
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [8],
+            "layers_per_block": 1,
+            "down_block_types": ["CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D"],
+            "cross_attention_dim": 8,
+            "attention_head_dim": 2,
+            "norm_num_groups": 2,
+        }
+    )
+    return DiffusionModel(freeze(unet), ForwardProcess(DDPMScheduler()), LatentEncoder(vae, text))
 
 
 class TestAlignmentModel:
@@ -210,6 +249,20 @@ class TestJudge:
             expected.append(1 + (cosines > cosines[names.index(f"thing {concept}, {style} style")]).sum())
         assert judge.ranks(*asked(chosen)).tolist() == expected
 
+    def test_prompts_compete_within_their_style_only(self, tmp_path) -> None:
+        pictures = world()
+        judge = fitted(pictures, tmp_path)
+        competing = []
+
+        class Recorded(Texts):
+            def encode_texts(self, captions):
+                competing.append(list(captions))
+                return super().encode_texts(captions)
+
+        judge.texts = Recorded()
+        judge.ranks(*asked(pictures.subset([0, 61, 2])))
+        assert competing == [[f"thing {number}, {style} style" for number in range(3)] for style in STYLES]
+
     def test_strength_is_best_on_the_folds_that_are_not_judged(self, tmp_path) -> None:
         pictures, alphas = world(50, linear=True), (1e-4, 1.0, 1e4)
         noisy = np.array(pictures.pixels).astype(int) + np.random.default_rng(5).integers(
@@ -321,6 +374,16 @@ class TestRecognisability:
             recognisability(judge, pictures, lambda prompts: pictures.pixels[: len(prompts)], 50)
         with pytest.raises(ValueError, match="returned 3 pictures for 20 prompts"):
             recognisability(judge, pictures, lambda prompts: pictures.pixels[:3], 20, among=20)
+
+    def test_a_drawing_depends_on_prompt_and_seed_only(self, tmp_path) -> None:
+        model = tiny_model(tmp_path)
+        prompts = ["fox", "red house", "hill"]
+        drawn = drawing_with(model, 0, 3, 2.0)(prompts)
+        assert (drawn.dtype, drawn.shape) == (np.uint8, (3, 16, 16, 3))
+        one_by_one = drawing_with(model, 0, 3, 2.0, batch_size=1)(prompts[::-1])[::-1]
+        assert np.abs(drawn.astype(int) - one_by_one).max() <= 1
+        assert np.abs(drawn.astype(int) - drawing_with(model, 1, 3, 2.0)(prompts)).max() > 10
+        assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 10
 
     def test_sheet_shows_the_generated_picture_above_the_real_one(self, tmp_path) -> None:
         pictures = world()

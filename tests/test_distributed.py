@@ -1,0 +1,139 @@
+"""Two processes get the numbers of one: Fisher information, unlearning, scores, training, and the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+import evaluate
+import train
+from tests.tiny import (
+    LENGTH,
+    attribution_config,
+    one_process,
+    text_folder,
+    tiny_latents,
+    tiny_model,
+    tiny_pipeline,
+    tiny_vae,
+    training_config,
+)
+from wherefrom.attributors import AttributionByUnlearning, Query, TrainingData
+from wherefrom.curvature import Diagonal, FisherSettings
+from wherefrom.evaluation.ranking import order_of, read_ranking
+from wherefrom.losses import LossGrid
+from wherefrom.parts import CaptionEncoder, LatentEncoder
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+from wherefrom.unlearning import QueryLatent, QueryLoss, UnlearningSettings
+from wherefrom.weights import select_weights, trainable
+
+ROOT = Path(__file__).parents[1]
+COUNT = 140  # more than one chunk of 128, so that both processes have work
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
+    """Fisher information, gradient of a query, and scores of a tiny model in float64."""
+    text = CaptionEncoder.from_pretrained(str(text_folder(folder / "pipeline")), LENGTH)
+    model, data = tiny_model(encoder=LatentEncoder(tiny_vae(), text)), tiny_latents(COUNT)
+    attributor = AttributionByUnlearning(
+        "all",
+        UnlearningSettings(steps=2, draws=300, rise=0.05, measure_draws=300),
+        LossGrid(timesteps=2),
+        fisher=FisherSettings(visits=1),
+    )
+    held_out = tiny_latents(6, seed=1)
+    training = TrainingData(data.pictures, data, held_out.pictures, held_out)
+    attributor.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
+    assert isinstance(attributor.curvature, Diagonal)
+    latent = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    query = Query("query", "a red square", np.zeros((8, 8, 3), dtype=np.uint8), latent)
+    (scores,) = attributor.score([query])
+    weights = select_weights(model.denoiser, "all")
+    loss = QueryLoss(model, QueryLatent("query", latent, text.encode(["a red square"])[0]), 0, runner)
+    with trainable(model.denoiser, weights):
+        gradient = loss.gradient(weights, 0, 300)
+    return {
+        "scores": torch.from_numpy(scores.scores),
+        "null": torch.from_numpy(scores.null),
+        "loss": torch.tensor(loss.value(300)),
+        **{f"fisher/{name}": value for name, value in attributor.curvature.fisher.items()},
+        **{f"gradient/{name}": value for name, value in gradient.items()},
+    }
+
+
+def process(rank: int, folder: Path, world_size: int) -> None:
+    """One of the processes; rank 0 and the last one leave what they got."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    save_file(numbers(folder, Runner.current(torch.device("cpu"))), folder / f"rank{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_fisher_unlearning_and_scores_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path / "pipeline")
+    spawn(process, (tmp_path, 2), nprocs=2)
+    expected = numbers(tmp_path, one_process())
+    both = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
+    ids = tiny_latents(COUNT).ids
+    for found in both:
+        assert found.keys() == expected.keys()
+        for kind in ("scores", "null", "loss", "fisher", "gradient"):
+            names = [name for name in expected if name.startswith(kind)]
+            scale = max(float(expected[name].abs().max()) for name in names)
+            for name in names:
+                torch.testing.assert_close(
+                    found[name], expected[name], rtol=1e-9, atol=1e-11 * scale, msg=lambda text, n=name: f"{n}: {text}"
+                )
+        assert np.array_equal(order_of(ids, found["scores"].numpy()), order_of(ids, expected["scores"].numpy()))
+    assert float(expected["scores"].std()) > 1e-4
+
+
+def command(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_on_two_processes_gives_the_weights_of_one(tmp_path: Path) -> None:
+    # Plain gradient descent: Adam divides by gradients, so that rounding alone turns those that are zero.
+    options = ["--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr", "0.1"]
+    two, one = training_config(tmp_path, "two"), training_config(tmp_path, "one")
+    command("train.py", "fit", "-c", str(two), *options, *TWO)
+    fresh = train.main(["fit", "-c", str(one), *options]).model.state_dict()
+    checkpoint = torch.load(tmp_path / "two" / "step=8.ckpt", weights_only=True)
+    start = train.main(["fit", "-c", str(one), *options, "--trainer.max_steps", "0"]).model.state_dict()
+    assert checkpoint["global_step"] == 8
+    assert checkpoint["state_dict"].keys() == fresh.keys()
+    for name, value in fresh.items():
+        torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+    moved = max(float((value - start[name]).abs().max()) for name, value in fresh.items())
+    assert moved > 1e-2
+
+
+def test_attribution_on_two_processes_gives_the_ranking_of_one(tmp_path: Path) -> None:
+    two = attribution_config(tmp_path, "two", COUNT)
+    one = attribution_config(tmp_path, "one", store=str(tmp_path / "store of one"))
+    command("evaluate.py", "attribute", "-c", str(two), *TWO)
+    evaluate.main(["attribute", "-c", str(one)])
+    ((query, (ids, expected)),) = read_ranking(tmp_path / "one").items()
+    found_ids, scores = read_ranking(tmp_path / "two")[query]
+    assert len(ids) == COUNT
+    assert set(found_ids) == set(ids)
+    found = scores[[found_ids.index(name) for name in ids]]
+    # The command line computes in float32.
+    assert np.abs(found - expected).max() <= 1e-2 * expected.std()
+    assert spearmanr(found, expected).statistic >= 0.9999
+    assert len(set(found_ids[:100]) & set(ids[:100])) >= 98
+    assert (tmp_path / "two" / "report.html").exists()

@@ -1,0 +1,97 @@
+"""The library is usable without Lightning and without the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_folder, tiny_pipeline
+from wherefrom.evaluation.ranking import read_ranking
+
+ROOT = Path(__file__).parents[1]
+
+WITHOUT_LIGHTNING = """
+import sys
+
+for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "jsonargparse"):
+    sys.modules[name] = None  # importing it now fails
+"""
+
+EVERYTHING = """
+import importlib, pkgutil
+import wherefrom
+
+names = [module.name for module in pkgutil.walk_packages(wherefrom.__path__, "wherefrom.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+
+TEN_LINES = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+from pathlib import Path
+from transformers import AutoModel
+
+from wherefrom.attribution import attribute
+from wherefrom.attributors import AttributionByUnlearning, TrainingData
+from wherefrom.curvature import FisherSettings
+from wherefrom.data.image_folder import build_image_folder, split_pictures
+from wherefrom.data.latents import encode_pictures
+from wherefrom.losses import LossGrid
+from wherefrom.pipeline import model_from_pipeline
+from wherefrom.queries import generate
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+from wherefrom.unlearning import UnlearningSettings
+
+model_folder, text_folder, pictures_folder, out = sys.argv[1:]
+text = AutoModel.from_pretrained(text_folder)
+model = model_from_pipeline(DiffusionPipeline.from_pretrained(model_folder, text_encoder=text))
+store, runner = Store(out + "/store"), Runner.current(torch.device("cpu"))
+train, held_out = split_pictures(build_image_folder(store, Path(pictures_folder)), 0.1)
+data = TrainingData(train, encode_pictures(train, model.encoder, store), held_out, encode_pictures(held_out, model.encoder, store))
+settings = UnlearningSettings(draws=16, measure_draws=16, rise=0.01)
+method = AttributionByUnlearning("all", settings, LossGrid(timesteps=2), fisher=FisherSettings(visits=1))
+queries = generate(model, ["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)
+(scores,) = attribute(Path(out + "/run"), method, data, model, queries, store, runner)
+print(scores.ids[scores.scores.argmax()])
+"""
+
+
+def run(script: str, *arguments: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIGHTNING + script, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_every_module_can_be_imported_without_lightning() -> None:
+    modules = [
+        path
+        for path in (ROOT / "wherefrom").rglob("*.py")
+        if path.parent != ROOT / "wherefrom" or path.stem != "__init__"
+    ]
+    assert int(run(EVERYTHING)) == len(modules)
+
+
+def test_a_picture_is_attributed_in_a_few_lines_without_lightning(tmp_path: Path) -> None:
+    model = tiny_pipeline(tmp_path / "model")
+    first = run(TEN_LINES, model, tmp_path / "model-text", tiny_folder(tmp_path / "pictures"), tmp_path / "out")
+    ((ids, _),) = read_ranking(tmp_path / "out" / "run").values()
+    assert ids[0] == first
+    assert len(ids) == 16
+    assert (tmp_path / "out" / "run" / "report.html").exists()
+
+
+def test_lightning_is_really_out_of_reach() -> None:
+    with pytest.raises(AssertionError, match="import of lightning halted"):
+        run("import lightning")
