@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 WITHOUT_LIGHTNING = """
 import sys
 
-for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "jsonargparse"):
+names = "lightning lightning.pytorch lightning.fabric pytorch_lightning lightning_fabric jsonargparse"
+for name in names.split():
     sys.modules[name] = None  # importing it now fails
 """
 
@@ -54,7 +55,8 @@ text = AutoModel.from_pretrained(text_folder)
 model = model_from_pipeline(DiffusionPipeline.from_pretrained(model_folder, text_encoder=text))
 store, runner = Store(out + "/store"), Runner.current(torch.device("cpu"))
 train, held_out = split_pictures(build_image_folder(store, Path(pictures_folder)), 0.1)
-data = TrainingData(train, encode_pictures(train, model.encoder, store), held_out, encode_pictures(held_out, model.encoder, store))
+latents = [encode_pictures(pictures, model.encoder, store) for pictures in (train, held_out)]
+data = TrainingData(train, latents[0], held_out, latents[1])
 settings = UnlearningSettings(draws=16, measure_draws=16, rise=0.01)
 method = AttributionByUnlearning("all", settings, LossGrid(timesteps=2), fisher=FisherSettings(visits=1))
 queries = generate(model, ["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)

@@ -128,7 +128,7 @@ def test_the_mean_over_flips_is_a_variant(model: DiffusionModel, tmp_path: Path)
 
 
 def test_scores_are_found_again_for_the_same_model_only(model: DiffusionModel, tmp_path: Path) -> None:
-    # Two models that differ in weights that do not move, and that do not move at all: only the whole model tells them apart.
+    # Two models with the same keys and values, which stay where they are: only the other weights tell them apart.
     options = {"settings": {"rise": None, "alpha": 0.0, "newton": False}, "weights": "cross_attention_kv"}
     first = score(method(**options), model, tmp_path)
     other = moved_copy(model)

@@ -36,7 +36,7 @@ def test_it_is_the_share_of_signal_in_the_variance(noise: float, draws: int) -> 
 
 
 def test_without_noise_it_is_one_and_without_signal_about_zero() -> None:
-    assert reliability(table(0.0, 6)) == 1.0
+    assert reliability(table(0.0, 6)) == pytest.approx(1.0)
     assert abs(reliability(np.random.default_rng(1).normal(size=(3000, 8)))) < 0.05
 
 

@@ -28,7 +28,7 @@ def split_half(
         splits: Number of random splits.
 
     Returns:
-        The reliability, at most 1; NaN where there are fewer than two draws.
+        The reliability, between -1 and 1; NaN where there are fewer than two draws.
     """
     if draws < 2:
         return float("nan")
@@ -41,4 +41,5 @@ def split_half(
             return float("nan")
         correlations.append(float(spearmanr(*halves).statistic))
     mean = float(np.mean(correlations))
-    return 2 * mean / (1 + mean) if mean > -1 else -1.0
+    # Towards r = -1 the formula has no bound; below 0 it only says that the halves contradict each other.
+    return max(2 * mean / (1 + mean), -1.0) if mean > -1 else -1.0
