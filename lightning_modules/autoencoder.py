@@ -31,7 +31,7 @@ class Autoencoder(LightningModule):
     alike.
 
     Args:
-        vae: The autoencoder; its `scaling_factor` is set from the data when training ends.
+        vae: The autoencoder; what is saved has a `scaling_factor` that is set from the data.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule, stepped per batch.
         kl_weight: Weight of the KL divergence per latent element.
@@ -105,7 +105,7 @@ class Autoencoder(LightningModule):
             raise ValueError(
                 "save_to needs a validation pass, from which the scaling factor is set: do not limit it to 0 batches."
             )
-        self.vae.register_to_config(scaling_factor=round(1.0 / float(spread), 4))
-        rounded = AutoencoderKL.from_config(self.vae.config)
+        # As an argument: registered over a value that was left to its default, it would be lost in from_config.
+        rounded = AutoencoderKL.from_config(self.vae.config, scaling_factor=round(1.0 / float(spread), 4))
         rounded.load_state_dict(self.vae.state_dict())
         rounded.half().save_pretrained(Path(self.save_to))

@@ -29,6 +29,8 @@ from wherefrom.weights import select_weights
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`:UserWarning"),
 ]
 
 SGD = ["--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr"]
@@ -134,24 +136,29 @@ def test_the_pipeline_that_is_saved_is_the_average(run: LightningCLI, folder: Pa
 
 
 def test_a_run_can_start_from_saved_weights(run: LightningCLI, folder: Path) -> None:
-    started = fit(
-        folder, "started", "--model.init_args.init_from", str(folder / "saved" / "unet"), "--trainer.max_steps", "0"
-    )
+    source = ["--model.init_args.init_from", str(folder / "saved" / "unet")]
+    started = fit(folder, "started", *source, *SGD, "0.0", "--trainer.max_steps", "1")
     for part in (started.model.unet, started.model.ema):
         for name, value in run.model.ema.state_dict().items():
             assert torch.equal(part.state_dict()[name], value.half().float()), name
 
 
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows that the CSV logger left below a folder."""
+    (metrics,) = folder.rglob("metrics.csv")
+    return list(csv.DictReader(metrics.read_text().splitlines()))
+
+
 def test_a_run_leaves_its_losses_and_its_configuration(run: LightningCLI, folder: Path) -> None:
-    (metrics,) = (folder / "whole").rglob("metrics.csv")
-    rows = list(csv.DictReader(metrics.open()))
+    rows = read_metrics(folder / "whole")
     training = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     assert len(training) == 8
     assert all(0 < loss < 100 for loss in training)
     assert [float(row["val/loss"]) for row in rows if row["val/loss"]] == [
         float(run.trainer.callback_metrics["val/loss"])
     ]
-    config = yaml.safe_load((metrics.parent / "config.yaml").read_text())
+    (config_file,) = (folder / "whole").rglob("config.yaml")
+    config = yaml.safe_load(config_file.read_text())
     assert config["seed_everything"] == 5
     assert config["model"]["init_args"]["ema_decay"] == 0.5
     assert config["data"]["init_args"]["batch_size"] == 6
@@ -198,7 +205,7 @@ def test_sample_grids_are_drawn_from_the_average(run: LightningCLI, tmp_path: Pa
 def test_the_grid_belongs_to_the_diffusion_model(folder: Path) -> None:
     grid = {"class_path": "SampleGrid", "init_args": {"prompts": ["a"], "folder": str(folder / "grids")}}
     with pytest.raises(ValueError, match="SampleGrid belongs to LatentDiffusion, not to Autoencoder"):
-        train.main(autoencoder(folder, "--trainer.callbacks", str([grid]), "--trainer.max_steps", "2"))
+        train.main(autoencoder(folder, "no grid", "--trainer.callbacks", str([grid]), "--trainer.max_steps", "2"))
 
 
 def test_wandb_works_offline_and_gets_the_configuration(folder: Path) -> None:
@@ -228,9 +235,9 @@ def test_wandb_works_offline_and_gets_the_configuration(folder: Path) -> None:
     assert b"cross_attention_dim" in record.read_bytes()
 
 
-def autoencoder(folder: Path, *options: str) -> list[str]:
+def autoencoder(folder: Path, name: str, *options: str) -> list[str]:
     """Arguments of a short training of a tiny autoencoder on the same pictures."""
-    training_config(folder, "autoencoder")
+    training_config(folder, name)
     vae = {
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -254,6 +261,7 @@ def autoencoder(folder: Path, *options: str) -> list[str]:
         "--trainer.check_val_every_n_epoch": "null",
         "--trainer.num_sanity_val_steps": "0",
         "--trainer.use_distributed_sampler": "false",
+        "--trainer.default_root_dir": str(folder / name),
         "--trainer.logger": "false",
         "--trainer.enable_checkpointing": "false",
         "--trainer.enable_progress_bar": "false",
@@ -263,8 +271,9 @@ def autoencoder(folder: Path, *options: str) -> list[str]:
 
 
 def test_the_autoencoder_trains_reproducibly_and_is_saved_with_its_scale(folder: Path) -> None:
-    saved = folder / "autoencoder"
-    first, again = (train.main(autoencoder(folder, "--model.init_args.save_to", str(saved))) for _ in range(2))
+    saved = folder / "vae"
+    option = ["--model.init_args.save_to", str(saved)]
+    first, again = (train.main(autoencoder(folder, f"autoencoder {run}", *option)) for run in range(2))
     assert_same(again.model.state_dict(), first.model.state_dict())
     spread = float(first.trainer.callback_metrics["val/latent_std"])
     loaded = type(first.model.vae).from_pretrained(saved)
@@ -317,8 +326,7 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
     assert done.trainer.global_step == 3
     assert_same({name: value.detach() for name, value in done.model.unet.named_parameters()}, expected.moved)
     assert (tmp_path / "moved.safetensors").exists()
-    (metrics,) = (tmp_path / "log").rglob("metrics.csv")
-    rows = list(csv.DictReader(metrics.open()))
+    rows = read_metrics(tmp_path / "log")
     assert [float(row["unlearning/alpha"]) for row in rows] == pytest.approx(expected.alphas, rel=1e-5)
     rises = [loss - expected.losses[0] for loss in expected.losses[1:]]
     assert [float(row["loss_change/query"]) for row in rows] == pytest.approx(rises, rel=1e-4)

@@ -49,10 +49,11 @@ class ReportOptions:
         """
         if self.groups is None:
             skipped = {"split", "concept", "name"}
+            most = min(_MOST_GROUPS, len(pictures) - 1)  # a column that tells every picture apart groups nothing
             return [
                 name
                 for name, values in pictures.columns.items()
-                if name not in skipped and 2 <= len(set(values)) <= _MOST_GROUPS
+                if name not in skipped and 2 <= len(set(values)) <= most
             ]
         missing = [name for name in self.groups if name not in pictures.columns]
         if missing:
