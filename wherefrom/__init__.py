@@ -1,7 +1,27 @@
 """wherefrom: which training images did this picture come from?"""
 
-from wherefrom.api import attribute_pictures
-from wherefrom.attributors import AttributionByUnlearning, Scores
-from wherefrom.pipeline import load_pipeline
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wherefrom.api import attribute_pictures
+    from wherefrom.attributors import AttributionByUnlearning, Scores
+    from wherefrom.pipeline import load_pipeline
 
 __all__ = ["AttributionByUnlearning", "Scores", "attribute_pictures", "load_pipeline"]
+
+_HOMES = {
+    "AttributionByUnlearning": "wherefrom.attributors",
+    "Scores": "wherefrom.attributors",
+    "attribute_pictures": "wherefrom.api",
+    "load_pipeline": "wherefrom.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: diffusers and transformers take seconds to import."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wherefrom' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

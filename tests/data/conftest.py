@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from wherefrom.data.emoji import build_emoji
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.pictures import Pictures
 from wherefrom.storage import Store
 
@@ -21,3 +26,16 @@ def emoji_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def emoji_pictures(emoji_store: Store) -> Pictures:
     """The default emoji world."""
     return build_emoji(emoji_store)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def build(tmp_path: Path, folder: Path) -> Callable[..., Pictures]:
+    def build(**options: Any) -> Pictures:
+        return build_image_folder(Store(tmp_path / "store"), folder, ImageFolderOptions(**options))
+
+    return build
