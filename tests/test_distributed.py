@@ -49,7 +49,7 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     model, data = tiny_model(encoder=LatentEncoder(tiny_vae(), text)), tiny_latents(COUNT)
     attributor = AttributionByUnlearning(
         "all",
-        UnlearningSettings(steps=2, draws=300, rise=0.05, measure_draws=300),
+        UnlearningSettings(steps=2, draws=160, rise=0.05, measure_draws=160),
         LossGrid(timesteps=2),
         fisher=FisherSettings(visits=1),
     )
@@ -63,11 +63,11 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     weights = select_weights(model.denoiser, "all")
     loss = QueryLoss(model, QueryLatent("query", latent, text.encode(["a red square"])[0]), 0, runner)
     with trainable(model.denoiser, weights):
-        gradient = loss.gradient(weights, 0, 300)
+        gradient = loss.gradient(weights, 0, 160)
     return {
         "scores": torch.from_numpy(scores.scores),
         "null": torch.from_numpy(scores.null),
-        "loss": torch.tensor(loss.value(300)),
+        "loss": torch.tensor(loss.value(160)),
         **{f"fisher/{name}": value for name, value in attributor.curvature.fisher.items()},
         **{f"gradient/{name}": value for name, value in gradient.items()},
     }
