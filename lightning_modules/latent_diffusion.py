@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -31,12 +31,19 @@ class LatentDiffusion(LightningModule):
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule, stepped per batch.
         ema_decay: Decay of the average per step (it grows from 0 in the first steps).
+        max_snr_weight: γ: training weights each velocity loss by min(1, γ / (SNR + 1)), so that the squared error of
+            the picture is never weighted by more than γ. At little noise most of the velocity loss cannot be learned
+            and would drown the rest; the argument is that of Min-SNR weighting (Hang et al. 2023), but noisy timesteps
+            keep their whole weight. None weights all alike. Held-out losses are never weighted.
         compile: Compile the U-Net.
         channels_last: Keep convolution weights channels-last, which is faster on many devices.
         save_to: Folder to which the averaged model is saved as a diffusers pipeline.
         text_source: Where that pipeline's text encoder comes from.
         init_from: A `diffusers` U-Net folder whose weights to start from (not a run to go on with: that is
             `ckpt_path`).
+
+    Raises:
+        ValueError: `max_snr_weight` is not positive, or the model predicts noise.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class LatentDiffusion(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
+        max_snr_weight: float | None = None,
         compile: bool = False,
         channels_last: bool = False,
         save_to: str | None = None,
@@ -59,23 +67,41 @@ class LatentDiffusion(LightningModule):
         self.ema = copy.deepcopy(unet).requires_grad_(False).eval()
         self.process = ForwardProcess(noise_scheduler)
         self.optimizer, self.scheduler, self.ema_decay = optimizer, scheduler, ema_decay
+        if max_snr_weight is not None and not (max_snr_weight > 0 and self.process.prediction == "v_prediction"):
+            raise ValueError(
+                f"max_snr_weight {max_snr_weight}: it must be positive, and the noise scheduler's prediction_type "
+                f"'v_prediction' (it is {self.process.prediction!r}); leave it out to weight all timesteps alike."
+            )
+        self.max_snr_weight = max_snr_weight
         self.save_to, self.text_source = save_to, text_source
         if compile:
             self.unet.compile()
 
+    def timesteps(self, batch: LatentBatch) -> Int64[Tensor, "b"]:
+        """The timestep of each visit."""
+        return (batch.times * self.process.steps).long()
+
+    def weights(self, timesteps: Int64[Tensor, "b"]) -> Float[Tensor, "b"] | float:
+        """min(1, γ (1 - ᾱ_t)), since 1 / (SNR + 1) = 1 - ᾱ_t."""
+        if self.max_snr_weight is None:
+            return 1.0
+        noise_share = self.process.spread[timesteps.cpu()].square()
+        return (self.max_snr_weight * noise_share).clamp(max=1.0).to(timesteps.device)
+
     def losses(self, unet: UNet2DConditionModel, batch: LatentBatch) -> Float[Tensor, "b"]:
         """One loss per example; timestep and noise depend only on the visit's key."""
-        timesteps = (batch.times * self.process.steps).long()
+        timesteps = self.timesteps(batch)
         noise = keyed.normal(keyed.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype)
         return DiffusionModel(unet, self.process).losses(batch.latents, batch.states, timesteps, noise)
 
     def training_step(self, batch: LatentBatch) -> Tensor:
-        """The mean of the per-example losses.
+        """The mean of the weighted per-example losses.
 
         Raises:
             ValueError: The loss is not finite.
         """
-        loss = self.losses(self.unet, batch).mean()
+        losses = self.losses(self.unet, batch)
+        loss = (losses * self.weights(self.timesteps(batch))).mean().to(losses.dtype)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The training loss is {loss.item()} at step {self.global_step}. Lower the learning rate or set "

@@ -40,7 +40,6 @@ from wherefrom.weights import select_weights, trainable
 
 ROOT = Path(__file__).parents[1]
 COUNT = 140  # more than one chunk of 128, so that both processes have work
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
 def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
@@ -100,35 +99,53 @@ def test_fisher_unlearning_and_scores_of_two_processes_are_those_of_one(tmp_path
     assert float(expected["scores"].std()) > 1e-4
 
 
-def command(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+# Plain gradient descent: Adam divides by gradients, so that rounding alone turns those that are zero.
+SGD = ["--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs training and attribution on two processes, at the same time: starting up is most of it."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "training").mkdir()
+    (folder / "attribution").mkdir()
+    training = ["train.py", "fit", "-c", str(training_config(folder / "training", "two")), *SGD]
+    config = attribution_config(folder / "attribution", "two", COUNT)
+    begun = [
+        subprocess.Popen(
+            [sys.executable, *command, "--trainer.devices", "2", "--trainer.strategy", "ddp"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in (training, ["evaluate.py", "attribute", "-c", str(config)])
+    ]
+    for process in begun:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output[-4000:]
+    return folder
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_training_on_two_processes_gives_the_weights_of_one(tmp_path: Path) -> None:
-    # Plain gradient descent: Adam divides by gradients, so that rounding alone turns those that are zero.
-    options = ["--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr", "0.1"]
-    two, one = training_config(tmp_path, "two"), training_config(tmp_path, "one")
-    command("train.py", "fit", "-c", str(two), *options, *TWO)
-    fresh = train.main(["fit", "-c", str(one), *options]).model.state_dict()
-    checkpoint = torch.load(tmp_path / "two" / "step=8.ckpt", weights_only=True)
-    start = torch.load(tmp_path / "one" / "step=4.ckpt", weights_only=True)["state_dict"]
+def test_training_on_two_processes_gives_the_weights_of_one(commands: Path) -> None:
+    folder = commands / "training"
+    expected = train.main(["fit", "-c", str(training_config(folder, "one")), *SGD]).model.state_dict()
+    start = torch.load(folder / "one" / "step=4.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(folder / "two" / "step=8.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 8
-    assert checkpoint["state_dict"].keys() == fresh.keys()
-    for name, value in fresh.items():
+    assert checkpoint["state_dict"].keys() == expected.keys()
+    for name, value in expected.items():
         torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=1e-4, atol=1e-5)
-    moved = max(float((value - start[name]).abs().max()) for name, value in fresh.items())
-    assert moved > 1e-2
+    assert max(float((value - start[name]).abs().max()) for name, value in expected.items()) > 1e-2
 
 
-def test_attribution_on_two_processes_gives_the_ranking_of_one(tmp_path: Path) -> None:
-    two = attribution_config(tmp_path, "two", COUNT)
-    one = attribution_config(tmp_path, "one", store=str(tmp_path / "store of one"))
-    command("evaluate.py", "attribute", "-c", str(two), *TWO)
+def test_attribution_on_two_processes_gives_the_ranking_of_one(commands: Path) -> None:
+    folder = commands / "attribution"
+    one = attribution_config(folder, "one", store=str(folder / "store of one"))
     evaluate.main(["attribute", "-c", str(one)])
-    ((query, (ids, expected)),) = read_ranking(tmp_path / "one").items()
-    found_ids, scores = read_ranking(tmp_path / "two")[query]
+    ((query, (ids, expected)),) = read_ranking(folder / "one").items()
+    found_ids, scores = read_ranking(folder / "two")[query]
     assert len(ids) == COUNT
     assert set(found_ids) == set(ids)
     found = scores[[found_ids.index(name) for name in ids]]
@@ -136,4 +153,4 @@ def test_attribution_on_two_processes_gives_the_ranking_of_one(tmp_path: Path) -
     assert np.abs(found - expected).max() <= 1e-2 * expected.std()
     assert spearmanr(found, expected).statistic >= 0.9999
     assert len(set(found_ids[:100]) & set(ids[:100])) >= 98
-    assert (tmp_path / "two" / "report.html").exists()
+    assert (folder / "two" / "report.html").exists()

@@ -28,7 +28,6 @@ import wherefrom
 names = [module.name for module in pkgutil.walk_packages(wherefrom.__path__, "wherefrom.")]
 for name in names:
     importlib.import_module(name)
-print(len(names))
 """
 
 TEN_LINES = """
@@ -61,7 +60,7 @@ settings = UnlearningSettings(draws=16, measure_draws=16, rise=0.01)
 method = AttributionByUnlearning("all", settings, LossGrid(timesteps=2), fisher=FisherSettings(visits=1))
 queries = generate(model, ["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)
 (scores,) = attribute(Path(out + "/run"), method, data, model, queries, store, runner)
-print(scores.ids[scores.scores.argmax()])
+print(len(names), scores.ids[scores.scores.argmax()])
 """
 
 
@@ -76,18 +75,12 @@ def run(script: str, *arguments: Path) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_every_module_can_be_imported_without_lightning() -> None:
-    modules = [
-        path
-        for path in (ROOT / "wherefrom").rglob("*.py")
-        if path.parent != ROOT / "wherefrom" or path.stem != "__init__"
-    ]
-    assert int(run(EVERYTHING)) == len(modules)
-
-
-def test_a_picture_is_attributed_in_a_few_lines_without_lightning(tmp_path: Path) -> None:
+def test_every_module_is_imported_and_a_picture_attributed_without_lightning(tmp_path: Path) -> None:
     model = tiny_pipeline(tmp_path / "model")
-    first = run(TEN_LINES, model, tmp_path / "model-text", tiny_folder(tmp_path / "pictures"), tmp_path / "out")
+    folders = model, tmp_path / "model-text", tiny_folder(tmp_path / "pictures"), tmp_path / "out"
+    count, first = run(EVERYTHING + TEN_LINES, *folders).split()
+    package = ROOT / "wherefrom"
+    assert int(count) == len([path for path in package.rglob("*.py") if path != package / "__init__.py"])
     ((ids, _),) = read_ranking(tmp_path / "out" / "run").values()
     assert ids[0] == first
     assert len(ids) == 16

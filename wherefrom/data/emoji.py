@@ -25,6 +25,7 @@ from wherefrom.storage import Store, canonical_json, identity_hash
 
 _SKIN_TONE = re.compile(r"1f3f[b-f]")
 _REGIONAL_INDICATOR = re.compile(r"1f1(e[6-9a-f]|f[0-9a-f])")
+_SUBDIVISION_FLAG = re.compile(r"1f3f4-e00")  # England, Scotland, Wales: a black flag with tag letters
 _DRAWING_SIZE = 128  # drawings are rasterised at least this large, then reduced, so that edges are smooth
 
 
@@ -93,7 +94,8 @@ def _names() -> dict[str, str]:
 
 
 def _is_flag(points: str, name: str) -> bool:
-    return bool(_REGIONAL_INDICATOR.match(points)) or "flag" in name.lower()
+    coded = _REGIONAL_INDICATOR.match(points) or _SUBDIVISION_FLAG.match(points)
+    return coded is not None or "flag" in name.lower()
 
 
 def _draw(path: Path, size: int) -> NDArray[np.uint8]:

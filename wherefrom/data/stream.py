@@ -119,7 +119,7 @@ def visit_times(seed: int, id_keys: Int64[Tensor, "b"], visits: Int64[Tensor, "b
     keyed just as well.
     """
     start = keyed.uniform(keyed.combine(TIMESTEP, seed, id_keys))[:, 0]
-    return torch.remainder(start + visits * 0.6180339887498949, 1.0)
+    return torch.remainder(start.double() + visits.double() * 0.6180339887498949, 1.0)
 
 
 class VisitDataset(Protocol):
