@@ -1,0 +1,41 @@
+"""What the benchmarks report of rankings whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import demo_table, rises
+from wherefrom.attributors import Query, Scores
+
+NAMES = tuple(f"{style}/{concept:03d}" for style in ("openmoji", "twemoji") for concept in range(100))
+
+
+def ranked(values: np.ndarray) -> Scores:
+    query = Query("query", "prompt", np.zeros((2, 2, 3), dtype=np.uint8))
+    return Scores(query, NAMES, values, np.zeros(0), {"alpha": 3.0, "split_half_reliability": 0.5})
+
+
+def test_rises_are_compared_with_the_default() -> None:
+    values = np.arange(200.0)
+    flipped = np.where(values < 150, values, 349 - values)  # the 50 best in reverse: the same top 100
+    found = {0.2: [ranked(values)], 0.5: [ranked(flipped)], 2.0: [ranked(-values)]}
+    rows = rises.compare(found, [NAMES[198]])
+    assert [row.own_rank for row in rows.values()] == [[2], [49], [199]]
+    assert [row.top_kept for row in rows.values()] == [[1.0], [1.0], [0.0]]
+    assert rows[0.2].spearman[0] == pytest.approx(1.0)
+    assert rows[2.0].spearman[0] == pytest.approx(-1.0)
+    squares = float(((values - flipped) ** 2).sum())
+    assert rows[0.5].spearman[0] == pytest.approx(1 - 6 * squares / (200 * (200**2 - 1)))
+    assert "| 50% | 3 | 0.97 | 1.00 | 0.50 | 49 |" in rises.table(rows)
+
+
+def test_the_demo_table_reads_the_rank_of_each_target() -> None:
+    values = np.arange(200.0)
+    case = demo_table.Case(ranked(values).query, {"own": NAMES[199], "other style": demo_table.other_style(NAMES[199])})
+    assert demo_table.ranks([ranked(values)], [case], "own")[0] == 0.0
+    assert demo_table.ranks([ranked(values)], [case], "other style")[0] == 0.5
+    columns = ["own/own", "own/other style", "crossed/own", "crossed/other style", "held-out/other style"]
+    found = {name: np.array([0.0, 0.5]) for name in columns}
+    half = "0.250 (0.250 ± 0.250)"
+    assert demo_table.table({"method": found}).splitlines()[-1] == f"| method | 50% ± 35% | {' | '.join([half] * 4)} |"
