@@ -111,6 +111,11 @@ class PicturesDataModule(LightningDataModule):
                 "Training runs for a fixed number of steps, so that leaving pictures out changes nothing else: "
                 "set max_steps."
             )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but the keyed stream gives one batch "
+                "to each step: leave it at 1 and choose batch_size, which counts pictures over all devices."
+            )
         data = self.visits(self.train_pictures, getattr(self, "train_latents", None), training=True)
         batches = KeyedBatches(
             hash_texts(list(self.train_pictures.ids)),

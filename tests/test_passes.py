@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -66,16 +66,25 @@ class Alone(Runner):
     def barrier(self) -> None:
         pass
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor + 1  # the first process says that there is work
+
 
 @dataclass(frozen=True)
 class Together(Runner):
     """One of several threads in the place of processes."""
 
     meeting: threading.Barrier | None = None
+    summands: list[Tensor] = field(default_factory=list)
 
     def barrier(self) -> None:
         assert self.meeting is not None
         self.meeting.wait(timeout=60)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        self.summands.append(tensor)
+        self.barrier()
+        return torch.stack(self.summands).sum()
 
 
 CPU = torch.device("cpu")
@@ -94,11 +103,11 @@ def run(root: Path, runner: Runner, stop: int | None = None, kill: bool = False)
 
 
 def run_together(root: Path, world_size: int) -> list[Count]:
-    meeting, results = threading.Barrier(world_size), [None] * world_size
+    meeting, results, summands = threading.Barrier(world_size), [None] * world_size, []
 
     def work(rank: int) -> None:
         try:
-            results[rank] = run(root, Together(CPU, rank, world_size, meeting))
+            results[rank] = run(root, Together(CPU, rank, world_size, meeting, summands))
         except BaseException:
             meeting.abort()
             raise
@@ -163,6 +172,29 @@ test_passes.run(Path(sys.argv[1]), test_passes.Runner(torch.device("cpu")), int(
         [sys.executable, "-c", script, str(root), str(stop)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_two_runs_at_once_share_one_pass(tmp_path: Path) -> None:
+    script = """
+import sys, time, torch
+from pathlib import Path
+from tests import test_passes
+
+class Slow(test_passes.Count):
+    def step(self, positions):
+        time.sleep(0.05)
+        super().step(positions)
+
+test_passes.Count = Slow
+test_passes.run(Path(sys.argv[1]), test_passes.Runner(torch.device("cpu")))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for one in runs:
+        _, errors = one.communicate()
+        assert one.returncode == 0, errors
+    assert steps(tmp_path) == list(range(0, COUNT, CHUNK))
+    assert_whole(run(tmp_path, Runner(CPU), stop=0))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

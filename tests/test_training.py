@@ -133,6 +133,11 @@ def test_training_without_a_number_of_steps_is_refused(folder: Path) -> None:
         fit(folder, "endless", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1")
 
 
+def test_accumulated_gradients_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="accumulate_grad_batches is 2, but the keyed stream gives one batch"):
+        fit(folder, "accumulated", "--trainer.accumulate_grad_batches", "2")
+
+
 def test_the_pipeline_that_is_saved_is_the_average(run: LightningCLI, folder: Path) -> None:
     saved = load_model(str(folder / "saved"))
     for name, value in run.model.ema.state_dict().items():

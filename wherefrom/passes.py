@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -93,29 +94,32 @@ def run_pass(
     Raises:
         StorageError: A file could not be written; finished chunks are kept.
     """
-    whole = make()
     found = store.find(kind, identity)
-    if found is not None:
-        state = load_file(found / RESULT)
-        whole.merge(state)
-        return whole
-    folder = store.partial(kind, identity)
-    _run_chunks(make, count, folder, runner, chunk_size, progress)
-    if runner.is_main:
-        finished = _merge_files(whole, folder)
-        assert sorted(finished) == list(range(-(-count // chunk_size))), "a chunk was lost or done twice"
-
-        def build(partial: Path) -> None:
-            with replacing(partial / RESULT) as temporary:
-                save_file(_contiguous(whole.state_dict()), temporary)
-            for path in partial.glob(STATE_FILES):
-                path.unlink()
-
-        store.make(kind, identity, build)
+    # Another run may be at the same pass in the same store: the main process waits for it, and takes what it made.
+    with store.lock(kind, identity) if runner.is_main and found is None else nullcontext():
+        missing = runner.is_main and store.find(kind, identity) is None
+        if runner.sum(torch.tensor(float(missing), device=runner.device)) > 0:
+            _run_chunks(make, count, store.partial(kind, identity), runner, chunk_size, progress)
+            if runner.is_main:
+                _finish(make(), count, store, kind, identity, chunk_size)
     runner.barrier()
-    if not runner.is_main:
-        whole.merge(load_file(store.path(kind, identity) / RESULT))
+    whole = make()
+    whole.merge(load_file(store.path(kind, identity) / RESULT))
     return whole
+
+
+def _finish(whole: TrainingPass, count: int, store: Store, kind: str, identity: Identity, chunk_size: int) -> None:
+    """Makes the artifact of the state files of all processes."""
+    finished = _merge_files(whole, store.partial(kind, identity))
+    assert sorted(finished) == list(range(-(-count // chunk_size))), "a chunk was lost or done twice"
+
+    def build(partial: Path) -> None:
+        with replacing(partial / RESULT) as temporary:
+            save_file(_contiguous(whole.state_dict()), temporary)
+        for path in partial.glob(STATE_FILES):
+            path.unlink()
+
+    store.make(kind, identity, build)
 
 
 def _run_chunks(

@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 MANIFEST = "manifest.json"
 _WRITE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 Identity = Mapping[str, Any]
@@ -198,6 +200,25 @@ class Store:
         folder = self.path(kind, identity)
         return folder.with_name(folder.name + ".partial")
 
+    @contextmanager
+    def lock(self, kind: str, identity: Identity) -> Iterator[None]:
+        """Held by the one run that makes an artifact; another run that wants the same one waits, then finds it.
+
+        A lock dies with its process. The same process may take it again.
+
+        Raises:
+            StorageError: The lock file could not be written.
+        """
+        file = self.root / ".locks" / f"{kind}-{identity_hash(identity)}"
+        with storage_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(file, is_singleton=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
     def make(self, kind: str, identity: Identity, build: Callable[[Path], Mapping[str, Any] | None]) -> Path:
         """Returns the artifact's folder, building it first if it is missing.
 
@@ -211,7 +232,10 @@ class Store:
         if found is not None:
             return found
         folder, partial = self.path(kind, identity), self.partial(kind, identity)
-        with storage_errors(partial):
+        with self.lock(kind, identity), storage_errors(partial):
+            found = self.find(kind, identity)
+            if found is not None:
+                return found
             partial.mkdir(parents=True, exist_ok=True)
             extra = build(partial) or {}
             write_manifest(partial, identity, **extra)
