@@ -85,6 +85,22 @@ def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
     return chosen
 
 
+def position_rows(
+    module: nn.Linear | nn.Conv2d, inputs: Tensor, grads: Tensor
+) -> tuple[Float[Tensor, "b p i"], Float[Tensor, "b p o"]]:
+    """What a layer's weight multiplies at each position, and the gradient there: ∇W of a sample is Σ_p g_p a_pᵀ.
+
+    A convolution is a linear layer over its unfolded patches, columns in the order (c_in, kh, kw).
+    """
+    if isinstance(module, nn.Conv2d):
+        padding: Any = module.padding
+        patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
+        return patches.transpose(1, 2), grads.flatten(2).transpose(1, 2)
+    if inputs.dim() == 2:
+        return inputs.unsqueeze(1), grads.unsqueeze(1)
+    return inputs.flatten(1, -2), grads.flatten(1, -2)
+
+
 class PerSampleGradients:
     """Taps a module's layers so that one backward pass gives the gradient of every sample apart.
 
@@ -128,18 +144,25 @@ class PerSampleGradients:
 
         return keep
 
-    def per_sample(self, losses: Float[Tensor, "b"]) -> Iterator[tuple[str, Float[Tensor, "b ..."]]]:
-        """Yields (parameter name, gradient of each sample's own loss), layer by layer.
-
-        A layer that the forward pass called more than once is yielded once, summed over its calls.
-        """
+    def by_layer(self, losses: Float[Tensor, "b"]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """(input, output gradient) of each layer's calls, by the layer's name, in the order of the forward pass."""
         calls, self._calls = self._calls, []
         grads = torch.autograd.grad(losses.sum(), [output for _, _, output in calls])
-        by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (owner, inputs, _), grad in zip(calls, grads, strict=True):
-            by_layer.setdefault(owner, []).append((inputs, grad))
-        for owner, used in by_layer.items():
-            layer, rules = self._layers[owner]
-            for parameter, rule in rules.items():
-                parts = [rule(layer, inputs, grad) for inputs, grad in used]
-                yield f"{owner}.{parameter}", parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+            found.setdefault(owner, []).append((inputs, grad))
+        return found
+
+    def of_layer(
+        self, owner: str, calls: Sequence[tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[str, Float[Tensor, "b ..."]]]:
+        """Yields (parameter name, gradient of each sample) of one layer, summed over its calls."""
+        layer, rules = self._layers[owner]
+        for parameter, rule in rules.items():
+            parts = [rule(layer, inputs, grad) for inputs, grad in calls]
+            yield f"{owner}.{parameter}", parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+    def per_sample(self, losses: Float[Tensor, "b"]) -> Iterator[tuple[str, Float[Tensor, "b ..."]]]:
+        """Yields (parameter name, gradient of each sample's own loss), layer by layer."""
+        for owner, calls in self.by_layer(losses).items():
+            yield from self.of_layer(owner, calls)

@@ -12,7 +12,7 @@ import torch
 from tests.tiny import moved_copy, one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, Query, Scores, TrainingData
 from wherefrom.attributors.unlearning import reduce_losses
-from wherefrom.curvature import FisherSettings, Identity
+from wherefrom.curvature import EKFAC, FisherSettings, Identity, save_ekfac
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.ranking import order_of
@@ -212,3 +212,23 @@ def test_the_work_is_counted(model: DiffusionModel, tmp_path: Path) -> None:
     assert work.per_query == losses + 2 * (3 * 10 + 15 * 4)
     assert work.disk == 4 * losses * 4
     assert method({"newton": False}).work(data, 1).once == losses
+
+
+def test_ekfac_takes_the_place_of_the_diagonal(model: DiffusionModel, tmp_path: Path) -> None:
+    said: list[str] = []
+    plus = method(curvature="ekfac", layers_per_pass=6)
+    plus.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path), one_process(), said.append)
+    assert isinstance(plus.curvature, EKFAC)
+    assert said[0].startswith("EK-FAC of ")
+    assert "the diagonal for" in said[0]
+    (found,) = plus.score([QUERY])
+    assert found.facts["query_loss_rise"] == pytest.approx(1e-2, rel=0.02)
+    assert plus.identity()["curvature"] == "ekfac"
+    diagonal = score(method(), model, tmp_path)
+    assert found.facts["alpha"] != diagonal.facts["alpha"]
+    assert not np.allclose(found.scores, diagonal.scores, rtol=1e-3)
+    save_ekfac(tmp_path / "saved", plus.curvature, model)
+    loaded = score(method(curvature="ekfac", fisher_path=str(tmp_path / "saved")), model, tmp_path)
+    np.testing.assert_allclose(loaded.scores, found.scores, rtol=1e-9)
+    with pytest.raises(ValueError, match="Unknown curvature 'kfac'"):
+        method(curvature="kfac")

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
-from wherefrom.curvature import Curvature, FisherSettings, Identity, fit_diagonal, load_diagonal
+from wherefrom.curvature import (
+    Curvature,
+    FisherSettings,
+    Identity,
+    ekfac_plan,
+    fit_diagonal,
+    fit_ekfac,
+    load_diagonal,
+    load_ekfac,
+)
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.reliability import split_half
@@ -27,6 +36,7 @@ from wherefrom.unlearning import QueryLatent, Unlearned, UnlearningSettings, unl
 from wherefrom.weights import Subset, moved_weights, select_weights
 
 Flip = Literal["max", "mean"]
+Form = Literal["diagonal", "ekfac"]
 
 
 def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Float[Tensor, "n"]:
@@ -46,9 +56,12 @@ class AttributionByUnlearning(Attributor):
         unlearning: How the query is unlearned.
         grid: Where training losses are measured.
         flip: How a picture's score is made from its own and its mirror image's.
+        curvature: Form of the Fisher information of a Newton step: its diagonal (AbU) or EK-FAC (AbU+, Fast Data
+            Attribution, section 3).
         fisher: How the Fisher information is sampled.
         damping: Its relative damping.
-        fisher_path: Folder of a Fisher diagonal made elsewhere, instead of fitting one.
+        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
+        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
         curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
         batch_size: Forward passes at a time; does not change the result.
     """
@@ -61,8 +74,10 @@ class AttributionByUnlearning(Attributor):
         unlearning: UnlearningSettings = UnlearningSettings(),
         grid: LossGrid = LossGrid(),
         flip: Flip = "max",
+        curvature: Form = "diagonal",
         fisher: FisherSettings = FisherSettings(),
         damping: float = 0.1,
+        layers_per_pass: int | None = None,
         fisher_path: str | None = None,
         curvature_from: str | None = None,
         batch_size: int = 256,
@@ -70,7 +85,10 @@ class AttributionByUnlearning(Attributor):
         self.weights: Subset = weights
         self.unlearning, self.grid, self.flip = unlearning, grid, flip
         self.fisher, self.damping, self.batch_size = fisher, damping, batch_size
-        self.fisher_path, self.curvature_from = fisher_path, curvature_from
+        self.form: Form = curvature
+        if curvature not in ("diagonal", "ekfac"):
+            raise ValueError(f"Unknown curvature {curvature!r}; choose 'diagonal' or 'ekfac'.")
+        self.layers_per_pass, self.fisher_path, self.curvature_from = layers_per_pass, fisher_path, curvature_from
         self._ready: tuple[DiffusionModel, LatentSet, LatentSet | None, Store, Runner] | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -81,6 +99,7 @@ class AttributionByUnlearning(Attributor):
             "unlearning": asdict(self.unlearning),
             "grid": asdict(self.grid),
             "flip": self.flip,
+            "curvature": self.form,
             "fisher": asdict(self.fisher),
             "damping": self.damping,
             "fisher_path": self.fisher_path,
@@ -98,7 +117,8 @@ class AttributionByUnlearning(Attributor):
         pictures = len(data.latents) + held_out
         losses = pictures * flips * data.latents.states.shape[1] * self.grid.timesteps * self.grid.draws
         own_fisher = self.unlearning.newton and self.fisher_path is None
-        fisher = 3 * len(data.latents) * self.fisher.visits * (2 if self.fisher.flips else 1) if own_fisher else 0
+        passes = 2 if self.form == "ekfac" else 1
+        fisher = 3 * passes * len(data.latents) * self.fisher.per_picture if own_fisher else 0
         gradient = self.unlearning.steps * (3 * self.unlearning.draws + 15 * self.unlearning.measure_draws)
         latents = data.latents.latents.nbytes + data.latents.states.nbytes
         return Work(losses + fisher, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
@@ -106,7 +126,7 @@ class AttributionByUnlearning(Attributor):
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
     ) -> None:
-        """Makes the Fisher information and the losses before unlearning, once per model."""
+        """Makes the curvature and the losses before unlearning, once per model."""
         if model is None or data.latents is None:
             raise ValueError("Attribution by unlearning needs a model and the latents of its training pictures.")
         self._ready = (model, data.latents, data.held_out_latents, store, runner)
@@ -122,8 +142,22 @@ class AttributionByUnlearning(Attributor):
         if not self.unlearning.newton:
             return Identity()
         if self.fisher_path is not None:
-            return load_diagonal(Path(self.fisher_path), model, self.curvature_from, self.damping)
+            load = load_ekfac if self.form == "ekfac" else load_diagonal
+            return load(Path(self.fisher_path), model, self.curvature_from, self.damping)
         names = list(select_weights(model.denoiser, self.weights))
+        if self.form == "ekfac":
+            say(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass))
+            return fit_ekfac(
+                model,
+                data,
+                names,
+                store,
+                runner,
+                self.fisher,
+                self.damping,
+                self.layers_per_pass,
+                progress=self.progress,
+            )
         say(f"Fisher information of {self.weights} over {len(data):,} training pictures")
         return fit_diagonal(model, data, names, store, runner, self.fisher, self.damping, progress=self.progress)
 

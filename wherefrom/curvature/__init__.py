@@ -1,6 +1,20 @@
 """Curvature of the training loss: what a step of unlearning is preconditioned with."""
 
 from wherefrom.curvature.base import Curvature, Identity
-from wherefrom.curvature.diagonal import Diagonal, FisherSettings, fit_diagonal, load_diagonal
+from wherefrom.curvature.diagonal import Diagonal, fit_diagonal, load_diagonal
+from wherefrom.curvature.ekfac import EKFAC, ekfac_plan, fit_ekfac, load_ekfac, save_ekfac
+from wherefrom.curvature.sampling import FisherSettings
 
-__all__ = ["Curvature", "Diagonal", "FisherSettings", "Identity", "fit_diagonal", "load_diagonal"]
+__all__ = [
+    "EKFAC",
+    "Curvature",
+    "Diagonal",
+    "FisherSettings",
+    "Identity",
+    "ekfac_plan",
+    "fit_diagonal",
+    "fit_ekfac",
+    "load_diagonal",
+    "load_ekfac",
+    "save_ekfac",
+]

@@ -6,17 +6,17 @@ Mean squared per-sample gradients over the training set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wherefrom import keyed
 from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.sampling import FisherSettings, SampledPass, finite, zeros_like_parameters
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.gradients import PerSampleGradients
@@ -24,7 +24,6 @@ from wherefrom.passes import RESULT, Progress, run_pass
 from wherefrom.runner import Runner
 from wherefrom.storage import Store, read_manifest
 
-_TIME, _CAPTION, _NOISE = 301, 302, 303
 _COUNT = "samples"
 
 
@@ -74,26 +73,7 @@ class Diagonal(Curvature):
         return steps
 
 
-@dataclass(frozen=True)
-class FisherSettings:
-    """How the Fisher information is sampled.
-
-    Attributes:
-        visits: Samples per picture and flip, each with one timestep, one noise draw and one caption.
-        seed: Seed of these.
-        flips: Also pass the mirror images.
-    """
-
-    visits: int = 5
-    seed: int = 0
-    flips: bool = True
-
-    def __post_init__(self) -> None:
-        if self.visits < 1:
-            raise ValueError(f"visits must be at least 1; given {self.visits}.")
-
-
-class FisherPass:
+class FisherPass(SampledPass):
     """Sums squared per-sample gradients (a `TrainingPass`).
 
     Args:
@@ -104,58 +84,19 @@ class FisherPass:
         batch_size: Samples at a time.
 
     Raises:
-        ValueError: A gradient is not finite.
+        ValueError: A layer has no per-sample gradient, or a gradient is not finite.
     """
 
     def __init__(
         self, model: DiffusionModel, data: LatentSet, names: Sequence[str], settings: FisherSettings, batch_size: int
     ) -> None:
-        self.model, self.data, self.names, self.settings, self.batch_size = (
-            model,
-            data,
-            list(names),
-            settings,
-            batch_size,
-        )
-        shapes = {name: parameter.shape for name, parameter in model.denoiser.named_parameters() if name in set(names)}
-        self.sums = {name: torch.zeros(shapes[name], dtype=torch.float64, device=model.device) for name in names}
-        self.samples = 0
-        self.id_keys = data.id_keys
+        super().__init__(model, data, names, settings, batch_size)
+        self.sums = zeros_like_parameters(model, names)
 
-    def draws(
-        self, picture: Int64[Tensor, "b"], flip: Int64[Tensor, "b"], visit: Int64[Tensor, "b"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Timestep, caption and noise key of each sample, keyed by (seed, id, flip, visit)."""
-        keys = keyed.combine(self.settings.seed, self.id_keys[picture], flip, visit)
-        # One golden-ratio sequence over a picture's visits and flips: its timesteps are spread evenly.
-        start = keyed.uniform(keyed.combine(_TIME, self.settings.seed, self.id_keys[picture]))[:, 0]
-        time = torch.remainder(start + (2 * visit + flip) * 0.6180339887498949, 1.0)
-        caption = keyed.uniform(keyed.combine(_CAPTION, keys))[:, 0] * self.data.states.shape[1]
-        return (time * self.model.process.steps).long(), caption.long(), keyed.combine(_NOISE, keys)
-
-    def step(self, positions: range) -> None:
-        """Adds the pictures at these positions."""
-        flips, visits = (2 if self.settings.flips else 1), self.settings.visits
-        per_picture = flips * visits
-        for start in range(0, len(positions) * per_picture, self.batch_size):
-            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_picture))
-            picture, item = positions.start + flat // per_picture, flat % per_picture
-            self._add(picture, item // visits, item % visits)
-
-    def _add(self, picture: Tensor, flip: Tensor, visit: Tensor) -> None:
-        model, device = self.model, self.model.device
-        timestep, caption, noise_keys = self.draws(picture, flip, visit)
-        latents = self.data.latents[picture, flip].to(device, model.dtype)
-        states = self.data.states[picture, caption].to(device, model.dtype)
-        noise = keyed.normal(noise_keys.to(device), latents.shape[1:], model.dtype)
-        with torch.enable_grad(), PerSampleGradients(model.denoiser, self.names) as tap:
-            losses = model.losses(latents, states, timestep.to(device), noise)
-            for name, gradients in tap.per_sample(losses):
-                squared = gradients.square().sum(dim=0)
-                if not torch.isfinite(squared).all():
-                    raise ValueError(f"The gradient of {name!r} is not finite: check the model's weights and latents.")
-                self.sums[name] += squared
-        self.samples += len(picture)
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
+        """Adds the squared gradients of a batch."""
+        for name, gradients in tap.per_sample(losses):
+            self.sums[name] += finite(name, gradients.square().sum(dim=0))
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds sums made elsewhere."""

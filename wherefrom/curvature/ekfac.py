@@ -1,0 +1,612 @@
+"""EK-FAC: the empirical Fisher information, eigenvalue-corrected in a Kronecker-factored basis (George et al. 2018).
+
+It is the curvature of AbU+ (Fast Data Attribution, section 3). Of a linear layer with weight W (O, I), input rows a and
+output gradients g at each position, A = E[aaᵀ] and G = E[ggᵀ] have the eigenvectors Q_A and Q_G; the eigenvalues are
+measured in their basis, Λ = E over samples of (Q_Gᵀ ∇W Q_A)², with ∇W the exact gradient of one sample. A convolution
+is a linear layer over its unfolded patches; a bias is the last column of W, its input a 1. Parameters without a
+Kronecker form (norms, biases alone) keep their diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.diagonal import Diagonal
+from wherefrom.curvature.sampling import FisherSettings, SampledPass, finite, zeros_like_parameters
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.gradients import PerSampleGradients, position_rows
+from wherefrom.passes import Progress, run_pass
+from wherefrom.runner import Runner
+from wherefrom.storage import Store, read_manifest, replacing, write_manifest
+
+# The file names are kronfluence's, so that factors made by either load in the other.
+ACTIVATION, GRADIENT = "activation_eigenvectors.safetensors", "gradient_eigenvectors.safetensors"
+EIGENVALUES, PROCESSED = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
+DIAGONAL = "diagonal.safetensors"
+_SAMPLES = "samples"
+_BOTH = "The curvature of {!r} is that of weight and bias together; give both gradients."
+
+
+@dataclass(frozen=True)
+class KroneckerLayer:
+    """A linear or convolution layer as EK-FAC sees it.
+
+    Attributes:
+        module: Its name.
+        bias: Whether the bias is the matrix's last column.
+        source: The first layer that gets the same input: layers with one source share Q_A.
+        inputs: I, the bias's column included.
+        outputs: O.
+        sharers: How many layers have this source.
+    """
+
+    module: str
+    bias: bool
+    source: str
+    inputs: int
+    outputs: int
+    sharers: int = 1
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters that make up the matrix."""
+        return [f"{self.module}.weight", *([f"{self.module}.bias"] if self.bias else [])]
+
+    def rows(self, module: nn.Module, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, g) at each position, a with its 1 for the bias: shapes (B, P, I) and (B, P, O)."""
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        a, g = position_rows(module, inputs, grads)
+        return (torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2) if self.bias else a), g
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which layers have a Kronecker form, and which parameters have none.
+
+    Attributes:
+        layers: Those that do.
+        diagonal: Names of the parameters that do not.
+    """
+
+    layers: tuple[KroneckerLayer, ...]
+    diagonal: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """All parameters."""
+        return [name for layer in self.layers for name in layer.parameters] + list(self.diagonal)
+
+    def blocks(self, layers_per_pass: int | None) -> list[LayerPlan]:
+        """Parts of at most so many Kronecker layers; the diagonal goes with the first."""
+        size = layers_per_pass or max(1, len(self.layers))
+        starts = range(0, max(1, len(self.layers)), size)
+        return [
+            LayerPlan(_with_sources(self.layers[start : start + size]), () if start else self.diagonal)
+            for start in starts
+        ]
+
+    def memory(self) -> int:
+        """Bytes of the sums, eigenvectors and eigenvalues in float64: the most that a pass holds at a time."""
+        sources = {layer.source: layer.inputs**2 for layer in self.layers}
+        outputs = sum(layer.outputs**2 for layer in self.layers)
+        eigenvalues = sum(layer.inputs * layer.outputs for layer in self.layers)
+        return 8 * (2 * (sum(sources.values()) + outputs) + eigenvalues)
+
+
+def _with_sources(layers: Sequence[KroneckerLayer]) -> tuple[KroneckerLayer, ...]:
+    """The layers, each source being the first layer of this block that has it."""
+    by_source: dict[str, list[KroneckerLayer]] = {}
+    for layer in layers:
+        by_source.setdefault(layer.source, []).append(layer)
+    return tuple(
+        KroneckerLayer(
+            layer.module,
+            layer.bias,
+            by_source[layer.source][0].module,
+            layer.inputs,
+            layer.outputs,
+            len(by_source[layer.source]),
+        )
+        for layer in layers
+    )
+
+
+@torch.no_grad()
+def plan_layers(model: DiffusionModel, data: LatentSet, names: Sequence[str]) -> LayerPlan:
+    """Sorts parameters into Kronecker layers and the rest, and finds by one forward pass which layers share inputs.
+
+    Raises:
+        ValueError: A parameter belongs to a kind of layer without a rule.
+    """
+    wanted = set(names)
+    PerSampleGradients(model.denoiser, names)  # refuses what has no rule
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    modules = {
+        owner: module
+        for owner in owners
+        if isinstance(module := model.denoiser.get_submodule(owner), nn.Linear | nn.Conv2d)
+        and f"{owner}.weight" in wanted
+    }
+    seen: dict[str, list[Tensor]] = {owner: [] for owner in modules}
+
+    def keep(owner: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[owner].append(inputs[0])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(owner)) for owner, module in modules.items()]
+    try:
+        latents = data.latents[:1, 0].to(model.device, model.dtype)
+        states = data.states[:1, 0].to(model.device, model.dtype)
+        timestep = torch.zeros(1, dtype=torch.int64, device=model.device)
+        model.losses(latents, states, timestep, torch.zeros_like(latents))
+    finally:
+        for handle in handles:
+            handle.remove()
+    first: dict[Any, str] = {}
+    layers = []
+    for owner, module in modules.items():
+        bias = f"{owner}.bias" in wanted
+        weight = module.weight.flatten(1)
+        geometry: Any = ()
+        if isinstance(module, nn.Conv2d):
+            geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+        # The inputs are still held by `seen`, so an id is one tensor.
+        key = (tuple(id(value) for value in seen[owner]), bias, geometry)
+        source = first.setdefault(key, owner)
+        layers.append(KroneckerLayer(owner, bias, source, weight.shape[1] + bias, weight.shape[0]))
+    kronecker = {name for layer in layers for name in layer.parameters}
+    return LayerPlan(_with_sources(layers), tuple(name for name in names if name not in kronecker))
+
+
+def _gram(rows: Float[Tensor, "b p d"]) -> Float[Tensor, "d d"]:
+    flat = rows.flatten(0, 1)
+    return (flat.T @ flat).double()
+
+
+class CovariancePass(SampledPass):
+    """Sums aaᵀ and ggᵀ over samples and positions (a `TrainingPass`); only their eigenvectors are used.
+
+    Args:
+        model: The pretrained model.
+        data: Its training pictures.
+        plan: The layers.
+        settings: How to sample.
+        batch_size: Samples at a time.
+
+    Raises:
+        ValueError: A gradient is not finite.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, data: LatentSet, plan: LayerPlan, settings: FisherSettings, batch_size: int
+    ) -> None:
+        super().__init__(model, data, [f"{layer.module}.weight" for layer in plan.layers], settings, batch_size)
+        self.plan = plan
+        shapes = {f"A/{layer.source}": layer.inputs for layer in plan.layers}
+        shapes |= {f"G/{layer.module}": layer.outputs for layer in plan.layers}
+        self.sums = {
+            name: torch.zeros(side, side, dtype=torch.float64, device=model.device) for name, side in shapes.items()
+        }
+
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
+        """Adds a batch."""
+        calls = tap.by_layer(losses)
+        for layer in self.plan.layers:
+            module = self.model.denoiser.get_submodule(layer.module)
+            for inputs, grads in calls[layer.module]:
+                a, g = layer.rows(module, inputs, grads)
+                self.sums[f"G/{layer.module}"] += finite(layer.module, _gram(g))
+                if layer.source == layer.module:
+                    self.sums[f"A/{layer.module}"] += finite(layer.module, _gram(a))
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Adds sums made elsewhere."""
+        for name, total in self.sums.items():
+            total += state[name].to(total.device)
+        self.samples += int(state[_SAMPLES])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums and the number of samples."""
+        return {**self.sums, _SAMPLES: torch.tensor(self.samples)}
+
+
+class EigenvaluePass(SampledPass):
+    """Sums squared per-sample gradients in the eigenbasis, and plainly where there is none (a `TrainingPass`).
+
+    Args:
+        model: The pretrained model.
+        data: Its training pictures.
+        plan: The layers.
+        eigenvectors: `A/source` and `G/module` -> eigenvectors in columns.
+        settings: How to sample.
+        batch_size: Samples at a time.
+
+    Raises:
+        ValueError: A gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        data: LatentSet,
+        plan: LayerPlan,
+        eigenvectors: Mapping[str, Tensor],
+        settings: FisherSettings,
+        batch_size: int,
+    ) -> None:
+        names = [f"{layer.module}.weight" for layer in plan.layers] + list(plan.diagonal)
+        super().__init__(model, data, names, settings, batch_size)
+        self.plan = plan
+        self.basis = {name: value.to(model.device, model.dtype) for name, value in eigenvectors.items()}
+        self.sums = {
+            f"L/{layer.module}": torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=model.device)
+            for layer in plan.layers
+        }
+        self.diagonal = zeros_like_parameters(model, plan.diagonal)
+
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
+        """Adds a batch."""
+        calls = tap.by_layer(losses)
+        rotated: dict[tuple[str, int], Tensor] = {}
+        for layer in self.plan.layers:
+            gradient = sum(
+                self._in_basis(layer, call, inputs, grads, rotated)
+                for call, (inputs, grads) in enumerate(calls[layer.module])
+            )
+            assert isinstance(gradient, Tensor)
+            self.sums[f"L/{layer.module}"] += finite(layer.module, gradient.square().sum(dim=0))
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.diagonal):
+            for name, gradients in tap.of_layer(owner, calls[owner]):
+                self.diagonal[name] += finite(name, gradients.square().sum(dim=0))
+
+    def _in_basis(
+        self, layer: KroneckerLayer, call: int, inputs: Tensor, grads: Tensor, rotated: dict[tuple[str, int], Tensor]
+    ) -> Float[Tensor, "b o i"]:
+        """Q_Gᵀ ∇W Q_A of each sample, rotating rows or matrices, whichever are fewer."""
+        left, right = self.basis[f"G/{layer.module}"], self.basis[f"A/{layer.source}"]
+        a, g = layer.rows(self.model.denoiser.get_submodule(layer.module), inputs, grads)
+        positions, i, o = a.shape[1], layer.inputs, layer.outputs
+        if positions * (i * i / layer.sharers + o * o) > o * i * (o + i):
+            return left.T @ (g.transpose(1, 2) @ a) @ right
+        key = (layer.source, call)
+        if key not in rotated:
+            rotated[key] = a @ right
+        return (g @ left).transpose(1, 2) @ rotated[key]
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Adds sums made elsewhere."""
+        for part in (self.sums, self.diagonal):
+            for name, total in part.items():
+                total += state[name].to(total.device)
+        self.samples += int(state[_SAMPLES])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums and the number of samples."""
+        return {**self.sums, **self.diagonal, _SAMPLES: torch.tensor(self.samples)}
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """One layer's curvature.
+
+    Attributes:
+        activation: Q_A, eigenvectors in columns, shape (I, I).
+        gradient: Q_G, shape (O, O).
+        eigenvalues: Λ, shape (O, I).
+        bias: Whether the bias is the last column.
+    """
+
+    activation: Float[Tensor, "i i"]
+    gradient: Float[Tensor, "o o"]
+    eigenvalues: Float[Tensor, "o i"]
+    bias: bool
+
+    def precondition(self, matrix: Float[Tensor, "o i"], damping: float) -> Float[Tensor, "o i"]:
+        """Q_G ((Q_Gᵀ V Q_A) / (Λ + δ)) Q_Aᵀ, δ = damping · mean(Λ)."""
+        left, right, values = (
+            part.to(matrix.device, matrix.dtype) for part in (self.gradient, self.activation, self.eigenvalues)
+        )
+        return left @ ((left.T @ matrix @ right) / (values + damping * values.mean())) @ right.T
+
+
+class EKFAC(Curvature):
+    """F⁻¹ of EK-FAC, layer by layer, with damping relative to each layer's mean eigenvalue.
+
+    Args:
+        layers: Factors by module name.
+        diagonal: Mean squared gradients of the parameters without a Kronecker form.
+        damping: Relative damping.
+        samples: How many samples the eigenvalues are means over.
+
+    Raises:
+        ValueError: The damping is negative, or eigenvalues are negative or not finite.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, KroneckerFactors],
+        diagonal: Mapping[str, Tensor] | None = None,
+        damping: float = 0.1,
+        samples: int = 1,
+    ) -> None:
+        for name, factors in layers.items():
+            values = factors.eigenvalues
+            if not torch.isfinite(values).all() or (values < 0).any():
+                raise ValueError(
+                    f"The eigenvalues of layer {name!r} are negative or not finite; make the curvature again."
+                )
+        self.layers, self.diagonal = dict(layers), Diagonal(diagonal or {}, damping)
+        self.damping, self.samples = damping, samples
+
+    def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """F⁻¹ g.
+
+        Raises:
+            ValueError: A parameter is missing on either side or has another shape, or a step is not finite.
+        """
+        steps: dict[str, Tensor] = {}
+        rest = {}
+        for name, gradient in gradients.items():
+            owner, _, kind = name.rpartition(".")
+            factors = self.layers.get(owner)
+            if factors is None or (kind == "bias" and not factors.bias):
+                rest[name] = gradient
+            elif kind == "weight":
+                steps |= self._layer_step(owner, factors, gradients)
+            elif f"{owner}.weight" not in gradients:
+                raise ValueError(_BOTH.format(owner))
+        steps |= self.diagonal.precondition(rest)
+        for name, step in steps.items():
+            if not torch.isfinite(step).all():
+                raise ValueError(
+                    f"The Newton step of {name!r} is not finite: some eigenvalues are 0. Set damping above 0."
+                )
+        return {name: steps[name] for name in gradients}
+
+    def _layer_step(self, owner: str, factors: KroneckerFactors, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight, bias = gradients[f"{owner}.weight"], gradients.get(f"{owner}.bias")
+        matrix = weight.flatten(1)
+        if factors.bias:
+            if bias is None:
+                raise ValueError(_BOTH.format(owner))
+            matrix = torch.cat([matrix, bias[:, None]], dim=1)
+        if matrix.shape != factors.eigenvalues.shape:
+            raise ValueError(
+                f"The curvature of {owner!r} has shape {tuple(factors.eigenvalues.shape)}, its gradient "
+                f"{tuple(matrix.shape)}: it was made for other weights. Fit it with the same `weights` and model."
+            )
+        step = factors.precondition(matrix, self.damping)
+        if not factors.bias:
+            return {f"{owner}.weight": step.reshape(weight.shape)}
+        return {f"{owner}.weight": step[:, :-1].reshape(weight.shape), f"{owner}.bias": step[:, -1]}
+
+
+def eigenvectors_of(name: str, covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Eigenvectors in columns, in float64.
+
+    Raises:
+        ValueError: The covariance is not finite, or has no decomposition.
+    """
+    if not torch.isfinite(covariance).all():
+        raise ValueError(f"The covariance {name!r} is not finite: check the model's weights and latents.")
+    try:
+        vectors: Tensor = torch.linalg.eigh(covariance.double()).eigenvectors
+    except RuntimeError as error:
+        raise ValueError(f"The covariance {name!r} has no eigendecomposition ({error}).") from error
+    return vectors.contiguous()
+
+
+def _blocks(
+    model: DiffusionModel,
+    data: LatentSet,
+    plan: LayerPlan,
+    store: Store,
+    runner: Runner,
+    settings: FisherSettings,
+    layers_per_pass: int | None,
+    batch_size: int,
+    progress: Progress | None,
+) -> Iterator[tuple[LayerPlan, dict[str, Tensor], EigenvaluePass]]:
+    """Each block's eigenvectors and eigenvalues."""
+    for block in plan.blocks(layers_per_pass):
+        identity: dict[str, Any] = {
+            "model": model.fingerprint(),
+            "data": data.fingerprint,
+            "weights": sorted(block.names),
+            "dtype": str(model.dtype),
+            **asdict(settings),
+        }
+        vectors: dict[str, Tensor] = {}
+        if block.layers:
+            sums = run_pass(
+                lambda block=block: CovariancePass(model, data, block, settings, batch_size),  # type: ignore[misc]
+                len(data),
+                store,
+                "ekfac_covariance",
+                identity,
+                runner,
+                progress=progress,
+            ).sums
+
+            # One process decomposes for all: another machine's eigenvectors may differ in sign or rotation.
+            def build(folder: Path, sums: Mapping[str, Tensor] = sums) -> None:
+                with replacing(folder / "eigenvectors.safetensors") as temporary:
+                    save_file(
+                        {name: eigenvectors_of(name, value).cpu().contiguous() for name, value in sums.items()},
+                        temporary,
+                    )
+
+            if runner.is_main:
+                store.make("ekfac_eigenvectors", identity, build)
+            runner.barrier()
+            vectors = load_file(store.path("ekfac_eigenvectors", identity) / "eigenvectors.safetensors")
+        yield (
+            block,
+            vectors,
+            run_pass(
+                lambda block=block, vectors=vectors: EigenvaluePass(  # type: ignore[misc]
+                    model, data, block, vectors, settings, batch_size
+                ),
+                len(data),
+                store,
+                "ekfac_eigenvalues",
+                identity,
+                runner,
+                progress=progress,
+            ),
+        )
+
+
+def ekfac_plan(
+    model: DiffusionModel,
+    data: LatentSet,
+    names: Sequence[str],
+    settings: FisherSettings,
+    layers_per_pass: int | None = None,
+) -> str:
+    """What fitting will take, in words: layers, passes, samples and memory, and which parameters keep a diagonal."""
+    plan = plan_layers(model, data, names)
+    blocks = plan.blocks(layers_per_pass)
+    samples = len(data) * settings.per_picture
+    memory = max(block.memory() for block in blocks) / 2**20
+    rest = f"; the diagonal for {len(plan.diagonal)} others ({', '.join(plan.diagonal[:3])} …)" if plan.diagonal else ""
+    return (
+        f"EK-FAC of {len(plan.layers)} layers in {2 * len(blocks)} passes over {samples:,} samples, "
+        f"{memory:,.0f} MiB of factors at a time{rest}"
+    )
+
+
+def fit_ekfac(
+    model: DiffusionModel,
+    data: LatentSet,
+    names: Sequence[str],
+    store: Store,
+    runner: Runner,
+    settings: FisherSettings = FisherSettings(),
+    damping: float = 0.1,
+    layers_per_pass: int | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> EKFAC:
+    """EK-FAC of these weights over the training set: two passes, kept in the store and gone on with after a stop.
+
+    Args:
+        model: The pretrained model.
+        data: Its training pictures.
+        names: Parameters.
+        store: Where it is kept.
+        runner: This process's place.
+        settings: How to sample; both passes see the same samples.
+        damping: Relative damping.
+        layers_per_pass: Fit so many layers at a time, which bounds memory and costs two passes each; None is all.
+        batch_size: Samples at a time; does not change the result.
+        progress: Called with (done, total) chunks of each pass.
+
+    Raises:
+        ValueError: A layer has no per-sample gradient, a gradient or covariance is not finite, or `layers_per_pass` is
+            not positive.
+        StorageError: The store could not be written.
+    """
+    if layers_per_pass is not None and layers_per_pass < 1:
+        raise ValueError(f"layers_per_pass must be at least 1, or null for all layers; given {layers_per_pass}.")
+    plan = plan_layers(model, data, names)
+    factors: dict[str, KroneckerFactors] = {}
+    diagonal: dict[str, Tensor] = {}
+    samples = 1
+    for block, vectors, work in _blocks(
+        model, data, plan, store, runner, settings, layers_per_pass, batch_size, progress
+    ):
+        samples = work.samples
+        for layer in block.layers:
+            factors[layer.module] = KroneckerFactors(
+                vectors[f"A/{layer.source}"].to(model.device, model.dtype),
+                vectors[f"G/{layer.module}"].to(model.device, model.dtype),
+                (work.sums[f"L/{layer.module}"] / samples).to(model.dtype),
+                layer.bias,
+            )
+        diagonal |= {name: (total / samples).to(model.dtype) for name, total in work.diagonal.items()}
+    return EKFAC(factors, diagonal, damping, samples)
+
+
+def save_ekfac(folder: Path, curvature: EKFAC, model: DiffusionModel) -> None:
+    """Saves factors in kronfluence's layout: one file each for Q_A, Q_G, the *sums* of Λ and their counts.
+
+    Beside them `diagonal.safetensors` for parameters without a Kronecker form and a manifest that names the model.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    layers, samples = curvature.layers, curvature.samples
+    files: dict[str, dict[str, Tensor]] = {
+        ACTIVATION: {name: factors.activation for name, factors in layers.items()},
+        GRADIENT: {name: factors.gradient for name, factors in layers.items()},
+        EIGENVALUES: {name: factors.eigenvalues * samples for name, factors in layers.items()},
+        PROCESSED: {name: torch.tensor([samples]) for name in layers},
+        DIAGONAL: dict(curvature.diagonal.fisher),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, tensors in files.items():
+        # Layers with one input share Q_A in memory, which safetensors refuses.
+        with replacing(folder / file) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+    write_manifest(folder, {"model": model.fingerprint()})
+
+
+def load_ekfac(folder: Path, model: DiffusionModel, curvature_from: str | None = None, damping: float = 0.1) -> EKFAC:
+    """Factors in kronfluence's layout, refused if they belong to another model.
+
+    Args:
+        folder: The files; see `save_ekfac`.
+        model: The model that will be unlearned.
+        curvature_from: Fingerprint of the model that the factors were made on, where that is on purpose another one, or
+            "undeclared" for files without a manifest, which only you can know the origin of.
+        damping: Relative damping.
+
+    Raises:
+        ValueError: They were made on another model, nothing says on which, or a layer's shape is not the model's.
+        FileNotFoundError: A file is missing.
+    """
+    wanted = model.fingerprint()
+    has_manifest = (folder / "manifest.json").exists()
+    made_on = str(read_manifest(folder)["identity"]["model"]) if has_manifest else "undeclared"
+    if made_on not in (wanted, curvature_from):
+        raise ValueError(
+            f"{folder} holds the curvature of model {made_on}, but the model to unlearn is {wanted} and "
+            f"curvature_from declares {'nothing' if curvature_from is None else repr(curvature_from)}. Fit it on this "
+            f"model, or, if you know that it belongs to this model or its base, set curvature_from: {made_on}."
+        )
+    parts = [load_file(folder / file) for file in (ACTIVATION, GRADIENT, EIGENVALUES, PROCESSED)]
+    activation, gradient, sums, counts = parts
+    shapes = {name: tuple(value.shape) for name, value in model.denoiser.named_parameters()}
+    layers = {}
+    for name, total in sums.items():
+        rows, columns = total.shape
+        shape = shapes.get(f"{name}.weight")
+        inputs = 0 if shape is None else torch.Size(shape[1:]).numel()
+        bias = columns == inputs + 1
+        if shape is None or rows != shape[0] or columns not in (inputs, inputs + 1):
+            raise ValueError(
+                f"{folder}: layer {name!r} has eigenvalues of shape {tuple(total.shape)}, its weight in the model to "
+                f"unlearn {shape}: they were made for a model of another kind."
+            )
+        layers[name] = KroneckerFactors(
+            activation[name].to(model.dtype),
+            gradient[name].to(model.dtype),
+            (total / counts[name]).to(model.dtype),
+            bias,
+        )
+    diagonal = load_file(folder / DIAGONAL) if (folder / DIAGONAL).exists() else {}
+    samples = int(next(iter(counts.values()))) if counts else 1
+    return EKFAC(layers, diagonal, damping, samples)

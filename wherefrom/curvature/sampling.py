@@ -1,0 +1,115 @@
+"""Keyed samples of the training loss: what every curvature is an average over."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wherefrom import keyed
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.gradients import PerSampleGradients
+
+_TIME, _CAPTION, _NOISE = 301, 302, 303
+
+
+@dataclass(frozen=True)
+class FisherSettings:
+    """How the Fisher information is sampled.
+
+    Attributes:
+        visits: Samples per picture and flip, each with one timestep, one noise draw and one caption.
+        seed: Seed of these.
+        flips: Also pass the mirror images.
+    """
+
+    visits: int = 5
+    seed: int = 0
+    flips: bool = True
+
+    def __post_init__(self) -> None:
+        if self.visits < 1:
+            raise ValueError(f"visits must be at least 1; given {self.visits}.")
+
+    @property
+    def per_picture(self) -> int:
+        """Samples of a picture and its mirror image."""
+        return self.visits * (2 if self.flips else 1)
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """The values.
+
+    Raises:
+        ValueError: One is not finite.
+    """
+    if not torch.isfinite(values).all():
+        raise ValueError(f"The gradient of {name!r} is not finite: check the model's weights and latents.")
+    return values
+
+
+def zeros_like_parameters(model: DiffusionModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """A float64 zero of each parameter's shape, to sum into."""
+    shapes = {name: parameter.shape for name, parameter in model.denoiser.named_parameters()}
+    return {name: torch.zeros(shapes[name], dtype=torch.float64, device=model.device) for name in names}
+
+
+class SampledPass(ABC):
+    """A pass over keyed samples; subclasses say what is added up (`add`) and hold it (`merge`, `state_dict`).
+
+    Args:
+        model: The pretrained model.
+        data: Its training pictures.
+        names: Parameters whose layers are tapped.
+        settings: How to sample.
+        batch_size: Samples at a time; does not change the result.
+
+    Attributes:
+        samples: Number of samples added so far.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, data: LatentSet, names: Sequence[str], settings: FisherSettings, batch_size: int
+    ) -> None:
+        self.model, self.data, self.names = model, data, list(names)
+        self.settings, self.batch_size = settings, batch_size
+        self.samples = 0
+        self.id_keys = data.id_keys
+
+    @abstractmethod
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
+        """Adds a batch, given its losses and the tap that saw them computed."""
+
+    def draws(
+        self, picture: Int64[Tensor, "b"], flip: Int64[Tensor, "b"], visit: Int64[Tensor, "b"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Timestep, caption and noise key of each sample, keyed by (seed, id, flip, visit)."""
+        keys = keyed.combine(self.settings.seed, self.id_keys[picture], flip, visit)
+        # One golden-ratio sequence over a picture's visits and flips: its timesteps are spread evenly.
+        start = keyed.uniform(keyed.combine(_TIME, self.settings.seed, self.id_keys[picture]))[:, 0]
+        time = torch.remainder(start + (2 * visit + flip) * 0.6180339887498949, 1.0)
+        caption = keyed.uniform(keyed.combine(_CAPTION, keys))[:, 0] * self.data.states.shape[1]
+        return (time * self.model.process.steps).long(), caption.long(), keyed.combine(_NOISE, keys)
+
+    def step(self, positions: range) -> None:
+        """Adds the pictures at these positions."""
+        visits, per_picture = self.settings.visits, self.settings.per_picture
+        for start in range(0, len(positions) * per_picture, self.batch_size):
+            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_picture))
+            picture, item = positions.start + flat // per_picture, flat % per_picture
+            self._batch(picture, item // visits, item % visits)
+
+    def _batch(self, picture: Tensor, flip: Tensor, visit: Tensor) -> None:
+        model, device = self.model, self.model.device
+        timestep, caption, noise_keys = self.draws(picture, flip, visit)
+        latents = self.data.latents[picture, flip].to(device, model.dtype)
+        states = self.data.states[picture, caption].to(device, model.dtype)
+        noise = keyed.normal(noise_keys.to(device), latents.shape[1:], model.dtype)
+        with torch.enable_grad(), PerSampleGradients(model.denoiser, self.names) as tap:
+            self.add(tap, model.losses(latents, states, timestep.to(device), noise))
+        self.samples += len(picture)
