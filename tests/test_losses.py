@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tiny import moved_copy, one_process, tiny_latents, tiny_model
 from wherefrom import keyed
-from wherefrom.attributors.unlearning import Flip, reduce_losses
+from wherefrom.attributors.curved import Flip, reduce_losses
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.ranking import order_of

@@ -87,7 +87,7 @@ class LossPass:
             flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_picture))
             picture, item = positions.start + flat // per_picture, flat % per_picture
             measured.append(self._measure(picture, item))
-        losses = torch.cat(measured).reshape(len(positions), *self.shape)
+        losses = torch.cat(measured).reshape(len(positions), *self.losses.shape[1:])
         if not torch.isfinite(losses).all():
             worst = positions.start + int((~torch.isfinite(losses)).flatten(1).any(dim=1).nonzero()[0])
             raise ValueError(
@@ -97,12 +97,16 @@ class LossPass:
         self.losses[positions.start : positions.stop] = losses
 
     def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+        return self.item_losses(picture, item).cpu()
+
+    def item_losses(self, picture: Int64[Tensor, "b"], item: Int64[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """The loss of each (picture, item of the grid) pair."""
         model, device = self.model, self.model.device
         latents = self.data.latents[picture, self.flip[item]].to(device, model.dtype)
         states = self.data.states[picture, self.caption[item]].to(device, model.dtype)
         keys = keyed.combine(self.id_keys[picture], self.item_keys[item]).to(device)
         noise = keyed.normal(keys, latents.shape[1:], model.dtype)
-        return model.losses(latents, states, self.timestep[item].to(device), noise).cpu()
+        return model.losses(latents, states, self.timestep[item].to(device), noise)
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds rows measured elsewhere."""

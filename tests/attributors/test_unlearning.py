@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import moved_copy, one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, Query, Scores, TrainingData
-from wherefrom.attributors.unlearning import reduce_losses
+from wherefrom.attributors.curved import reduce_losses
 from wherefrom.curvature import EKFAC, FisherSettings, Identity, save_ekfac
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel

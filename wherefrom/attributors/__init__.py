@@ -2,12 +2,14 @@
 
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, PixelSimilarity, Random
+from wherefrom.attributors.influence import InfluenceFunction
 from wherefrom.attributors.unlearning import AttributionByUnlearning
 
 __all__ = [
     "AttributionByUnlearning",
     "Attributor",
     "CaptionSimilarity",
+    "InfluenceFunction",
     "PixelSimilarity",
     "Query",
     "Random",

@@ -1,0 +1,188 @@
+"""What methods share that take a query's gradient, precondition it with a curvature, and look at training losses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.attributors.base import Attributor, Need, Query, Say, TrainingData
+from wherefrom.curvature import (
+    Curvature,
+    FisherSettings,
+    Identity,
+    ekfac_plan,
+    fit_diagonal,
+    fit_ekfac,
+    load_diagonal,
+    load_ekfac,
+)
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.evaluation.reliability import split_half
+from wherefrom.losses import LossGrid
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+from wherefrom.unlearning import QueryLatent
+from wherefrom.weights import Subset, select_weights
+
+Flip = Literal["max", "mean"]
+Form = Literal["diagonal", "ekfac", "identity"]
+
+
+def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Float[Tensor, "n"]:
+    """τ: the mean change of the losses over captions, timesteps and draws.
+
+    Then the larger (or the mean) of picture and mirror image.
+    """
+    by_flip = change.double().flatten(2).mean(dim=2)
+    return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
+
+
+class CurvedAttributor(Attributor):
+    """Base of the methods with a curvature.
+
+    Args:
+        weights: Which weights' gradients count.
+        grid: Where training losses are measured.
+        flip: How a picture's score is made from its own and its mirror image's.
+        curvature: Form of the Fisher information: its diagonal, EK-FAC, or none.
+        fisher: How it is sampled.
+        damping: Its relative damping.
+        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
+        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
+        curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
+        batch_size: Forward passes at a time; does not change the result.
+
+    Raises:
+        ValueError: The form of curvature is unknown.
+    """
+
+    requires: frozenset[Need] = frozenset({"model", "gradients", "prompt"})
+
+    def __init__(
+        self,
+        weights: Subset,
+        grid: LossGrid,
+        flip: Flip,
+        curvature: Form,
+        fisher: FisherSettings,
+        damping: float,
+        layers_per_pass: int | None,
+        fisher_path: str | None,
+        curvature_from: str | None,
+        batch_size: int,
+    ) -> None:
+        if curvature not in ("diagonal", "ekfac", "identity"):
+            raise ValueError(f"Unknown curvature {curvature!r}; choose 'diagonal', 'ekfac' or 'identity'.")
+        self.weights: Subset = weights
+        self.grid, self.flip, self.batch_size = grid, flip, batch_size
+        self.form: Form = curvature
+        self.fisher, self.damping, self.layers_per_pass = fisher, damping, layers_per_pass
+        self.fisher_path, self.curvature_from = fisher_path, curvature_from
+        self._ready: tuple[DiffusionModel, LatentSet, LatentSet | None, Store, Runner] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {
+            "weights": self.weights,
+            "grid": asdict(self.grid),
+            "flip": self.flip,
+            "curvature": self.form,
+            "fisher": asdict(self.fisher),
+            "damping": self.damping,
+            "fisher_path": self.fisher_path,
+            "curvature_from": self.curvature_from,
+        }
+
+    def prepare(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say
+    ) -> tuple[DiffusionModel, LatentSet]:
+        """Remembers what is attributed to, and makes the curvature.
+
+        Raises:
+            ValueError: There is no model, or no latents; or the curvature cannot be made or is another model's.
+        """
+        if model is None or data.latents is None:
+            raise ValueError(f"{type(self).__name__} needs a model and the latents of its training pictures.")
+        self._ready = (model, data.latents, data.held_out_latents, store, runner)
+        self.curvature = self._make_curvature(model, data.latents, store, runner, say)
+        return model, data.latents
+
+    def ready(self) -> tuple[DiffusionModel, LatentSet, LatentSet | None, Store, Runner]:
+        """What `prepare` remembered.
+
+        Raises:
+            ValueError: `fit` has not run.
+        """
+        if self._ready is None:
+            raise ValueError("fit must run before score.")
+        return self._ready
+
+    def losses_of(self, data: TrainingData) -> int:
+        """Forward passes that measure all pictures, the null included, on the grid once."""
+        assert data.latents is not None
+        held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
+        flips = 2 if self.grid.flips else 1
+        pictures = len(data.latents) + held_out
+        return pictures * flips * data.latents.states.shape[1] * self.grid.timesteps * self.grid.draws
+
+    def curvature_passes(self, data: TrainingData) -> int:
+        """Forward passes that the curvature costs; a backward pass counts as two."""
+        assert data.latents is not None
+        passes = {"identity": 0, "diagonal": 1, "ekfac": 2}[self.form]
+        return 0 if self.fisher_path is not None else 3 * passes * len(data.latents) * self.fisher.per_picture
+
+    def _make_curvature(
+        self, model: DiffusionModel, data: LatentSet, store: Store, runner: Runner, say: Say
+    ) -> Curvature:
+        if self.form == "identity":
+            return Identity()
+        if self.fisher_path is not None:
+            load = load_ekfac if self.form == "ekfac" else load_diagonal
+            return load(Path(self.fisher_path), model, self.curvature_from, self.damping)
+        names = list(select_weights(model.denoiser, self.weights))
+        if self.form == "ekfac":
+            say(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass))
+            return fit_ekfac(
+                model,
+                data,
+                names,
+                store,
+                runner,
+                self.fisher,
+                self.damping,
+                self.layers_per_pass,
+                progress=self.progress,
+            )
+        say(f"Fisher information of {self.weights} over {len(data):,} training pictures")
+        return fit_diagonal(model, data, names, store, runner, self.fisher, self.damping, progress=self.progress)
+
+    def query_latent(self, query: Query) -> QueryLatent:
+        """The query as the model sees it.
+
+        Raises:
+            ValueError: The model has no encoder.
+        """
+        encoder = self.ready()[0].encoder
+        if encoder is None:
+            raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
+        latent = query.latent
+        if latent is None:
+            latent = encoder.encode_image(query.pixels)
+        return QueryLatent(query.id, latent, encoder.text.encode([query.prompt])[0])
+
+    def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:
+        """Split-half reliability of the scores over the (t, ε) draws; NaN with a single draw."""
+        draws = change.double().mean(dim=2).flatten(2)
+
+        def score(part: Int64[NDArray[np.int64], "h"]) -> Float[NDArray[np.float64], "n"]:
+            return reduce_losses(draws[:, :, None, torch.from_numpy(part), None], self.flip).numpy()
+
+        return split_half(score, draws.shape[2], self.grid.seed)
