@@ -156,7 +156,9 @@ def contact_sheet(result: Recognisability, columns: int = 10, cell: int = 72) ->
     return sheet
 
 
-def drawing_with(model: DiffusionModel, seed: int, steps: int, guidance: float, batch_size: int = 50) -> Draw:
+def drawing_with(
+    model: DiffusionModel, seed: int, steps: int, guidance: float, batch_size: int = 50, eta: float = 0.0
+) -> Draw:
     """Draws prompts with a model from keyed noise.
 
     Args:
@@ -165,6 +167,7 @@ def drawing_with(model: DiffusionModel, seed: int, steps: int, guidance: float, 
         steps: DDIM steps.
         guidance: Classifier-free guidance; 1 is none.
         batch_size: Pictures drawn at a time.
+        eta: Share of the posterior's noise that each step adds back; 0 is DDIM.
 
     Raises:
         ValueError: The model has no encoder.
@@ -181,7 +184,7 @@ def drawing_with(model: DiffusionModel, seed: int, steps: int, guidance: float, 
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             keys = keyed.combine(seed, keyed.hash_texts(batch))
-            latents = sample(model, encoder.text.encode(batch), null_states, keys, shape, steps, guidance)
+            latents = sample(model, encoder.text.encode(batch), null_states, keys, shape, steps, guidance, eta)
             pixels = encoder.decode(latents).float().cpu()
             drawn.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy())
         return np.concatenate(drawn)
@@ -197,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which prompts, and the noise that they are drawn from")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance")
+    parser.add_argument("--eta", type=float, default=0.0, help="share of noise added back at each step; 0 is DDIM")
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="where pictures and features are kept")
     parser.add_argument(
         "--sheet", type=Path, default=Path("runs/recognisability.png"), help="where the contact sheet goes"
@@ -210,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judge = AlignmentJudge(images, texts, store).fit(
         pictures, lambda done, total: print(f"  {done} of {total}", flush=True)
     )
-    draw = drawing_with(load_model(options.weights), options.seed, options.steps, options.guidance)
+    model = load_model(options.weights)
+    draw = drawing_with(model, options.seed, options.steps, options.guidance, eta=options.eta)
     result = recognisability(judge, pictures, draw, options.prompts, options.seed)
     with replacing(options.sheet) as temporary:
         contact_sheet(result).save(temporary, format="PNG")

@@ -137,6 +137,32 @@ class DiffusionModel:
         return (self.process.target(latents, timesteps, noise) - output).square().flatten(1).mean(dim=1)
 
 
+class SquareOutput(DiffusionModel):
+    """The same model with the mean square of its output in place of its loss: the output function of D-TRAK.
+
+    Args:
+        model: The model, whose parts it shares.
+    """
+
+    def __init__(self, model: DiffusionModel) -> None:
+        super().__init__(model.denoiser, model.process, model.encoder)
+
+    def fingerprint(self) -> str:
+        """That of the model, marked: its losses are others."""
+        return f"{super().fingerprint()}/square output"
+
+    def losses(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        states: Float[Tensor, "b l d"],
+        timesteps: Int64[Tensor, "b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b"]:
+        """The mean over latent elements of output², of each example."""
+        output = self.predict(self.process.noisy(latents, timesteps, noise), timesteps, states)
+        return output.square().flatten(1).mean(dim=1)
+
+
 @torch.no_grad()
 def sample(
     model: DiffusionModel,

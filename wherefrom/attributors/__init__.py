@@ -3,9 +3,11 @@
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, PixelSimilarity, Random
 from wherefrom.attributors.influence import InfluenceFunction
+from wherefrom.attributors.trak import TRAK
 from wherefrom.attributors.unlearning import AttributionByUnlearning
 
 __all__ = [
+    "TRAK",
     "AttributionByUnlearning",
     "Attributor",
     "CaptionSimilarity",
