@@ -15,11 +15,19 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import evaluate
 import train
-from tests.tiny import attribution_config, one_process, tiny_latents, tiny_pipeline, tiny_unet
+from tests.tiny import (
+    attribution_config,
+    one_process,
+    tiny_clip,
+    tiny_latents,
+    tiny_pipeline,
+    tiny_unet,
+    tiny_vision_transformer,
+)
 from wherefrom.attribution import ReportOptions, attribute, read_run
 from wherefrom.attributors import Attributor, PixelSimilarity, Query, Random, TrainingData
 from wherefrom.data.image_folder import build_image_folder
@@ -271,11 +279,30 @@ ATTRIBUTORS = sorted((ROOT / "configs" / "attributor").glob("*.yaml"))
 EXPERIMENTS = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What attributor files name and is not here -> the same in its real format, tiny."""
+    root = tmp_path_factory.mktemp("encoders")
+    feature_map = root / "map.safetensors"
+    save_file({"weight": np.zeros((2, 8), dtype=np.float32), "bias": np.zeros(2, dtype=np.float32)}, feature_map)
+    return {
+        "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K": tiny_clip(root / "clip"),
+        "facebook/dino-vitb16": tiny_vision_transformer(root / "dino"),
+        "facebook/dinov2-with-registers-large": tiny_vision_transformer(root / "dinov2", registers=2),
+        "path/to/training_map.safetensors": feature_map,
+        "path/to/synthesized_map.safetensors": feature_map,
+    }
+
+
 @pytest.mark.parametrize("path", ATTRIBUTORS, ids=lambda path: path.stem)
-def test_every_attributor_file_makes_its_attributor(path: Path) -> None:
+def test_every_attributor_file_makes_its_attributor(path: Path, stand_ins: dict[str, Path], tmp_path: Path) -> None:
+    text = path.read_text()
+    for name, stand_in in stand_ins.items():
+        text = text.replace(name, str(stand_in))
+    (tmp_path / path.name).write_text(text)
     parser = evaluate.parser()
     arguments = ["--model", "m", "--data", "ImageFolder", "--data.init_args.folder", "f", "--output", "o"]
-    config = parser.parse_args(["attribute", *arguments, "--attributor", str(path)])
+    config = parser.parse_args(["attribute", *arguments, "--attributor", str(tmp_path / path.name)])
     made = parser.instantiate(config).attribute.attributor
     assert isinstance(made, Attributor)
     assert json.dumps(made.identity())

@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import BertConfig, BertModel, BertTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from wherefrom.data.latents import LatentSet
 from wherefrom.data.pictures import Pictures
@@ -291,3 +302,33 @@ def attribution_config(folder: Path, name: str = "run", count: int = 16, **setti
 def _write_config(path: Path, config: dict[str, Any]) -> Path:
     path.write_text(json.dumps(config, indent=2))  # JSON is YAML
     return path
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A random CLIP in open_clip's format."""
+    sizes: dict[str, Any] = {
+        "embed_dim": 6,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8, "head_width": 32},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+    }
+    preprocess = {"size": 16, "mode": "RGB", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    torch.manual_seed(0)
+    state = {name: value.contiguous() for name, value in open_clip.CLIP(**sizes).state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes, "preprocess_cfg": preprocess}))
+    return folder
+
+
+def tiny_vision_transformer(folder: Path, registers: int = 0) -> Path:
+    """A random vision transformer in transformers' format: a DINO, or with registers a DINOv2."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    if registers:
+        config = Dinov2WithRegistersConfig(**sizes, num_register_tokens=registers)
+        Dinov2WithRegistersModel(config).save_pretrained(folder)
+    else:
+        ViTModel(ViTConfig(**sizes, intermediate_size=16), add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder

@@ -6,9 +6,10 @@ space that they used.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,28 +33,28 @@ FEATURES = "features.npy"
 _CHUNK = 256  # rows per resumable part: fixed, so that a run with another batch size goes on from the same parts
 
 
-class ImageEncoder(Protocol):
+class ImageEncoder(ABC):
     """Turns pictures into vectors."""
 
+    @abstractmethod
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
         """One vector a picture, float32 on the CPU."""
-        ...
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What decides the vectors."""
-        ...
 
 
-class TextEncoder(Protocol):
+class TextEncoder(ABC):
     """Turns captions into vectors."""
 
+    @abstractmethod
     def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
         """One vector a caption, float32 on the CPU."""
-        ...
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What decides the vectors."""
-        ...
 
 
 def signed_pixels(pixels: Pixels) -> Float[Tensor, "n 3 h w"]:
@@ -75,17 +76,18 @@ def signed_pixels(pixels: Pixels) -> Float[Tensor, "n 3 h w"]:
     )
 
 
-class EfficientNetLite0Encoder:
+class EfficientNetLite0Encoder(ImageEncoder):
     """ImageNet features of EfficientNet-lite0: the 1,280 pooled activations before the classifier.
 
     Args:
-        model: A network from (B, 3, side, side) to (B, D).
+        model: A network from (B, 3, side, side) to (B, D), or where the published weights are (see `from_pretrained`).
         side: Pictures are resized to this many pixels a side (bicubic, as in the network's evaluation).
         batch_size: Pictures encoded at a time.
     """
 
-    def __init__(self, model: nn.Module, side: int = 224, batch_size: int = 32) -> None:
-        self.model, self.side, self.batch_size = freeze(model), side, batch_size
+    def __init__(self, model: nn.Module | str = EFFICIENTNET_LITE0, side: int = 224, batch_size: int = 32) -> None:
+        network = load_efficientnet_lite0(model) if isinstance(model, str) else model
+        self.model, self.side, self.batch_size = freeze(network), side, batch_size
 
     @classmethod
     def from_pretrained(cls, path: str = EFFICIENTNET_LITE0) -> EfficientNetLite0Encoder:
@@ -94,12 +96,7 @@ class EfficientNetLite0Encoder:
         Raises:
             ValueError: The file holds another network.
         """
-        import timm  # slow to import, and needed by this encoder only
-
-        model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        load_by_order(model, torch.load(resolve_path(path), map_location="cpu", weights_only=True))
-        model.reset_classifier(0)
-        return cls(model)
+        return cls(path)
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
@@ -132,6 +129,21 @@ class EfficientNetLite0Encoder:
         }
 
 
+def load_efficientnet_lite0(path: str) -> nn.Module:
+    """The network without its classifier, from the published PyTorch weights.
+
+    Raises:
+        ValueError: The file holds another network.
+    """
+    import timm  # slow to import, and needed by this encoder only
+
+    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    load_by_order(model, torch.load(resolve_path(path), map_location="cpu", weights_only=True))
+    model.reset_classifier(0)
+    network: nn.Module = model
+    return network
+
+
 def load_by_order(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors into a model whose state dict has the same order but other names (batch counters aside).
 
@@ -153,7 +165,7 @@ def load_by_order(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(zip(wanted, given.values(), strict=True)), strict=False)
 
 
-class MiniLMEncoder:
+class MiniLMEncoder(TextEncoder):
     """Sentence vectors, as all-MiniLM-L6-v2 makes them: the average of token states under the mask, at length one.
 
     Args:

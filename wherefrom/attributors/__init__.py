@@ -1,7 +1,7 @@
 """Attribution methods, all behind `Attributor`."""
 
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
-from wherefrom.attributors.baselines import CaptionSimilarity, PixelSimilarity, Random
+from wherefrom.attributors.baselines import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
 from wherefrom.attributors.influence import InfluenceFunction
 from wherefrom.attributors.trak import TRAK
 from wherefrom.attributors.unlearning import AttributionByUnlearning
@@ -11,6 +11,7 @@ __all__ = [
     "AttributionByUnlearning",
     "Attributor",
     "CaptionSimilarity",
+    "ImageSimilarity",
     "InfluenceFunction",
     "PixelSimilarity",
     "Query",

@@ -1,8 +1,9 @@
-"""Three attributors that need no model: random, pixel and caption similarity."""
+"""Attributors that need no model: random, pixel, caption and feature similarity."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, Tra
 from wherefrom.data.pictures import Pictures
 from wherefrom.data.stream import to_float
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.features import MiniLMEncoder, TextEncoder
+from wherefrom.features import ImageEncoder, MiniLMEncoder, TextEncoder, image_features
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
@@ -109,6 +110,67 @@ class PixelSimilarity(_NoModel):
             self._vectors[key] = self.vectors(np.asarray(pictures.pixels))
         both = np.stack([query.pixels, query.pixels[:, ::-1]])  # mirroring the query mirrors every comparison
         return (self._vectors[key] @ self.vectors(both).T).amax(dim=1).numpy()
+
+
+class ImageSimilarity(Attributor):
+    """Cosine of image features, the larger of picture and mirror image.
+
+    Args:
+        encoder: Turns pictures into vectors.
+        query_encoder: Turns the query into its vector where that is another one (AbC learns one map for training
+            pictures and one for synthesized ones); its vectors must have the same width.
+    """
+
+    requires: frozenset[Need] = frozenset({"features"})
+
+    def __init__(self, encoder: ImageEncoder, query_encoder: ImageEncoder | None = None) -> None:
+        self.encoder, self.query_encoder = encoder, encoder if query_encoder is None else query_encoder
+        self._ready: tuple[Pictures, Tensor, Tensor] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {
+            "method": "image similarity",
+            "encoder": self.encoder.identity(),
+            "query_encoder": self.query_encoder.identity(),
+        }
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Computes the features of the pictures, their mirror images and the null, once per encoder."""
+        say(f"features of {len(data.pictures):,} training pictures and their mirror images")
+        empty = torch.zeros(0, 2, 1)
+        held_out = data.held_out
+        null = self._features(held_out, store) if held_out is not None and len(held_out) else empty
+        self._ready = data.pictures, self._features(data.pictures, store), null
+
+    def _features(self, pictures: Pictures, store: Store) -> Float[Tensor, "n 2 d"]:
+        """Unit vectors of the pictures and of their mirror images."""
+        mirrored = replace(
+            pictures,
+            pixels=np.asarray(pictures.pixels)[:, :, ::-1],
+            fingerprint=f"{pictures.fingerprint}/mirrored",
+        )
+        both = [image_features(part, self.encoder, store, self.progress) for part in (pictures, mirrored)]
+        return F.normalize(torch.stack(both, dim=1).double(), dim=2)
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """One query at a time."""
+        if self._ready is None:
+            raise ValueError("fit must run before score.")
+        pictures, features, null = self._ready
+        chosen = self.positions(pictures.ids, candidates)
+        ids = tuple(pictures.ids[index] for index in chosen)
+        for query in queries:
+            vector = F.normalize(self.query_encoder.encode_images(query.pixels[None]).double(), dim=1)[0]
+            if vector.shape[0] != features.shape[2]:
+                raise ValueError(
+                    f"The query's features have {vector.shape[0]} numbers, those of the pictures {features.shape[2]}: "
+                    "the two encoders do not belong together."
+                )
+            scores = (features[chosen] @ vector).amax(dim=1).numpy()
+            yield Scores(query, ids, scores, (null @ vector).amax(dim=1).numpy() if len(null) else np.empty(0))
 
 
 class CaptionSimilarity(_NoModel):
