@@ -1,7 +1,8 @@
-"""Attributes pictures to the training images that made them.
+"""Attributes pictures to the training images that made them, by one method or by several side by side.
 
 python evaluate.py attribute -c configs/experiment/demo.yaml
 python evaluate.py attribute -c configs/experiment/demo.yaml --queries.prompts '["a fox, twemoji style"]'
+python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import Path_fr
 from lightning import LightningDataModule
 from lightning.fabric import Fabric
 
@@ -22,7 +24,8 @@ import datamodules  # noqa: F401  so that YAML may use short class names
 from datamodules.pictures import PicturesDataModule
 from wherefrom import attributors
 from wherefrom.attribution import ReportOptions, attribute
-from wherefrom.attributors import Attributor, TrainingData
+from wherefrom.attributors import Attributor, Query, TrainingData
+from wherefrom.comparison import compare
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
@@ -52,19 +55,45 @@ class Devices:
 
 def parser() -> ArgumentParser:
     """The command line."""
-    attribute_parser = ArgumentParser(description=attribute.__doc__, parser_mode="omegaconf")
-    attribute_parser.add_argument("-c", "--config", action="config", help="an experiment file")
-    attribute_parser.add_argument("--model", type=str, required=True, help="diffusers pipeline: folder or hub id")
-    attribute_parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    attribute_parser = run_parser(attribute.__doc__)
     attribute_parser.add_subclass_arguments(Attributor, "attributor", required=True)
-    attribute_parser.add_class_arguments(QuerySource, "queries")
-    attribute_parser.add_class_arguments(ReportOptions, "report")
-    attribute_parser.add_class_arguments(Devices, "trainer")
-    attribute_parser.add_argument("--output", type=str, required=True, help="the run folder")
-    attribute_parser.add_argument("--store", type=str, default="cache", help="folder for what is computed once")
+    compare_parser = run_parser(compare.__doc__)
+    compare_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
     root = ArgumentParser(description=__doc__)
-    root.add_subcommands().add_subcommand("attribute", attribute_parser)
+    commands = root.add_subcommands()
+    commands.add_subcommand("attribute", attribute_parser)
+    commands.add_subcommand("compare", compare_parser)
     return root
+
+
+def run_parser(description: str | None) -> ArgumentParser:
+    """What all runs over queries are told."""
+    made = ArgumentParser(description=description, parser_mode="omegaconf")
+    made.add_argument("-c", "--config", action="config", help="an experiment file")
+    made.add_argument("--model", type=str, required=True, help="diffusers pipeline: folder or hub id")
+    made.add_subclass_arguments(LightningDataModule, "data", required=True)
+    made.add_class_arguments(QuerySource, "queries")
+    made.add_class_arguments(ReportOptions, "report")
+    made.add_class_arguments(Devices, "trainer")
+    made.add_argument("--output", type=str, required=True, help="the run folder")
+    made.add_argument("--store", type=str, default="cache", help="folder for what is computed once")
+    return made
+
+
+def load_methods(files: Sequence[Path]) -> dict[str, Attributor]:
+    """The attributors of these files, by the files' names.
+
+    Raises:
+        ValueError: Two files have the same name.
+    """
+    made = ArgumentParser(parser_mode="omegaconf")
+    made.add_subclass_arguments(Attributor, "attributor", required=True)
+    methods: dict[str, Attributor] = {}
+    for file in files:
+        if file.stem in methods:
+            raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
+        methods[file.stem] = made.instantiate(made.parse_args(["--attributor", str(file)])).attributor
+    return methods
 
 
 def training_data(data: PicturesDataModule, model: DiffusionModel) -> TrainingData:
@@ -93,8 +122,20 @@ def announce(
     )
 
 
-def run_attribute(config: Any) -> None:
-    """`evaluate.py attribute`."""
+@dataclass(frozen=True)
+class Run:
+    """What a run over queries works with."""
+
+    model: DiffusionModel
+    data: TrainingData
+    queries: list[Query]
+    store: Store
+    runner: Runner
+    console: Console
+
+
+def prepare(config: Any) -> Run:
+    """Launches the processes and makes model, data and queries."""
     devices: Devices = config.trainer
     fabric = Fabric(
         accelerator=devices.accelerator, strategy=devices.strategy, devices=devices.devices, num_nodes=devices.num_nodes
@@ -115,13 +156,41 @@ def run_attribute(config: Any) -> None:
     channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
     console.say("queries")
     queries = make_queries(model, config.queries, (channels, rows, columns), (height, width), console.progress)
-    output = Path(config.output)
-    if runner.is_main:
-        announce(console, config.attributor, data, model, len(queries), output)
-    config.attributor.progress = console.progress
-    attribute(output, config.attributor, data, model, queries, store, runner, config.report, console.say)
-    console.say(f"report: {output / 'report.html'}   ranking: {output / 'ranking.parquet'}")
-    console.say(f"peak resident memory: {peak_memory() / 2**30:.2f} GiB")
+    return Run(model, data, queries, store, runner, console)
+
+
+def run_attribute(config: Any) -> None:
+    """`evaluate.py attribute`."""
+    run, output = prepare(config), Path(config.output)
+    if run.runner.is_main:
+        announce(run.console, config.attributor, run.data, run.model, len(run.queries), output)
+    config.attributor.progress = run.console.progress
+    attribute(
+        output,
+        config.attributor,
+        run.data,
+        run.model,
+        run.queries,
+        run.store,
+        run.runner,
+        config.report,
+        run.console.say,
+    )
+    run.console.say(f"report: {output / 'report.html'}   ranking: {output / 'ranking.parquet'}")
+    run.console.say(f"peak resident memory: {peak_memory() / 2**30:.2f} GiB")
+
+
+def run_compare(config: Any) -> None:
+    """`evaluate.py compare`."""
+    methods = load_methods([Path(str(file.absolute)) for file in config.methods])
+    run, output = prepare(config), Path(config.output)
+    for name, method in methods.items():
+        if run.runner.is_main:
+            run.console.say(name)
+            announce(run.console, method, run.data, run.model, len(run.queries), output)
+        method.progress = run.console.progress
+    compare(output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.say)
+    run.console.say(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -131,7 +200,10 @@ def main(args: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     initialised = root.instantiate(config)
     try:
-        run_attribute(initialised.attribute)
+        if initialised.subcommand == "compare":
+            run_compare(initialised.compare)
+        else:
+            run_attribute(initialised.attribute)
     except (ValueError, OSError) as error:
         if args is not None:
             raise  # called from Python: the caller handles it

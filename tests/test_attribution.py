@@ -312,7 +312,12 @@ def test_every_attributor_file_makes_its_attributor(path: Path, stand_ins: dict[
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_file_is_understood(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load(path.read_text())
-    if "attributor" in content:
+    if "methods" in content:
+        config = evaluate.parser().parse_args(["compare", "-c", str(path)])
+        assert set(evaluate.load_methods([Path(file.absolute) for file in config.compare.methods])) == {
+            Path(file).stem for file in content["methods"]
+        }
+    elif "attributor" in content:
         config = evaluate.parser().parse_args(["attribute", "-c", str(path)])
         assert config.attribute.attributor.class_path
         assert config.attribute.output == content["output"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,10 @@ def attribute(
         if finished:
             say(f"{len(finished)} of {len(queries)} queries are already done in {folder}")
         attributor.fit(data, model, store, runner, say)
-        for scores in attributor.score([query for query in queries if query.id not in finished]):
+        started = time.monotonic()
+        for found in attributor.score([query for query in queries if query.id not in finished]):
+            scores = replace(found, facts={**found.facts, "seconds": time.monotonic() - started})
+            started = time.monotonic()
             finished[scores.query.id] = scores
             if runner.is_main:
                 _write_scores(folder, scores)

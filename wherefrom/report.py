@@ -85,8 +85,8 @@ class QueryReport:
     notes: Sequence[str]
 
 
-def _foreign(text: str, most: int = _LABEL) -> Markup:
-    """Text from outside; isolated, so that its direction does not spill into what stands beside it."""
+def foreign(text: str, most: int = _LABEL) -> Markup:
+    """Text from outside, isolated, so that its direction does not spill into what stands beside it."""
     return tag("bdi", shorten(text, most))
 
 
@@ -106,7 +106,7 @@ def png_data_uri(pixels: Pixels) -> str:
     return _encode(Image.fromarray(np.ascontiguousarray(pixels)))
 
 
-def _picture(pixels: Pixels, side: int, alt: str) -> Markup:
+def picture_tag(pixels: Pixels, side: int, alt: str) -> Markup:
     """The picture in a box of that side: small ones enlarged by a whole factor, large ones reduced to twice the side.
 
     Twice, because a sharp screen has two pixels or more for each CSS pixel.
@@ -184,42 +184,40 @@ def _percent(share: float) -> str:
 
 
 def _table(facts: Mapping[str, str], class_: str) -> Markup:
-    rows = [
-        tag("div", tag("dt", _foreign(name)), tag("dd", _foreign(value, _CAPTION))) for name, value in facts.items()
-    ]
+    rows = [tag("div", tag("dt", foreign(name)), tag("dd", foreign(value, _CAPTION))) for name, value in facts.items()]
     return tag("dl", *rows, class_=class_) if rows else Markup()
 
 
 def _warnings(notes: Sequence[str]) -> Markup:
-    return tag("ul", *[tag("li", _foreign(note, _PROMPT)) for note in notes], class_="notes") if notes else Markup()
+    return tag("ul", *[tag("li", foreign(note, _PROMPT)) for note in notes], class_="notes") if notes else Markup()
 
 
 def _card(picture: RankedPicture, score: str) -> Markup:
     caption = picture.caption.strip()
     alt = f"Training picture {shorten(picture.id, _LABEL)}: {shorten(caption, _LABEL)}"
     groups = [
-        tag("span", tag("i", _foreign(column)), " ", _foreign(value), class_="group")
+        tag("span", tag("i", foreign(column)), " ", foreign(value), class_="group")
         for column, value in picture.groups.items()
         if column != "license"
     ]
     return tag(
         "li",
-        tag("div", _picture(picture.pixels, _CARD, alt), class_="frame"),
+        tag("div", picture_tag(picture.pixels, _CARD, alt), class_="frame"),
         tag("p", tag("b", str(picture.rank), class_="rank"), tag("span", score, class_="score"), class_="numbers"),
         tag("p", _p_value(picture.p_value), class_="p"),
         tag(
             "p",
-            _foreign(caption, _CAPTION) if caption else "(no caption)",
+            foreign(caption, _CAPTION) if caption else "(no caption)",
             class_="caption",
             title=shorten(caption, _CAPTION),
         ),
-        tag("p", _foreign(picture.id), class_="id"),
+        tag("p", foreign(picture.id), class_="id"),
         tag("p", *groups, class_="groups") if groups else Markup(),
         tag(
             "p",
             tag("i", "licence"),
             " ",
-            _foreign(picture.license) if picture.license.strip() else "not stated",
+            foreign(picture.license) if picture.license.strip() else "not stated",
             class_="license",
         ),
     )
@@ -246,7 +244,7 @@ def _share_table(column: str, shares: Sequence[Share]) -> Markup:
     rows = [
         tag(
             "tr",
-            tag("th", _foreign(each.name), scope="row"),
+            tag("th", foreign(each.name), scope="row"),
             tag("td", _bar(each, end), class_="drawn"),
             tag("td", _percent(each.share)),
             tag("td", f"{_percent(each.low)} – {_percent(each.high)}"),
@@ -256,7 +254,7 @@ def _share_table(column: str, shares: Sequence[Share]) -> Markup:
     ]
     axis = tag("span", "0", tag("span", _percent(end)), class_="axis")
     titles = [
-        tag("th", _foreign(column)),
+        tag("th", foreign(column)),
         tag("th", axis),
         *(tag("th", title) for title in ("share", "interval", "in training")),
     ]
@@ -269,8 +267,9 @@ def _share_table(column: str, shares: Sequence[Share]) -> Markup:
     )
 
 
-def _prompt(query: QueryReport) -> Markup:
-    return _foreign(query.prompt, _PROMPT) if query.prompt.strip() else tag("span", "(no prompt given)", class_="quiet")
+def prompt_tag(prompt: str) -> Markup:
+    """A prompt, or that there is none."""
+    return foreign(prompt, _PROMPT) if prompt.strip() else tag("span", "(no prompt given)", class_="quiet")
 
 
 def _query(number: int, query: QueryReport) -> Markup:
@@ -286,10 +285,10 @@ def _query(number: int, query: QueryReport) -> Markup:
         "section",
         tag(
             "div",
-            tag("div", _picture(query.pixels, _QUERY, alt), class_="frame"),
+            tag("div", picture_tag(query.pixels, _QUERY, alt), class_="frame"),
             tag("p", f"Generated picture {number}", class_="kicker"),
-            tag("h2", _prompt(query), id=f"prompt-{number}"),
-            tag("p", _foreign(query.id), class_="id"),
+            tag("h2", prompt_tag(query.prompt), id=f"prompt-{number}"),
+            tag("p", foreign(query.id), class_="id"),
             _table(query.facts, "facts"),
             class_="query",
         ),
@@ -311,11 +310,42 @@ def _navigation(queries: Sequence[QueryReport]) -> Markup:
     links = [
         tag(
             "li",
-            tag("a", _picture(query.pixels, _THUMBNAIL, ""), tag("span", _prompt(query)), href=f"#query-{number}"),
+            tag(
+                "a",
+                picture_tag(query.pixels, _THUMBNAIL, ""),
+                tag("span", prompt_tag(query.prompt)),
+                href=f"#query-{number}",
+            ),
         )
         for number, query in enumerate(queries, 1)
     ]
     return tag("nav", tag("ol", *links), aria_label="Generated pictures")
+
+
+def write_page(path: Path, title: str, body: Markup, style: str = "") -> None:
+    """Writes one self-contained page, whole or not at all.
+
+    Args:
+        path: The file.
+        title: What the browser calls it.
+        body: The `body` element.
+        style: Style rules beside the report's own.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", shorten(title, _LABEL)),
+        tag("style", Markup(STYLE + style)),
+    )
+    page = "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
+    with replacing(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8"))
 
 
 _LEGEND = {
@@ -363,20 +393,11 @@ def write_report(
         _check(query)
     lead = "Beside each generated picture: the training pictures that influenced it most, in order. "
     legend = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in _LEGEND.items()]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", shorten(title, _LABEL)),
-        tag("style", Markup(STYLE)),
-    )
     body = tag(
         "body",
         tag(
             "header",
-            tag("h1", _foreign(title, _CAPTION)),
+            tag("h1", foreign(title, _CAPTION)),
             tag("p", lead, tag("a", "How to read this page", href="#legend"), class_="lead"),
             _warnings(notes),
             _table(facts, "facts wide"),
@@ -386,11 +407,9 @@ def write_report(
         tag(
             "footer",
             tag("h2", "How to read this page"),
-            tag("p", _foreign(methods_note, _PROMPT)) if methods_note else Markup(),
+            tag("p", foreign(methods_note, _PROMPT)) if methods_note else Markup(),
             tag("dl", *legend),
             id="legend",
         ),
     )
-    page = "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
-    with replacing(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8"))
+    write_page(path, title, body)

@@ -1,0 +1,88 @@
+"""Several methods side by side, through the command line and in numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from scipy.stats import spearmanr
+
+import evaluate
+from tests.tiny import attribution_config, tiny_latents
+from wherefrom.attributors import Query, Random, Scores, TrainingData
+from wherefrom.comparison import compare, correlations, watched_memory
+from wherefrom.evaluation.ranking import read_ranking
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+
+NAMES = tuple(f"id {index}" for index in range(6))
+
+
+def scores(values: list[float]) -> Scores:
+    return Scores(Query("q", "p", np.zeros((2, 2, 3), dtype=np.uint8)), NAMES, np.array(values), np.zeros(0))
+
+
+def test_correlations_are_means_over_the_queries() -> None:
+    a, b = [1.0, 2, 3, 4, 5, 6], [2.0, 1, 4, 3, 6, 5]
+    mean, error = correlations({"x": [scores(a), scores(a)], "y": [scores(b), scores(a[::-1])]})
+    found = [spearmanr(a, b).statistic, -1.0]
+    assert mean[0, 1] == mean[1, 0] == pytest.approx(np.mean(found))
+    assert error[0, 1] == pytest.approx(np.std(found, ddof=1) / 2**0.5)
+    assert mean[0, 0] == mean[1, 1] == 1.0
+    constant, _ = correlations({"x": [scores(a)], "flat": [scores([1.0] * 6)]})
+    assert np.isnan(constant[0, 1])
+
+
+def test_memory_is_watched() -> None:
+    with watched_memory() as largest:
+        before = largest[0]
+        kept = np.ones(20_000_000)
+        assert kept.sum() > 0
+    assert largest[0] - before > 100_000_000
+
+
+def test_methods_are_compared_through_the_command_line(tmp_path: Path) -> None:
+    content = yaml.safe_load(attribution_config(tmp_path).read_text())
+    abu = content.pop("attributor")
+    for name, attributor in (("abu", abu), ("pixel", {"class_path": "PixelSimilarity"})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(attributor))
+    content |= {"methods": ["abu.yaml", "pixel.yaml"], "output": str(tmp_path / "compared")}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content))
+    evaluate.main(["compare", "-c", str(tmp_path / "compare.yaml")])
+    output = tmp_path / "compared"
+    table = pq.read_table(output / "methods.parquet").to_pydict()
+    assert table["method"] == ["abu", "pixel"]
+    assert all(value > 0 for value in table["seconds_per_query"] + table["peak_memory_bytes"])
+    assert table["stored_bytes_per_query"][0] > table["stored_bytes_per_query"][1] > 0
+    assert np.isfinite(table["split_half_reliability"][0])
+    assert np.isnan(table["split_half_reliability"][1])
+    rankings = [read_ranking(output / name) for name in ("abu", "pixel")]
+    assert set(rankings[0]) == set(rankings[1])
+    rows = pq.read_table(output / "correlations.parquet").to_pylist()
+    assert [(row["method"], row["other"]) for row in rows] == [
+        (a, b) for a in ("abu", "pixel") for b in ("abu", "pixel")
+    ]
+    assert rows[1]["spearman"] == rows[2]["spearman"]
+    page = (output / "report.html").read_text()
+    for words in ("What each costs", "How far they agree", "abu", "pixel", "a big red square"):
+        assert words in page
+    evaluate.main(["compare", "-c", str(tmp_path / "compare.yaml")])
+    again = pq.read_table(output / "methods.parquet").to_pydict()
+    for column in ("seconds_per_query", "stored_bytes_per_query", "peak_memory_bytes"):
+        assert again[column] == table[column]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    train = tiny_latents(4).pictures
+    query = Query("q", "p", np.zeros((8, 8, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="There are no methods to compare"):
+        compare(tmp_path, {}, TrainingData(train), None, [query], Store(tmp_path / "store"), Runner.current())
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "random.yaml").write_text("class_path: Random\n")
+    with pytest.raises(ValueError, match="Two attributor files are called 'random'"):
+        evaluate.load_methods([tmp_path / "a" / "random.yaml", tmp_path / "b" / "random.yaml"])
+    assert isinstance(evaluate.load_methods([tmp_path / "a" / "random.yaml"])["random"], Random)
