@@ -85,7 +85,7 @@ def other_style(name: str) -> str:
 
 
 def make_cases(
-    data: TrainingData, model: DiffusionModel, counts: Mapping[str, int], seed: int
+    data: TrainingData, model: DiffusionModel, counts: Mapping[str, int], seed: int, eta: float
 ) -> dict[str, list[Case]]:
     """The three sets of queries."""
     assert data.latents is not None
@@ -97,7 +97,7 @@ def make_cases(
         : counts["held-out"]
     ]
     prompts = [pictures.captions[index][0] for index in own] + [held_out.captions[index][0] for index in unseen]
-    drawn = generate(model, prompts, seed, (channels, rows, columns))
+    drawn = generate(model, prompts, seed, (channels, rows, columns), eta=eta)
     cases: dict[str, list[Case]] = {"own": [], "crossed": [], "held-out": []}
     for index, query in zip(own, drawn, strict=False):
         name = pictures.ids[index]
@@ -155,6 +155,7 @@ def main() -> None:
     arguments.add_argument("--timesteps", type=int, default=5)
     arguments.add_argument("--draws", type=int, default=1000)
     arguments.add_argument("--rise", type=float, default=0.2)
+    arguments.add_argument("--eta", type=float, default=1.0, help="noise that the sampler adds back; 0 is DDIM")
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -165,7 +166,7 @@ def main() -> None:
     data = training_data(Emoji(store=str(store.root)), model)
     console.say("queries")
     counts = {"own": options.own, "crossed": options.crossed, "held-out": options.held_out}
-    cases = make_cases(data, model, counts, options.seed)
+    cases = make_cases(data, model, counts, options.seed, options.eta)
     flat = [case for part in cases.values() for case in part]
     abu = AttributionByUnlearning(
         unlearning=UnlearningSettings(draws=options.draws, rise=options.rise),

@@ -38,6 +38,9 @@ class Autoencoder(LightningModule):
         smoothness: Weight of `roughness`.
         compile: Compile the autoencoder.
         save_to: Folder to which the trained autoencoder is saved in diffusers' format.
+        init_from: A `diffusers` autoencoder folder whose weights to start from.
+        decoder_only: Train the decoder alone: latents stay what they are, so a diffusion model of them stays valid.
+        channels_last: Keep convolution weights channels-last, which is faster on many devices.
     """
 
     def __init__(
@@ -49,9 +52,22 @@ class Autoencoder(LightningModule):
         smoothness: float = 0.03,
         compile: bool = False,
         save_to: str | None = None,
+        init_from: str | None = None,
+        decoder_only: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae = vae.to(memory_format=torch.channels_last) if channels_last else vae
+        self.decoder_only = decoder_only
+        self.kept_scale: float | None = None
+        if init_from is not None:
+            source = AutoencoderKL.from_pretrained(init_from, low_cpu_mem_usage=False).float()
+            vae.load_state_dict(source.state_dict())
+            # A diffusion model was trained on latents of this scale.
+            self.kept_scale = source.config.scaling_factor if decoder_only else None
+        if decoder_only:
+            vae.requires_grad_(False)
+            vae.decoder.requires_grad_(True)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.kl_weight, self.smoothness = kl_weight, smoothness
         self.save_to = save_to
@@ -61,7 +77,8 @@ class Autoencoder(LightningModule):
 
     def training_step(self, batch: PixelBatch) -> Tensor:
         """The mean of the per-example losses, each part logged."""
-        posterior = self.vae.encode(batch.pixels).latent_dist
+        with torch.set_grad_enabled(not self.decoder_only):
+            posterior = self.vae.encode(batch.pixels).latent_dist
         noise = keyed.normal(batch.keys, posterior.mean.shape[1:], posterior.mean.dtype)
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         squared = F.mse_loss(decoded, batch.pixels, reduction="none").mean(dim=(1, 2, 3))
@@ -91,13 +108,13 @@ class Autoencoder(LightningModule):
 
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
         """The injected optimizer, with the injected schedule stepped per batch."""
-        optimizer = self.optimizer(self.vae.parameters())
+        optimizer = self.optimizer(parameter for parameter in self.vae.parameters() if parameter.requires_grad)
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def on_train_end(self) -> None:
-        """Sets the scaling factor to one over the latents' spread and saves the autoencoder."""
+        """Sets the scaling factor to one over the latents' spread (a decoder alone keeps its own), and saves."""
         if self.save_to is None or not self.trainer.is_global_zero:
             return
         spread = self.trainer.callback_metrics.get("val/latent_std")
@@ -106,6 +123,7 @@ class Autoencoder(LightningModule):
                 "save_to needs a validation pass, from which the scaling factor is set: do not limit it to 0 batches."
             )
         # As an argument: registered over a value that was left to its default, it would be lost in from_config.
-        rounded = AutoencoderKL.from_config(self.vae.config, scaling_factor=round(1.0 / float(spread), 4))
+        scale = self.kept_scale if self.kept_scale is not None else round(1.0 / float(spread), 4)
+        rounded = AutoencoderKL.from_config(self.vae.config, scaling_factor=scale)
         rounded.load_state_dict(self.vae.state_dict())
         rounded.half().save_pretrained(Path(self.save_to))
