@@ -319,6 +319,21 @@ def test_the_autoencoder_trains_reproducibly_and_is_saved_with_its_scale(folder:
         assert torch.equal(loaded.state_dict()[name].float(), value.half().float()), name
 
 
+def test_the_decoder_alone_can_be_trained_further(folder: Path) -> None:
+    """Its latents and their scale stay what they are, for the diffusion model that learned them."""
+    first, second = folder / "first vae", folder / "second vae"
+    train.main(autoencoder(folder, "first", "--model.init_args.save_to", str(first)))
+    options = ["--model.init_args.init_from", str(first), "--model.init_args.decoder_only", "true"]
+    further = train.main(
+        autoencoder(folder, "second", *options, "--model.init_args.save_to", str(second), "--trainer.max_steps", "2")
+    )
+    before, after = (type(further.model.vae).from_pretrained(place) for place in (first, second))
+    assert after.config.scaling_factor == before.config.scaling_factor
+    same = {name: torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items()}
+    assert all(kept for name, kept in same.items() if not name.startswith("decoder."))
+    assert not any(same[name] for name in ("decoder.conv_in.weight", "decoder.conv_out.weight"))
+
+
 def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) -> None:
     """The ablation module moves the weights exactly as the plain function does, and logs what it did."""
     pipeline = tiny_pipeline(tmp_path / "pipeline")
