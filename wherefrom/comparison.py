@@ -22,7 +22,8 @@ from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingD
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.markup import Markup, shorten, tag
-from wherefrom.report import foreign, picture_tag, prompt_tag, write_page
+from wherefrom.page import write_page
+from wherefrom.report import foreign, picture_tag, prompt_tag
 from wherefrom.runner import Runner
 from wherefrom.storage import Store, replacing, write_json
 

@@ -21,14 +21,12 @@ from PIL import Image
 
 from wherefrom.evaluation.shares import Share
 from wherefrom.markup import Markup, shorten, tag
-from wherefrom.report_style import STYLE
-from wherefrom.storage import replacing
+from wherefrom.page import write_page
 
 __all__ = ["QueryReport", "RankedPicture", "Share", "png_data_uri", "write_report"]
 
 Pixels = UInt8[NDArray[np.uint8], "h w 3"]
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _CARD, _QUERY, _THUMBNAIL = 128, 256, 48  # sides in CSS pixels
 _CAPTION, _PROMPT, _LABEL = 400, 2000, 100  # longest text shown, in characters
 _MOST_GROUPS = 10
@@ -320,32 +318,6 @@ def _navigation(queries: Sequence[QueryReport]) -> Markup:
         for number, query in enumerate(queries, 1)
     ]
     return tag("nav", tag("ol", *links), aria_label="Generated pictures")
-
-
-def write_page(path: Path, title: str, body: Markup, style: str = "") -> None:
-    """Writes one self-contained page, whole or not at all.
-
-    Args:
-        path: The file.
-        title: What the browser calls it.
-        body: The `body` element.
-        style: Style rules beside the report's own.
-
-    Raises:
-        StorageError: The file could not be written.
-    """
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", shorten(title, _LABEL)),
-        tag("style", Markup(STYLE + style)),
-    )
-    page = "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
-    with replacing(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8"))
 
 
 _LEGEND = {

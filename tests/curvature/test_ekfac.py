@@ -14,7 +14,8 @@ from torch.nn import functional
 from tests.tiny import moved_copy, one_process, tiny_latents, tiny_model
 from wherefrom import keyed
 from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac, load_ekfac, save_ekfac
-from wherefrom.curvature.ekfac import KroneckerFactors, eigenvectors_of, plan_layers
+from wherefrom.curvature.ekfac import KroneckerFactors, eigenvectors_of
+from wherefrom.curvature.kronecker import plan_layers
 from wherefrom.curvature.sampling import SampledPass
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.storage import Store

@@ -45,6 +45,19 @@ def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Flo
     return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
 
 
+def as_latent(model: DiffusionModel, query: Query) -> QueryLatent:
+    """The query as the model sees it.
+
+    Raises:
+        ValueError: The model has no encoder.
+    """
+    encoder = model.encoder
+    if encoder is None:
+        raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
+    latent = query.latent if query.latent is not None else encoder.encode_image(query.pixels)
+    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt])[0])
+
+
 class CurvedAttributor(Attributor):
     """Base of the methods with a curvature.
 
@@ -165,18 +178,8 @@ class CurvedAttributor(Attributor):
         return fit_diagonal(model, data, names, store, runner, self.fisher, self.damping, progress=self.progress)
 
     def query_latent(self, query: Query) -> QueryLatent:
-        """The query as the model sees it.
-
-        Raises:
-            ValueError: The model has no encoder.
-        """
-        encoder = self.ready()[0].encoder
-        if encoder is None:
-            raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
-        latent = query.latent
-        if latent is None:
-            latent = encoder.encode_image(query.pixels)
-        return QueryLatent(query.id, latent, encoder.text.encode([query.prompt])[0])
+        """The query as the model sees it: see `as_latent`."""
+        return as_latent(self.ready()[0], query)
 
     def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:
         """Split-half reliability of the scores over the (t, ε) draws; NaN with a single draw."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
-from wherefrom.attributors.curved import Flip
+from wherefrom.attributors.curved import Flip, as_latent
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel, SquareOutput
 from wherefrom.losses import LossGrid
@@ -170,13 +170,10 @@ class TRAK(Attributor):
         if self._ready is None:
             raise ValueError("fit must run before score.")
         model, data, _, runner = self._ready
-        if model.encoder is None:
-            raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
         chosen = self.positions(data.ids, candidates)
         for query in queries:
             started = time.monotonic()
-            latent = query.latent if query.latent is not None else model.encoder.encode_image(query.pixels)
-            as_seen = QueryLatent(query.id, latent, model.encoder.text.encode([query.prompt])[0])
+            as_seen = as_latent(model, query)
             directions = [
                 kernel.solve(self.query_features(each, as_seen, runner).cpu())[0]
                 for each, kernel in zip(self.models, self.kernels, strict=True)

@@ -1,0 +1,147 @@
+"""Which layers have a Kronecker-factored curvature, and which of them share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.gradients import PerSampleGradients, position_rows
+
+
+@dataclass(frozen=True)
+class KroneckerLayer:
+    """A linear or convolution layer as EK-FAC sees it.
+
+    Attributes:
+        module: Its name.
+        bias: Whether the bias is the matrix's last column.
+        source: The first layer that gets the same input: layers with one source share Q_A.
+        inputs: I, the bias's column included.
+        outputs: O.
+        sharers: How many layers have this source.
+    """
+
+    module: str
+    bias: bool
+    source: str
+    inputs: int
+    outputs: int
+    sharers: int = 1
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters that make up the matrix."""
+        return [f"{self.module}.weight", *([f"{self.module}.bias"] if self.bias else [])]
+
+    def rows(self, module: nn.Module, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, g) at each position, a with its 1 for the bias: shapes (B, P, I) and (B, P, O)."""
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        a, g = position_rows(module, inputs, grads)
+        return (torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2) if self.bias else a), g
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which layers have a Kronecker form, and which parameters have none.
+
+    Attributes:
+        layers: Those that do.
+        diagonal: Names of the parameters that do not.
+    """
+
+    layers: tuple[KroneckerLayer, ...]
+    diagonal: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """All parameters."""
+        return [name for layer in self.layers for name in layer.parameters] + list(self.diagonal)
+
+    def blocks(self, layers_per_pass: int | None) -> list[LayerPlan]:
+        """Parts of at most so many Kronecker layers; the diagonal goes with the first."""
+        size = layers_per_pass or max(1, len(self.layers))
+        starts = range(0, max(1, len(self.layers)), size)
+        return [
+            LayerPlan(_with_sources(self.layers[start : start + size]), () if start else self.diagonal)
+            for start in starts
+        ]
+
+    def memory(self) -> int:
+        """Bytes of the sums, eigenvectors and eigenvalues in float64: the most that a pass holds at a time."""
+        sources = {layer.source: layer.inputs**2 for layer in self.layers}
+        outputs = sum(layer.outputs**2 for layer in self.layers)
+        eigenvalues = sum(layer.inputs * layer.outputs for layer in self.layers)
+        return 8 * (2 * (sum(sources.values()) + outputs) + eigenvalues)
+
+
+def _with_sources(layers: Sequence[KroneckerLayer]) -> tuple[KroneckerLayer, ...]:
+    """The layers, each source being the first layer of this block that has it."""
+    by_source: dict[str, list[KroneckerLayer]] = {}
+    for layer in layers:
+        by_source.setdefault(layer.source, []).append(layer)
+    return tuple(
+        KroneckerLayer(
+            layer.module,
+            layer.bias,
+            by_source[layer.source][0].module,
+            layer.inputs,
+            layer.outputs,
+            len(by_source[layer.source]),
+        )
+        for layer in layers
+    )
+
+
+@torch.no_grad()
+def plan_layers(model: DiffusionModel, data: LatentSet, names: Sequence[str]) -> LayerPlan:
+    """Sorts parameters into Kronecker layers and the rest, and finds by one forward pass which layers share inputs.
+
+    Raises:
+        ValueError: A parameter belongs to a kind of layer without a rule.
+    """
+    wanted = set(names)
+    PerSampleGradients(model.denoiser, names)  # refuses what has no rule
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    modules = {
+        owner: module
+        for owner in owners
+        if isinstance(module := model.denoiser.get_submodule(owner), nn.Linear | nn.Conv2d)
+        and f"{owner}.weight" in wanted
+    }
+    seen: dict[str, list[Tensor]] = {owner: [] for owner in modules}
+
+    def keep(owner: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[owner].append(inputs[0])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(owner)) for owner, module in modules.items()]
+    try:
+        latents = data.latents[:1, 0].to(model.device, model.dtype)
+        states = data.states[:1, 0].to(model.device, model.dtype)
+        timestep = torch.zeros(1, dtype=torch.int64, device=model.device)
+        model.losses(latents, states, timestep, torch.zeros_like(latents))
+    finally:
+        for handle in handles:
+            handle.remove()
+    first: dict[Any, str] = {}
+    layers = []
+    for owner, module in modules.items():
+        bias = f"{owner}.bias" in wanted
+        weight = module.weight.flatten(1)
+        geometry: Any = ()
+        if isinstance(module, nn.Conv2d):
+            geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+        # The inputs are still held by `seen`, so an id is one tensor.
+        key = (tuple(id(value) for value in seen[owner]), bias, geometry)
+        source = first.setdefault(key, owner)
+        layers.append(KroneckerLayer(owner, bias, source, weight.shape[1] + bias, weight.shape[0]))
+    kronecker = {name for layer in layers for name in layer.parameters}
+    return LayerPlan(_with_sources(layers), tuple(name for name in names if name not in kronecker))
