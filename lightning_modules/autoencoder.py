@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from jaxtyping import Float
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from jaxtyping import Float, Int64
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from wherefrom import keyed
-from wherefrom.data.stream import PixelBatch
+from wherefrom.data.stream import NOISE, PixelBatch
 
 
 def roughness(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
@@ -40,6 +41,9 @@ class Autoencoder(LightningModule):
         save_to: Folder to which the trained autoencoder is saved in diffusers' format.
         init_from: A `diffusers` autoencoder folder whose weights to start from.
         decoder_only: Train the decoder alone: latents stay what they are, so a diffusion model of them stays valid.
+        latent_noise: Decode latents with Gaussian noise whose standard deviation is drawn anew for each picture, between
+            0 and this share of the latents' own spread, in place of the posterior's. What a diffusion model draws is
+            never quite a training latent, and a decoder that has only seen those turns the difference into texture.
         channels_last: Keep convolution weights channels-last, which is faster on many devices.
     """
 
@@ -54,9 +58,16 @@ class Autoencoder(LightningModule):
         save_to: str | None = None,
         init_from: str | None = None,
         decoder_only: bool = False,
+        latent_noise: float | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        if latent_noise is not None and not (latent_noise > 0 and decoder_only):
+            raise ValueError(
+                f"latent_noise {latent_noise}: it must be positive, and decoder_only true, since an encoder would learn "
+                "to outgrow the noise; leave it out to decode samples of the posterior."
+            )
+        self.latent_noise = latent_noise
         self.vae = vae.to(memory_format=torch.channels_last) if channels_last else vae
         self.decoder_only = decoder_only
         self.kept_scale: float | None = None
@@ -79,8 +90,7 @@ class Autoencoder(LightningModule):
         """The mean of the per-example losses, each part logged."""
         with torch.set_grad_enabled(not self.decoder_only):
             posterior = self.vae.encode(batch.pixels).latent_dist
-        noise = keyed.normal(batch.keys, posterior.mean.shape[1:], posterior.mean.dtype)
-        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        decoded = self.vae.decode(self.noisy(posterior, batch.keys)).sample
         squared = F.mse_loss(decoded, batch.pixels, reduction="none").mean(dim=(1, 2, 3))
         absolute = F.l1_loss(decoded, batch.pixels, reduction="none").mean(dim=(1, 2, 3))
         kl = posterior.kl() / posterior.mean[0].numel()
@@ -96,6 +106,15 @@ class Autoencoder(LightningModule):
             prog_bar=True,
         )
         return loss.mean()
+
+    def noisy(self, posterior: DiagonalGaussianDistribution, keys: Int64[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
+        """The latents that training decodes; their noise depends only on the visit's key."""
+        noise = keyed.normal(keys, posterior.mean.shape[1:], posterior.mean.dtype)
+        if self.latent_noise is None:
+            return posterior.mean + posterior.std * noise
+        assert self.kept_scale is not None  # scaled latents have a spread of 1
+        share = keyed.uniform(keyed.combine(NOISE, keys))[:, :, None, None].to(noise.dtype)
+        return posterior.mean + self.latent_noise / self.kept_scale * share * noise
 
     def validation_step(self, batch: PixelBatch) -> None:
         """Logs the squared error of decoding the mean latent, and the latents' spread and roughness."""

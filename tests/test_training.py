@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import train
 from callbacks import SampleGrid
-from lightning_modules import LatentDiffusion
-from tests.tiny import tiny_folder, tiny_pipeline, tiny_unet, training_config
+from lightning_modules import Autoencoder, LatentDiffusion
+from tests.tiny import tiny_folder, tiny_pipeline, tiny_unet, tiny_vae, training_config
 from wherefrom.curvature import fit_diagonal
 from wherefrom.diffusion import TRAINING_VERSION
 from wherefrom.pipeline import load_model
@@ -332,6 +332,29 @@ def test_the_decoder_alone_can_be_trained_further(folder: Path) -> None:
     same = {name: torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items()}
     assert all(kept for name, kept in same.items() if not name.startswith("decoder."))
     assert not any(same[name] for name in ("decoder.conv_in.weight", "decoder.conv_out.weight"))
+
+
+def test_the_decoder_learns_from_latents_with_keyed_noise(tmp_path: Path) -> None:
+    vae, spread = tiny_vae(), 0.5
+    type(vae).from_config(vae.config, scaling_factor=1 / spread).save_pretrained(tmp_path / "vae")
+    settings = {"init_from": str(tmp_path / "vae"), "decoder_only": True, "latent_noise": 0.4}
+    module = Autoencoder(vae, **settings)
+    count = 2000
+    pixels, keys = torch.zeros(count, 3, 8, 8), torch.arange(count)
+    posterior = vae.encode(pixels).latent_dist
+    added = (module.noisy(posterior, keys) - posterior.mean).detach()
+    assert torch.equal(module.noisy(posterior, keys).detach(), posterior.mean.detach() + added)
+    some = torch.tensor([7, 1900])
+    alone = module.noisy(vae.encode(pixels[some]).latent_dist, keys[some]).detach()
+    torch.testing.assert_close(alone, (posterior.mean.detach() + added)[some])
+    # A standard deviation that is uniform between 0 and s has a mean square of s²/3.
+    mean_square = added.square().flatten(1).mean(dim=1)
+    assert float(mean_square.mean()) == pytest.approx((0.4 * spread) ** 2 / 3, rel=0.1)
+    assert float(mean_square.min()) < 0.01 * float(mean_square.max()), "each picture has a spread of its own"
+    with pytest.raises(ValueError, match=re.escape("latent_noise -1.0: it must be positive")):
+        Autoencoder(vae, **{**settings, "latent_noise": -1.0})
+    with pytest.raises(ValueError, match="decoder_only true"):
+        Autoencoder(vae, latent_noise=0.1)
 
 
 def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from wherefrom.data.stream import to_float
 
 PACKAGE_PREFIX = "package:"
+_DECODING = ("decoder.", "post_quant_conv.")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -156,8 +157,16 @@ class LatentEncoder:
         return decoded.clamp(-1, 1)
 
     def identity(self) -> dict[str, Any]:
-        """What decides latents and states."""
-        return {"vae": hash_tensors(self.vae.state_dict()), "scale": list(self.scale), **self.text.identity()}
+        """What decides latents and states; the decoder decides neither."""
+        weights = self.vae.state_dict().items()
+        encoding = {name: value for name, value in weights if not name.startswith(_DECODING)}
+        return {"vae": hash_tensors(encoding), "scale": list(self.scale), **self.text.identity()}
+
+    def decoder_identity(self) -> str:
+        """What decides the picture of a latent."""
+        weights = self.vae.state_dict().items()
+        decoding = hash_tensors({name: value for name, value in weights if name.startswith(_DECODING)})
+        return f"{decoding}/{self.scale}"
 
 
 def autoencoder_from_config(config: dict[str, Any]) -> AutoencoderKL:

@@ -62,7 +62,7 @@ def generate(
     eta: float = 0.0,
     progress: Progress | None = None,
 ) -> list[Query]:
-    """Draws one picture for each prompt; its id is a hash of model, prompt, seed and sampler.
+    """Draws one picture for each prompt; its id is a hash of model, decoder, prompt, seed and sampler.
 
     Args:
         model: The model, with its encoder.
@@ -86,7 +86,14 @@ def generate(
     states, null = model.encoder.text.encode(prompts), model.encoder.text.encode([""])[0]
     latents = sample(model, states, null, keys, shape, sampling_steps, guidance, eta, progress).cpu()
     pixels = model.encoder.decode_images(latents)
-    settings = {"model": model.fingerprint(), "seed": seed, "steps": sampling_steps, "guidance": guidance, "eta": eta}
+    settings = {
+        "model": model.fingerprint(),
+        "decoder": model.encoder.decoder_identity(),
+        "seed": seed,
+        "steps": sampling_steps,
+        "guidance": guidance,
+        "eta": eta,
+    }
     return [
         Query(identity_hash({**settings, "prompt": prompt, "repeat": repeat}), prompt, picture, latent)
         for prompt, repeat, picture, latent in zip(prompts, repeats, pixels, latents, strict=True)
