@@ -41,9 +41,9 @@ class Autoencoder(LightningModule):
         save_to: Folder to which the trained autoencoder is saved in diffusers' format.
         init_from: A `diffusers` autoencoder folder whose weights to start from.
         decoder_only: Train the decoder alone: latents stay what they are, so a diffusion model of them stays valid.
-        latent_noise: Decode latents with Gaussian noise whose standard deviation is drawn anew for each picture, between
-            0 and this share of the latents' own spread, in place of the posterior's. What a diffusion model draws is
-            never quite a training latent, and a decoder that has only seen those turns the difference into texture.
+        latent_noise: Decode latents with Gaussian noise, in place of the posterior's, whose standard deviation is drawn
+            for each visit between 0 and this share of the latents' own spread. What a diffusion model draws is never
+            quite a training latent, and a decoder that has only seen those turns the difference into texture.
         channels_last: Keep convolution weights channels-last, which is faster on many devices.
     """
 
@@ -64,8 +64,8 @@ class Autoencoder(LightningModule):
         super().__init__()
         if latent_noise is not None and not (latent_noise > 0 and decoder_only):
             raise ValueError(
-                f"latent_noise {latent_noise}: it must be positive, and decoder_only true, since an encoder would learn "
-                "to outgrow the noise; leave it out to decode samples of the posterior."
+                f"latent_noise {latent_noise}: it must be positive, and decoder_only true, since an encoder would "
+                "learn to outgrow the noise; leave it out to decode samples of the posterior."
             )
         self.latent_noise = latent_noise
         self.vae = vae.to(memory_format=torch.channels_last) if channels_last else vae
