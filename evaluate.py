@@ -8,7 +8,7 @@ python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,12 @@ def run_parser(description: str | None) -> ArgumentParser:
     return made
 
 
-def load_methods(files: Sequence[Path]) -> dict[str, Attributor]:
+def load_methods(files: Sequence[Path], settings: Mapping[str, Any] | None = None) -> dict[str, Attributor]:
     """The attributors of these files, by the files' names.
+
+    Args:
+        files: Attributor files.
+        settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them.
 
     Raises:
         ValueError: Two files have the same name.
@@ -92,7 +96,12 @@ def load_methods(files: Sequence[Path]) -> dict[str, Attributor]:
     for file in files:
         if file.stem in methods:
             raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
-        methods[file.stem] = made.instantiate(made.parse_args(["--attributor", str(file)])).attributor
+        config = made.parse_args(["--attributor", str(file)])
+        init_args = config.attributor.get("init_args", {})
+        for name, value in (settings or {}).items():
+            if init_args.get(name) is not None:
+                init_args[name] = value
+        methods[file.stem] = made.instantiate(config).attributor
     return methods
 
 
