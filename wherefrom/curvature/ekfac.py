@@ -178,7 +178,7 @@ def _blocks(
                 identity,
                 runner,
                 progress=progress,
-            ).sums
+            ).covariances()
 
             # One process decomposes for all: another machine's eigenvectors may differ in sign or rotation.
             def build(folder: Path, sums: Mapping[str, Tensor] = sums) -> None:

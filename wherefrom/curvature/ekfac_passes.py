@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from wherefrom.curvature.kronecker import KroneckerLayer, LayerPlan
-from wherefrom.curvature.sampling import FisherSettings, SampledPass, finite, zeros_like_parameters
+from wherefrom.curvature.kronecker import KroneckerLayer, LayerPlan, gradient_rows
+from wherefrom.curvature.sampling import FisherSettings, SampledPass, all_finite, zeros_like_parameters
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.gradients import PerSampleGradients
 
 _SAMPLES = "samples"
+_BLOCK = 256
+# Numbers of per-sample gradients held at a time: on a CPU, few enough to stay in its cache.
+_ON_CPU, _ELSEWHERE = 2**19, 2**26
 
 
-def _gram(rows: Float[Tensor, "b p d"]) -> Float[Tensor, "d d"]:
+def _rows(
+    layer: KroneckerLayer, module: nn.Module, calls: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Float[Tensor, "b p i"], Float[Tensor, "b p o"]]:
+    """Inputs and output gradients at each position, those of several calls one after the other."""
+    inputs = [layer.input_rows(module, value) for value, _ in calls]
+    grads = [gradient_rows(module, grad) for _, grad in calls]
+    return (inputs[0], grads[0]) if len(calls) == 1 else (torch.cat(inputs, dim=1), torch.cat(grads, dim=1))
+
+
+def _add_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "b p d"]) -> Float[Tensor, ""]:
+    """Adds Σ rows rowsᵀ to the upper triangle of `total`; returns its trace, not finite if any number is not."""
     flat = rows.flatten(0, 1)
-    return (flat.T @ flat).double()
+    trace = flat.new_zeros(())
+    for start in range(0, flat.shape[1], _BLOCK):
+        block = flat[:, start : start + _BLOCK]
+        stop = start + block.shape[1]
+        part = flat[:, :stop].T @ block
+        total[:stop, start:stop] += part
+        trace += part[start:].diagonal().sum()
+    return trace
 
 
 class CovariancePass(SampledPass):
@@ -31,6 +51,9 @@ class CovariancePass(SampledPass):
         plan: The layers.
         settings: How to sample.
         batch_size: Samples at a time.
+
+    Attributes:
+        sums: The upper triangles of the sums, their columns in the order of places.
 
     Raises:
         ValueError: A gradient is not finite.
@@ -50,23 +73,40 @@ class CovariancePass(SampledPass):
     def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
         """Adds a batch."""
         calls = tap.by_layer(losses)
+        traces = {}
         for layer in self.plan.layers:
             module = self.model.denoiser.get_submodule(layer.module)
-            for inputs, grads in calls[layer.module]:
-                a, g = layer.rows(module, inputs, grads)
-                self.sums[f"G/{layer.module}"] += finite(layer.module, _gram(g))
+            found = calls.pop(layer.module)
+            trace = losses.new_zeros(())
+            for inputs, grads in found:
+                trace = trace + _add_gram(self.sums[f"G/{layer.module}"], gradient_rows(module, grads))
                 if layer.source == layer.module:
-                    self.sums[f"A/{layer.module}"] += finite(layer.module, _gram(a))
+                    trace = trace + _add_gram(self.sums[f"A/{layer.source}"], layer.input_rows(module, inputs))
+            traces[layer.module] = trace
+        all_finite(traces)
+
+    def covariances(self) -> dict[str, Tensor]:
+        """The sums as whole matrices, their columns in the usual order."""
+        whole = {name: total.triu() + total.triu(1).T for name, total in self.sums.items()}
+        for layer in self.plan.layers:
+            if layer.source == layer.module:
+                where = torch.argsort(layer.order()).to(self.model.device)
+                whole[f"A/{layer.source}"] = whole[f"A/{layer.source}"][where][:, where]
+        return whole
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds sums made elsewhere."""
+        orders = {f"A/{layer.source}": layer.order() for layer in self.plan.layers}
         for name, total in self.sums.items():
-            total += state[name].to(total.device)
+            values = state[name]
+            if name in orders:
+                values = values[orders[name]][:, orders[name]]
+            total += values.to(total.device)
         self.samples += int(state[_SAMPLES])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums and the number of samples."""
-        return {**self.sums, _SAMPLES: torch.tensor(self.samples)}
+        """The sums, in the usual order of columns, and the number of samples."""
+        return {**self.covariances(), _SAMPLES: torch.tensor(self.samples)}
 
 
 class EigenvaluePass(SampledPass):
@@ -96,7 +136,11 @@ class EigenvaluePass(SampledPass):
         names = [f"{layer.module}.weight" for layer in plan.layers] + list(plan.diagonal)
         super().__init__(model, data, names, settings, batch_size)
         self.plan = plan
-        self.basis = {name: value.to(model.device, model.dtype) for name, value in eigenvectors.items()}
+        orders = {f"A/{layer.source}": layer.order() for layer in plan.layers}
+        self.basis = {
+            name: (value[orders[name]] if name in orders else value).to(model.device, model.dtype)
+            for name, value in eigenvectors.items()
+        }
         self.sums = {
             f"L/{layer.module}": torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=model.device)
             for layer in plan.layers
@@ -106,31 +150,43 @@ class EigenvaluePass(SampledPass):
     def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
         """Adds a batch."""
         calls = tap.by_layer(losses)
-        rotated: dict[tuple[str, int], Tensor] = {}
-        for layer in self.plan.layers:
-            gradient = sum(
-                self._in_basis(layer, call, inputs, grads, rotated)
-                for call, (inputs, grads) in enumerate(calls[layer.module])
-            )
-            assert isinstance(gradient, Tensor)
-            self.sums[f"L/{layer.module}"] += finite(layer.module, gradient.square().sum(dim=0))
+        totals = {}
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.diagonal):
             for name, gradients in tap.of_layer(owner, calls[owner]):
-                self.diagonal[name] += finite(name, gradients.square().sum(dim=0))
+                squares = gradients.square().sum(dim=0)
+                self.diagonal[name] += squares
+                totals[name] = squares.sum()
+        rotated: dict[str, Tensor] = {}
+        for layer in self.plan.layers:
+            squares = self._squares(layer, calls.pop(layer.module), rotated)
+            self.sums[f"L/{layer.module}"] += squares
+            totals[layer.module] = squares.sum()
+        all_finite(totals)
 
-    def _in_basis(
-        self, layer: KroneckerLayer, call: int, inputs: Tensor, grads: Tensor, rotated: dict[tuple[str, int], Tensor]
-    ) -> Float[Tensor, "b o i"]:
-        """Q_Gᵀ ∇W Q_A of each sample, rotating rows or matrices, whichever are fewer."""
+    def _squares(
+        self, layer: KroneckerLayer, calls: Sequence[tuple[Tensor, Tensor]], rotated: dict[str, Tensor]
+    ) -> Float[Tensor, "o i"]:
+        """Σ over samples of (Q_Gᵀ ∇W Q_A)², on each side rotating rows or matrices, whichever are fewer."""
         left, right = self.basis[f"G/{layer.module}"], self.basis[f"A/{layer.source}"]
-        a, g = layer.rows(self.model.denoiser.get_submodule(layer.module), inputs, grads)
-        positions, i, o = a.shape[1], layer.inputs, layer.outputs
-        if positions * (i * i / layer.sharers + o * o) > o * i * (o + i):
-            return left.T @ (g.transpose(1, 2) @ a) @ right
-        key = (layer.source, call)
-        if key not in rotated:
-            rotated[key] = a @ right
-        return (g @ left).transpose(1, 2) @ rotated[key]
+        a, g = _rows(layer, self.model.denoiser.get_submodule(layer.module), calls)
+        positions = a.shape[1]
+        rows_right, rows_left = positions <= layer.outputs * layer.sharers, positions <= layer.inputs
+        if rows_right:
+            if layer.source not in rotated:
+                rotated[layer.source] = a @ right
+            a = rotated[layer.source] if layer.sharers > 1 else rotated.pop(layer.source)
+        if rows_left:
+            g = g @ left
+        total = a.new_zeros(layer.outputs, layer.inputs)
+        size = max(1, (_ON_CPU if a.device.type == "cpu" else _ELSEWHERE) // total.numel())
+        for inputs, grads in zip(a.split(size), g.split(size), strict=True):
+            gradients = grads.transpose(1, 2) @ inputs
+            if not rows_left:
+                gradients = left.T @ gradients
+            if not rows_right:
+                gradients = gradients @ right
+            total += gradients.square_().sum(dim=0)
+        return total
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds sums made elsewhere."""

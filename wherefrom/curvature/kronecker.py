@@ -1,17 +1,23 @@
-"""Which layers have a Kronecker-factored curvature, and which of them share an input."""
+"""Which layers have a Kronecker-factored curvature, which of them share an input, and what each multiplies.
+
+The columns of a convolution's matrix are (c_in, kh, kw) wherever a matrix is kept. Inside a pass they are (kh, kw,
+c_in), the *order of places*: patches are then copied in long runs, several times faster.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.gradients import PerSampleGradients, position_rows
+from wherefrom.gradients import PerSampleGradients
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class KroneckerLayer:
         inputs: I, the bias's column included.
         outputs: O.
         sharers: How many layers have this source.
+        places: Places of a convolution's kernel; 1 for a linear layer.
     """
 
     module: str
@@ -33,17 +40,51 @@ class KroneckerLayer:
     inputs: int
     outputs: int
     sharers: int = 1
+    places: int = 1
 
     @property
     def parameters(self) -> list[str]:
         """Names of the parameters that make up the matrix."""
         return [f"{self.module}.weight", *([f"{self.module}.bias"] if self.bias else [])]
 
-    def rows(self, module: nn.Module, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, g) at each position, a with its 1 for the bias: shapes (B, P, I) and (B, P, O)."""
-        assert isinstance(module, nn.Linear | nn.Conv2d)
-        a, g = position_rows(module, inputs, grads)
-        return (torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2) if self.bias else a), g
+    def order(self) -> Tensor:
+        """For each column in the order of places, where it stands in the usual order."""
+        channels = (self.inputs - self.bias) // self.places
+        columns = torch.arange(channels * self.places).reshape(channels, self.places).T.flatten()
+        return torch.cat([columns, torch.arange(len(columns), self.inputs)])
+
+    def input_rows(self, module: nn.Module, inputs: Tensor) -> Float[Tensor, "b p i"]:
+        """What the weight multiplies at each position, with a 1 for the bias; columns in the order of places."""
+        if isinstance(module, nn.Conv2d):
+            values = _patches(module, inputs)
+        else:
+            values = inputs.unsqueeze(1) if inputs.dim() == 2 else inputs.flatten(1, -2)
+            if not self.bias:
+                return values
+        columns = self.inputs - self.bias
+        rows = values.new_empty(len(values), values[0].numel() // columns, self.inputs)
+        rows[..., :columns].view(values.shape).copy_(values)
+        rows[..., columns:] = 1.0
+        return rows
+
+
+def gradient_rows(module: nn.Module, grads: Tensor) -> Float[Tensor, "b p o"]:
+    """A layer's output gradient at each position."""
+    if isinstance(module, nn.Conv2d):
+        return grads.flatten(2).transpose(1, 2)
+    return grads.unsqueeze(1) if grads.dim() == 2 else grads.flatten(1, -2)
+
+
+def _patches(module: nn.Conv2d, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b y x kh kw c"]:
+    """A view of the patches that a convolution multiplies."""
+    assert not isinstance(module.padding, str)
+    (high, wide), (down, right) = module.padding, module.stride
+    places = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, wide, wide, high, high)).contiguous()
+    for dimension, size, dilation, stride in zip(
+        (1, 2), module.kernel_size, module.dilation, (down, right), strict=True
+    ):
+        places = places.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return places.permute(0, 1, 2, 4, 5, 3)
 
 
 @dataclass(frozen=True)
@@ -86,14 +127,7 @@ def _with_sources(layers: Sequence[KroneckerLayer]) -> tuple[KroneckerLayer, ...
     for layer in layers:
         by_source.setdefault(layer.source, []).append(layer)
     return tuple(
-        KroneckerLayer(
-            layer.module,
-            layer.bias,
-            by_source[layer.source][0].module,
-            layer.inputs,
-            layer.outputs,
-            len(by_source[layer.source]),
-        )
+        replace(layer, source=by_source[layer.source][0].module, sharers=len(by_source[layer.source]))
         for layer in layers
     )
 
@@ -142,6 +176,7 @@ def plan_layers(model: DiffusionModel, data: LatentSet, names: Sequence[str]) ->
         # The inputs are still held by `seen`, so an id is one tensor.
         key = (tuple(id(value) for value in seen[owner]), bias, geometry)
         source = first.setdefault(key, owner)
-        layers.append(KroneckerLayer(owner, bias, source, weight.shape[1] + bias, weight.shape[0]))
+        places = module.weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
+        layers.append(KroneckerLayer(owner, bias, source, weight.shape[1] + bias, weight.shape[0], places=places))
     kronecker = {name for layer in layers for name in layer.parameters}
     return LayerPlan(_with_sources(layers), tuple(name for name in names if name not in kronecker))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from wherefrom.diffusion import DiffusionModel
 from wherefrom.gradients import PerSampleGradients
 
 _TIME, _CAPTION, _NOISE = 301, 302, 303
+_NOT_FINITE = "The gradient of {!r} is not finite: check the model's weights and latents."
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,20 @@ def finite(name: str, values: Tensor) -> Tensor:
         ValueError: One is not finite.
     """
     if not torch.isfinite(values).all():
-        raise ValueError(f"The gradient of {name!r} is not finite: check the model's weights and latents.")
+        raise ValueError(_NOT_FINITE.format(name))
     return values
+
+
+def all_finite(sums: Mapping[str, Float[Tensor, ""]]) -> None:
+    """Checks sums over a batch's gradients by name, which one question to the device answers.
+
+    Raises:
+        ValueError: One is not finite.
+    """
+    finite_ones = torch.isfinite(torch.stack(list(sums.values()))).tolist() if sums else []
+    for name, fine in zip(sums, finite_ones, strict=True):
+        if not fine:
+            raise ValueError(_NOT_FINITE.format(name))
 
 
 def zeros_like_parameters(model: DiffusionModel, names: Sequence[str]) -> dict[str, Tensor]:
@@ -104,12 +117,18 @@ class SampledPass(ABC):
             picture, item = positions.start + flat // per_picture, flat % per_picture
             self._batch(picture, item // visits, item % visits)
 
-    def _batch(self, picture: Tensor, flip: Tensor, visit: Tensor) -> None:
+    def losses(
+        self, picture: Int64[Tensor, "b"], flip: Int64[Tensor, "b"], visit: Int64[Tensor, "b"]
+    ) -> Float[Tensor, "b"]:
+        """The loss of each sample."""
         model, device = self.model, self.model.device
         timestep, caption, noise_keys = self.draws(picture, flip, visit)
         latents = self.data.latents[picture, flip].to(device, model.dtype)
         states = self.data.states[picture, caption].to(device, model.dtype)
         noise = keyed.normal(noise_keys.to(device), latents.shape[1:], model.dtype)
-        with torch.enable_grad(), PerSampleGradients(model.denoiser, self.names) as tap:
-            self.add(tap, model.losses(latents, states, timestep.to(device), noise))
+        return model.losses(latents, states, timestep.to(device), noise)
+
+    def _batch(self, picture: Tensor, flip: Tensor, visit: Tensor) -> None:
+        with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
+            self.add(tap, self.losses(picture, flip, visit))
         self.samples += len(picture)
