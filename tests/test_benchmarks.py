@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import demo_table, rises
-from wherefrom.attributors import Query, Scores
+from benchmarks import demo_table, method_table, rises
+from wherefrom.attributors import Query, Scores, TrainingData
+from wherefrom.data.pictures import Pictures
 
 NAMES = tuple(f"{style}/{concept:03d}" for style in ("openmoji", "twemoji") for concept in range(100))
 
@@ -39,3 +40,27 @@ def test_the_demo_table_reads_the_rank_of_each_target() -> None:
     found = {name: np.array([0.0, 0.5]) for name in columns}
     half = "0.250 (0.250 ± 0.250)"
     assert demo_table.table({"method": found}).splitlines()[-1] == f"| method | 50% ± 35% | {' | '.join([half] * 4)} |"
+
+
+def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
+    query = Query("query", "thing, twemoji style", np.zeros((2, 2, 3), dtype=np.uint8))
+    names, styles = NAMES, tuple(name.split("/")[0] for name in NAMES)
+    pictures = Pictures(names, (("",),) * 200, np.zeros((200, 1, 1, 3), np.uint8), {"style": styles})
+    values = np.arange(200.0)  # twemoji first: the last of NAMES scores highest
+    results = [
+        Scores(query, names, values, np.zeros(0), {"seconds": 2.0}),
+        Scores(query, names, -values, np.zeros(0), {"seconds": 3.0, "split_half_reliability": 0.5}),
+    ]
+    case = demo_table.Case(query, {"own": NAMES[199], "other style": NAMES[99]})
+    found = method_table.measure(results, {"own": [case, case]}, TrainingData(pictures))
+    assert found == {
+        "own/own": [0.0, 199 / 200],
+        "own/other style": [0.5, 0.495],
+        "own/same style": [1.0, 0.0],
+        "split_half_reliability": [0.5],
+        "seconds": [2.0, 3.0],
+    }
+    checks = ("crossed/own", "crossed/other style", "crossed/prompt's", "held-out/other style")
+    row = method_table.table({"abu": {**found, **dict.fromkeys(checks, [0.0, 1.0])}}).splitlines()[-1]
+    assert row.startswith("| abu | 50% ± 35% | 0.497 (0.497 ± 0.003) | 0.500 (0.500 ± 0.500) |")
+    assert row.endswith("| 0.50 ± 0.50 | 0.50 |")
