@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -89,14 +90,14 @@ class CovariancePass(SampledPass):
         """The sums as whole matrices, their columns in the usual order."""
         whole = {name: total.triu() + total.triu(1).T for name, total in self.sums.items()}
         for layer in self.plan.layers:
-            if layer.source == layer.module:
+            if layer.source == layer.module and layer.places > 1:
                 where = torch.argsort(layer.order()).to(self.model.device)
                 whole[f"A/{layer.source}"] = whole[f"A/{layer.source}"][where][:, where]
         return whole
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds sums made elsewhere."""
-        orders = {f"A/{layer.source}": layer.order() for layer in self.plan.layers}
+        orders = {f"A/{layer.source}": layer.order() for layer in self.plan.layers if layer.places > 1}
         for name, total in self.sums.items():
             values = state[name]
             if name in orders:
@@ -146,6 +147,15 @@ class EigenvaluePass(SampledPass):
             for layer in plan.layers
         }
         self.diagonal = zeros_like_parameters(model, plan.diagonal)
+
+    @cached_property
+    def basis(self) -> dict[str, Tensor]:
+        """The eigenvectors as the batches need them, the rows of Q_A in the order of places."""
+        orders = {f"A/{layer.source}": layer.order() for layer in self.plan.layers if layer.places > 1}
+        return {
+            name: (value[orders[name]] if name in orders else value).to(self.model.device, self.model.dtype)
+            for name, value in self.eigenvectors.items()
+        }
 
     def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
         """Adds a batch."""
