@@ -6,6 +6,7 @@ Section 3.2 and appendix A).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -168,11 +169,13 @@ class Unlearned:
         moved: New values of the weights that moved.
         alphas: α of each step.
         losses: The query's loss before the first step and after each.
+        gradient_s: Seconds that the gradients took.
     """
 
     moved: dict[str, Tensor]
     alphas: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    gradient_s: float = 0.0
 
     @property
     def rise(self) -> float:
@@ -308,6 +311,7 @@ class Unlearner:
         )
         self.alphas: list[float] = []
         self.losses: list[float] = []
+        self.gradient_s = 0.0
         self._measure()
 
     def _measure(self) -> None:
@@ -326,8 +330,10 @@ class Unlearner:
         Raises:
             ValueError: The loss or the step is not finite, or no α gives the rise.
         """
+        started = time.monotonic()
         with trainable(self.model.denoiser, self.parameters):
             gradients = self.loss.gradient(self.parameters, len(self.alphas), self.settings.draws)
+        self.gradient_s += time.monotonic() - started
         before = self.values()
 
         def move(alpha: float) -> None:
@@ -371,4 +377,4 @@ def unlearn(
         work = Unlearner(model, query, weights, curvature, dataset_size, settings, runner, batch_size)
         for _ in range(settings.steps):
             work.step()
-        return Unlearned(work.values(), work.alphas, work.losses)
+        return Unlearned(work.values(), work.alphas, work.losses, work.gradient_s)

@@ -170,3 +170,18 @@ def test_candidates_and_queries(tmp_path: Path, attributor: Attributor) -> None:
     assert len(score(fitted(attributor, tmp_path, held_out=None)).null) == 0
     assert attributor.identity()["method"]
     assert "model" not in attributor.requires
+
+
+def test_training_captions_are_encoded_by_fit(tmp_path: Path) -> None:
+    encoded: list[str] = []
+
+    class Watched(Letters):
+        def encode_texts(self, captions: Sequence[str]) -> Tensor:
+            encoded.extend(captions)
+            return super().encode_texts(captions)
+
+    attributor = fitted(CaptionSimilarity(Watched()), tmp_path, held_out=None)
+    assert encoded == [caption for several in TRAIN.captions for caption in several]
+    encoded.clear()
+    score(attributor)
+    assert encoded == [QUERY.prompt]

@@ -232,3 +232,11 @@ def test_ekfac_takes_the_place_of_the_diagonal(model: DiffusionModel, tmp_path: 
     np.testing.assert_allclose(loaded.scores, found.scores, rtol=1e-9)
     with pytest.raises(ValueError, match="Unknown curvature 'kfac'"):
         method(curvature="kfac")
+
+
+def test_the_seconds_of_a_query_and_of_fit_are_told_apart(model: DiffusionModel, tmp_path: Path) -> None:
+    attributor = method({"steps": 2})
+    facts = score(attributor, model, tmp_path).facts
+    assert 0 < facts["gradient_s"] < facts["unlearning_s"]
+    assert set(attributor.fit_s) == {"curvature", "losses"}
+    assert min(attributor.fit_s.values()) > 0

@@ -110,10 +110,12 @@ class Attributor(ABC):
     Attributes:
         requires: What the method needs, so that nobody branches on its name.
         progress: Called with (done, total) while something long runs.
+        fit_s: Seconds that parts of the last `fit` took, by name; what was found in the store took little.
     """
 
     requires: frozenset[Need] = frozenset()
     progress: Progress | None = None
+    fit_s: Mapping[str, float] = {}
 
     def work(self, data: TrainingData, queries: int) -> Work:
         """What the method will have to compute, in passes through the model and bytes on disk; nothing by default."""

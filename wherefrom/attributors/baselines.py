@@ -91,6 +91,16 @@ class PixelSimilarity(_NoModel):
         """The settings that decide the scores."""
         return {"method": "pixel similarity", "size": self.size}
 
+    def prepare(self, pictures: Pictures) -> None:
+        """Makes the pictures' vectors."""
+        self._of(pictures)
+
+    def _of(self, pictures: Pictures) -> Float[Tensor, "n d"]:
+        key = pictures.fingerprint, pictures.ids
+        if key not in self._vectors:
+            self._vectors[key] = self.vectors(np.asarray(pictures.pixels))
+        return self._vectors[key]
+
     def vectors(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "n d"]:
         """Unit vectors of pictures."""
         floats = to_float(torch.from_numpy(np.array(pixels)))
@@ -105,11 +115,8 @@ class PixelSimilarity(_NoModel):
                 f"Query {query.id!r} has shape {query.pixels.shape}, the training pictures "
                 f"{pictures.pixels.shape[1:]}: resize it first."
             )
-        key = pictures.fingerprint, pictures.ids
-        if key not in self._vectors:
-            self._vectors[key] = self.vectors(np.asarray(pictures.pixels))
         both = np.stack([query.pixels, query.pixels[:, ::-1]])  # mirroring the query mirrors every comparison
-        return (self._vectors[key] @ self.vectors(both).T).amax(dim=1).numpy()
+        return (self._of(pictures) @ self.vectors(both).T).amax(dim=1).numpy()
 
 
 class ImageSimilarity(Attributor):
@@ -190,10 +197,18 @@ class CaptionSimilarity(_NoModel):
         """The settings that decide the scores."""
         return {"method": "caption similarity", "encoder": self.encoder.identity()}
 
-    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], "n"]:
-        """The cosine with each picture's captions."""
+    def prepare(self, pictures: Pictures) -> None:
+        """Encodes the captions."""
+        self._of(pictures)
+
+    def _of(self, pictures: Pictures) -> Float[Tensor, "n k d"]:
+        """Unit vectors of the captions."""
         if pictures.captions not in self._vectors:
             flat = self.encoder.encode_texts([caption for several in pictures.captions for caption in several])
             self._vectors[pictures.captions] = F.normalize(flat.double(), dim=1).unflatten(0, (len(pictures), -1))
+        return self._vectors[pictures.captions]
+
+    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], "n"]:
+        """The cosine with each picture's captions."""
         prompt = F.normalize(self.encoder.encode_texts([query.prompt]).double(), dim=1)[0]
-        return (self._vectors[pictures.captions] @ prompt).amax(dim=1).numpy()
+        return (self._of(pictures) @ prompt).amax(dim=1).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -125,7 +126,9 @@ class CurvedAttributor(Attributor):
         if model is None or data.latents is None:
             raise ValueError(f"{type(self).__name__} needs a model and the latents of its training pictures.")
         self._ready = (model, data.latents, data.held_out_latents, store, runner)
+        started = time.monotonic()
         self.curvature = self._make_curvature(model, data.latents, store, runner, say)
+        self.fit_s = {"curvature": time.monotonic() - started}
         return model, data.latents
 
     def ready(self) -> tuple[DiffusionModel, LatentSet, LatentSet | None, Store, Runner]:
@@ -157,10 +160,12 @@ class CurvedAttributor(Attributor):
     ) -> Curvature:
         if self.form == "identity":
             return Identity()
+        names = list(select_weights(model.denoiser, self.weights))
         if self.fisher_path is not None:
             load = load_ekfac if self.form == "ekfac" else load_diagonal
-            return load(Path(self.fisher_path), model, self.curvature_from, self.damping)
-        names = list(select_weights(model.denoiser, self.weights))
+            curvature: Curvature = load(Path(self.fisher_path), model, self.curvature_from, self.damping)
+            curvature.check(names, f"The curvature in {self.fisher_path}")
+            return curvature
         if self.form == "ekfac":
             say(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass))
             return fit_ekfac(

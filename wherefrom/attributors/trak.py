@@ -178,12 +178,13 @@ class TRAK(Attributor):
                 kernel.solve(self.query_features(each, as_seen, runner).cpu())[0]
                 for each, kernel in zip(self.models, self.kernels, strict=True)
             ]
+            gradient_s = time.monotonic() - started
             yield Scores(
                 query,
                 tuple(data.ids[position] for position in chosen),
                 self._scores(self.features, directions)[chosen],
                 self._scores(self.null, directions) if self.null else np.zeros(0),
-                {"query_s": time.monotonic() - started},
+                {"gradient_s": gradient_s, "query_s": time.monotonic() - started},
             )
 
     def _scores(self, features: Sequence[Tensor], directions: Sequence[Tensor]) -> np.ndarray:

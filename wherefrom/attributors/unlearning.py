@@ -89,9 +89,11 @@ class AttributionByUnlearning(CurvedAttributor):
         """Makes the curvature and the losses before unlearning, once per model."""
         _, latents = self.prepare(data, model, store, runner, say)
         say(f"losses of {len(latents):,} training pictures before unlearning")
+        started = time.monotonic()
         self.before = self._losses(latents, None)
         empty = torch.zeros((0, *self.before.shape[1:]), dtype=self.before.dtype)
         self.null_before = self._losses(data.held_out_latents, None) if data.held_out_latents is not None else empty
+        self.fit_s = {**self.fit_s, "losses": time.monotonic() - started}
 
     def _losses(self, data: LatentSet, moved: Unlearned | None, weights: str | None = None) -> Tensor:
         model, _, _, store, runner = self.ready()
@@ -128,6 +130,7 @@ class AttributionByUnlearning(CurvedAttributor):
                     "query_loss_rise": unlearned.rise,
                     "alpha": unlearned.alphas[0],
                     "unlearning_s": unlearn_s,
+                    "gradient_s": unlearned.gradient_s,
                     "losses_s": time.monotonic() - started - unlearn_s,
                 },
             )
