@@ -3,17 +3,19 @@
     python -m benchmarks.method_table
     python -m benchmarks.method_table --ablation
 
-The queries are those of `benchmarks.demo_table`, whose answers are known. Methods are files of `configs/attributor`, at
-the few timesteps and draws that are given here. A method's ranks go into `results/emoji/method_table.json` when it is
-done and are not computed again for the same model and settings; an interrupted method goes on where it stopped. The
-ablation scores a fixed random part of the training pictures, besides those that must be found.
+The queries are those of `benchmarks.known_answers`. Methods are files of `configs/attributor`, at the few timesteps and
+draws that are given here. A method's ranks go into `results/emoji/method_table.json` when it is done, and are not
+computed again for the same model and settings; an interrupted method goes on where it stopped. With `--candidates`, and
+in the ablation, only a fixed random part of the training pictures is scored, besides those that must be found.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from benchmarks.demo_table import Case, cell, make_cases, ranks
+from benchmarks.known_answers import Case, cell, make_cases, ranks
 from datamodules import Emoji
 from evaluate import load_methods, training_data
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, Scores, TrainingData
+from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.keyed import hash_text
 from wherefrom.pipeline import load_model
@@ -107,13 +110,25 @@ def table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines)
 
 
+def choose_candidates(pictures: Pictures, cases: Sequence[Case], count: int, seed: int) -> list[str]:
+    """Training pictures chosen by hash, and those that must be found."""
+    order = sorted(pictures.ids, key=lambda name: hash_text(f"candidates/{seed}/{name}"))
+    return sorted({*order[:count], *(name for case in cases for name in case.targets.values())})
+
+
+def timed(results: Iterator[Scores]) -> Iterator[Scores]:
+    """The same results, each with the seconds that it took."""
+    started = time.monotonic()
+    for scores in results:
+        yield replace(scores, facts={**scores.facts, "seconds": time.monotonic() - started})
+        started = time.monotonic()
+
+
 def ablation(
     model: DiffusionModel, data: TrainingData, cases: Sequence[Case], store: Store, options: argparse.Namespace
 ) -> dict[str, Any]:
     """AbU and AbU+ at several numbers of timesteps: reliability, agreement with the most, rank of the own picture."""
-    targets = {name for case in cases for name in case.targets.values()}
-    order = sorted(data.pictures.ids, key=lambda name: hash_text(f"ablation/{options.seed}/{name}"))
-    candidates = sorted(targets | set(order[: options.candidates]))
+    candidates = choose_candidates(data.pictures, cases, options.candidates or 200, options.seed)
     queries, found = [case.query for case in cases], {}
     runner, console = Runner.current(), Console()
     for method in ("abu", "abu_plus"):
@@ -184,7 +199,8 @@ def main() -> None:
     arguments.add_argument("--ablation", action="store_true", help="the ablation of timesteps instead")
     arguments.add_argument("--ablation-queries", type=int, default=5)
     arguments.add_argument("--timestep-ladder", type=int, nargs="+", default=[5, 10, 20, 200])
-    arguments.add_argument("--candidates", type=int, default=200, help="training pictures that the ablation scores")
+    arguments.add_argument("--candidates", type=int, help="random training pictures scored; all by default, or 200")
+    arguments.add_argument("--results", type=Path, default=RESULTS, help="where each method's ranks go")
     options = arguments.parse_args()
     torch.set_float32_matmul_precision("high")
     output, console = Path(options.output), Console()
@@ -194,10 +210,11 @@ def main() -> None:
     counts = {"own": options.own, "crossed": options.crossed, "held-out": options.held_out}
     cases = make_cases(data, model, counts, options.seed, options.eta)
     assert model.encoder is not None
+    flat = [case for part in cases.values() for case in part]
     shared = {
         "model": model.fingerprint(),
         "decoder": model.encoder.decoder_identity(),
-        "queries": [[case.query.id, case.query.prompt] for part in cases.values() for case in part],
+        "queries": [[case.query.id, case.query.prompt] for case in flat],
     }
     if options.ablation:
         record = ablation(model, data, cases["own"][: options.ablation_queries], store, options)
@@ -207,17 +224,27 @@ def main() -> None:
     rows = {}
     for method in options.methods:
         attributor = load(method, settings(options))
-        identity = identity_hash({**shared, "attributor": attributor.identity()})
-        known = read(RESULTS).get("methods", {}).get(method, {})
+        identity = identity_hash({**shared, "attributor": attributor.identity(), "candidates": options.candidates})
+        known = read(options.results).get("methods", {}).get(method, {})
         if known.get("identity") != identity:
-            console.say(f"{method}: {len(shared['queries'])} queries")
+            console.say(f"{method}: {len(flat)} queries")
             attributor.progress = console.progress
-            queries = [case.query for part in cases.values() for case in part]
-            results = attribute(output / method, attributor, data, model, queries, store, runner, say=console.say)
-            known = {"identity": identity, "attributor": attributor.identity(), **measure(results, cases, data)}
-            record = {**read(RESULTS).get("methods", {}), method: known}
-            write_json(RESULTS, {"command": "python -m benchmarks.method_table", **shared, "methods": record})
-        rows[method] = {key: value for key, value in known.items() if key not in ("identity", "attributor")}
+            queries = [case.query for case in flat]
+            if options.candidates is None:
+                results = attribute(output / method, attributor, data, model, queries, store, runner, say=console.say)
+            else:
+                attributor.fit(data, model, store, runner, console.say)
+                part = choose_candidates(data.pictures, flat, options.candidates, options.seed)
+                results = list(timed(attributor.score(queries, part)))
+            known = {
+                "identity": identity,
+                "attributor": attributor.identity(),
+                "pictures": len(results[0].ids),
+                "ranks": measure(results, cases, data),
+            }
+            record = {**read(options.results).get("methods", {}), method: known}
+            write_json(options.results, {"command": "python -m benchmarks.method_table", **shared, "methods": record})
+        rows[method] = known["ranks"]
     print(table(rows))
     total = sum(sum(row["seconds"]) for row in rows.values())
     print(

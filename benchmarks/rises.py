@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.demo_table import choose
+from benchmarks.known_answers import choose
 from datamodules import Emoji
 from evaluate import training_data
 from wherefrom.attribution import attribute

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import demo_table, method_table, rises
+from benchmarks import known_answers, method_table, rises
 from wherefrom.attributors import Query, Scores, TrainingData
 from wherefrom.data.pictures import Pictures
 
@@ -31,15 +31,12 @@ def test_rises_are_compared_with_the_default() -> None:
     assert "| 50% | 3 | 0.97 | 1.00 | 0.50 | 49 |" in rises.table(rows)
 
 
-def test_the_demo_table_reads_the_rank_of_each_target() -> None:
+def test_the_rank_of_each_target_is_read() -> None:
     values = np.arange(200.0)
-    case = demo_table.Case(ranked(values).query, {"own": NAMES[199], "other style": demo_table.other_style(NAMES[199])})
-    assert demo_table.ranks([ranked(values)], [case], "own")[0] == 0.0
-    assert demo_table.ranks([ranked(values)], [case], "other style")[0] == 0.5
-    columns = ["own/own", "own/other style", "crossed/own", "crossed/other style", "held-out/other style"]
-    found = {name: np.array([0.0, 0.5]) for name in columns}
-    half = "0.250 (0.250 ± 0.250)"
-    assert demo_table.table({"method": found}).splitlines()[-1] == f"| method | 50% ± 35% | {' | '.join([half] * 4)} |"
+    targets = {"own": NAMES[199], "other style": known_answers.other_style(NAMES[199])}
+    case = known_answers.Case(ranked(values).query, targets)
+    assert known_answers.ranks([ranked(values)], [case], "own")[0] == 0.0
+    assert known_answers.ranks([ranked(values)], [case], "other style")[0] == 0.5
 
 
 def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
@@ -51,7 +48,7 @@ def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
         Scores(query, names, values, np.zeros(0), {"seconds": 2.0}),
         Scores(query, names, -values, np.zeros(0), {"seconds": 3.0, "split_half_reliability": 0.5}),
     ]
-    case = demo_table.Case(query, {"own": NAMES[199], "other style": NAMES[99]})
+    case = known_answers.Case(query, {"own": NAMES[199], "other style": NAMES[99]})
     found = method_table.measure(results, {"own": [case, case]}, TrainingData(pictures))
     assert found == {
         "own/own": [0.0, 199 / 200],
