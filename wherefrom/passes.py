@@ -122,6 +122,15 @@ def _finish(whole: TrainingPass, count: int, store: Store, kind: str, identity: 
     store.make(kind, identity, build)
 
 
+def _merge_earlier(earlier: TrainingPass, folder: Path) -> None:
+    """Makes one state file of those that an interrupted run left."""
+    finished = _merge_files(earlier, folder)
+    if finished:
+        _write_state(folder / MERGED, earlier, finished)
+        for path in folder.glob(RANK_FILES):
+            path.unlink()
+
+
 def _run_chunks(
     make: Callable[[], Pass], count: int, folder: Path, runner: Runner, chunk_size: int, progress: Progress | None
 ) -> None:
@@ -130,12 +139,7 @@ def _run_chunks(
     if runner.is_main:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        earlier = make()
-        finished = _merge_files(earlier, folder)
-        if finished:
-            _write_state(merged, earlier, finished)
-            for path in folder.glob(RANK_FILES):
-                path.unlink()
+        _merge_earlier(make(), folder)
     runner.barrier()
     done = set(load_file(merged)[CHUNKS].tolist()) if merged.exists() else set()
     mine = [chunk for chunk in range(len(ranges)) if chunk not in done][runner.rank :: runner.world_size]

@@ -56,7 +56,9 @@ def as_latent(model: DiffusionModel, query: Query) -> QueryLatent:
     if encoder is None:
         raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
     latent = query.latent if query.latent is not None else encoder.encode_image(query.pixels)
-    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt])[0])
+    rows, columns = (int(side) for side in latent.shape[1:])
+    weights = None if query.region is None else query.region.weights((rows, columns))
+    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt])[0], weights)
 
 
 class CurvedAttributor(Attributor):
@@ -167,7 +169,7 @@ class CurvedAttributor(Attributor):
             curvature.check(names, f"The curvature in {self.fisher_path}")
             return curvature
         if self.form == "ekfac":
-            say(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass))
+            say(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass, store, runner.world_size))
             return fit_ekfac(
                 model,
                 data,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,32 @@ class Curvature(ABC):
             ValueError: The curvature does not hold a parameter, or the result is not finite.
         """
 
+    @abstractmethod
+    def lacks(self, names: Sequence[str]) -> list[str]:
+        """Parameters without which these gradients cannot be preconditioned: not in the curvature, or not among them.
+
+        What can be known before a gradient is there, so that nothing long is begun in vain.
+        """
+
+    def check(self, names: Sequence[str], where: str) -> None:
+        """Refuses a curvature of other weights.
+
+        Args:
+            names: Parameters whose gradients will be preconditioned.
+            where: What holds the curvature.
+
+        Raises:
+            ValueError: It was made for other weights; the missing layers are named.
+        """
+        missing = self.lacks(names)
+        if missing:
+            layers = list(dict.fromkeys(name.rpartition(".")[0] for name in missing))
+            shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+            raise ValueError(
+                f"{where} was made for other weights: of the {len(names)} that are asked for it lacks {len(missing)}, "
+                f"in {shown}. Choose the `weights` that it was fitted for, or fit it for these."
+            )
+
 
 class Identity(Curvature):
     """F = I: the plain gradient."""
@@ -26,3 +52,7 @@ class Identity(Curvature):
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The gradients themselves."""
         return dict(gradients)
+
+    def lacks(self, names: Sequence[str]) -> list[str]:
+        """Nothing."""
+        return []

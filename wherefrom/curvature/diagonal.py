@@ -72,6 +72,10 @@ class Diagonal(Curvature):
                 )
         return steps
 
+    def lacks(self, names: Sequence[str]) -> list[str]:
+        """Parameters without Fisher information."""
+        return [name for name in names if name not in self.fisher]
+
 
 class FisherPass(SampledPass):
     """Sums squared per-sample gradients (a `TrainingPass`).

@@ -9,10 +9,9 @@ Kronecker form (norms, biases alone) keep their diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,12 +27,13 @@ from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.passes import Progress, run_pass
 from wherefrom.runner import Runner
-from wherefrom.storage import Store, read_manifest, replacing, write_manifest
+from wherefrom.storage import Identity, Store, read_manifest, replacing, write_manifest
 
 # The file names are kronfluence's, so that factors made by either load in the other.
 ACTIVATION, GRADIENT = "activation_eigenvectors.safetensors", "gradient_eigenvectors.safetensors"
 EIGENVALUES, PROCESSED = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 DIAGONAL = "diagonal.safetensors"
+VECTORS, EIGENVALUE_PASS = "eigenvectors.safetensors", "ekfac_eigenvalues"
 _BOTH = "The curvature of {!r} is that of weight and bias together; give both gradients."
 
 
@@ -115,6 +115,19 @@ class EKFAC(Curvature):
                 )
         return {name: steps[name] for name in gradients}
 
+    def lacks(self, names: Sequence[str]) -> list[str]:
+        """Parameters with neither factors nor a diagonal, and what makes up one matrix with them but is not there."""
+        wanted, missing = set(names), []
+        for name in names:
+            owner, _, kind = name.rpartition(".")
+            factors = self.layers.get(owner)
+            if factors is None or (kind == "bias" and not factors.bias):
+                missing += self.diagonal.lacks([name])
+            elif factors.bias:
+                partner = f"{owner}.{'bias' if kind == 'weight' else 'weight'}"
+                missing += [partner] if partner not in wanted else []
+        return missing
+
     def _layer_step(self, owner: str, factors: KroneckerFactors, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight, bias = gradients[f"{owner}.weight"], gradients.get(f"{owner}.bias")
         matrix = weight.flatten(1)
@@ -148,84 +161,87 @@ def eigenvectors_of(name: str, covariance: Float[Tensor, "d d"]) -> Float[Tensor
     return vectors.contiguous()
 
 
-def _blocks(
+def block_identity(model: DiffusionModel, data: LatentSet, block: LayerPlan, settings: FisherSettings) -> Identity:
+    """What must match for a block's covariances, eigenvectors and eigenvalues to be used again."""
+    return {
+        "model": model.fingerprint(),
+        "data": data.fingerprint,
+        "weights": sorted(block.names),
+        "dtype": str(model.dtype),
+        **asdict(settings),
+    }
+
+
+def _eigenvectors(
     model: DiffusionModel,
     data: LatentSet,
-    plan: LayerPlan,
+    block: LayerPlan,
     store: Store,
     runner: Runner,
     settings: FisherSettings,
-    layers_per_pass: int | None,
     batch_size: int,
     progress: Progress | None,
-) -> Iterator[tuple[LayerPlan, dict[str, Tensor], EigenvaluePass]]:
-    """Each block's eigenvectors and eigenvalues."""
-    for block in plan.blocks(layers_per_pass):
-        identity: dict[str, Any] = {
-            "model": model.fingerprint(),
-            "data": data.fingerprint,
-            "weights": sorted(block.names),
-            "dtype": str(model.dtype),
-            **asdict(settings),
-        }
-        vectors: dict[str, Tensor] = {}
-        if block.layers:
-            sums = run_pass(
-                lambda block=block: CovariancePass(model, data, block, settings, batch_size),  # type: ignore[misc]
-                len(data),
-                store,
-                "ekfac_covariance",
-                identity,
-                runner,
-                progress=progress,
-            ).covariances()
+) -> dict[str, Tensor]:
+    """A block's eigenvectors, by a pass over the training set; nothing else of that pass stays in memory."""
+    identity = block_identity(model, data, block, settings)
+    sums = run_pass(
+        lambda: CovariancePass(model, data, block, settings, batch_size),
+        len(data),
+        store,
+        "ekfac_covariance",
+        identity,
+        runner,
+        progress=progress,
+    ).covariances()
 
-            # One process decomposes for all: another machine's eigenvectors may differ in sign or rotation.
-            def build(folder: Path, sums: Mapping[str, Tensor] = sums) -> None:
-                with replacing(folder / "eigenvectors.safetensors") as temporary:
-                    save_file(
-                        {name: eigenvectors_of(name, value).cpu().contiguous() for name, value in sums.items()},
-                        temporary,
-                    )
+    def build(folder: Path) -> None:
+        vectors = {name: eigenvectors_of(name, value).cpu().contiguous() for name, value in sums.items()}
+        with replacing(folder / VECTORS) as temporary:
+            save_file(vectors, temporary)
 
-            if runner.is_main:
-                store.make("ekfac_eigenvectors", identity, build)
-            runner.barrier()
-            vectors = load_file(store.path("ekfac_eigenvectors", identity) / "eigenvectors.safetensors")
-        yield (
-            block,
-            vectors,
-            run_pass(
-                lambda block=block, vectors=vectors: EigenvaluePass(  # type: ignore[misc]
-                    model, data, block, vectors, settings, batch_size
-                ),
-                len(data),
-                store,
-                "ekfac_eigenvalues",
-                identity,
-                runner,
-                progress=progress,
-            ),
-        )
+    # One process decomposes for all: another machine's eigenvectors may differ in sign or rotation.
+    if runner.is_main:
+        store.make("ekfac_eigenvectors", identity, build)
+    runner.barrier()
+    return load_file(store.path("ekfac_eigenvectors", identity) / VECTORS)
 
 
-def ekfac_plan(
+def _fit_block(
     model: DiffusionModel,
     data: LatentSet,
-    names: Sequence[str],
+    block: LayerPlan,
+    store: Store,
+    runner: Runner,
     settings: FisherSettings,
-    layers_per_pass: int | None = None,
-) -> str:
-    """What fitting will take, in words: layers, passes, samples and memory, and which parameters keep a diagonal."""
-    plan = plan_layers(model, data, names)
-    blocks = plan.blocks(layers_per_pass)
-    samples = len(data) * settings.per_picture
-    memory = max(block.memory() for block in blocks) / 2**20
-    rest = f"; the diagonal for {len(plan.diagonal)} others ({', '.join(plan.diagonal[:3])} …)" if plan.diagonal else ""
-    return (
-        f"EK-FAC of {len(plan.layers)} layers in {2 * len(blocks)} passes over {samples:,} samples, "
-        f"{memory:,.0f} MiB of factors at a time{rest}"
+    batch_size: int,
+    progress: Progress | None,
+) -> EKFAC:
+    """The curvature of some of the layers; what it was made from does not stay in memory."""
+    vectors: dict[str, Tensor] = {}
+    if block.layers:
+        vectors = _eigenvectors(model, data, block, store, runner, settings, batch_size, progress)
+    work = run_pass(
+        lambda: EigenvaluePass(model, data, block, vectors, settings, batch_size),
+        len(data),
+        store,
+        EIGENVALUE_PASS,
+        block_identity(model, data, block, settings),
+        runner,
+        progress=progress,
     )
+    # Layers with one input share one Q_A in memory too.
+    kept = {name: value.to(model.device, model.dtype) for name, value in vectors.items()}
+    layers = {
+        layer.module: KroneckerFactors(
+            kept[f"A/{layer.source}"],
+            kept[f"G/{layer.module}"],
+            (work.sums[f"L/{layer.module}"] / work.samples).to(model.dtype),
+            layer.bias,
+        )
+        for layer in block.layers
+    }
+    diagonal = {name: (total / work.samples).to(model.dtype) for name, total in work.diagonal.items()}
+    return EKFAC(layers, diagonal, samples=work.samples)
 
 
 def fit_ekfac(
@@ -261,23 +277,13 @@ def fit_ekfac(
     """
     if layers_per_pass is not None and layers_per_pass < 1:
         raise ValueError(f"layers_per_pass must be at least 1, or null for all layers; given {layers_per_pass}.")
-    plan = plan_layers(model, data, names)
-    factors: dict[str, KroneckerFactors] = {}
+    layers: dict[str, KroneckerFactors] = {}
     diagonal: dict[str, Tensor] = {}
     samples = 1
-    for block, vectors, work in _blocks(
-        model, data, plan, store, runner, settings, layers_per_pass, batch_size, progress
-    ):
-        samples = work.samples
-        for layer in block.layers:
-            factors[layer.module] = KroneckerFactors(
-                vectors[f"A/{layer.source}"].to(model.device, model.dtype),
-                vectors[f"G/{layer.module}"].to(model.device, model.dtype),
-                (work.sums[f"L/{layer.module}"] / samples).to(model.dtype),
-                layer.bias,
-            )
-        diagonal |= {name: (total / samples).to(model.dtype) for name, total in work.diagonal.items()}
-    return EKFAC(factors, diagonal, damping, samples)
+    for block in plan_layers(model, data, names).blocks(layers_per_pass):
+        part = _fit_block(model, data, block, store, runner, settings, batch_size, progress)
+        layers, diagonal, samples = layers | part.layers, diagonal | part.diagonal.fisher, part.samples
+    return EKFAC(layers, diagonal, damping, samples)
 
 
 def save_ekfac(folder: Path, curvature: EKFAC, model: DiffusionModel) -> None:

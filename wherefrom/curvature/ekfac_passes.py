@@ -137,11 +137,7 @@ class EigenvaluePass(SampledPass):
         names = [f"{layer.module}.weight" for layer in plan.layers] + list(plan.diagonal)
         super().__init__(model, data, names, settings, batch_size)
         self.plan = plan
-        orders = {f"A/{layer.source}": layer.order() for layer in plan.layers}
-        self.basis = {
-            name: (value[orders[name]] if name in orders else value).to(model.device, model.dtype)
-            for name, value in eigenvectors.items()
-        }
+        self.eigenvectors = eigenvectors
         self.sums = {
             f"L/{layer.module}": torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=model.device)
             for layer in plan.layers

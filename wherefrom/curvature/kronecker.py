@@ -114,11 +114,22 @@ class LayerPlan:
         ]
 
     def memory(self) -> int:
-        """Bytes of the sums, eigenvectors and eigenvalues in float64: the most that a pass holds at a time."""
+        """Bytes of the sums, eigenvectors and eigenvalues in float64: the most that fitting holds at a time.
+
+        That is beside what it has found (`kept`), the model and a batch.
+        """
+        vectors, eigenvalues = self._numbers()
+        return 8 * max(2 * vectors + eigenvalues, vectors + 2 * eigenvalues)
+
+    def kept(self, itemsize: int) -> int:
+        """Bytes of what is found, in numbers of so many bytes."""
+        return itemsize * sum(self._numbers())
+
+    def _numbers(self) -> tuple[int, int]:
+        """How many numbers eigenvectors and eigenvalues are."""
         sources = {layer.source: layer.inputs**2 for layer in self.layers}
         outputs = sum(layer.outputs**2 for layer in self.layers)
-        eigenvalues = sum(layer.inputs * layer.outputs for layer in self.layers)
-        return 8 * (2 * (sum(sources.values()) + outputs) + eigenvalues)
+        return sum(sources.values()) + outputs, sum(layer.inputs * layer.outputs for layer in self.layers)
 
 
 def _with_sources(layers: Sequence[KroneckerLayer]) -> tuple[KroneckerLayer, ...]:
