@@ -45,7 +45,7 @@ def test_it_is_the_limit_of_unlearning(model: DiffusionModel, tmp_path: Path, cu
     # Without curvature the step is α g instead of (α/N) g.
     scale = 1 / len(TRAIN) if curvature == "identity" else 1.0
     size = float(np.abs(limit.scores).max())
-    for step in (1e-1, 1e-3, 1e-5):
+    for step in (1e-1, 1e-2, 1e-5):
         alpha = step / size
         settings = UnlearningSettings(
             draws=12, rise=None, alpha=alpha * scale, measure_draws=2, newton=curvature != "identity"
@@ -57,7 +57,9 @@ def test_it_is_the_limit_of_unlearning(model: DiffusionModel, tmp_path: Path, cu
         correlation.append(spearmanr(found.scores, limit.scores).statistic)
     assert agreement[0] > agreement[1] > agreement[2]
     assert agreement[2] < 1e-3
-    assert correlation[2] == pytest.approx(1.0)
+    assert correlation[0] <= correlation[1] <= correlation[2] == pytest.approx(1.0)
+    # With a curvature the largest step is far from the limit; the plain gradient's is close already.
+    assert curvature == "identity" or correlation[0] < 0.5
     assert limit.null.shape == (len(HELD_OUT),)
 
 

@@ -165,9 +165,12 @@ def test_it_equals_the_dense_construction(tmp_path: Path, subset: Subset) -> Non
     model = tiny_model()
     gradient = a_gradient(model, subset)
     kept = {name: value for name, value in gradient.items() if value.numel() <= 1200}
-    kinds = {type(model.denoiser.get_submodule(name.rpartition(".")[0])) for name in kept}
-    assert nn.Linear in kinds
-    assert subset == "cross_attention_kv" or nn.Conv2d in kinds
+    modules = [model.denoiser.get_submodule(name.rpartition(".")[0]) for name in kept if name.endswith(".weight")]
+    linear = [module for module in modules if isinstance(module, nn.Linear)]
+    strides = {module.stride for module in modules if isinstance(module, nn.Conv2d)}
+    assert f"{CROSS}.to_k.weight" in kept
+    assert {module.bias is not None for module in linear} == ({True, False} if subset == "all" else {False})
+    assert strides == ({(1, 1), (2, 2)} if subset == "all" else set())
     fitted = fit_ekfac(model, DATA, list(kept), Store(tmp_path), one_process(), SETTINGS)
     assert_close(fitted.precondition(kept), dense_steps(model, kept, 0.1), 1e-6)
 
