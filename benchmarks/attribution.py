@@ -121,7 +121,7 @@ def measure(
     query = {name: float(np.mean([one[name] for one in split])) for name in split[0]}
     query["rest"] = seconds - sum(query.values())
     stored = sum(path.stat().st_size for path in store.root.rglob("*") if path.is_file())
-    return Cost(once, query, before, fit, memory[0], peak_memory(), stored)
+    return Cost(once, query, before, fit, memory[0], max(fit, memory[0], peak_memory()), stored)
 
 
 def reason(error: Exception) -> str:
