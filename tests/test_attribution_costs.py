@@ -29,7 +29,9 @@ GRID = LossGrid(timesteps=1)
 METHODS: dict[str, tuple[Attributor, set[str], set[str]]] = {
     "abu": (
         AttributionByUnlearning(
-            unlearning=UnlearningSettings(draws=8, measure_draws=8), grid=GRID, fisher=FisherSettings(1)
+            unlearning=UnlearningSettings(draws=8, measure_draws=8, rise=None, alpha=1.0),
+            grid=GRID,
+            fisher=FisherSettings(1),
         ),
         {"curvature", "losses", "features"},
         {"gradient", "step", "pass", "rest"},
