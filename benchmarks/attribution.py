@@ -44,7 +44,7 @@ from wherefrom.runner import Runner
 from wherefrom.storage import Store, write_json
 
 METHODS = Path("configs/attributor")
-ONCE = {"curvature": "curvature", "losses": "losses before unlearning", "features": "features"}
+ONCE = {"curvature": "curvature", "losses": "losses before unlearning", "features": "features and all else"}
 EACH = {
     "gradient": "gradient",
     "step": "step",
@@ -99,6 +99,20 @@ def parts(facts: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+def once_of(fit_s: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Where the seconds of `fit` went: the parts that the method names, and the others."""
+    return {**fit_s, "features": seconds - sum(fit_s.values())}
+
+
+def query_of(split: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
+    """Seconds a query by part, of what each query's parts took and all queries together.
+
+    Methods that serve many queries by one pass have no seconds of a single one: all are divided by their number.
+    """
+    query = {name: float(np.mean([one[name] for one in split])) for name in split[0]}
+    return {**query, "rest": seconds / len(split) - sum(query.values())}
+
+
 def measure(
     method: Attributor, data: TrainingData, model: DiffusionModel, queries: Sequence[Query], store: Store
 ) -> Cost:
@@ -111,15 +125,11 @@ def measure(
     started = time.monotonic()
     with watched_memory() as memory:
         method.fit(data, model, store, runner, console.say)
-    fit, once = memory[0], dict(method.fit_s)
-    once["features"] = time.monotonic() - started - sum(once.values())
+    fit, once = memory[0], once_of(method.fit_s, time.monotonic() - started)
     started = time.monotonic()
     with watched_memory() as memory:
         split = [parts(scores.facts) for scores in method.score(queries)]
-    # Methods that serve many queries by one pass have no seconds of a single one: all are divided by their number.
-    seconds = (time.monotonic() - started) / len(queries)
-    query = {name: float(np.mean([one[name] for one in split])) for name in split[0]}
-    query["rest"] = seconds - sum(query.values())
+    query = query_of(split, time.monotonic() - started)
     stored = sum(path.stat().st_size for path in store.root.rglob("*") if path.is_file())
     return Cost(once, query, before, fit, memory[0], max(fit, memory[0], peak_memory()), stored)
 

@@ -73,6 +73,10 @@ def test_what_is_told_together_is_taken_apart() -> None:
     assert attribution.parts({"gradient_s": 1.0, "pass_s": 2.5}) == {"gradient": 1.0, "pass": 2.5}
     assert attribution.parts({"gradient_s": 1.0, "query_s": 1.5}) == {"gradient": 1.0, "products": 0.5}
     assert attribution.parts({}) == {}
+    fit = {"curvature": 2.0, "losses": 3.0}
+    assert attribution.once_of(fit, 6.0) == {**fit, "features": 1.0}
+    assert attribution.query_of([{"pass": 1.0}, {"pass": 3.0}], 8.0) == {"pass": 2.0, "rest": 2.0}
+    assert attribution.query_of([{}, {}], 8.0) == {"rest": 4.0}
 
 
 def test_a_row_is_read_in_its_units() -> None:
