@@ -42,8 +42,20 @@ ROOT = Path(__file__).parents[1]
 COUNT = 140  # more than one chunk of 128, so that both processes have work
 
 
+# EK-FAC divides by small eigenvalues in a basis that rounding turns a little where they are alike.
+KINDS = {
+    "scores": 1e-9,
+    "null": 1e-9,
+    "loss": 1e-9,
+    "fisher": 1e-9,
+    "gradient": 1e-9,
+    "plus scores": 1e-7,
+    "ekfac": 1e-6,
+}
+
+
 def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
-    """Fisher information, gradient of a query, and scores of a tiny model in float64."""
+    """Fisher information, EK-FAC, gradient of a query, and scores of a tiny model in float64."""
     text = CaptionEncoder.from_pretrained(str(text_folder(folder / "pipeline")), LENGTH)
     model, data = tiny_model(encoder=LatentEncoder(tiny_vae(), text)), tiny_latents(COUNT)
     attributor = AttributionByUnlearning(
@@ -56,9 +68,18 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     training = TrainingData(data.pictures, data, held_out.pictures, held_out)
     attributor.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
     assert isinstance(attributor.curvature, Diagonal)
+    plus = AttributionByUnlearning(
+        "cross_attention",
+        UnlearningSettings(draws=160, rise=0.01, measure_draws=160),
+        LossGrid(timesteps=2),
+        curvature="ekfac",
+        fisher=FisherSettings(visits=1),
+    )
+    plus.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
     latent = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     query = Query("query", "a red square", np.zeros((8, 8, 3), dtype=np.uint8), latent)
     (scores,) = attributor.score([query])
+    (plus_scores,) = plus.score([query])
     weights = select_weights(model.denoiser, "all")
     loss = QueryLoss(model, QueryLatent("query", latent, text.encode(["a red square"])[0]), 0, runner)
     with trainable(model.denoiser, weights):
@@ -67,6 +88,13 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
         "scores": torch.from_numpy(scores.scores),
         "null": torch.from_numpy(scores.null),
         "loss": torch.tensor(loss.value(160)),
+        "plus scores": torch.from_numpy(plus_scores.scores),
+        **{
+            f"ekfac/{name}": step.contiguous()
+            for name, step in plus.curvature.precondition(
+                {name: gradient[name] for name in select_weights(model.denoiser, "cross_attention")}
+            ).items()
+        },
         **{f"fisher/{name}": value for name, value in attributor.curvature.fisher.items()},
         **{f"gradient/{name}": value for name, value in gradient.items()},
     }
@@ -88,15 +116,20 @@ def test_fisher_unlearning_and_scores_of_two_processes_are_those_of_one(tmp_path
     ids = tiny_latents(COUNT).ids
     for found in both:
         assert found.keys() == expected.keys()
-        for kind in ("scores", "null", "loss", "fisher", "gradient"):
+        for kind, rtol in KINDS.items():
             names = [name for name in expected if name.startswith(kind)]
             scale = max(float(expected[name].abs().max()) for name in names)
             for name in names:
                 torch.testing.assert_close(
-                    found[name], expected[name], rtol=1e-9, atol=1e-11 * scale, msg=lambda text, n=name: f"{n}: {text}"
+                    found[name],
+                    expected[name],
+                    rtol=rtol,
+                    atol=rtol / 100 * scale,
+                    msg=lambda text, n=name: f"{n}: {text}",
                 )
         assert np.array_equal(order_of(ids, found["scores"].numpy()), order_of(ids, expected["scores"].numpy()))
     assert float(expected["scores"].std()) > 1e-4
+    assert float(expected["plus scores"].std()) > 1e-6
 
 
 # Plain gradient descent: Adam divides by gradients, so that rounding alone turns those that are zero.
