@@ -17,12 +17,12 @@ def tensor(*shape: int, seed: int = 0) -> Tensor:
 
 
 def gradients() -> dict[str, Tensor]:
-    return {"norm.weight": tensor(3, seed=1), "layer.weight": tensor(2, 4, seed=2), "layer.bias": tensor(2, seed=3)}
+    return {"norm.weight": tensor(3, seed=1), "layer.weight": tensor(3, 4, seed=2), "layer.bias": tensor(3, seed=3)}
 
 
 def with_factors() -> EKFAC:
-    left, right = (torch.linalg.qr(tensor(side, side, seed=side)).Q for side in (2, 5))
-    factors = KroneckerFactors(right, left, tensor(2, 5, seed=4).square(), bias=True)
+    left, right = (torch.linalg.qr(tensor(side, side, seed=side)).Q for side in (3, 5))
+    factors = KroneckerFactors(right, left, tensor(3, 5, seed=4).square(), bias=True)
     return EKFAC({"layer": factors}, {"norm.weight": tensor(3, seed=5).square()}, DAMPING)
 
 

@@ -177,15 +177,17 @@ class EigenvaluePass(SampledPass):
         a, g = _rows(layer, self.model.denoiser.get_submodule(layer.module), calls)
         positions = a.shape[1]
         rows_right, rows_left = positions <= layer.outputs * layer.sharers, positions <= layer.inputs
-        if rows_right:
+        if rows_right and layer.sharers > 1:
             if layer.source not in rotated:
                 rotated[layer.source] = a @ right
-            a = rotated[layer.source] if layer.sharers > 1 else rotated.pop(layer.source)
+            a = rotated[layer.source]
         if rows_left:
             g = g @ left
         total = a.new_zeros(layer.outputs, layer.inputs)
         size = max(1, (_ON_CPU if a.device.type == "cpu" else _ELSEWHERE) // total.numel())
         for inputs, grads in zip(a.split(size), g.split(size), strict=True):
+            if rows_right and layer.sharers == 1:
+                inputs = inputs @ right
             gradients = grads.transpose(1, 2) @ inputs
             if not rows_left:
                 gradients = left.T @ gradients
