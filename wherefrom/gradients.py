@@ -85,22 +85,6 @@ def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
     return chosen
 
 
-def position_rows(
-    module: nn.Linear | nn.Conv2d, inputs: Tensor, grads: Tensor
-) -> tuple[Float[Tensor, "b p i"], Float[Tensor, "b p o"]]:
-    """What a layer's weight multiplies at each position, and the gradient there: ∇W of a sample is Σ_p g_p a_pᵀ.
-
-    A convolution is a linear layer over its unfolded patches, columns in the order (c_in, kh, kw).
-    """
-    if isinstance(module, nn.Conv2d):
-        padding: Any = module.padding
-        patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
-        return patches.transpose(1, 2), grads.flatten(2).transpose(1, 2)
-    if inputs.dim() == 2:
-        return inputs.unsqueeze(1), grads.unsqueeze(1)
-    return inputs.flatten(1, -2), grads.flatten(1, -2)
-
-
 class PerSampleGradients:
     """Taps a module's layers so that one backward pass gives the gradient of every sample apart.
 
