@@ -131,10 +131,19 @@ class DiffusionModel:
         states: Float[Tensor, "b l d"],
         timesteps: Int64[Tensor, "b"],
         noise: Float[Tensor, "b c h w"],
+        weights: Float[Tensor, "h w"] | None = None,
     ) -> Float[Tensor, "b"]:
-        """l(z; θ, t, ε) of each example: the mean over latent elements of (target - output)²."""
+        """l(z; θ, t, ε) of each example: the mean over latent elements of (target - output)², weighted by region."""
         output = self.predict(self.process.noisy(latents, timesteps, noise), timesteps, states)
-        return (self.process.target(latents, timesteps, noise) - output).square().flatten(1).mean(dim=1)
+        return _mean((self.process.target(latents, timesteps, noise) - output).square(), weights)
+
+
+def _mean(values: Float[Tensor, "b c h w"], weights: Float[Tensor, "h w"] | None) -> Float[Tensor, "b"]:
+    """The mean over all elements, or over cells by their weights, of each example."""
+    if weights is None:
+        return values.flatten(1).mean(dim=1)
+    shares = (weights / weights.sum()).to(values.device, values.dtype)
+    return (values.mean(dim=1) * shares).flatten(1).sum(dim=1)
 
 
 class SquareOutput(DiffusionModel):
@@ -157,10 +166,11 @@ class SquareOutput(DiffusionModel):
         states: Float[Tensor, "b l d"],
         timesteps: Int64[Tensor, "b"],
         noise: Float[Tensor, "b c h w"],
+        weights: Float[Tensor, "h w"] | None = None,
     ) -> Float[Tensor, "b"]:
-        """The mean over latent elements of output², of each example."""
+        """The mean over latent elements of output², of each example, weighted by region."""
         output = self.predict(self.process.noisy(latents, timesteps, noise), timesteps, states)
-        return output.square().flatten(1).mean(dim=1)
+        return _mean(output.square(), weights)
 
 
 @torch.no_grad()

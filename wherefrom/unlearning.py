@@ -149,11 +149,19 @@ class UnlearningSettings:
 
 @dataclass(frozen=True)
 class QueryLatent:
-    """A query as the diffusion model sees it: id, latent (C, H, W) and token states of its prompt (L, D)."""
+    """A query as the diffusion model sees it.
+
+    Attributes:
+        id: Its id.
+        latent: The scaled latent (C, H, W).
+        states: Token states of its prompt (L, D).
+        weights: Share of each latent cell that is inside the region asked for; None is the whole picture.
+    """
 
     id: str
     latent: Float[Tensor, "c h w"]
     states: Float[Tensor, "l d"]
+    weights: Float[Tensor, "h w"] | None = None
 
     @property
     def key(self) -> int:
@@ -214,7 +222,7 @@ class QueryLoss:
             noise = keyed.normal(keyed.combine(base, draw).to(device), self.query.latent.shape, model.dtype)
             latents = self.query.latent.to(device, model.dtype).expand_as(noise)
             states = self.query.states.to(device, model.dtype).expand(len(draw), -1, -1)
-            yield model.losses(latents, states, timesteps, noise)
+            yield model.losses(latents, states, timesteps, noise, self.query.weights)
 
     @torch.no_grad()
     def value(self, draws: int) -> float:

@@ -17,6 +17,7 @@ from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.ranking import order_of
 from wherefrom.passes import Progress
+from wherefrom.regions import Region
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
@@ -33,12 +34,14 @@ class Query:
         prompt: The prompt that made it; empty where it is not known.
         pixels: uint8 RGB, at the size of the training pictures.
         latent: The sampler's last latent where there is one, else the encoded picture; scaled, shape (C, H, W).
+        region: The part of the picture that is asked for; None is all of it.
     """
 
     id: str
     prompt: str
     pixels: UInt8[NDArray[np.uint8], "h w 3"]
     latent: Float[Tensor, "c h w"] | None = None
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
