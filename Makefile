@@ -37,6 +37,7 @@ demo-table: setup ## the README's table, rebuilt from nothing (up to an hour, re
 train: setup ## train the emoji world's autoencoder and diffusion model (hours)
 	$(RUN) train.py fit -c configs/experiment/emoji_autoencoder.yaml
 	$(RUN) train.py fit -c configs/experiment/emoji_decoder.yaml
+	$(RUN) train.py fit -c configs/experiment/emoji_decoder_noise.yaml
 	$(RUN) train.py fit -c configs/experiment/emoji_diffusion.yaml
 
 test: setup ## run the tests
