@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -74,8 +75,14 @@ def run_identity(
         "held_out": None
         if data.held_out is None
         else identity_hash({"of": data.held_out.fingerprint, "ids": list(data.held_out.ids)}),
-        "queries": [[query.id, query.prompt] for query in queries],
+        "queries": [_query_identity(query) for query in queries],
     }
+
+
+def _query_identity(query: Query) -> list[str]:
+    """Id and prompt, and where only a part is asked for, which."""
+    part = [] if query.region is None else [query.region.name, hashlib.blake2b(query.region.mask.tobytes()).hexdigest()]
+    return [query.id, query.prompt, *part]
 
 
 def attribute(
@@ -107,9 +114,10 @@ def attribute(
     Raises:
         ArtifactMismatchError: The folder holds a run with other settings.
         StorageError: The folder could not be written; finished queries are kept.
-        ValueError: See the attributor.
+        ValueError: The method cannot attribute a query; see the attributor.
     """
     options.columns(data.pictures)
+    attributor.check(queries)
     identity = run_identity(attributor, data, model, queries)
     if (folder / MANIFEST).exists():
         check_identity(folder, identity)

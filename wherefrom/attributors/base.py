@@ -112,11 +112,13 @@ class Attributor(ABC):
 
     Attributes:
         requires: What the method needs, so that nobody branches on its name.
+        takes_regions: Whether a part of a query can be attributed.
         progress: Called with (done, total) while something long runs.
         fit_s: Seconds that parts of the last `fit` took, by name; what was found in the store took little.
     """
 
     requires: frozenset[Need] = frozenset()
+    takes_regions: bool = False
     progress: Progress | None = None
     fit_s: Mapping[str, float] = {}
 
@@ -152,6 +154,20 @@ class Attributor(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """Refuses queries that the method cannot attribute, before anything long.
+
+        Raises:
+            ValueError: A query asks for a region, and the method knows only whole pictures.
+        """
+        for query in queries:
+            if query.region is not None and not self.takes_regions:
+                raise ValueError(
+                    f"{type(self).__name__} cannot attribute a region, but query {query.id!r} asks for "
+                    f"{query.region.name!r}: leave the region out, or choose a method that differentiates the query's "
+                    "loss, such as attribution by unlearning."
+                )
 
     def positions(self, ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:
         """Where the candidates stand among the ids.

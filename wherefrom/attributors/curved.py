@@ -81,6 +81,7 @@ class CurvedAttributor(Attributor):
     """
 
     requires: frozenset[Need] = frozenset({"model", "gradients", "prompt"})
+    takes_regions = True
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class TRAK(Attributor):
     """
 
     requires: frozenset[Need] = frozenset({"model", "gradients", "prompt"})
+    takes_regions = True
 
     def __init__(
         self,
