@@ -47,13 +47,11 @@ METHODS = (
     "influence",
     "trak",
     "d_trak",
-    "journey_trak",
     "efficientnet",
     "caption",
     "pixel",
     "random",
     "abu_sgd",
-    "abu_square_output",
     "abu_all_weights",
 )
 
