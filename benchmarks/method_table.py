@@ -32,6 +32,7 @@ from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, Scores, TrainingData
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.evaluation.alignment import rate
 from wherefrom.keyed import hash_text
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration
@@ -81,11 +82,6 @@ def measure(results: Sequence[Scores], cases: Mapping[str, Sequence[Case]], data
     return found
 
 
-def share(hits: NDArray[np.bool_]) -> str:
-    """A share with its standard error."""
-    return f"{hits.mean():.0%} ± {np.sqrt(hits.mean() * (1 - hits.mean()) / len(hits)):.0%}"
-
-
 def table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """The table in Markdown."""
     checks = {
@@ -101,7 +97,8 @@ def table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         numbers = {key: np.array(values) for key, values in found.items()}
         styles = np.concatenate([numbers[key] for key in numbers if key.endswith("same style")])
         reliability = numbers["split_half_reliability"]
-        cells = [name, share(numbers["own/own"] < 0.01), *(cell(numbers[key]) for key in checks.values())]
+        first = rate(numbers["own/own"] < 0.01)
+        cells = [name, f"{first.value:.0%} ± {first.error:.0%}", *(cell(numbers[key]) for key in checks.values())]
         cells += [f"{styles.mean():.2f} ± {styles.std(ddof=1) / np.sqrt(len(styles)):.2f}"]
         cells += [f"{np.median(reliability):.2f}" if len(reliability) else "–"]
         lines.append(f"| {' | '.join(cells)} |")
