@@ -19,12 +19,12 @@ from wherefrom import keyed
 from wherefrom.curvature.base import Curvature, Identity
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.runner import Runner
-from wherefrom.weights import Subset, copy_into, restored, select_weights, trainable
+from wherefrom.weights import Subset, restored, select_weights, trainable
 
 _TIME, _GRADIENT, _MEASURE = 401, 402, 403
 _RISE_TOLERANCE = 0.01
 _MAX_TRIALS = 80
-_LARGEST_ALPHA = 1e30  # float32 ends at 3e38
+_SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-12, 1e30  # float32 ends at 3e38
 
 
 class NewtonAscent(Optimizer):
@@ -86,15 +86,28 @@ class NewtonAscent(Optimizer):
         Raises:
             ValueError: A preconditioned gradient is not finite.
         """
-        directions = self.curvature.precondition(gradients)
+        updates = self.updates(gradients)
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if name not in directions:
-                    continue
-                update = directions[name] / self.dataset_size
-                if self.pull:
-                    update = update - (parameter - self.state[parameter]["pretrained"])
-                parameter.add_(update, alpha=group["lr"])
+                if name in updates:
+                    parameter.add_(updates[name], alpha=group["lr"])
+
+    @torch.no_grad()
+    def updates(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What α multiplies in a step up these gradients: where the weights go, with α = 1.
+
+        Raises:
+            ValueError: A preconditioned gradient is not finite.
+        """
+        directions = self.curvature.precondition(gradients)
+        found = {}
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if name in directions:
+                    found[name] = directions[name] / self.dataset_size
+                    if self.pull:
+                        found[name] -= parameter - self.state[parameter]["pretrained"]
+        return found
 
 
 class SGDAscent(NewtonAscent):
@@ -243,8 +256,13 @@ class QueryLoss:
         return {name: self.runner.sum(total) / draws for name, total in totals.items()}
 
 
-def _with_rise(apply: Callable[[float], float], target: float) -> float:
+def _with_rise(apply: Callable[[float], float], target: float, guess: float) -> float:
     """The α at which `apply(α)` = target, by doubling, then regula falsi with bisection; apply(0) < target.
+
+    Args:
+        apply: The rise at α.
+        target: The rise wanted.
+        guess: Where to begin, such as the α that a linear loss would need; the nearer, the fewer trials.
 
     Raises:
         ValueError: No α reaches the target.
@@ -254,7 +272,7 @@ def _with_rise(apply: Callable[[float], float], target: float) -> float:
         value = apply(alpha) - target
         return math.inf if math.isnan(value) else value  # a step that breaks the model is too long
 
-    low, high, value_low = 0.0, 1e-12, -target
+    low, high, value_low = 0.0, guess, -target
     value_high = excess(high)
     for _ in range(_MAX_TRIALS):
         if abs(value_high) <= _RISE_TOLERANCE * target:
@@ -342,12 +360,12 @@ class Unlearner:
         with trainable(self.model.denoiser, self.parameters):
             gradients = self.loss.gradient(self.parameters, len(self.alphas), self.settings.draws)
         self.gradient_s += time.monotonic() - started
-        before = self.values()
+        before, updates = self.values(), self.optimizer.updates(gradients)
 
         def move(alpha: float) -> None:
-            copy_into(self.parameters, before)
-            self.optimizer.param_groups[0]["lr"] = alpha
-            self.optimizer.ascend(gradients)
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(before[name].add(updates[name], alpha=alpha))
 
         def rise(alpha: float) -> float:
             move(alpha)
@@ -356,7 +374,10 @@ class Unlearner:
         alpha = self.settings.alpha
         if alpha is None:
             assert self.settings.rise is not None
-            alpha = _with_rise(rise, (1.0 + self.settings.rise) ** (1.0 / self.settings.steps) - 1.0)
+            target = (1.0 + self.settings.rise) ** (1.0 / self.settings.steps) - 1.0
+            slope = sum(float((gradients[name].double() * updates[name].double()).sum()) for name in updates)
+            linear = target * self.losses[-1] / slope if slope > 0 else 0.0
+            alpha = _with_rise(rise, target, linear if _SMALLEST_ALPHA < linear < _LARGEST_ALPHA else _SMALLEST_ALPHA)
         move(alpha)
         self.alphas.append(alpha)
         self._measure()
