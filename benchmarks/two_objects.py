@@ -73,11 +73,11 @@ class Ranks:
 
 
 def queries_of(scene: Scene, latent: Float[Tensor, "c h w"]) -> list[Query]:
-    """Its three queries, in the order of `BOXES`."""
+    """Its three queries, in the order of `BOXES`: one id, so that they share their noise."""
     size = scene.pixels.shape[0], scene.pixels.shape[1]
     return [
         Query(
-            f"{scene.id}, {name}",
+            scene.id,
             scene.prompt,
             scene.pixels,
             latent,

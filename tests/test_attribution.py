@@ -228,6 +228,19 @@ def test_a_picture_of_another_size_is_refused_or_resized(run: Path, folder: Path
     assert read_picture(drawn).shape == (8, 8, 3)
 
 
+def test_a_region_is_attributed_beside_its_picture(run: Path, folder: Path) -> None:
+    regions = [{"of": "blue circle", "box": [0, 0, 8, 8]}, {"of": "blue circle", "box": [0, 0, 2, 8]}]
+    queries = {"prompts": ["blue circle"], "sampling_steps": 2, "regions": regions}
+    out = attributed(folder, "regions", queries=queries)
+    found = {name.partition(", ")[2]: dict(zip(*ranking, strict=True)) for name, ranking in read_ranking(out).items()}
+    assert set(found) == {"", "box 0,0,8,8", "box 0,0,2,8"}
+    assert found["box 0,0,8,8"] == pytest.approx(found[""], rel=1e-3), "a box around all of the picture is no box"
+    assert found["box 0,0,2,8"] != pytest.approx(found[""], rel=1e-2)
+    assert "box 0,0,2,8; the rest is shown faded" in (out / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"PixelSimilarity cannot attribute a region"):
+        quick(folder, "regions of pixels", queries=queries)
+
+
 def test_a_model_that_is_broken_is_an_error(folder: Path, tmp_path: Path) -> None:
     unet = tiny_unet()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from tests.tiny import tiny_encoder, tiny_model
 from wherefrom.attributors import Query
-from wherefrom.queries import QueryPicture, QuerySource, generate, make_queries, read_query
+from wherefrom.queries import QueryPicture, QueryRegion, QuerySource, generate, make_queries, read_query
 
 
 def test_pictures_that_cannot_be_queries_are_named(tmp_path: Path) -> None:
@@ -61,3 +62,55 @@ def test_a_generated_query_is_named_by_all_that_made_it(tmp_path: Path) -> None:
     assert encoder.identity() != latents
     assert len({query.id for query in (red, blue, again, *others)}) == 8
     assert generate(model, [], 0, (4, 4, 4)) == []
+
+
+def test_each_region_is_a_query_beside_its_whole_picture(tmp_path: Path) -> None:
+    model = tiny_model(dtype=torch.float32, encoder=tiny_encoder(tmp_path / "text"))
+    path = tmp_path / "mine.png"
+    Image.new("RGB", (8, 8)).save(path)
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(mask)
+    source = QuerySource(
+        prompts=["red", "blue"],
+        pictures=[QueryPicture(str(path), "")],
+        regions=[
+            QueryRegion("blue", box=[0, 0, 4, 8]),
+            QueryRegion(str(path), mask=str(mask)),
+            QueryRegion("blue", box=[4, 0, 8, 8]),
+        ],
+        sampling_steps=2,
+    )
+    queries = make_queries(model, source, (4, 4, 4), (8, 8))
+    assert [(query.prompt, query.region and query.region.name.split("-")[0]) for query in queries] == [
+        ("", None),
+        ("", "mask mask"),
+        ("red", None),
+        ("blue", None),
+        ("blue", "box 0,0,4,8"),
+        ("blue", "box 4,0,8,8"),
+    ]
+    assert len({query.name for query in queries}) == 6
+    assert len({query.id for query in queries}) == 3, "a region shares its picture's noise"
+    assert queries[4].latent is queries[3].latent
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ([QueryRegion("green", box=[0, 0, 4, 8])], r"'green' is neither a prompt nor a picture file.*there are 'red'"),
+        ([QueryRegion("red", box=[0, 0, 9, 8])], r"Box \[0, 0, 9, 8\] is not a part of the picture"),
+        ([QueryRegion("red", mask="none.png")], r"Mask none\.png is not a file"),
+        ([QueryRegion("red", box=[0, 0, 4, 8])] * 2, r"box 0,0,4,8 of 'red' is given twice"),
+    ],
+)
+def test_regions_that_cannot_be_used_are_named_before_anything_is_drawn(
+    regions: list[QueryRegion], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_queries(tiny_model(), QuerySource(prompts=["red"], regions=regions), (4, 4, 4), (8, 8))
+
+
+@pytest.mark.parametrize("region", [{}, {"box": [0, 0, 4, 8], "mask": "mask.png"}])
+def test_a_region_is_a_box_or_a_mask(region: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"A region is either a box or a mask; that of 'red' has"):
+        QueryRegion("red", **region)

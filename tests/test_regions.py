@@ -110,3 +110,17 @@ def test_a_method_without_a_query_loss_refuses_a_region(tmp_path: Path) -> None:
         attribute(
             tmp_path / "run", PixelSimilarity(), TrainingData(pictures), None, [query], Store(tmp_path), one_process()
         )
+
+
+def test_two_queries_of_one_name_are_refused(tmp_path: Path) -> None:
+    query = Query("query", "a prompt", np.zeros((8, 8, 3), np.uint8))
+    data, store = TrainingData(tiny_latents().pictures), Store(tmp_path)
+    with pytest.raises(ValueError, match="Two queries are called 'query'"):
+        attribute(tmp_path / "run", PixelSimilarity(), data, None, [query, query], store, one_process())
+
+
+def test_what_is_outside_is_shown_faded() -> None:
+    pixels = np.full((8, 12, 3), 200, dtype=np.uint8)
+    shown = Region.from_box((0, 0, 6, 8), SIZE).show(pixels)
+    assert (shown[:, :6] == 200).all()
+    assert (shown[:, 6:] == 170).all()

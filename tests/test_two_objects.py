@@ -130,7 +130,7 @@ def test_a_box_wins_if_its_own_concept_comes_first() -> None:
     pictures = world(6)
     scenes = make_scenes(pictures, [0, 1, 8, 9])
     queries = [query for scene in scenes for query in two_objects.queries_of(scene, torch.zeros(1, 1, 2))]
-    assert len({query.id for query in queries}) == 6
+    assert len({query.name for query in queries}) == 6
     inside = [None if query.region is None else query.region.mask[0].tolist() for query in queries[:3]]
     assert inside == [[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4, None]
     best = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.latents import encode_pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.pipeline import model_from_pipeline
-from wherefrom.queries import QueryPicture, read_query
+from wherefrom.queries import QueryPicture, QueryRegion, read_query, read_regions, with_regions
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
@@ -39,6 +39,7 @@ def attribute_pictures(
     attributor: Attributor | None = None,
     store: str | Path = "cache",
     resize: bool = False,
+    regions: Sequence[QueryRegion] = (),
     say: Say = silent,
 ) -> Iterator[Scores]:
     """Scores every picture of a captioned folder for each (picture file, prompt).
@@ -52,6 +53,7 @@ def attribute_pictures(
         attributor: The method; attribution by unlearning with its defaults if None.
         store: Folder for what is computed once.
         resize: Bring the pictures to the model's size instead of refusing other sizes.
+        regions: Parts of the pictures (`of` names the file), each scored after its whole picture.
         say: Is told what is being done.
 
     Raises:
@@ -61,7 +63,12 @@ def attribute_pictures(
     model = model_from_pipeline(pipeline).to(runner.device)
     assert model.encoder is not None
     size = picture_size(model)
-    queries = [read_query(QueryPicture(file, prompt), (size, size), resize) for file, prompt in pictures]
+    parts = read_regions(regions, [file for file, _ in pictures], (size, size))
+    queries = [
+        query
+        for file, prompt in pictures
+        for query in with_regions(file, read_query(QueryPicture(file, prompt), (size, size), resize), parts)
+    ]
     every = build_image_folder(kept, Path(folder), ImageFolderOptions(size=size))
     split = "split" in every.columns
     train = every.where("split", "train") if split else every
@@ -73,5 +80,6 @@ def attribute_pictures(
         None if null is None else encode_pictures(null, model.encoder, kept),
     )
     method = AttributionByUnlearning() if attributor is None else attributor
+    method.check(queries)
     method.fit(data, model, kept, runner, say)
     yield from method.score(queries)

@@ -80,9 +80,9 @@ def run_identity(
 
 
 def _query_identity(query: Query) -> list[str]:
-    """Id and prompt, and where only a part is asked for, which."""
-    part = [] if query.region is None else [query.region.name, hashlib.blake2b(query.region.mask.tobytes()).hexdigest()]
-    return [query.id, query.prompt, *part]
+    """Name and prompt, and where only a part is asked for, which."""
+    part = [] if query.region is None else [hashlib.blake2b(query.region.mask.tobytes()).hexdigest()]
+    return [query.name, query.prompt, *part]
 
 
 def attribute(
@@ -114,9 +114,13 @@ def attribute(
     Raises:
         ArtifactMismatchError: The folder holds a run with other settings.
         StorageError: The folder could not be written; finished queries are kept.
-        ValueError: The method cannot attribute a query; see the attributor.
+        ValueError: Two queries have the same name, or the method cannot attribute one; see the attributor.
     """
     options.columns(data.pictures)
+    names = [query.name for query in queries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Two queries are called {twice[0]!r}: give each its own id, results are told apart by it.")
     attributor.check(queries)
     identity = run_identity(attributor, data, model, queries)
     if (folder / MANIFEST).exists():
@@ -125,21 +129,22 @@ def attribute(
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, identity, complete=False)
     finished = {
-        query.id: scores for query in queries if (scores := _read_scores(folder, query, data.pictures)) is not None
+        query.name: scores for query in queries if (scores := _read_scores(folder, query, data.pictures)) is not None
     }
     if len(finished) < len(queries):
         if finished:
             say(f"{len(finished)} of {len(queries)} queries are already done in {folder}")
         attributor.fit(data, model, store, runner, say)
         started = time.monotonic()
-        for found in attributor.score([query for query in queries if query.id not in finished]):
+        for found in attributor.score([query for query in queries if query.name not in finished]):
             scores = replace(found, facts={**found.facts, "seconds": time.monotonic() - started})
             started = time.monotonic()
-            finished[scores.query.id] = scores
+            finished[scores.query.name] = scores
             if runner.is_main:
                 _write_scores(folder, scores)
-            say(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}")
-    results = [finished[query.id] for query in queries]
+            part = "" if scores.query.region is None else f", {scores.query.region.name}"
+            say(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
+    results = [finished[query.name] for query in queries]
     if runner.is_main:
         _write_results(folder, results, data, options, identity, attributor)
     runner.barrier()
@@ -147,7 +152,7 @@ def attribute(
 
 
 def _scores_file(folder: Path, query: Query) -> Path:
-    return folder / "scores" / f"{identity_hash({'query': query.id})}.safetensors"
+    return folder / "scores" / f"{identity_hash({'query': query.name})}.safetensors"
 
 
 def _write_scores(folder: Path, scores: Scores) -> None:
@@ -176,9 +181,9 @@ def _write_results(
     identity: Mapping[str, Any],
     attributor: Attributor,
 ) -> None:
-    rankings = {scores.query.id: (scores.ids, scores.scores) for scores in results}
+    rankings = {scores.query.name: (scores.ids, scores.scores) for scores in results}
     with_null = all(len(scores.null) for scores in results)
-    tail = {scores.query.id: p_values(scores.scores, scores.null) for scores in results} if with_null else None
+    tail = {scores.query.name: p_values(scores.scores, scores.null) for scores in results} if with_null else None
     write_ranking(folder, rankings, tail)
     for scores in results:
         with replacing(folder / "queries" / f"{_scores_file(folder, scores.query).stem}.png") as temporary:
@@ -203,7 +208,7 @@ def _write_results(
         identity,
         complete=True,
         cut=None,
-        facts={scores.query.id: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
+        facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
     )
 
 
@@ -239,11 +244,15 @@ def _page(scores: Scores, data: TrainingData, options: ReportOptions) -> QueryRe
         }
     else:
         notes.append("No picture scores above the median: there is no influence to divide between groups.")
-    return QueryReport(scores.query.id, scores.query.prompt, scores.query.pixels, ranked, shares, facts, notes)
+    query = scores.query
+    pixels = query.pixels if query.region is None else query.region.show(query.pixels)
+    return QueryReport(query.name, query.prompt, pixels, ranked, shares, facts, notes)
 
 
 def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
     facts, notes = {}, []
+    if scores.query.region is not None:
+        facts["Region"] = f"{scores.query.region.name}; the rest is shown faded"
     reliability = scores.facts.get("split_half_reliability")
     if reliability is not None:
         facts["Split-half reliability"] = f"{reliability:.3f}"

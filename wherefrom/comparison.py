@@ -266,6 +266,7 @@ def _query_section(
     top: int,
 ) -> Markup:
     query = scores[0].query
+    shown = query.pixels if query.region is None else query.region.show(query.pixels)
     rows = []
     for name, each in zip(names, scores, strict=True):
         thumbnails = []
@@ -279,9 +280,9 @@ def _query_section(
         "section",
         tag(
             "div",
-            tag("div", picture_tag(query.pixels, _QUERY, f"Generated picture {number}"), class_="frame"),
+            tag("div", picture_tag(shown, _QUERY, f"Generated picture {number}"), class_="frame"),
             tag("h2", prompt_tag(query.prompt)),
-            tag("p", foreign(query.id), class_="id"),
+            tag("p", foreign(query.name), class_="id"),
             class_="query",
         ),
         tag("div", *rows),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from wherefrom.attributors.base import Query
 from wherefrom.data.image_folder import UNREADABLE, draw
 from wherefrom.diffusion import DiffusionModel, sample
 from wherefrom.passes import Progress
+from wherefrom.regions import Region
 from wherefrom.storage import hash_file, identity_hash
 
 
@@ -30,12 +31,45 @@ class QueryPicture:
 
 
 @dataclass(frozen=True)
+class QueryRegion:
+    """A part of a query's picture, attributed beside the whole picture.
+
+    Attributes:
+        of: The prompt or the picture file whose picture it is a part of.
+        box: [left, top, right, bottom] in image pixels; right and bottom are the first outside.
+        mask: A mask file instead: white is inside, grey partly.
+
+    Raises:
+        ValueError: Both box and mask are given, or neither.
+    """
+
+    of: str
+    box: list[int] | None = None
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.box is None) == (self.mask is None):
+            raise ValueError(
+                f"A region is either a box or a mask; that of {self.of!r} has box {self.box} and mask {self.mask!r}."
+            )
+
+    def read(self, size: tuple[int, int]) -> Region:
+        """The region of a picture of this (height, width).
+
+        Raises:
+            ValueError: The box is no part of the picture, or the mask cannot be used.
+        """
+        return Region.from_box(self.box, size) if self.box is not None else Region.from_file(str(self.mask), size)
+
+
+@dataclass(frozen=True)
 class QuerySource:
     """Which queries to attribute.
 
     Attributes:
         prompts: Prompts to generate one picture each from.
         pictures: Picture files.
+        regions: Parts of these pictures, each a query of its own beside the whole.
         seed: Seed of the generated pictures.
         sampling_steps: Sampling steps.
         guidance: Classifier-free guidance.
@@ -45,6 +79,7 @@ class QuerySource:
 
     prompts: list[str] = field(default_factory=list)
     pictures: list[QueryPicture] = field(default_factory=list)
+    regions: list[QueryRegion] = field(default_factory=list)
     seed: int = 0
     sampling_steps: int = 50
     guidance: float = 2.0
@@ -122,6 +157,38 @@ def read_query(picture: QueryPicture, size: tuple[int, int], resize: bool = Fals
     return Query(f"{path.stem}-{hash_file(path)[:8]}", picture.prompt, pixels)
 
 
+def read_regions(
+    regions: Sequence[QueryRegion], known: Sequence[str], size: tuple[int, int]
+) -> dict[str, list[Region]]:
+    """Regions by what they are a part of.
+
+    Args:
+        regions: The regions.
+        known: Prompts and picture files that are attributed.
+        size: (height, width) of the pictures.
+
+    Raises:
+        ValueError: A region is of something that is not attributed, is given twice, or cannot be used.
+    """
+    found: dict[str, list[Region]] = {}
+    for each in regions:
+        if each.of not in known:
+            raise ValueError(
+                f"queries.regions: {each.of!r} is neither a prompt nor a picture file of this run; there are "
+                f"{', '.join(map(repr, known))}."
+            )
+        region, others = each.read(size), found.setdefault(each.of, [])
+        if region.name in [other.name for other in others]:
+            raise ValueError(f"queries.regions: {region.name} of {each.of!r} is given twice.")
+        others.append(region)
+    return found
+
+
+def with_regions(source: str, query: Query, regions: Mapping[str, Sequence[Region]]) -> list[Query]:
+    """The query, and each region of what it was made from."""
+    return [query, *(replace(query, region=region) for region in regions.get(source, ()))]
+
+
 def make_queries(
     model: DiffusionModel,
     source: QuerySource,
@@ -129,10 +196,12 @@ def make_queries(
     size: tuple[int, int],
     progress: Progress | None = None,
 ) -> list[Query]:
-    """All queries of a source: files first, so that a bad file is found before anything is generated.
+    """All queries of a source, each followed by its regions: files first.
+
+    So a bad file is found before anything is generated.
 
     Raises:
-        ValueError: There are none, a file is bad, or two have one id.
+        ValueError: There are none, a file or a region is bad, or two have one id.
     """
     if not source.prompts and not source.pictures:
         raise ValueError(
@@ -142,7 +211,10 @@ def make_queries(
     names = [query.id for query in read]
     if len(set(names)) < len(names):
         raise ValueError("A query picture is given twice.")
+    files = [picture.file for picture in source.pictures]
+    regions = read_regions(source.regions, [*files, *source.prompts], size)
     drawn = generate(
         model, source.prompts, source.seed, latent_shape, source.sampling_steps, source.guidance, source.eta, progress
     )
-    return read + drawn
+    found = zip([*files, *source.prompts], [*read, *drawn], strict=True)
+    return [query for of, whole in found for query in with_regions(of, whole, regions)]

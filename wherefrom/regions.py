@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
 from wherefrom.data.image_folder import UNREADABLE, draw
 from wherefrom.storage import hash_file
+
+_GREY, _FADED = 160.0, 0.25  # what is outside keeps this share of its colours
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Region:
                 "save it at the picture's size."
             )
         return cls(f"mask {file.stem}-{hash_file(file)[:8]}", mask)
+
+    def show(self, pixels: UInt8[NDArray[np.uint8], "h w 3"]) -> UInt8[NDArray[np.uint8], "h w 3"]:
+        """The picture with what is outside faded towards grey."""
+        kept = _FADED + (1.0 - _FADED) * self.mask[..., None]
+        return np.asarray(np.rint(kept * pixels + (1.0 - kept) * _GREY), dtype=np.uint8)
 
     def weights(self, size: tuple[int, int]) -> Float[Tensor, "i j"]:
         """The share of each latent cell's area that is inside.

@@ -43,6 +43,11 @@ class Query:
     latent: Float[Tensor, "c h w"] | None = None
     region: Region | None = None
 
+    @property
+    def name(self) -> str:
+        """What tells it apart in a run: its id, and the region's name where only a part is asked for."""
+        return self.id if self.region is None else f"{self.id}, {self.region.name}"
+
 
 @dataclass(frozen=True)
 class TrainingData:
