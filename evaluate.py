@@ -23,13 +23,14 @@ from lightning.fabric import Fabric
 import datamodules  # noqa: F401  so that YAML may use short class names
 from datamodules.pictures import PicturesDataModule
 from wherefrom import attributors
-from wherefrom.attribution import ReportOptions, attribute
+from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.comparison import compare
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
 from wherefrom.queries import QuerySource, make_queries
+from wherefrom.query_page import ReportOptions
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,29 +12,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import evaluate
-import train
 from tests.tiny import (
     attribution_config,
     one_process,
-    tiny_clip,
     tiny_latents,
     tiny_pipeline,
     tiny_unet,
-    tiny_vision_transformer,
 )
-from wherefrom.attribution import ReportOptions, attribute, read_run
-from wherefrom.attributors import Attributor, PixelSimilarity, Query, Random, TrainingData
+from wherefrom.attribution import attribute, read_run
+from wherefrom.attributors import PixelSimilarity, Query, TrainingData
 from wherefrom.data.image_folder import build_image_folder
 from wherefrom.data.pictures import Pictures
 from wherefrom.evaluation.null import p_values
 from wherefrom.evaluation.ranking import read_ranking
 from wherefrom.pipeline import load_model
 from wherefrom.queries import generate
+from wherefrom.query_page import ReportOptions
 from wherefrom.storage import ArtifactMismatchError, Store, identity_hash
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +237,39 @@ def test_a_region_is_attributed_beside_its_picture(run: Path, folder: Path) -> N
         quick(folder, "regions of pixels", queries=queries)
 
 
+def test_scores_by_part_are_written_and_shown(run: Path, folder: Path) -> None:
+    out = attributed(
+        folder,
+        "parts",
+        "--attributor.init_args.breakdown",
+        "{timestep_bands: 2, captions: true}",
+        queries={"prompts": ["blue circle"], "sampling_steps": 2},
+    )
+    rows = pq.read_table(out / "parts.parquet").to_pylist()
+    ((ids, scores),) = read_ranking(out).values()
+    parts = {row["part"]: {} for row in rows}
+    for row in rows:
+        parts[row["part"]][row["image"]] = row["score"]
+    assert list(parts) == ["timesteps 0 to 0", "timesteps 500 to 500", "caption 1"]
+    low, high, caption = parts.values()
+    assert [(low[image] + high[image]) / 2 for image in ids] == pytest.approx(scores.tolist(), rel=1e-9)
+    assert [caption[image] for image in ids] == pytest.approx(scores.tolist(), rel=1e-9)
+    page = (out / "report.html").read_text()
+    assert page.index("By part of the score") < page.index("timesteps 500 to 500") < page.index("caption 1")
+    (out / "report.html").unlink()
+    evaluate.main(
+        [
+            "attribute",
+            "-c",
+            str(folder / "parts.yaml"),
+            "--attributor.init_args.breakdown",
+            "{timestep_bands: 2, captions: true}",
+        ]
+    )
+    assert (out / "report.html").read_text() == page, "parts of a finished query are read again"
+    assert not (run / "parts.parquet").exists()
+
+
 def test_a_model_that_is_broken_is_an_error(folder: Path, tmp_path: Path) -> None:
     unet = tiny_unet()
     with torch.no_grad():
@@ -276,78 +305,6 @@ def test_an_unfinished_run_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     assert before.items() <= files(tmp_path / "out" / "scores").items()
     assert read_run(tmp_path / "out")["complete"]
     assert pq.read_table(tmp_path / "out" / "ranking.parquet").column_names == ["query", "rank", "image", "score"]
-
-
-def test_the_report_says_when_nothing_stands_out(tmp_path: Path) -> None:
-    train_set, held_out = tiny_latents(12).pictures, tiny_latents(30, seed=1).pictures
-    query = Query("query", "red", np.zeros((8, 8, 3), dtype=np.uint8))
-    for seed in range(3):
-        data = TrainingData(train_set, held_out=held_out)
-        folder = tmp_path / str(seed)
-        attribute(folder, Random(seed), data, None, [query], Store(tmp_path / "store"), one_process())
-        assert "Nothing stands out" in (folder / "report.html").read_text()
-
-
-ATTRIBUTORS = sorted((ROOT / "configs" / "attributor").glob("*.yaml"))
-EXPERIMENTS = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What attributor files name and is not here -> the same in its real format, tiny."""
-    root = tmp_path_factory.mktemp("encoders")
-    feature_map = root / "map.safetensors"
-    save_file({"weight": np.zeros((2, 8), dtype=np.float32), "bias": np.zeros(2, dtype=np.float32)}, feature_map)
-    return {
-        "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K": tiny_clip(root / "clip"),
-        "facebook/dino-vitb16": tiny_vision_transformer(root / "dino"),
-        "facebook/dinov2-with-registers-large": tiny_vision_transformer(root / "dinov2", registers=2),
-        "path/to/training_map.safetensors": feature_map,
-        "path/to/synthesized_map.safetensors": feature_map,
-    }
-
-
-@pytest.mark.parametrize("path", ATTRIBUTORS, ids=lambda path: path.stem)
-def test_every_attributor_file_makes_its_attributor(path: Path, stand_ins: dict[str, Path], tmp_path: Path) -> None:
-    text = path.read_text()
-    for name, stand_in in stand_ins.items():
-        text = text.replace(name, str(stand_in))
-    (tmp_path / path.name).write_text(text)
-    parser = evaluate.parser()
-    arguments = ["--model", "m", "--data", "ImageFolder", "--data.init_args.folder", "f", "--output", "o"]
-    config = parser.parse_args(["attribute", *arguments, "--attributor", str(tmp_path / path.name)])
-    made = parser.instantiate(config).attribute.attributor
-    assert isinstance(made, Attributor)
-    assert json.dumps(made.identity())
-    assert type(made).__name__ == yaml.safe_load(path.read_text())["class_path"].rsplit(".", 1)[-1]
-
-
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_file_is_understood(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = yaml.safe_load(path.read_text())
-    if "methods" in content:
-        config = evaluate.parser().parse_args(["compare", "-c", str(path)])
-        assert set(evaluate.load_methods([Path(file.absolute) for file in config.compare.methods])) == {
-            Path(file).stem for file in content["methods"]
-        }
-    elif "attributor" in content:
-        config = evaluate.parser().parse_args(["attribute", "-c", str(path)])
-        assert config.attribute.attributor.class_path
-        assert config.attribute.output == content["output"]
-    else:
-        with pytest.raises(SystemExit) as ended:
-            train.main(["fit", "-c", str(path), "--print_config"])
-        assert ended.value.code in (0, None)
-        printed = yaml.safe_load(capsys.readouterr().out)
-        assert printed["model"]["class_path"]
-        assert printed["trainer"]["max_steps"] == content["trainer"]["max_steps"]
-    first = path.read_text().splitlines()[0]
-    assert path.name in first, "it opens with the command that runs it"
-
-
-def test_there_are_files_to_try() -> None:
-    assert len(ATTRIBUTORS) >= 2
-    assert len(EXPERIMENTS) >= 3
 
 
 def test_a_user_sees_one_line_and_not_a_traceback(

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tests.tiny import moved_copy, one_process, tiny_latents, tiny_model
 from wherefrom import keyed
-from wherefrom.attributors.curved import Flip, reduce_losses
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.ranking import order_of
 from wherefrom.losses import LossGrid, LossPass, measure_losses
+from wherefrom.reduction import Flip, reduce_losses
 from wherefrom.storage import Store
 
 LOSS = 201  # the salt of the draws is part of the contract

@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.report import QueryReport, RankedPicture, Share, png_data_uri, write_report
+from wherefrom.report import QueryReport, RankedPicture, Share, write_report
+from wherefrom.report_pictures import png_data_uri
 
 # Those that neither run anything nor load anything; an image's source and a link's target are looked at besides.
 ELEMENTS = {

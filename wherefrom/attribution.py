@@ -7,60 +7,26 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, silent
+from wherefrom.attributors.curved import as_latent
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.evaluation.null import p_values, standing_out
-from wherefrom.evaluation.ranking import order_of, write_ranking
-from wherefrom.evaluation.shares import group_shares
-from wherefrom.report import QueryReport, RankedPicture, write_report
+from wherefrom.evaluation.null import p_values
+from wherefrom.evaluation.ranking import write_parts, write_ranking
+from wherefrom.evaluation.representation import excess, loss_of, typical_losses
+from wherefrom.query_page import ReportOptions, page_of
+from wherefrom.report import write_report
 from wherefrom.runner import Runner
 from wherefrom.storage import MANIFEST, Store, check_identity, identity_hash, read_manifest, replacing, write_manifest
 
-_NOTHING = 0.05  # family-wise p-value above which the report says that nothing stands out
-_MOST_GROUPS = 50
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What the page shows.
-
-    Attributes:
-        top: Training pictures shown for each query, and counted in the shares of groups.
-        groups: Columns of the data set whose shares are shown; None takes all with 2 to 50 values.
-        title: Title of the page.
-    """
-
-    top: int = 20
-    groups: list[str] | None = None
-    title: str = "Where did these pictures come from?"
-
-    def columns(self, pictures: Pictures) -> list[str]:
-        """The group columns.
-
-        Raises:
-            ValueError: A column is not in the data set.
-        """
-        if self.groups is None:
-            skipped = {"split", "concept", "name"}
-            most = min(_MOST_GROUPS, len(pictures) - 1)  # a column that tells every picture apart groups nothing
-            return [
-                name
-                for name, values in pictures.columns.items()
-                if name not in skipped and 2 <= len(set(values)) <= most
-            ]
-        missing = [name for name in self.groups if name not in pictures.columns]
-        if missing:
-            raise ValueError(f"The data set has no column {missing[0]!r}; it has {', '.join(pictures.columns)}.")
-        return self.groups
+_PART = "part "  # before a part's name in a file of scores
 
 
 def run_identity(
@@ -134,10 +100,13 @@ def attribute(
     if len(finished) < len(queries):
         if finished:
             say(f"{len(finished)} of {len(queries)} queries are already done in {folder}")
+        waiting = [query for query in queries if query.name not in finished]
+        measured = _representation(attributor, data, model, waiting, store, runner)
         attributor.fit(data, model, store, runner, say)
         started = time.monotonic()
-        for found in attributor.score([query for query in queries if query.name not in finished]):
-            scores = replace(found, facts={**found.facts, "seconds": time.monotonic() - started})
+        for found in attributor.score(waiting):
+            facts = {**found.facts, **measured.get(found.query.name, {}), "seconds": time.monotonic() - started}
+            scores = replace(found, facts=facts)
             started = time.monotonic()
             finished[scores.query.name] = scores
             if runner.is_main:
@@ -151,6 +120,25 @@ def attribute(
     return results
 
 
+def _representation(
+    attributor: Attributor,
+    data: TrainingData,
+    model: DiffusionModel | None,
+    queries: Sequence[Query],
+    store: Store,
+    runner: Runner,
+) -> dict[str, dict[str, float]]:
+    """How far each query's loss lies above training pictures', where the method asks a model; see `excess`."""
+    if "model" not in attributor.requires or model is None or data.latents is None or model.encoder is None:
+        return {}
+    typical = typical_losses(model, data.latents, store, runner)
+    found = {}
+    for query in queries:
+        seen = as_latent(model, query)
+        found[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.states), typical)}
+    return found
+
+
 def _scores_file(folder: Path, query: Query) -> Path:
     return folder / "scores" / f"{identity_hash({'query': query.name})}.safetensors"
 
@@ -158,7 +146,9 @@ def _scores_file(folder: Path, query: Query) -> Path:
 def _write_scores(folder: Path, scores: Scores) -> None:
     facts = json.dumps({name: value for name, value in scores.facts.items() if math.isfinite(value)})
     with replacing(_scores_file(folder, scores.query)) as temporary:
-        save_file({"scores": scores.scores, "null": scores.null}, temporary, {"facts": facts})
+        arrays = {"scores": scores.scores, "null": scores.null}
+        arrays |= {_PART + name: values for name, values in scores.parts.items()}
+        save_file(arrays, temporary, {"facts": facts, "parts": json.dumps(list(scores.parts))})
 
 
 def _read_scores(folder: Path, query: Query, pictures: Pictures) -> Scores | None:
@@ -168,9 +158,12 @@ def _read_scores(folder: Path, query: Query, pictures: Pictures) -> Scores | Non
     from safetensors import safe_open
 
     with safe_open(path, "np") as stream:
-        facts: dict[str, float] = json.loads(stream.metadata()["facts"])
+        metadata = stream.metadata()
+        facts: dict[str, float] = json.loads(metadata["facts"])
+        names: list[str] = json.loads(metadata["parts"])
     arrays = load_file(path)
-    return Scores(query, pictures.ids, arrays["scores"], arrays["null"], facts)
+    parts = {name: arrays[_PART + name] for name in names}
+    return Scores(query, pictures.ids, arrays["scores"], arrays["null"], facts, parts)
 
 
 def _write_results(
@@ -185,10 +178,12 @@ def _write_results(
     with_null = all(len(scores.null) for scores in results)
     tail = {scores.query.name: p_values(scores.scores, scores.null) for scores in results} if with_null else None
     write_ranking(folder, rankings, tail)
+    if all(scores.parts for scores in results):
+        write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     for scores in results:
         with replacing(folder / "queries" / f"{_scores_file(folder, scores.query).stem}.png") as temporary:
             Image.fromarray(scores.query.pixels).save(temporary, "PNG")
-    pages = [_page(scores, data, options) for scores in results]
+    pages = [page_of(scores, data, options) for scores in results]
     method = str(attributor.identity()["method"])
     write_report(
         folder / "report.html",
@@ -210,74 +205,6 @@ def _write_results(
         cut=None,
         facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
     )
-
-
-def _page(scores: Scores, data: TrainingData, options: ReportOptions) -> QueryReport:
-    pictures = data.pictures
-    order = order_of(scores.ids, scores.scores)
-    where = {name: index for index, name in enumerate(pictures.ids)}
-    tail = p_values(scores.scores, scores.null) if len(scores.null) else None
-    columns = options.columns(pictures)
-    ranked = []
-    for rank, position in enumerate(order[: options.top], start=1):
-        index = where[scores.ids[position]]
-        ranked.append(
-            RankedPicture(
-                id=pictures.ids[index],
-                rank=rank,
-                score=float(scores.scores[position]),
-                p_value=None if tail is None else float(tail[position]),
-                pixels=np.asarray(pictures.pixels[index]),
-                caption=pictures.captions[index][0],
-                license=pictures.columns.get("license", ("unknown",) * len(pictures))[index],
-                groups={column: pictures.columns[column][index] for column in columns},
-            )
-        )
-    facts, notes = _facts(scores)
-    shares = {}
-    top = min(options.top, len(order))
-    if scores.scores[order[:top]].max() > np.median(scores.scores):
-        positions = [where[name] for name in scores.ids]
-        shares = {
-            column: group_shares(scores.scores, [pictures.columns[column][p] for p in positions], top)
-            for column in columns
-        }
-    else:
-        notes.append("No picture scores above the median: there is no influence to divide between groups.")
-    query = scores.query
-    pixels = query.pixels if query.region is None else query.region.show(query.pixels)
-    return QueryReport(query.name, query.prompt, pixels, ranked, shares, facts, notes)
-
-
-def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
-    facts, notes = {}, []
-    if scores.query.region is not None:
-        facts["Region"] = f"{scores.query.region.name}; the rest is shown faded"
-    reliability = scores.facts.get("split_half_reliability")
-    if reliability is not None:
-        facts["Split-half reliability"] = f"{reliability:.3f}"
-        if reliability < 0.8:
-            notes.append(
-                f"The ranking is noisy: its split-half reliability is {reliability:.2f}. Measure more timesteps "
-                "or draws."
-            )
-    if "query_loss_rise" in scores.facts:
-        facts["Rise of the query's loss"] = f"{scores.facts['query_loss_rise']:.1%}"
-    for name, label in (("unlearning_s", "Unlearning"), ("losses_s", "Losses after it")):
-        if name in scores.facts:
-            facts[label] = f"{scores.facts[name]:.1f} s"
-    if not scores.query.prompt:
-        notes.append(
-            "The prompt is not known: the empty prompt was used, so what only the words brought in cannot be found."
-        )
-    if len(scores.null) >= 10:
-        family = standing_out(scores.scores, scores.null)
-        facts["Family-wise p of the first"] = f"{family:.2g}"
-        if family > _NOTHING:
-            notes.append(
-                "Nothing stands out: no training picture scores higher than pictures never trained on would by chance."
-            )
-    return facts, notes
 
 
 def read_run(folder: Path) -> dict[str, Any]:

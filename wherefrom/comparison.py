@@ -17,26 +17,25 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from wherefrom.attribution import ReportOptions, attribute
+from wherefrom.attribution import attribute
 from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, silent
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.markup import Markup, shorten, tag
 from wherefrom.page import write_page
-from wherefrom.report import foreign, picture_tag, prompt_tag
+from wherefrom.query_page import ReportOptions
+from wherefrom.report import prompt_tag
+from wherefrom.report_pictures import foreign, picture_tag, thumbnail_row
 from wherefrom.runner import Runner
 from wherefrom.storage import Store, replacing, write_json
 
 COST, METHODS, CORRELATIONS, REPORT = "cost.json", "methods.parquet", "correlations.parquet", "report.html"
-_THUMBNAIL, _QUERY = 64, 128
+_QUERY = 128
 _SAMPLE_EVERY_S = 0.1
 _STYLE = """
 .methods{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;margin:1rem 0}
 .methods th,.methods td{padding:.3rem .8rem;border-bottom:1px solid var(--line);text-align:right}
 .methods th:first-child{text-align:left}
-.row{display:grid;grid-template-columns:11rem minmax(0,1fr);gap:1rem;align-items:center;padding:.5rem 0;
-border-bottom:1px solid var(--line)}
-.row ol{display:flex;flex-wrap:wrap;gap:.4rem;list-style:none}
 """
 
 
@@ -273,9 +272,8 @@ def _query_section(
         for rank, (image, _) in enumerate(each.top(top), start=1):
             index = where[image]
             words = f"{rank}. {shorten(pictures.captions[index][0], 100)} ({shorten(image, 100)})"
-            picture = picture_tag(np.asarray(pictures.pixels[index]), _THUMBNAIL, words)
-            thumbnails.append(tag("li", picture, title=words))
-        rows.append(tag("div", tag("b", foreign(name)), tag("ol", *thumbnails), class_="row"))
+            thumbnails.append((np.asarray(pictures.pixels[index]), words))
+        rows.append(thumbnail_row(tag("b", foreign(name)), thumbnails))
     return tag(
         "section",
         tag(

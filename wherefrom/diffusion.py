@@ -19,6 +19,7 @@ from wherefrom import keyed
 from wherefrom.parts import LatentEncoder, hash_tensors
 
 Prediction = Literal["epsilon", "v_prediction"]
+Output = Literal["loss", "square_output"]
 
 # Raised by hand when the numerics of training change: retrained models of another version are other models.
 TRAINING_VERSION = 2
@@ -171,6 +172,21 @@ class SquareOutput(DiffusionModel):
         """The mean over latent elements of output², of each example, weighted by region."""
         output = self.predict(self.process.noisy(latents, timesteps, noise), timesteps, states)
         return _mean(output.square(), weights)
+
+
+def check_output(output: str) -> None:
+    """Refuses an output function that there is not.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    if output not in ("loss", "square_output"):
+        raise ValueError(f"Unknown output {output!r}; choose 'loss' or 'square_output'.")
+
+
+def with_output(model: DiffusionModel, output: Output) -> DiffusionModel:
+    """The model itself, or with the mean square of its output in place of its loss."""
+    return SquareOutput(model) if output == "square_output" else model
 
 
 @torch.no_grad()

@@ -6,29 +6,21 @@ Ids, captions, prompts, groups and licences come from data sets and are not trus
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-
-import numpy as np
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from PIL import Image
 
 from wherefrom.evaluation.shares import Share
 from wherefrom.markup import Markup, shorten, tag
 from wherefrom.page import write_page
+from wherefrom.report_pictures import LABEL, Pixels, check_pixels, foreign, picture_tag, thumbnail_row
 
-__all__ = ["QueryReport", "RankedPicture", "Share", "png_data_uri", "write_report"]
+__all__ = ["QueryReport", "RankedPicture", "Share", "write_report"]
 
-Pixels = UInt8[NDArray[np.uint8], "h w 3"]
-
-_CARD, _QUERY, _THUMBNAIL = 128, 256, 48  # sides in CSS pixels
-_CAPTION, _PROMPT, _LABEL = 400, 2000, 100  # longest text shown, in characters
+_CARD, _QUERY, _SMALL = 128, 256, 48  # sides in CSS pixels
+_CAPTION, _PROMPT = 400, 2000  # longest text shown, in characters
 _MOST_GROUPS = 10
 _AXES = (0.05, 0.1, 0.25, 0.5)  # where the bars may end, if not at 1
 _THIN = "\N{NARROW NO-BREAK SPACE}"
@@ -72,6 +64,7 @@ class QueryReport:
         shares: Group column -> shares of its groups, the largest first.
         facts: Name -> value, such as the split-half reliability.
         notes: Warnings, such as that nothing stands out from pictures never trained on.
+        parts: Part of the scores (a band of timesteps, a caption) -> training pictures, the most influential first.
     """
 
     id: str
@@ -81,59 +74,14 @@ class QueryReport:
     shares: Mapping[str, Sequence[Share]]
     facts: Mapping[str, str]
     notes: Sequence[str]
-
-
-def foreign(text: str, most: int = _LABEL) -> Markup:
-    """Text from outside, isolated, so that its direction does not spill into what stands beside it."""
-    return tag("bdi", shorten(text, most))
-
-
-def _encode(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-
-
-def png_data_uri(pixels: Pixels) -> str:
-    """The picture as a `data:` address of a PNG, every pixel kept.
-
-    Raises:
-        ValueError: The pixels are not uint8 RGB of shape (H, W, 3).
-    """
-    _check_pixels("the picture", pixels)
-    return _encode(Image.fromarray(np.ascontiguousarray(pixels)))
-
-
-def picture_tag(pixels: Pixels, side: int, alt: str) -> Markup:
-    """The picture in a box of that side: small ones enlarged by a whole factor, large ones reduced to twice the side.
-
-    Twice, because a sharp screen has two pixels or more for each CSS pixel.
-    """
-    height, width = pixels.shape[:2]
-    longest = max(height, width)
-    if longest <= side:
-        factor = side // longest
-        return tag(
-            "img", src=png_data_uri(pixels), width=width * factor, height=height * factor, alt=alt, class_="pixels"
-        )
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    image.thumbnail((2 * side, 2 * side), Image.Resampling.LANCZOS)
-    shown = [max(1, round(length * side / longest)) for length in (width, height)]
-    return tag("img", src=_encode(image), width=shown[0], height=shown[1], alt=alt)
-
-
-def _check_pixels(name: str, pixels: Pixels) -> None:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ValueError(
-            f"The pixels of {name} are {pixels.dtype} {pixels.shape}; the report needs uint8 RGB, (H, W, 3)."
-        )
+    parts: Mapping[str, Sequence[RankedPicture]] = field(default_factory=dict)
 
 
 def _check(query: QueryReport) -> None:
-    _check_pixels(f"query {query.id!r}", query.pixels)
-    for picture in query.ranked:
+    check_pixels(f"query {query.id!r}", query.pixels)
+    for picture in (*query.ranked, *(each for part in query.parts.values() for each in part)):
         name = f"training picture {picture.id!r} (query {query.id!r}, rank {picture.rank})"
-        _check_pixels(name, picture.pixels)
+        check_pixels(name, picture.pixels)
         if not math.isfinite(picture.score):
             raise ValueError(
                 f"The score of {name} is {picture.score}; a report of it would be meaningless. Attribute again."
@@ -192,7 +140,7 @@ def _warnings(notes: Sequence[str]) -> Markup:
 
 def _card(picture: RankedPicture, score: str) -> Markup:
     caption = picture.caption.strip()
-    alt = f"Training picture {shorten(picture.id, _LABEL)}: {shorten(caption, _LABEL)}"
+    alt = f"Training picture {shorten(picture.id, LABEL)}: {shorten(caption, LABEL)}"
     groups = [
         tag("span", tag("i", foreign(column)), " ", foreign(value), class_="group")
         for column, value in picture.groups.items()
@@ -272,7 +220,7 @@ def prompt_tag(prompt: str) -> Markup:
 
 def _query(number: int, query: QueryReport) -> Markup:
     alt = (
-        f"Generated picture {number}: {shorten(query.prompt, _LABEL)}"
+        f"Generated picture {number}: {shorten(query.prompt, LABEL)}"
         if query.prompt.strip()
         else f"Generated picture {number}"
     )
@@ -295,11 +243,21 @@ def _query(number: int, query: QueryReport) -> Markup:
             _warnings(query.notes),
             tag("h3", "Most influential training pictures"),
             tag("ol", *cards, class_="cards") if cards else tag("p", "No training picture was ranked.", class_="quiet"),
+            *([tag("h3", "By part of the score"), *_parts(query)] if query.parts else []),
             *([tag("h3", "Influence by group"), tag("div", *shares, class_="columns")] if shares else []),
         ),
         id=f"query-{number}",
         aria_labelledby=f"prompt-{number}",
     )
+
+
+def _parts(query: QueryReport) -> list[Markup]:
+    rows = []
+    for name, ranked in query.parts.items():
+        words = [f"{each.rank}. {shorten(each.caption, LABEL)} ({shorten(each.id, LABEL)})" for each in ranked]
+        pictures = zip((each.pixels for each in ranked), words, strict=True)
+        rows.append(thumbnail_row(tag("b", foreign(name)), pictures))
+    return rows
 
 
 def _navigation(queries: Sequence[QueryReport]) -> Markup:
@@ -310,7 +268,7 @@ def _navigation(queries: Sequence[QueryReport]) -> Markup:
             "li",
             tag(
                 "a",
-                picture_tag(query.pixels, _THUMBNAIL, ""),
+                picture_tag(query.pixels, _SMALL, ""),
                 tag("span", prompt_tag(query.prompt)),
                 href=f"#query-{number}",
             ),
@@ -324,6 +282,8 @@ _LEGEND = {
     "Rank": "Place among all training pictures that were scored; 1 is the most influential.",
     "Score": "What the method measured for this training and this generated picture; higher is more influential. "
     "Where zero lies depends on the method, and scores compare within one generated picture, not between two.",
+    "Parts": "The same scores from some timesteps of the diffusion alone (low ones decide details, high ones the "
+    "layout), or from one caption of each training picture alone, where they were asked for.",
     "p-value": "How often a picture that the model was never trained on scores at least as high for the same generated "
     "picture. It holds for one picture at a time: of 1,000 pictures without any influence, about 10 have p ≤ 0.01.",
     "Shares": "A group's part of the positive influence (score above the median of all training pictures) of the "

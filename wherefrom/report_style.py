@@ -55,6 +55,11 @@ border:1px solid var(--line);border-radius:8px;font-size:.85rem;line-height:1.4;
 .groups{display:flex;flex-wrap:wrap;gap:0 .75rem;font-size:.8rem}
 .cards i{font-style:normal}
 .license{margin-top:auto;padding-top:.35rem;border-top:1px solid var(--line);font-size:.75rem}
+.row{display:grid;grid-template-columns:11rem minmax(0,1fr);gap:1rem;align-items:center;padding:.5rem 0;
+border-bottom:1px solid var(--line)}
+.row ol{display:flex;flex-wrap:wrap;gap:.4rem;list-style:none}
+h3~.row{font-size:.85rem}
+.row+h3{margin-top:2.25rem}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:1.5rem 2.5rem}
 .scroll{overflow-x:auto}
 .scroll .quiet{margin-top:.35rem;font-size:.8rem}

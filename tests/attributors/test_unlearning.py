@@ -11,13 +11,13 @@ import torch
 
 from tests.tiny import moved_copy, one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, Query, Scores, TrainingData
-from wherefrom.attributors.curved import reduce_losses
 from wherefrom.curvature import EKFAC, FisherSettings, Identity, save_ekfac
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
+from wherefrom.diffusion import DiffusionModel, Output, SquareOutput
 from wherefrom.evaluation.ranking import order_of
 from wherefrom.losses import LossGrid, LossPass
 from wherefrom.parts import LatentEncoder
+from wherefrom.reduction import reduce_losses
 from wherefrom.storage import Store
 from wherefrom.unlearning import QueryLatent, UnlearningSettings, unlearn
 from wherefrom.weights import moved_weights
@@ -89,6 +89,35 @@ def test_a_score_is_the_change_of_a_pictures_loss(model: DiffusionModel, tmp_pat
     assert scores.facts["query_loss_rise"] == pytest.approx(1e-2, rel=0.011)
     assert scores.facts["alpha"] > 0
     assert np.ptp(scores.scores) > 1e-4
+
+
+@pytest.mark.parametrize("step", ["loss", "square_output"])
+@pytest.mark.parametrize("scored", ["loss", "square_output"])
+def test_the_square_output_may_take_the_losss_place(
+    model: DiffusionModel, tmp_path: Path, step: Output, scored: Output
+) -> None:
+    scores = score(method({"newton": False}, step_output=step, score_output=scored), model, tmp_path)
+    assert model.encoder is not None
+    assert QUERY.latent is not None
+    latent = QueryLatent(QUERY.id, QUERY.latent, model.encoder.text.encode([QUERY.prompt])[0])
+    settings = method({"newton": False}).unlearning
+    stepped = SquareOutput(model) if step == "square_output" else model
+    moved = unlearn(stepped, latent, "all", Identity(), len(TRAIN), settings, one_process()).moved
+    measured = []
+    for values in ({}, moved):
+        with moved_weights(model.denoiser, values):
+            work = LossPass(SquareOutput(model) if scored == "square_output" else model, TRAIN, GRID, 16)
+            work.step(range(len(TRAIN)))
+        measured.append(work.losses)
+    expected = (measured[1] - measured[0]).mean(dim=(2, 3, 4)).amax(dim=1).numpy()
+    np.testing.assert_allclose(scores.scores, expected, rtol=1e-8, atol=1e-12)
+    name = {"loss": "query_loss", "square_output": "query_square_output"}[step]
+    assert scores.facts[f"{name}_rise"] == pytest.approx(1e-2, rel=0.011)
+
+
+def test_an_unknown_output_is_refused() -> None:
+    with pytest.raises(ValueError, match="Unknown output 'output'; choose 'loss' or 'square_output'"):
+        method(score_output="output")
 
 
 @pytest.mark.parametrize("newton", [True, False])
@@ -209,7 +238,7 @@ def test_the_work_is_counted(model: DiffusionModel, tmp_path: Path) -> None:
     work = method({"draws": 10, "measure_draws": 4, "steps": 2}).work(data, queries=3)
     losses = (9 + 4) * 2 * 2  # pictures, flips, timesteps
     assert work.once == losses + 3 * 9 * 2
-    assert work.per_query == losses + 2 * (3 * 10 + 15 * 4)
+    assert work.per_query == losses + 2 * (3 * 10 + 6 * 4)
     assert work.disk == 4 * losses * 4
     assert method({"newton": False}).work(data, 1).once == losses
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wherefrom.evaluation.ranking import RANKING, normalised_ranks, order_of, read_ranking, write_ranking
+from wherefrom.evaluation.ranking import RANKING, flatness_of, normalised_ranks, order_of, read_ranking, write_ranking
 
 IDS = ("b", "a", "d", "c")
 
@@ -89,3 +89,12 @@ def test_a_bad_score_leaves_the_former_file(tmp_path: Path) -> None:
         write_ranking(tmp_path, {"first": (("x",), np.array([float("nan")]))})
     assert (tmp_path / RANKING).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [RANKING]
+
+
+def test_flatness_is_the_effective_share_of_those_above_the_median() -> None:
+    random = np.random.default_rng(0)
+    assert flatness_of(random.uniform(size=200_000)) == pytest.approx(3 / 4, abs=0.01)
+    assert flatness_of(5 + 2 * random.normal(size=200_000)) == pytest.approx(2 / np.pi, abs=0.01)
+    assert flatness_of(np.array([0.0, 0.0, 0.0, 7.0])) == 1.0  # the one that has any has it all
+    assert flatness_of(np.array([0.0, 0.0, 0.0, 1.0, 3.0])) == pytest.approx(16 / (2 * 10))
+    assert flatness_of(np.zeros(4)) == 1.0

@@ -76,6 +76,7 @@ class Scores:
         scores: One score a picture, higher = more influential.
         null: Scores of pictures never trained on, by the same method.
         facts: What else was measured, by name (split-half reliability, α, rise, seconds …).
+        parts: The same scores from a part of what they were measured on, by its name (a band of timesteps, a caption).
     """
 
     query: Query
@@ -83,6 +84,7 @@ class Scores:
     scores: Float[NDArray[np.float64], "n"]
     null: Float[NDArray[np.float64], "m"]
     facts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, Float[NDArray[np.float64], "n"]] = field(default_factory=dict)
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """The (id, score) pairs of the most influential pictures, the first first."""

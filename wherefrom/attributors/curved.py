@@ -28,22 +28,13 @@ from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.reliability import split_half
 from wherefrom.losses import LossGrid
+from wherefrom.reduction import Breakdown, Flip, reduce_losses
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 from wherefrom.unlearning import QueryLatent
 from wherefrom.weights import Subset, select_weights
 
-Flip = Literal["max", "mean"]
 Form = Literal["diagonal", "ekfac", "identity"]
-
-
-def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Float[Tensor, "n"]:
-    """τ: the mean change of the losses over captions, timesteps and draws.
-
-    Then the larger (or the mean) of picture and mirror image.
-    """
-    by_flip = change.double().flatten(2).mean(dim=2)
-    return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
 
 
 def as_latent(model: DiffusionModel, query: Query) -> QueryLatent:
@@ -75,9 +66,10 @@ class CurvedAttributor(Attributor):
         fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
         curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
         batch_size: Forward passes at a time; does not change the result.
+        breakdown: Which parts of the scores are kept beside them.
 
     Raises:
-        ValueError: The form of curvature is unknown.
+        ValueError: The form of curvature is unknown, or there are more timestep bands than timesteps.
     """
 
     requires: frozenset[Need] = frozenset({"model", "gradients", "prompt"})
@@ -95,11 +87,13 @@ class CurvedAttributor(Attributor):
         fisher_path: str | None,
         curvature_from: str | None,
         batch_size: int,
+        breakdown: Breakdown,
     ) -> None:
+        breakdown.check(grid.timesteps)
         if curvature not in ("diagonal", "ekfac", "identity"):
             raise ValueError(f"Unknown curvature {curvature!r}; choose 'diagonal', 'ekfac' or 'identity'.")
         self.weights: Subset = weights
-        self.grid, self.flip, self.batch_size = grid, flip, batch_size
+        self.grid, self.flip, self.batch_size, self.breakdown = grid, flip, batch_size, breakdown
         self.form: Form = curvature
         self.fisher, self.damping, self.layers_per_pass = fisher, damping, layers_per_pass
         self.fisher_path, self.curvature_from = fisher_path, curvature_from
@@ -116,6 +110,7 @@ class CurvedAttributor(Attributor):
             "damping": self.damping,
             "fisher_path": self.fisher_path,
             "curvature_from": self.curvature_from,
+            "breakdown": asdict(self.breakdown),
         }
 
     def prepare(
@@ -188,6 +183,10 @@ class CurvedAttributor(Attributor):
     def query_latent(self, query: Query) -> QueryLatent:
         """The query as the model sees it: see `as_latent`."""
         return as_latent(self.ready()[0], query)
+
+    def parts(self, change: Float[Tensor, "n f k t r"]) -> dict[str, Float[NDArray[np.float64], "n"]]:
+        """Scores by part of the grid; see `Breakdown`."""
+        return self.breakdown.parts(change, self.grid.steps(self.ready()[0].process.steps), self.flip)
 
     def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:
         """Split-half reliability of the scores over the (t, ε) draws; NaN with a single draw."""

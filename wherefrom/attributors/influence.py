@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from wherefrom.attributors.base import Query, Say, Scores, TrainingData, Work, silent
-from wherefrom.attributors.curved import CurvedAttributor, Flip, Form, reduce_losses
+from wherefrom.attributors.curved import CurvedAttributor, Form
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.influence import measure_derivatives
 from wherefrom.losses import LossGrid
+from wherefrom.reduction import Breakdown, Flip, reduce_losses
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 from wherefrom.unlearning import QueryLoss
@@ -42,9 +43,11 @@ class InfluenceFunction(CurvedAttributor):
         queries_per_pass: Queries served by one pass over the training set; more take more memory.
         batch_size: Samples at a time; does not change the result.
         seed: Seed of the query's draws.
+        breakdown: Which parts of the scores are kept beside them.
 
     Raises:
-        ValueError: The form of curvature is unknown, or a number is not positive.
+        ValueError: The form of curvature is unknown, a number is not positive, or there are more timestep bands than
+            timesteps.
     """
 
     def __init__(
@@ -62,9 +65,20 @@ class InfluenceFunction(CurvedAttributor):
         queries_per_pass: int = 64,
         batch_size: int = 64,
         seed: int = 0,
+        breakdown: Breakdown = Breakdown(),
     ) -> None:
         super().__init__(
-            weights, grid, flip, curvature, fisher, damping, layers_per_pass, fisher_path, curvature_from, batch_size
+            weights,
+            grid,
+            flip,
+            curvature,
+            fisher,
+            damping,
+            layers_per_pass,
+            fisher_path,
+            curvature_from,
+            batch_size,
+            breakdown,
         )
         if draws < 1 or queries_per_pass < 1:
             raise ValueError(f"draws and queries_per_pass must be at least 1; given {draws} and {queries_per_pass}.")
@@ -128,6 +142,7 @@ class InfluenceFunction(CurvedAttributor):
                         "gradient_s": gradient_s / len(block),
                         "pass_s": pass_s / len(block),
                     },
+                    self.parts(mine),
                 )
 
     def _derivatives(self, data: LatentSet, directions: dict[str, Tensor]) -> Tensor:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
-from wherefrom.attributors.curved import Flip, as_latent
+from wherefrom.attributors.curved import as_latent
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel, SquareOutput
 from wherefrom.losses import LossGrid
 from wherefrom.pipeline import load_model
 from wherefrom.projection import Projection
+from wherefrom.reduction import Flip
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 from wherefrom.trak import Kernel, check_ridge, project_pictures

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from wherefrom.attributors.base import Query, Say, Scores, TrainingData, Work, silent
-from wherefrom.attributors.curved import CurvedAttributor, Flip, Form, reduce_losses
+from wherefrom.attributors.curved import CurvedAttributor, Form
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
+from wherefrom.diffusion import DiffusionModel, Output, check_output, with_output
 from wherefrom.losses import LossGrid, measure_losses
 from wherefrom.parts import hash_tensors
+from wherefrom.reduction import Breakdown, Flip, reduce_losses
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 from wherefrom.unlearning import Unlearned, UnlearningSettings, unlearn
@@ -39,9 +40,13 @@ class AttributionByUnlearning(CurvedAttributor):
         fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
         curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
         batch_size: Forward passes at a time; does not change the result.
+        breakdown: Which parts of the scores are kept beside them.
+        step_output: What unlearning raises: the query's loss, or the mean square of the model's output on it, as in
+            D-TRAK (AbU's third open question). `unlearning.rise` is that of the same.
+        score_output: Whose change is the score: the training pictures' losses, or the mean squares of the output.
 
     Raises:
-        ValueError: The form of curvature is unknown.
+        ValueError: The form of curvature or an output is unknown, or there are more timestep bands than timesteps.
     """
 
     def __init__(
@@ -57,18 +62,37 @@ class AttributionByUnlearning(CurvedAttributor):
         fisher_path: str | None = None,
         curvature_from: str | None = None,
         batch_size: int = 256,
+        breakdown: Breakdown = Breakdown(),
+        step_output: Output = "loss",
+        score_output: Output = "loss",
     ) -> None:
         form: Form = curvature if unlearning.newton else "identity"
         super().__init__(
-            weights, grid, flip, form, fisher, damping, layers_per_pass, fisher_path, curvature_from, batch_size
+            weights,
+            grid,
+            flip,
+            form,
+            fisher,
+            damping,
+            layers_per_pass,
+            fisher_path,
+            curvature_from,
+            batch_size,
+            breakdown,
         )
+        for output in (step_output, score_output):
+            check_output(output)
         self.unlearning = unlearning
+        self.step_output: Output = step_output
+        self.score_output: Output = score_output
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
         return {
             "method": "attribution by unlearning",
             "unlearning": asdict(self.unlearning),
+            "step_output": self.step_output,
+            "score_output": self.score_output,
             **super().identity(),
         }
 
@@ -79,7 +103,7 @@ class AttributionByUnlearning(CurvedAttributor):
         """
         assert data.latents is not None
         losses, curvature = self.losses_of(data), self.curvature_passes(data)
-        gradient = self.unlearning.steps * (3 * self.unlearning.draws + 15 * self.unlearning.measure_draws)
+        gradient = self.unlearning.steps * (3 * self.unlearning.draws + 6 * self.unlearning.measure_draws)
         latents = data.latents.latents.nbytes + data.latents.states.nbytes
         return Work(losses + curvature, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
 
@@ -96,7 +120,8 @@ class AttributionByUnlearning(CurvedAttributor):
         self.fit_s = {**self.fit_s, "losses": time.monotonic() - started}
 
     def _losses(self, data: LatentSet, moved: Unlearned | None, weights: str | None = None) -> Tensor:
-        model, _, _, store, runner = self.ready()
+        pretrained, _, _, store, runner = self.ready()
+        model = with_output(pretrained, self.score_output)
         if moved is None:
             return measure_losses(model, data, self.grid, store, runner, self.batch_size, weights, self.progress)
         with moved_weights(model.denoiser, moved.moved):
@@ -107,11 +132,13 @@ class AttributionByUnlearning(CurvedAttributor):
         model, data, held_out, _, runner = self.ready()
         chosen = self.positions(data.ids, candidates)
         part = data if candidates is None else data.subset(chosen)
-        pretrained = model.fingerprint()
+        stepped, scored = (with_output(model, output) for output in (self.step_output, self.score_output))
+        pretrained = scored.fingerprint()
+        raised = {"loss": "query_loss", "square_output": "query_square_output"}[self.step_output]
         for query in queries:
             started = time.monotonic()
             unlearned = unlearn(
-                model, self.query_latent(query), self.weights, self.curvature, len(data), self.unlearning, runner
+                stepped, self.query_latent(query), self.weights, self.curvature, len(data), self.unlearning, runner
             )
             unlearn_s = time.monotonic() - started
             name = f"{pretrained} moved to {hash_tensors(unlearned.moved)}"  # what did not move decides the losses too
@@ -126,11 +153,12 @@ class AttributionByUnlearning(CurvedAttributor):
                 reduce_losses(null, self.flip).numpy(),
                 {
                     "split_half_reliability": self.reliability(change),
-                    "query_loss": unlearned.losses[0],
-                    "query_loss_rise": unlearned.rise,
+                    raised: unlearned.losses[0],
+                    f"{raised}_rise": unlearned.rise,
                     "alpha": unlearned.alphas[0],
                     "unlearning_s": unlearn_s,
                     "gradient_s": unlearned.gradient_s,
                     "losses_s": time.monotonic() - started - unlearn_s,
                 },
+                self.parts(change),
             )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wherefrom.storage import replacing
 
-RANKING = "ranking.parquet"
+RANKING, PARTS = "ranking.parquet", "parts.parquet"
 
 
 def order_of(ids: Sequence[str], scores: Float[NDArray[np.float64], "n"]) -> Int64[NDArray[np.int64], "n"]:
@@ -33,6 +33,46 @@ def normalised_ranks(ids: Sequence[str], scores: Float[NDArray[np.float64], "n"]
     ranks = np.empty(len(ids))
     ranks[order_of(ids, scores)] = np.arange(len(ids)) / len(ids)
     return ranks
+
+
+def flatness_of(scores: Float[NDArray[np.float64], "n"]) -> float:
+    """How evenly the influence above the median is spread over the pictures that have any.
+
+    (Σw)² / (m Σw²), w the m positive excesses over the median: the effective number of influential pictures (the
+    inverse participation ratio) as a share of their number. 1 if all are alike, 3/4 for a uniform distribution,
+    2/π for a normal one, near 0 where few pictures hold it all; 1 if no score is above the median.
+    """
+    excess = scores - np.median(scores)
+    weights = excess[excess > 0]
+    return float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum())) if len(weights) else 1.0
+
+
+def write_parts(
+    folder: Path,
+    parts: Mapping[str, tuple[Sequence[str], Mapping[str, Float[NDArray[np.float64], "n"]]]],
+) -> None:
+    """Writes scores by part: columns query, part, image and score, in the order of the parts and of the pictures.
+
+    Args:
+        folder: Where `parts.parquet` goes.
+        parts: Query id -> (image ids, part -> scores).
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    tables = []
+    for query in sorted(parts):
+        ids, found = parts[query]
+        for part, scores in found.items():
+            columns = {
+                "query": pa.array([query] * len(ids), pa.string()),
+                "part": pa.array([part] * len(ids), pa.string()),
+                "image": pa.array(list(ids), pa.string()),
+                "score": pa.array(scores, pa.float64()),
+            }
+            tables.append(pa.table(columns))
+    with replacing(folder / PARTS) as temporary:
+        pq.write_table(pa.concat_tables(tables), temporary)
 
 
 def write_ranking(

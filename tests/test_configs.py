@@ -1,0 +1,78 @@
+"""Every file in configs/ is understood, and makes what it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+import evaluate
+import train
+from tests.tiny import tiny_clip, tiny_vision_transformer
+from wherefrom.attributors import Attributor
+
+ROOT = Path(__file__).parents[1]
+ATTRIBUTORS = sorted((ROOT / "configs" / "attributor").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What attributor files name and is not here -> the same in its real format, tiny."""
+    root = tmp_path_factory.mktemp("encoders")
+    feature_map = root / "map.safetensors"
+    save_file({"weight": np.zeros((2, 8), dtype=np.float32), "bias": np.zeros(2, dtype=np.float32)}, feature_map)
+    return {
+        "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K": tiny_clip(root / "clip"),
+        "facebook/dino-vitb16": tiny_vision_transformer(root / "dino"),
+        "facebook/dinov2-with-registers-large": tiny_vision_transformer(root / "dinov2", registers=2),
+        "path/to/training_map.safetensors": feature_map,
+        "path/to/synthesized_map.safetensors": feature_map,
+    }
+
+
+@pytest.mark.parametrize("path", ATTRIBUTORS, ids=lambda path: path.stem)
+def test_every_attributor_file_makes_its_attributor(path: Path, stand_ins: dict[str, Path], tmp_path: Path) -> None:
+    text = path.read_text()
+    for name, stand_in in stand_ins.items():
+        text = text.replace(name, str(stand_in))
+    (tmp_path / path.name).write_text(text)
+    parser = evaluate.parser()
+    arguments = ["--model", "m", "--data", "ImageFolder", "--data.init_args.folder", "f", "--output", "o"]
+    config = parser.parse_args(["attribute", *arguments, "--attributor", str(tmp_path / path.name)])
+    made = parser.instantiate(config).attribute.attributor
+    assert isinstance(made, Attributor)
+    assert json.dumps(made.identity())
+    assert type(made).__name__ == yaml.safe_load(path.read_text())["class_path"].rsplit(".", 1)[-1]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_file_is_understood(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(path.read_text())
+    if "methods" in content:
+        config = evaluate.parser().parse_args(["compare", "-c", str(path)])
+        assert set(evaluate.load_methods([Path(file.absolute) for file in config.compare.methods])) == {
+            Path(file).stem for file in content["methods"]
+        }
+    elif "attributor" in content:
+        config = evaluate.parser().parse_args(["attribute", "-c", str(path)])
+        assert config.attribute.attributor.class_path
+        assert config.attribute.output == content["output"]
+    else:
+        with pytest.raises(SystemExit) as ended:
+            train.main(["fit", "-c", str(path), "--print_config"])
+        assert ended.value.code in (0, None)
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["model"]["class_path"]
+        assert printed["trainer"]["max_steps"] == content["trainer"]["max_steps"]
+    first = path.read_text().splitlines()[0]
+    assert path.name in first, "it opens with the command that runs it"
+
+
+def test_there_are_files_to_try() -> None:
+    assert len(ATTRIBUTORS) >= 2
+    assert len(EXPERIMENTS) >= 3
