@@ -54,6 +54,7 @@ METHODS = (
     "random",
     "abu_sgd",
     "abu_all_weights",
+    "abu_square_output",
 )
 
 
@@ -124,6 +125,7 @@ def ablation(
 ) -> dict[str, Any]:
     """AbU and AbU+ at several numbers of timesteps: reliability, agreement with the most, rank of the own picture."""
     candidates = choose_candidates(data.pictures, cases, options.candidates or 200, options.seed)
+    data = replace(data, held_out=None, held_out_latents=None)  # nothing here is read from p-values
     queries, found = [case.query for case in cases], {}
     runner, console = Runner.current(), Console()
     for method in ("abu", "abu_plus"):
