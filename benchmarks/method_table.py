@@ -55,6 +55,8 @@ METHODS = (
     "abu_sgd",
     "abu_all_weights",
     "abu_square_output",
+    "abu_equal_timesteps",
+    "abu_plus_equal_timesteps",
 )
 
 

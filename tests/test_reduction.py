@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wherefrom.reduction import Breakdown, Flip, reduce_losses
+from wherefrom.reduction import Breakdown, Flip, reduce_losses, spread_weights
 
 STEPS = torch.tensor([0, 200, 400, 600, 800])
 CHANGE = torch.randn(7, 2, 3, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -40,3 +40,13 @@ def test_more_bands_than_timesteps_are_refused() -> None:
         Breakdown(6).check(5)
     with pytest.raises(ValueError, match="must not be negative; given -1"):
         Breakdown(-1)
+
+
+def test_spread_weights_bring_all_timesteps_to_one_spread() -> None:
+    scale = torch.tensor([10.0, 1.0, 0.5, 2.0, 1.0])
+    change = torch.randn(4000, 2, 1, 5, 1, generator=torch.Generator().manual_seed(1)) * scale[:, None] + 3.0
+    weights = spread_weights(change)
+    assert float(weights.mean()) == pytest.approx(1.0)
+    np.testing.assert_allclose(weights * scale, (weights * scale).mean().expand(5), rtol=0.03)
+    assert spread_weights(change * 7.0).tolist() == pytest.approx(weights.tolist(), rel=1e-5), "units do not matter"
+    assert spread_weights(torch.zeros(4, 2, 1, 5, 1)).tolist() == [1.0] * 5, "nothing moved"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Flip = Literal["max", "mean"]
+TimestepWeights = Literal["equal", "spread"]
 
 
 def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Float[Tensor, "n"]:
@@ -24,6 +25,26 @@ def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Flo
     """
     by_flip = change.double().flatten(2).mean(dim=2)
     return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
+
+
+def spread_weights(change: Float[Tensor, "n f k t r"]) -> Float[Tensor, "t"]:
+    """Weights of mean 1 that let no timestep drown the others: 1 / (spread of the pictures' changes at that timestep).
+
+    Ours. Near t = 0 a model can hardly tell the noise from the picture, so losses there are large and change by chance:
+    in a plain mean they outweigh the timesteps at which pictures differ. The spread is the median absolute deviation
+    over pictures and mirror images.
+
+    Args:
+        change: Changes of the losses of some pictures; the same pictures must be taken for all that is compared.
+
+    Returns:
+        The weights; all 1 where a timestep has no spread, as when nothing was moved.
+    """
+    values = change.double().mean(dim=(2, 4)).flatten(0, 1)
+    spread = (values - values.median(dim=0).values).abs().median(dim=0).values
+    if not bool((spread > 0).all()):
+        return torch.ones(change.shape[3], dtype=torch.float64)
+    return (1 / spread) / (1 / spread).mean()
 
 
 @dataclass(frozen=True)

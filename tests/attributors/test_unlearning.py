@@ -17,7 +17,7 @@ from wherefrom.diffusion import DiffusionModel, Output, SquareOutput
 from wherefrom.evaluation.ranking import order_of
 from wherefrom.losses import LossGrid, LossPass
 from wherefrom.parts import LatentEncoder
-from wherefrom.reduction import reduce_losses
+from wherefrom.reduction import TimestepWeights, reduce_losses
 from wherefrom.storage import Store
 from wherefrom.unlearning import QueryLatent, UnlearningSettings, unlearn
 from wherefrom.weights import moved_weights
@@ -65,7 +65,7 @@ def score(
 
 
 def brute_force(model: DiffusionModel, query: Query, data: LatentSet, settings: UnlearningSettings) -> np.ndarray:
-    """Unlearn, measure before and after, subtract; without store, passes or attributor."""
+    """Unlearn, measure before and after, subtract; without store, passes or attributor. By flip and timestep."""
     assert model.encoder is not None
     assert query.latent is not None
     latent = QueryLatent(query.id, query.latent, model.encoder.text.encode([query.prompt])[0])
@@ -76,15 +76,25 @@ def brute_force(model: DiffusionModel, query: Query, data: LatentSet, settings: 
             work = LossPass(model, data, GRID, 16)
             work.step(range(len(data)))
         changes.append(work.losses)
-    return (changes[1] - changes[0]).mean(dim=(2, 3, 4)).amax(dim=1).numpy()
+    return (changes[1] - changes[0]).mean(dim=(2, 4)).numpy()
 
 
-def test_a_score_is_the_change_of_a_pictures_loss(model: DiffusionModel, tmp_path: Path) -> None:
-    attributor = method({"newton": False, "steps": 2})
+@pytest.mark.parametrize("timestep_weights", ["equal", "spread"])
+def test_a_score_is_the_change_of_a_pictures_loss(
+    model: DiffusionModel, tmp_path: Path, timestep_weights: TimestepWeights
+) -> None:
+    attributor = method({"newton": False, "steps": 2}, timestep_weights=timestep_weights)
     scores = score(attributor, model, tmp_path)
-    settings = attributor.unlearning
-    np.testing.assert_allclose(scores.scores, brute_force(model, QUERY, TRAIN, settings), rtol=1e-8, atol=1e-12)
-    np.testing.assert_allclose(scores.null, brute_force(model, QUERY, HELD_OUT, settings), rtol=1e-8, atol=1e-12)
+    trained, held_out = (brute_force(model, QUERY, part, attributor.unlearning) for part in (TRAIN, HELD_OUT))
+    weights = np.ones(2)
+    if timestep_weights == "spread":
+        every = trained.reshape(-1, 2)
+        middle = np.sort(every, axis=0)[(len(every) - 1) // 2]  # the lower median, as torch takes it
+        weights = 1 / np.sort(np.abs(every - middle), axis=0)[(len(every) - 1) // 2]
+        weights /= weights.mean()
+        assert weights.max() > 1.05
+    for found, expected in ((scores.scores, trained), (scores.null, held_out)):
+        np.testing.assert_allclose(found, (expected * weights).mean(axis=2).max(axis=1), rtol=1e-8, atol=1e-12)
     assert scores.ids == TRAIN.ids
     assert scores.facts["query_loss_rise"] == pytest.approx(1e-2, rel=0.011)
     assert scores.facts["alpha"] > 0
@@ -96,7 +106,8 @@ def test_a_score_is_the_change_of_a_pictures_loss(model: DiffusionModel, tmp_pat
 def test_the_square_output_may_take_the_losss_place(
     model: DiffusionModel, tmp_path: Path, step: Output, scored: Output
 ) -> None:
-    scores = score(method({"newton": False}, step_output=step, score_output=scored), model, tmp_path)
+    attributor = method({"newton": False}, step_output=step, score_output=scored, timestep_weights="equal")
+    scores = score(attributor, model, tmp_path)
     assert model.encoder is not None
     assert QUERY.latent is not None
     latent = QueryLatent(QUERY.id, QUERY.latent, model.encoder.text.encode([QUERY.prompt])[0])
@@ -118,6 +129,8 @@ def test_the_square_output_may_take_the_losss_place(
 def test_an_unknown_output_is_refused() -> None:
     with pytest.raises(ValueError, match="Unknown output 'output'; choose 'loss' or 'square_output'"):
         method(score_output="output")
+    with pytest.raises(ValueError, match="Unknown timestep_weights 'none'; choose 'equal' or 'spread'"):
+        method(timestep_weights="none")
 
 
 @pytest.mark.parametrize("newton", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +29,14 @@ from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.reliability import split_half
 from wherefrom.losses import LossGrid
-from wherefrom.reduction import Breakdown, Flip, reduce_losses
+from wherefrom.reduction import Breakdown, Flip, TimestepWeights, reduce_losses, spread_weights
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 from wherefrom.unlearning import QueryLatent
 from wherefrom.weights import Subset, select_weights
 
 Form = Literal["diagonal", "ekfac", "identity"]
+_REFERENCE = 256  # training pictures whose changes say how far a timestep's changes spread
 
 
 def as_latent(model: DiffusionModel, query: Query) -> QueryLatent:
@@ -67,9 +69,12 @@ class CurvedAttributor(Attributor):
         curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
         batch_size: Forward passes at a time; does not change the result.
         breakdown: Which parts of the scores are kept beside them.
+        timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
+            timestep's changes by their spread over 256 training pictures, so that no timestep drowns the others.
 
     Raises:
-        ValueError: The form of curvature is unknown, or there are more timestep bands than timesteps.
+        ValueError: The form of curvature or the timesteps' weights are unknown, or there are more timestep bands than
+            timesteps.
     """
 
     requires: frozenset[Need] = frozenset({"model", "gradients", "prompt"})
@@ -88,7 +93,11 @@ class CurvedAttributor(Attributor):
         curvature_from: str | None,
         batch_size: int,
         breakdown: Breakdown,
+        timestep_weights: TimestepWeights,
     ) -> None:
+        if timestep_weights not in ("equal", "spread"):
+            raise ValueError(f"Unknown timestep_weights {timestep_weights!r}; choose 'equal' or 'spread'.")
+        self.timestep_weights: TimestepWeights = timestep_weights
         breakdown.check(grid.timesteps)
         if curvature not in ("diagonal", "ekfac", "identity"):
             raise ValueError(f"Unknown curvature {curvature!r}; choose 'diagonal', 'ekfac' or 'identity'.")
@@ -111,6 +120,7 @@ class CurvedAttributor(Attributor):
             "fisher_path": self.fisher_path,
             "curvature_from": self.curvature_from,
             "breakdown": asdict(self.breakdown),
+            "timestep_weights": self.timestep_weights,
         }
 
     def prepare(
@@ -183,6 +193,26 @@ class CurvedAttributor(Attributor):
     def query_latent(self, query: Query) -> QueryLatent:
         """The query as the model sees it: see `as_latent`."""
         return as_latent(self.ready()[0], query)
+
+    def weigh(
+        self, change: Float[Tensor, "n f k t r"], chosen: Sequence[int], measure: Callable[[list[int]], Tensor]
+    ) -> Float[Tensor, "t 1"]:
+        """What each timestep's changes are multiplied by, from the same pictures whatever the candidates are.
+
+        Args:
+            change: The candidates' changes.
+            chosen: The candidates' positions in the training set.
+            measure: Measures the changes of training pictures at these positions.
+        """
+        if self.timestep_weights == "equal":
+            return torch.ones(change.shape[3], 1, dtype=change.dtype)
+        data = self.ready()[1]
+        wanted, row_of = data.sample(_REFERENCE), {position: row for row, position in enumerate(chosen)}
+        if all(position in row_of for position in wanted):
+            reference = change[[row_of[position] for position in wanted]]
+        else:
+            reference = measure(wanted)
+        return spread_weights(reference).to(change.dtype)[:, None]
 
     def parts(self, change: Float[Tensor, "n f k t r"]) -> dict[str, Float[NDArray[np.float64], "n"]]:
         """Scores by part of the grid; see `Breakdown`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel, Output, check_output, with_output
 from wherefrom.losses import LossGrid, measure_losses
 from wherefrom.parts import hash_tensors
-from wherefrom.reduction import Breakdown, Flip, reduce_losses
+from wherefrom.reduction import Breakdown, Flip, TimestepWeights, reduce_losses
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 from wherefrom.unlearning import Unlearned, UnlearningSettings, unlearn
@@ -41,6 +42,8 @@ class AttributionByUnlearning(CurvedAttributor):
         curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
         batch_size: Forward passes at a time; does not change the result.
         breakdown: Which parts of the scores are kept beside them.
+        timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
+            timestep's changes by their spread over 256 training pictures, so that no timestep drowns the others.
         step_output: What unlearning raises: the query's loss, or the mean square of the model's output on it, as in
             D-TRAK (AbU's third open question). `unlearning.rise` is that of the same.
         score_output: Whose change is the score: the training pictures' losses, or the mean squares of the output.
@@ -63,6 +66,7 @@ class AttributionByUnlearning(CurvedAttributor):
         curvature_from: str | None = None,
         batch_size: int = 256,
         breakdown: Breakdown = Breakdown(),
+        timestep_weights: TimestepWeights = "spread",
         step_output: Output = "loss",
         score_output: Output = "loss",
     ) -> None:
@@ -79,6 +83,7 @@ class AttributionByUnlearning(CurvedAttributor):
             curvature_from,
             batch_size,
             breakdown,
+            timestep_weights,
         )
         for output in (step_output, score_output):
             check_output(output)
@@ -127,6 +132,10 @@ class AttributionByUnlearning(CurvedAttributor):
         with moved_weights(model.denoiser, moved.moved):
             return measure_losses(model, data, self.grid, store, runner, self.batch_size, weights, self.progress)
 
+    def _change(self, positions: list[int], unlearned: Unlearned, name: str) -> Tensor:
+        """How the losses of the training pictures at these positions changed."""
+        return self._losses(self.ready()[1].subset(positions), unlearned, name) - self.before[positions]
+
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
         """One query at a time: unlearn, measure the losses again, take the difference."""
         model, data, held_out, _, runner = self.ready()
@@ -146,6 +155,8 @@ class AttributionByUnlearning(CurvedAttributor):
             null = torch.zeros((0, *change.shape[1:]))
             if held_out is not None:
                 null = self._losses(held_out, unlearned, name) - self.null_before
+            weights = self.weigh(change, chosen, partial(self._change, unlearned=unlearned, name=name))
+            change, null = change * weights, null * weights
             yield Scores(
                 query,
                 part.ids,

@@ -19,6 +19,7 @@ from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, to_f
 from wherefrom.parts import LatentEncoder
 from wherefrom.storage import Store, identity_hash, replacing
 
+_SAMPLE = 301
 LATENTS, STATES, NULL_STATES = "latents.npy", "states.npy", "null_states.npy"
 
 
@@ -64,6 +65,10 @@ class LatentSet:
             self.null_states,
             identity_hash({"of": self.fingerprint, "ids": ids}),
         )
+
+    def sample(self, count: int) -> list[int]:
+        """Positions of up to `count` pictures, in order, that are chosen by the hashes of their ids alone."""
+        return sorted(torch.argsort(keyed.combine(_SAMPLE, self.id_keys))[:count].tolist())
 
     def without(self, exclude: Sequence[str]) -> LatentSet:
         """The set without these ids.

@@ -25,7 +25,7 @@ from wherefrom.storage import Store
 FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey, Exploratory Data Analysis, 1977, section 2D)
 _GRID = LossGrid(timesteps=10, flips=False)
 _PICTURES, _DRAWS = 256, 20
-_CHOICE, _DRAW = 701, 702
+_DRAW = 702
 
 
 def typical_losses(
@@ -44,8 +44,7 @@ def typical_losses(
         ValueError: A loss is not finite.
         StorageError: The store could not be written.
     """
-    order = torch.argsort(keyed.combine(_CHOICE, data.id_keys)).tolist()
-    chosen = data.subset(sorted(order[:_PICTURES]))
+    chosen = data.subset(data.sample(_PICTURES))
     losses = measure_losses(model, chosen, _GRID, store, runner, progress=progress)
     return losses.double().flatten(1).mean(dim=1).numpy()
 
