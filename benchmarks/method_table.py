@@ -85,8 +85,8 @@ def measure(results: Sequence[Scores], cases: Mapping[str, Sequence[Case]], data
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """The table in Markdown."""
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table in Markdown, of the methods' records."""
     checks = {
         "own prompt: other style": "own/other style",
         "crossed: A itself": "crossed/own",
@@ -94,14 +94,22 @@ def table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         "crossed: the prompt's picture": "crossed/prompt's",
         "held-out prompt: other style": "held-out/other style",
     }
-    titles = ["method", "own picture in the top 1 %", *checks, "style of the prompt in the top 100", "reliability"]
+    titles = [
+        "method",
+        "pictures scored",
+        "own picture in the top 1 %",
+        *checks,
+        "style of the prompt in the top 100",
+        "reliability",
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, found in rows.items():
-        numbers = {key: np.array(values) for key, values in found.items()}
+    for name, record in rows.items():
+        numbers = {key: np.array(values) for key, values in record["ranks"].items()}
         styles = np.concatenate([numbers[key] for key in numbers if key.endswith("same style")])
         reliability = numbers["split_half_reliability"]
         first = rate(numbers["own/own"] < 0.01)
-        cells = [name, f"{first.value:.0%} ± {first.error:.0%}", *(cell(numbers[key]) for key in checks.values())]
+        cells = [name, f"{record['pictures']:,}", f"{first.value:.0%} ± {first.error:.0%}"]
+        cells += [cell(numbers[key]) for key in checks.values()]
         cells += [f"{styles.mean():.2f} ± {styles.std(ddof=1) / np.sqrt(len(styles)):.2f}"]
         cells += [f"{np.median(reliability):.2f}" if len(reliability) else "–"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -243,9 +251,9 @@ def main() -> None:
             }
             record = {**read(options.results).get("methods", {}), method: known}
             write_json(options.results, {"command": "python -m benchmarks.method_table", **shared, "methods": record})
-        rows[method] = known["ranks"]
+        rows[method] = known
     print(table(rows))
-    total = sum(sum(row["seconds"]) for row in rows.values())
+    total = sum(sum(row["ranks"]["seconds"]) for row in rows.values())
     print(
         f"\n{sum(counts.values())} queries over {len(data.pictures):,} training pictures; {options.timesteps} "
         f"timesteps, {options.draws} draws, {options.visits} visits of the curvature; {duration(total)} of scoring"

@@ -58,6 +58,7 @@ def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
         "seconds": [2.0, 3.0],
     }
     checks = ("crossed/own", "crossed/other style", "crossed/prompt's", "held-out/other style")
-    row = method_table.table({"abu": {**found, **{key: [0.0, 1.0] for key in checks}}}).splitlines()[-1]
-    assert row.startswith("| abu | 50% ± 35% | 0.497 (0.497 ± 0.003) | 0.500 (0.500 ± 0.500) |")
+    record = {"pictures": 1200, "ranks": {**found, **{key: [0.0, 1.0] for key in checks}}}
+    row = method_table.table({"abu": record}).splitlines()[-1]
+    assert row.startswith("| abu | 1,200 | 50% ± 35% | 0.497 (0.497 ± 0.003) | 0.500 (0.500 ± 0.500) |")
     assert row.endswith("| 0.50 ± 0.50 | 0.50 |")
