@@ -1,8 +1,9 @@
-"""Attributes pictures to the training images that made them, by one method or by several side by side.
+"""Attributes pictures to the training images that made them, compares methods, and judges them by retraining.
 
 python evaluate.py attribute -c configs/experiment/demo.yaml
 python evaluate.py attribute -c configs/experiment/demo.yaml --queries.prompts '["a fox, twemoji style"]'
 python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
+python evaluate.py counterfactual -c EXPERIMENT  # train again without what each method names
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from lightning.fabric import Fabric
 
 import datamodules  # noqa: F401  so that YAML may use short class names
 from datamodules.pictures import PicturesDataModule
+from lightning_modules.recipe import Recipe
 from wherefrom import attributors
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.comparison import compare
+from wherefrom.counterfactual import Protocol, as_table, judge
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.features import ImageEncoder
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
 from wherefrom.queries import QuerySource, make_queries
 from wherefrom.query_page import ReportOptions
+from wherefrom.retraining import Measurements, Panel, Retrain, Retrains
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
@@ -60,18 +65,28 @@ def parser() -> ArgumentParser:
     attribute_parser.add_subclass_arguments(Attributor, "attributor", required=True)
     compare_parser = run_parser(compare.__doc__)
     compare_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
+    counterfactual_parser = run_parser(judge.__doc__, with_model=False)
+    counterfactual_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
+    counterfactual_parser.add_argument(
+        "--recipe", type=Path_fr, required=True, help="an experiment file of train.py fit"
+    )
+    counterfactual_parser.add_class_arguments(Protocol, "protocol")
+    counterfactual_parser.add_subclass_arguments(ImageEncoder, "similarity", required=False)
+    counterfactual_parser.add_argument("--measurements", type=str, help="the table that a sweep resumes from")
     root = ArgumentParser(description=__doc__)
     commands = root.add_subcommands()
+    commands.add_subcommand("counterfactual", counterfactual_parser)
     commands.add_subcommand("attribute", attribute_parser)
     commands.add_subcommand("compare", compare_parser)
     return root
 
 
-def run_parser(description: str | None) -> ArgumentParser:
-    """What all runs over queries are told."""
+def run_parser(description: str | None, with_model: bool = True) -> ArgumentParser:
+    """What all runs over queries are told; the judge trains its model itself."""
     made = ArgumentParser(description=description, parser_mode="omegaconf")
     made.add_argument("-c", "--config", action="config", help="an experiment file")
-    made.add_argument("--model", type=str, required=True, help="diffusers pipeline: folder or hub id")
+    if with_model:
+        made.add_argument("--model", type=str, required=True, help="diffusers pipeline: folder or hub id")
     made.add_subclass_arguments(LightningDataModule, "data", required=True)
     made.add_class_arguments(QuerySource, "queries")
     made.add_class_arguments(ReportOptions, "report")
@@ -111,6 +126,11 @@ def training_data(data: PicturesDataModule, model: DiffusionModel) -> TrainingDa
     data.encoder = model.encoder
     data.prepare_data()
     data.setup()
+    return training_data_of(data)
+
+
+def training_data_of(data: PicturesDataModule) -> TrainingData:
+    """The training pictures and the held-out ones of a module that is set up."""
     held_out = data.validation_pictures if len(data.validation_pictures) else None
     return TrainingData(
         data.train_pictures, data.train_latents, held_out, data.validation_latents if held_out is not None else None
@@ -161,12 +181,17 @@ def prepare(config: Any) -> Run:
         training_data(data_module, model)
     runner.barrier()
     data = training_data(data_module, model)
+    console.say("queries")
+    queries = make_queries(model, config.queries, *shapes(data), console.progress)
+    return Run(model, data, queries, store, runner, console)
+
+
+def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """(C, H, W) of a latent, and (height, width) of a picture."""
     assert data.latents is not None
     height, width = (int(side) for side in np.asarray(data.pictures.pixels).shape[1:3])
     channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
-    console.say("queries")
-    queries = make_queries(model, config.queries, (channels, rows, columns), (height, width), console.progress)
-    return Run(model, data, queries, store, runner, console)
+    return (channels, rows, columns), (height, width)
 
 
 def run_attribute(config: Any) -> None:
@@ -203,6 +228,33 @@ def run_compare(config: Any) -> None:
     run.console.say(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
 
 
+def run_counterfactual(config: Any) -> None:
+    """`evaluate.py counterfactual`."""
+    methods = load_methods([Path(str(file.absolute)) for file in config.methods])
+    output, protocol, module = Path(config.output), config.protocol, config.data
+    runner, console, store = Runner.current(), Console(), Store(config.store)
+    recipe = Recipe(str(config.recipe.absolute), store.root)
+    module.store = store
+    module.prepare_data()
+    module.setup()
+    data = training_data_of(module)
+    retrains = Retrains(store, recipe.identity(), data.latents, recipe.train)
+    console.say("the model with all pictures")
+    model = retrains.model(Retrain((), protocol.seeds[0])).to(runner.device)
+    queries = make_queries(model, config.queries, *shapes(data), console.progress)
+    panel = Panel(queries, model, config.queries, protocol.timesteps, config.similarity)
+    rankings = {}
+    for name, method in methods.items():
+        console.say(name)
+        method.progress = console.progress
+        rankings[name] = attribute(
+            output / name, method, data, model, queries, store, runner, config.report, console.say
+        )
+    table = Measurements(Path(config.measurements or output / "retrains.parquet"))
+    rows = judge(output, rankings, retrains, panel, table, protocol, store, runner, console.say)
+    print(as_table(rows))
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one line, not a traceback."""
     root = parser()
@@ -210,10 +262,8 @@ def main(args: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     initialised = root.instantiate(config)
     try:
-        if initialised.subcommand == "compare":
-            run_compare(initialised.compare)
-        else:
-            run_attribute(initialised.attribute)
+        runs = {"attribute": run_attribute, "compare": run_compare, "counterfactual": run_counterfactual}
+        runs[initialised.subcommand](initialised[initialised.subcommand])
     except (ValueError, OSError) as error:
         if args is not None:
             raise  # called from Python: the caller handles it

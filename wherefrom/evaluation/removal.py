@@ -38,25 +38,23 @@ class Removal:
     ids: tuple[str, ...]
 
 
-def pool_queries(rankings: Mapping[str, Sequence[str]], k: int, size: int, seed: int = 0) -> list[tuple[str, ...]]:
+def pool_queries(tops: Mapping[str, frozenset[str]], size: int, seed: int = 0) -> list[tuple[str, ...]]:
     """Cuts the queries into pools whose top pictures overlap little.
 
     A pool is opened by the first query that is left, in an order by hash, and filled with those that add the fewest
     pictures which the pool already has.
 
     Args:
-        rankings: Query -> picture ids, the most influential first.
-        k: How many of each query count.
+        tops: Query -> its top pictures, by one method or by several.
         size: Queries in a pool; the last may have fewer.
         seed: Seed of the order.
 
     Raises:
-        ValueError: `size` is not positive, or `k` is larger than a ranking.
+        ValueError: `size` is not positive.
     """
     if size < 1:
         raise ValueError(f"A pool needs at least one query; given {size}.")
-    tops = {query: frozenset(top_of_ranking(ids, k, query)) for query, ids in rankings.items()}
-    left = sorted(rankings, key=lambda query: hash_text(f"pools/{seed}/{query}"))
+    left = sorted(tops, key=lambda query: hash_text(f"pools/{seed}/{query}"))
     pools = []
     while left:
         pool = [left.pop(0)]

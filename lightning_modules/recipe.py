@@ -1,0 +1,81 @@
+"""A training experiment as a recipe: what decides its weights, and how to train it again on a part of the pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import train
+from wherefrom.retraining import PIPELINE, Retrain
+from wherefrom.storage import hash_file
+
+# Where results go and how they are shown: everything else of the model's settings decides the weights.
+_NOT_DECIDING = ("save_to", "text_source", "init_from")
+_DECIDING_DATA = ("batch_size", "flip_share", "caption_dropout")
+_DECIDING_TRAINER = ("max_steps", "gradient_clip_val", "gradient_clip_algorithm", "precision")
+
+
+class Recipe:
+    """An experiment file of `train.py fit` for a latent diffusion model.
+
+    Args:
+        file: The file.
+        store: Where the data module keeps pictures and latents.
+        every_n_steps: Steps between the checkpoints that an interrupted training goes on from.
+
+    Raises:
+        ValueError: The file does not train a latent diffusion model for a fixed number of steps.
+    """
+
+    def __init__(self, file: str | Path, store: str | Path, every_n_steps: int = 500) -> None:
+        self.file, self.store, self.every_n_steps = Path(file), Path(store), every_n_steps
+        printed = io.StringIO()
+        with redirect_stdout(printed), suppress(SystemExit):
+            train.main(["fit", "-c", str(self.file), "--print_config"])
+        self.config: dict[str, Any] = yaml.safe_load(printed.getvalue())
+        kind, steps = self.config["model"]["class_path"], self.config["trainer"]["max_steps"]
+        if kind.rsplit(".", 1)[-1] != "LatentDiffusion" or steps < 1:
+            raise ValueError(
+                f"{self.file} trains {kind} for {steps} steps: a recipe trains LatentDiffusion for a fixed number of "
+                "steps (trainer.max_steps)."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, but for seed and pictures."""
+        model = dict(self.config["model"]["init_args"])
+        start = model.get("init_from")
+        return {
+            "model": {name: value for name, value in model.items() if name not in _NOT_DECIDING},
+            "init_from": None if start is None else hash_file(Path(start) / "diffusion_pytorch_model.safetensors"),
+            "data": {name: self.config["data"]["init_args"][name] for name in _DECIDING_DATA},
+            "trainer": {name: self.config["trainer"][name] for name in _DECIDING_TRAINER},
+        }
+
+    def train(self, retrain: Retrain, folder: Path) -> None:
+        """Trains in the folder, going on from its last checkpoint, and leaves a pipeline there; see `Retrains`."""
+        checkpoints, excluded = folder / "checkpoints", folder / "excluded.txt"
+        excluded.write_text("".join(f"{name}\n" for name in retrain.exclude))
+        checkpoint = {"dirpath": str(checkpoints), "every_n_train_steps": self.every_n_steps, "save_last": True}
+        callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}]
+        logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}}
+        options: Sequence[tuple[str, str]] = (
+            ("--data.init_args.store", str(self.store)),
+            ("--data.init_args.exclude", str(excluded)),
+            ("--data.init_args.seed", str(retrain.seed)),
+            ("--seed_everything", str(retrain.seed)),
+            ("--model.init_args.save_to", str(folder / PIPELINE)),
+            ("--trainer.default_root_dir", str(folder)),
+            ("--trainer.logger", json.dumps(logger)),
+            ("--trainer.callbacks", json.dumps(callbacks)),
+        )
+        last = checkpoints / "last.ckpt"
+        resume = ["--ckpt_path", str(last)] if last.exists() else []
+        train.main(["fit", "-c", str(self.file), *(word for pair in options for word in pair), *resume])
+        shutil.rmtree(checkpoints, ignore_errors=True)

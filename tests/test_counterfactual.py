@@ -1,0 +1,220 @@
+"""The judge on a tiny recipe: nothing is trained twice, nothing finished is lost, and the numbers are a hand's own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import train
+from datamodules import ImageFolder
+from lightning_modules.recipe import Recipe
+from tests.tiny import LENGTH, one_process, text_folder, training_config
+from wherefrom import keyed
+from wherefrom.counterfactual import Protocol
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.parts import LatentEncoder
+from wherefrom.pipeline import load_model
+from wherefrom.queries import QuerySource, generate
+from wherefrom.retraining import Measurement, Measurements, Panel, Retrain, Retrains, measure_retrain
+from wherefrom.storage import Store
+
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
+]
+ROOT = Path(__file__).parents[1]
+COUNT = 40
+SOURCE = QuerySource(prompts=["red square", "blue circle"], sampling_steps=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all share pictures, latents and frozen parts."""
+    return tmp_path_factory.mktemp("judge")
+
+
+@pytest.fixture(scope="module")
+def recipe_file(folder: Path) -> Path:
+    """A recipe of six steps."""
+    return training_config(folder, "recipe", steps=6, count=COUNT)
+
+
+class Sweep:
+    """Retrains of the recipe in a store of their own, and what they trained."""
+
+    def __init__(self, recipe_file: Path, store: Path) -> None:
+        pipeline = recipe_file.parent / "pipeline"
+        encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
+        module = ImageFolder(str(recipe_file.parent / "pictures"), encoder=encoder, store=str(store))
+        module.prepare_data()
+        module.setup()
+        self.data = evaluate.training_data_of(module)
+        recipe, self.trained = Recipe(recipe_file, store), []
+        assert self.data.latents is not None
+
+        def train_one(retrain: Retrain, place: Path) -> None:
+            self.trained.append(retrain)
+            recipe.train(retrain, place)
+
+        self.store = Store(store)
+        self.retrains = Retrains(self.store, recipe.identity(), self.data.latents, train_one)
+
+    def measure(self, retrain: Retrain, panel: Panel, table: Measurements) -> dict[str, Measurement]:
+        return measure_retrain(self.retrains, retrain, panel, table, self.store, one_process())
+
+
+@pytest.fixture(scope="module")
+def sweep(recipe_file: Path, folder: Path) -> Sweep:
+    return Sweep(recipe_file, folder / "store")
+
+
+@pytest.fixture(scope="module")
+def base(sweep: Sweep) -> DiffusionModel:
+    return sweep.retrains.model(Retrain())
+
+
+@pytest.fixture(scope="module")
+def panel(base: DiffusionModel) -> Panel:
+    queries = generate(base, SOURCE.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+    return Panel(queries, base, SOURCE, timesteps=10)
+
+
+def test_a_model_is_trained_once_and_as_the_command_line_trains_it(
+    sweep: Sweep, base: DiffusionModel, folder: Path, recipe_file: Path
+) -> None:
+    again = sweep.retrains.model(Retrain())
+    assert again.fingerprint() == base.fingerprint()
+    assert sweep.trained.count(Retrain()) == 1
+    options = ["--data.init_args.seed", "0", "--seed_everything", "0"]
+    train.main(["fit", "-c", str(recipe_file), *options, "--model.init_args.save_to", str(folder / "by hand")])
+    assert load_model(str(folder / "by hand")).fingerprint() == base.fingerprint()
+
+
+def test_what_decides_the_weights_names_them(sweep: Sweep) -> None:
+    name, ids = sweep.retrains.name, sweep.retrains.data.ids
+    assert name(Retrain(ids[:2])) == name(Retrain(ids[1::-1])), "the order of what is left out does not matter"
+    names = {name(Retrain()), name(Retrain(seed=1)), name(Retrain(ids[:2])), name(Retrain(ids[:3]))}
+    other = Retrains(sweep.store, {**sweep.retrains.recipe, "model": {}}, sweep.retrains.data, sweep.retrains.train)
+    assert len({*names, other.name(Retrain())}) == 5
+    with pytest.raises(ValueError, match="1 ids to leave out are not in the training set, such as 'nobody'"):
+        name(Retrain(("nobody",)))
+    with pytest.raises(ValueError, match="named twice"):
+        name(Retrain((ids[0], ids[0])))
+
+
+def test_leaving_nothing_out_changes_nothing_and_another_seed_does(
+    recipe_file: Path, sweep: Sweep, panel: Panel, tmp_path: Path
+) -> None:
+    table = Measurements(tmp_path / "table.parquet")
+    same = sweep.measure(Retrain(), panel, table)
+    fresh = Sweep(recipe_file, tmp_path / "store")
+    again = fresh.measure(Retrain(), panel, Measurements(tmp_path / "other.parquet"))
+    assert len(fresh.trained) == 1
+    other = sweep.measure(Retrain(seed=1), panel, table)
+    for query, measured in same.items():
+        assert again[query].loss - measured.loss == 0.0
+        assert np.array_equal(again[query].losses, measured.losses)
+        assert measured.mse < 1e-5, "the model draws the query again"
+        assert abs(other[query].loss - measured.loss) > 1e-4
+        assert other[query].mse > 1e-5
+
+
+def test_a_measurement_is_the_mean_of_single_losses(base: DiffusionModel, panel: Panel, tmp_path: Path) -> None:
+    measured = panel.measure(base, Store(tmp_path), one_process())
+    query = panel.queries[1]
+    assert base.encoder is not None
+    assert query.latent is not None
+    states = base.encoder.text.encode([query.prompt])
+    for index, timestep in enumerate(range(0, 1000, 100)):
+        keys = keyed.combine(keyed.hash_texts([query.id]), keyed.combine(201, 0, 0, 0, timestep, 0))
+        noise = keyed.normal(keys, query.latent.shape, torch.float32)
+        loss = base.losses(query.latent[None], states, torch.tensor([timestep]), noise)
+        assert measured[query.id].losses[index] == pytest.approx(float(loss), rel=1e-5)
+    assert measured[query.id].loss == pytest.approx(float(np.mean(measured[query.id].losses)), rel=1e-6)
+
+
+def test_the_table_outlives_the_weights(recipe_file: Path, sweep: Sweep, panel: Panel, tmp_path: Path) -> None:
+    table = Measurements(tmp_path / "table.parquet")
+    retrain = Retrain((sweep.retrains.data.ids[0],))
+    found = sweep.measure(retrain, panel, table)
+    gone = Sweep(recipe_file, tmp_path / "empty store")
+    again = gone.measure(retrain, panel, table)
+    assert gone.trained == []
+    for query, measured in found.items():
+        assert np.array_equal(again[query].losses, measured.losses)
+        assert again[query].mse == measured.mse
+        assert np.isnan(again[query].similarity)
+    assert table.read(gone.retrains.name(Retrain(seed=7)), panel.identity()) is None
+    assert table.read(gone.retrains.name(retrain), {**panel.identity(), "timesteps": 5}) is None
+
+
+def test_a_picture_file_cannot_be_drawn_again(base: DiffusionModel, panel: Panel) -> None:
+    with pytest.raises(ValueError, match="A panel's queries are drawn from prompts"):
+        Panel(panel.queries[:1], base, SOURCE)
+
+
+METHODS = {"pixel": {"class_path": "PixelSimilarity"}}
+PROTOCOL = {"ks": [2], "pool": 2, "seeds": [0, 1], "random": 1, "timesteps": 10}
+
+
+def judge_config(folder: Path, recipe_file: Path, name: str, store: str, **settings: Any) -> Path:
+    for method, content in METHODS.items():
+        (folder / f"{method}.yaml").write_text(json.dumps(content))
+    config = {
+        "recipe": str(recipe_file),
+        "data": json.loads(recipe_file.read_text())["data"],
+        "methods": [str(folder / f"{method}.yaml") for method in METHODS],
+        "queries": {"prompts": SOURCE.prompts, "sampling_steps": SOURCE.sampling_steps},
+        "protocol": PROTOCOL,
+        "output": str(folder / name),
+        "store": str(folder / store),
+        **settings,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_the_command_line_judges_and_goes_on_after_a_kill(recipe_file: Path, folder: Path) -> None:
+    config = judge_config(folder, recipe_file, "killed", "killed store")
+    table = folder / "killed" / "retrains.parquet"
+    command = [sys.executable, str(ROOT / "evaluate.py"), "counterfactual", "-c", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not table.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed while there was work left"
+    before = {path: path.stat().st_mtime_ns for path in retrained(folder / "killed store")}
+    evaluate.main(["counterfactual", "-c", str(config)])
+    assert before
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "trained again"
+    whole = judge_config(folder, recipe_file, "whole", "whole store")
+    evaluate.main(["counterfactual", "-c", str(whole)])
+    found, expected = (json.loads((folder / name / "counterfactual.json").read_text()) for name in ("killed", "whole"))
+    assert found == expected
+    rows = {(row["method"], row["k"]): row for row in expected["rows"]}
+    assert set(rows) == {("pixel", 2), ("random", 2), ("another seed", 0)}
+    assert len(rows["pixel", 2]["loss"]["own"]) == 2
+    assert rows["pixel", 2]["removed"] == rows["random", 2]["removed"] > 1
+    assert rows["pixel", 2]["loss"]["others"] == [None, None], "there is one pool only"
+    assert all(value > 0 for value in rows["another seed", 0]["loss"]["own"])
+
+
+def retrained(store: Path) -> list[Path]:
+    return sorted((store / "retrain").glob("*[0-9a-f]/manifest.json"))
+
+
+def test_protocols_that_make_no_sense_are_refused() -> None:
+    for settings in ({"ks": []}, {"ks": [0]}, {"pool": 0}, {"seeds": []}, {"random": -1}):
+        with pytest.raises(ValueError, match="ks, pool and seeds need positive numbers"):
+            Protocol(**settings)

@@ -1,0 +1,252 @@
+"""The judge: retrain without the pictures that a method names, and see whether the generated picture is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from wherefrom.attributors.base import Say, Scores, silent
+from wherefrom.evaluation.removal import (
+    Effect,
+    Removal,
+    effect_of,
+    plan_removals,
+    pool_queries,
+    random_removals,
+    top_of_ranking,
+)
+from wherefrom.retraining import Measurement, Measurements, Panel, Retrain, Retrains, measure_retrain
+from wherefrom.runner import Runner
+from wherefrom.storage import Store, write_json
+
+RESULT = "counterfactual.json"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How many pictures go, for how many queries at once, and how often.
+
+    Attributes:
+        ks: Pictures of each query that a retraining leaves out.
+        pool: Queries whose pictures one retraining leaves out; 1 is the papers' protocol.
+        seeds: Seeds of the trainings; each has its own model with all pictures.
+        random: How many times as many pictures are left out at random for each pool.
+        timesteps: Timesteps of the queries' losses (AbU, section 5.1: 200).
+    """
+
+    ks: list[int] = field(default_factory=lambda: [16])
+    pool: int = 5
+    seeds: list[int] = field(default_factory=lambda: [0])
+    random: int = 1
+    timesteps: int = 200
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1 or self.pool < 1 or not self.seeds or self.random < 0:
+            raise ValueError(
+                "ks, pool and seeds need positive numbers and random must not be negative; given ks "
+                f"{self.ks}, pool {self.pool}, seeds {self.seeds}, random {self.random}."
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the judge's table.
+
+    Attributes:
+        method: Whose pictures went; `random`, or `another seed` for the floor.
+        k: How many of each query.
+        removed: Mean number of pictures that went.
+        loss: Change of each query's loss, own and others.
+        mse: Change of its picture, own and others.
+        similarity: Similarity of its picture before and after, own and others.
+    """
+
+    method: str
+    k: int
+    removed: float
+    loss: Effect
+    mse: Effect
+    similarity: Effect
+
+
+def plan(
+    rankings: Mapping[str, Mapping[str, Sequence[str]]], protocol: Protocol, training: Sequence[str]
+) -> list[Removal]:
+    """All removals of all methods and K, and as many at random.
+
+    All methods share their pools, so that they are compared on the same others.
+
+    Args:
+        rankings: Method -> query -> picture ids, the most influential first.
+        protocol: The protocol.
+        training: Ids of the training set.
+
+    Raises:
+        ValueError: K is larger than a ranking, a pool would leave out too much, or a ranking is of another data set.
+    """
+    queries = list(next(iter(rankings.values())))
+    found: list[Removal] = []
+    for k in protocol.ks:
+        tops = {
+            query: frozenset(
+                f"{method}/{name}" for method, by in rankings.items() for name in top_of_ranking(by[query], k, query)
+            )
+            for query in queries
+        }
+        pools = pool_queries(tops, protocol.pool)
+        first: list[Removal] = []
+        for method, by in rankings.items():
+            removals = plan_removals(method, by, k, pools, training)
+            first = first or removals
+            found += removals
+        for draw in range(protocol.random):
+            found += random_removals(first, training, draw)
+    return found
+
+
+def judge(
+    folder: Path,
+    rankings: Mapping[str, Sequence[Scores]],
+    retrains: Retrains,
+    panel: Panel,
+    table: Measurements,
+    protocol: Protocol,
+    store: Store,
+    runner: Runner,
+    say: Say = silent,
+) -> list[Row]:
+    """Retrains without what the methods name, and measures every query on every model.
+
+    Finished models and measurements are found again, so an interrupted sweep goes on.
+
+    Args:
+        folder: Where `counterfactual.json` goes.
+        rankings: Method -> scores of all queries.
+        retrains: Trains, or finds what was trained.
+        panel: The queries.
+        table: Where measurements are kept.
+        protocol: What to leave out.
+        store: Where what a measurement needs is kept.
+        runner: This process's place.
+        say: Is told what is being done.
+
+    Raises:
+        ValueError: The plan cannot be carried out, or a training failed; what is finished is kept.
+        StorageError: A file could not be written.
+    """
+    named = {
+        method: {scores.query.id: [name for name, _ in scores.top(len(scores.ids))] for scores in results}
+        for method, results in rankings.items()
+    }
+    removals = plan(named, protocol, retrains.data.ids)
+    wanted = [Retrain((), seed) for seed in protocol.seeds]
+    wanted += [Retrain(removal.ids, seed) for removal in removals for seed in protocol.seeds]
+    distinct = {retrains.name(retrain): retrain for retrain in wanted}
+    missing = [name for name in distinct if table.read(name, panel.identity()) is None]
+    say(f"{len(distinct)} models, {len(distinct) - len(missing)} of them measured before; {len(missing)} to go")
+    measured: dict[str, dict[str, Measurement]] = {}
+    for number, (name, retrain) in enumerate(distinct.items(), start=1):
+        if name in missing:
+            say(f"model {number} of {len(distinct)}: seed {retrain.seed}, without {len(retrain.exclude)} pictures")
+        measured[name] = measure_retrain(retrains, retrain, panel, table, store, runner)
+    rows = [_row(group, retrains, measured, protocol) for group in _groups(removals)]
+    rows += _floor(retrains, measured, panel, protocol)
+    write_json(folder / RESULT, {"protocol": vars(protocol), "rows": [_as_json(row) for row in rows]})
+    return rows
+
+
+def _groups(removals: Sequence[Removal]) -> list[list[Removal]]:
+    """The removals of each method and K."""
+    found: dict[tuple[str, int], list[Removal]] = {}
+    for removal in removals:
+        found.setdefault((removal.method, removal.k), []).append(removal)
+    return list(found.values())
+
+
+def _row(
+    removals: Sequence[Removal],
+    retrains: Retrains,
+    measured: Mapping[str, Mapping[str, Measurement]],
+    protocol: Protocol,
+) -> Row:
+    changes: dict[str, list[dict[str, float]]] = {"loss": [], "mse": [], "similarity": []}
+    for removal in removals:
+        by_seed = [
+            _changes(measured[retrains.name(Retrain((), seed))], measured[retrains.name(Retrain(removal.ids, seed))])
+            for seed in protocol.seeds
+        ]
+        for kind, found in changes.items():
+            found.append({query: float(np.mean([each[query][kind] for each in by_seed])) for query in by_seed[0]})
+    effects = {kind: effect_of(removals, found) for kind, found in changes.items()}
+    count = float(np.mean([len(removal.ids) for removal in removals]))
+    return Row(removals[0].method, removals[0].k, count, effects["loss"], effects["mse"], effects["similarity"])
+
+
+def _changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
+    """Query -> what changed between two models of one seed; pictures are compared with the query itself."""
+    return {
+        query: {"loss": found.loss - before[query].loss, "mse": found.mse, "similarity": found.similarity}
+        for query, found in after.items()
+    }
+
+
+def _floor(
+    retrains: Retrains, measured: Mapping[str, Mapping[str, Measurement]], panel: Panel, protocol: Protocol
+) -> list[Row]:
+    """What another seed alone changes, with no picture left out."""
+    if len(protocol.seeds) < 2:
+        return []
+    models = [measured[retrains.name(Retrain((), seed))] for seed in protocol.seeds]
+    queries = tuple(sorted(models[0]))
+    found: dict[str, Float[NDArray[np.float64], "q"]] = {}
+    for kind in ("loss", "mse", "similarity"):
+        found[kind] = np.array(
+            [np.mean([abs(_changes(models[0], other)[query][kind]) for other in models[1:]]) for query in queries]
+        )
+    nothing = np.full(len(queries), np.nan)
+    effects = [Effect(queries, found[kind], nothing) for kind in ("loss", "mse", "similarity")]
+    return [Row("another seed", 0, 0.0, *effects)]
+
+
+def estimate(values: Float[NDArray[np.float64], "q"]) -> tuple[float, float]:
+    """Mean and standard error of what is a number."""
+    known = values[np.isfinite(values)]
+    if len(known) == 0:
+        return float("nan"), float("nan")
+    return float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """The table in Markdown: means over queries ± standard errors."""
+    titles = ["method", "K", "left out", "n", "ΔL own", "ΔL others", "ΔL own − others", "MSE own", "similarity own"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = [row.method, str(row.k), f"{row.removed:.0f}", str(len(row.loss.queries))]
+        for values in (row.loss.own, row.loss.others, row.loss.difference, row.mse.own, row.similarity.own):
+            mean, error = estimate(values)
+            cells.append(f"{mean:.3g} ± {error:.1g}" if np.isfinite(mean) else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    def numbers(effect: Effect) -> dict[str, Any]:
+        return {
+            name: [None if np.isnan(value) else value for value in values.tolist()]
+            for name, values in (("own", effect.own), ("others", effect.others))
+        }
+
+    effects = {"loss": row.loss, "mse": row.mse, "similarity": row.similarity}
+    return {
+        "method": row.method,
+        "k": row.k,
+        "removed": row.removed,
+        "queries": list(row.loss.queries),
+        **{name: numbers(effect) for name, effect in effects.items()},
+    }
