@@ -4,6 +4,7 @@ python evaluate.py attribute -c configs/experiment/demo.yaml
 python evaluate.py attribute -c configs/experiment/demo.yaml --queries.prompts '["a fox, twemoji style"]'
 python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
 python evaluate.py counterfactual -c EXPERIMENT  # train again without what each method names
+python evaluate.py lds -c EXPERIMENT             # train on random halves
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from lightning.fabric import Fabric
 import datamodules  # noqa: F401  so that YAML may use short class names
 from datamodules.pictures import PicturesDataModule
 from lightning_modules.recipe import Recipe
-from wherefrom import attributors
+from wherefrom import attributors, counterfactual, lds
 from wherefrom.attribution import attribute
-from wherefrom.attributors import Attributor, Query, TrainingData
+from wherefrom.attributors import Attributor, Query, Scores, TrainingData
 from wherefrom.comparison import compare
-from wherefrom.counterfactual import Protocol, as_table, judge
+from wherefrom.counterfactual import Protocol, judge
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.features import ImageEncoder
+from wherefrom.lds import Halves, linear_datamodeling_scores
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
 from wherefrom.queries import QuerySource, make_queries
@@ -65,17 +67,15 @@ def parser() -> ArgumentParser:
     attribute_parser.add_subclass_arguments(Attributor, "attributor", required=True)
     compare_parser = run_parser(compare.__doc__)
     compare_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
-    counterfactual_parser = run_parser(judge.__doc__, with_model=False)
-    counterfactual_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
-    counterfactual_parser.add_argument(
-        "--recipe", type=Path_fr, required=True, help="an experiment file of train.py fit"
-    )
+    counterfactual_parser = trial_parser(judge.__doc__)
     counterfactual_parser.add_class_arguments(Protocol, "protocol")
-    counterfactual_parser.add_subclass_arguments(ImageEncoder, "similarity", required=False)
-    counterfactual_parser.add_argument("--measurements", type=str, help="the table that a sweep resumes from")
+    lds_parser = trial_parser(linear_datamodeling_scores.__doc__)
+    lds_parser.add_class_arguments(Halves, "halves")
+    lds_parser.add_argument("--timesteps", type=int, default=200, help="timesteps of the queries' losses")
     root = ArgumentParser(description=__doc__)
     commands = root.add_subcommands()
     commands.add_subcommand("counterfactual", counterfactual_parser)
+    commands.add_subcommand("lds", lds_parser)
     commands.add_subcommand("attribute", attribute_parser)
     commands.add_subcommand("compare", compare_parser)
     return root
@@ -93,6 +93,16 @@ def run_parser(description: str | None, with_model: bool = True) -> ArgumentPars
     made.add_class_arguments(Devices, "trainer")
     made.add_argument("--output", type=str, required=True, help="the run folder")
     made.add_argument("--store", type=str, default="cache", help="folder for what is computed once")
+    return made
+
+
+def trial_parser(description: str | None) -> ArgumentParser:
+    """What all judgements by retraining are told."""
+    made = run_parser(description, with_model=False)
+    made.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
+    made.add_argument("--recipe", type=Path_fr, required=True, help="an experiment file of train.py fit")
+    made.add_subclass_arguments(ImageEncoder, "similarity", required=False)
+    made.add_argument("--measurements", type=str, help="the table that a sweep resumes from")
     return made
 
 
@@ -228,31 +238,79 @@ def run_compare(config: Any) -> None:
     run.console.say(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
 
 
-def run_counterfactual(config: Any) -> None:
-    """`evaluate.py counterfactual`."""
+@dataclass(frozen=True)
+class Trial:
+    """What is judged, and by what: scores, a way to train, and the queries that every model is measured on."""
+
+    rankings: dict[str, list[Scores]]
+    retrains: Retrains
+    panel: Panel
+    table: Measurements
+    store: Store
+    runner: Runner
+    console: Console
+
+
+def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
+    """Trains the model with all pictures, draws the queries from it and attributes them by every method."""
     methods = load_methods([Path(str(file.absolute)) for file in config.methods])
-    output, protocol, module = Path(config.output), config.protocol, config.data
+    output, module = Path(config.output), config.data
     runner, console, store = Runner.current(), Console(), Store(config.store)
     recipe = Recipe(str(config.recipe.absolute), store.root)
     module.store = store
     module.prepare_data()
     module.setup()
     data = training_data_of(module)
+    assert data.latents is not None
     retrains = Retrains(store, recipe.identity(), data.latents, recipe.train)
     console.say("the model with all pictures")
-    model = retrains.model(Retrain((), protocol.seeds[0])).to(runner.device)
+    model = retrains.model(Retrain((), seed)).to(runner.device)
     queries = make_queries(model, config.queries, *shapes(data), console.progress)
-    panel = Panel(queries, model, config.queries, protocol.timesteps, config.similarity)
+    panel = Panel(queries, model, config.queries, timesteps, config.similarity)
     rankings = {}
     for name, method in methods.items():
         console.say(name)
         method.progress = console.progress
-        rankings[name] = attribute(
-            output / name, method, data, model, queries, store, runner, config.report, console.say
-        )
+        place = output / name
+        rankings[name] = attribute(place, method, data, model, queries, store, runner, config.report, console.say)
     table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    rows = judge(output, rankings, retrains, panel, table, protocol, store, runner, console.say)
-    print(as_table(rows))
+    return Trial(rankings, retrains, panel, table, store, runner, console)
+
+
+def run_counterfactual(config: Any) -> None:
+    """`evaluate.py counterfactual`."""
+    protocol: Protocol = config.protocol
+    trial = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
+    rows = judge(
+        Path(config.output),
+        trial.rankings,
+        trial.retrains,
+        trial.panel,
+        trial.table,
+        protocol,
+        trial.store,
+        trial.runner,
+        trial.console.say,
+    )
+    print(counterfactual.as_table(rows))
+
+
+def run_lds(config: Any) -> None:
+    """`evaluate.py lds`."""
+    halves: Halves = config.halves
+    trial = prepare_trial(config, halves.seed, config.timesteps)
+    scores = linear_datamodeling_scores(
+        Path(config.output),
+        trial.rankings,
+        trial.retrains,
+        trial.panel,
+        trial.table,
+        halves,
+        trial.store,
+        trial.runner,
+        trial.console.say,
+    )
+    print(lds.as_table(scores))
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -262,7 +320,12 @@ def main(args: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     initialised = root.instantiate(config)
     try:
-        runs = {"attribute": run_attribute, "compare": run_compare, "counterfactual": run_counterfactual}
+        runs = {
+            "attribute": run_attribute,
+            "compare": run_compare,
+            "counterfactual": run_counterfactual,
+            "lds": run_lds,
+        }
         runs[initialised.subcommand](initialised[initialised.subcommand])
     except (ValueError, OSError) as error:
         if args is not None:

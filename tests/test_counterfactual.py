@@ -22,6 +22,7 @@ from tests.tiny import LENGTH, one_process, text_folder, training_config
 from wherefrom import keyed
 from wherefrom.counterfactual import Protocol
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.lds import Halves
 from wherefrom.parts import LatentEncoder
 from wherefrom.pipeline import load_model
 from wherefrom.queries import QuerySource, generate
@@ -212,6 +213,36 @@ def test_the_command_line_judges_and_goes_on_after_a_kill(recipe_file: Path, fol
 
 def retrained(store: Path) -> list[Path]:
     return sorted((store / "retrain").glob("*[0-9a-f]/manifest.json"))
+
+
+def test_the_command_line_trains_on_halves(recipe_file: Path, folder: Path) -> None:
+    halves = {"count": 4, "repeated": 3, "further_seeds": [1]}
+    config = judge_config(folder, recipe_file, "halves", "store", timesteps=10, halves=halves)
+    content = json.loads(config.read_text())
+    del content["protocol"]
+    config.write_text(json.dumps(content))
+    evaluate.main(["lds", "-c", str(config)])
+    found = json.loads((folder / "halves" / "lds.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["pixel", "another seed"]
+    assert all(-1 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["count"] == 2 for row in found["rows"])
+    manifests = [json.loads(path.read_text()) for path in retrained(folder / "store")]
+    trained = [each["identity"] for each in manifests if each["identity"]["excluded_count"] == COUNT // 2]
+    assert sorted(identity["seed"] for identity in trained) == [0, 0, 0, 0, 1, 1, 1]
+    assert len({identity["excluded"] for identity in trained}) == 4
+
+
+def test_halves_are_random_and_of_one_size() -> None:
+    ids = [f"picture {index}" for index in range(41)]
+    subsets = Halves(count=200).subsets(ids)
+    assert (subsets.sum(axis=1) == 20).all()
+    assert abs(subsets.mean(axis=0) - 20 / 41).max() < 0.15
+    assert np.array_equal(Halves(count=5, repeated=0).subsets(ids[::-1])[:, ::-1], subsets[:5]), (
+        "the order of the ids is not used"
+    )
+    assert not np.array_equal(Halves(count=5, seed=1, repeated=0).subsets(ids), subsets[:5])
+    for settings in ({"count": 2, "repeated": 0}, {"share": 1.0}, {"repeated": 33}):
+        with pytest.raises(ValueError, match="needs at least 3 subsets"):
+            Halves(**settings)
 
 
 def test_protocols_that_make_no_sense_are_refused() -> None:
