@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from wherefrom import keyed
 
-_ROW = 501
-_NUMBERS_AT_A_TIME = 8_000_000  # of the matrix: 32 MB in float32
+# Another number is another matrix, and `construction` says so to the store.
+_ROW = 502
+_NUMBERS_AT_A_TIME = 2_000_000  # of the matrix: 8 MB in float32, which a processor's caches nearly hold
+_ON_A_GPU = 32  # times as many, since starting a kernel costs more there than memory
+_ONE, _SIGN = 0x3F800000, -(2**31)  # 1.0 and -0.0 in the bits of a float32
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,34 @@ class Projection:
         if self.kind not in ("rademacher", "gaussian"):
             raise ValueError(f"Unknown projection {self.kind!r}; choose 'rademacher' or 'gaussian'.")
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the matrix: the settings, and how it is made of them."""
+        return {**asdict(self), "construction": _ROW}
+
     def rows(self, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "n d"]:
         """The matrix's rows for some of a parameter's numbers, before the division by √dimension."""
         positions = torch.arange(start, stop, device=device)
         keys = keyed.combine(_ROW, self.seed, keyed.hash_text(name), positions)
         if self.kind == "gaussian":
             return keyed.normal(keys, (self.dimension,), dtype)
-        words = keyed.bits(keys, -(-self.dimension // 64))
-        signs = (words.unsqueeze(-1) >> torch.arange(64, device=device)) & 1
-        return signs.flatten(1)[:, : self.dimension].to(dtype).mul_(2).sub_(1)
+        halves = -(-self.dimension // 32)
+        words = keyed.bits(keys, -(-halves // 2)).view(torch.int32)[:, None, :halves]
+        # Each bit in turn is shifted to where a float32 has its sign. All words' first bits come first, then all their
+        # second bits, …: each operation then runs along a whole row of words instead of the few bits of one.
+        signs = torch.empty(len(keys), 32, halves, dtype=torch.int32, device=device)
+        torch.bitwise_left_shift(words, torch.arange(32, dtype=torch.int32, device=device)[:, None], out=signs)
+        signs.bitwise_and_(_SIGN).bitwise_or_(_ONE)
+        return signs.view(torch.float32).flatten(1)[:, : self.dimension].to(dtype)
 
     def project(self, gradients: Mapping[str, Float[Tensor, "b ..."]]) -> Float[Tensor, "b d"]:
-        """Pᵀg of each gradient of a batch, given by parameter."""
+        """Pᵀg of each gradient of a batch, given by parameter; summed in float32, or float64 if they are."""
         first = next(iter(gradients.values()))
-        total = torch.zeros(len(first), self.dimension, dtype=first.dtype, device=first.device)
-        step = max(1, _NUMBERS_AT_A_TIME // self.dimension)
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        total = torch.zeros(len(first), self.dimension, dtype=dtype, device=first.device)
+        step = max(1, _NUMBERS_AT_A_TIME * (1 if first.device.type == "cpu" else _ON_A_GPU) // self.dimension)
         for name, gradient in gradients.items():
             flat = gradient.flatten(1)
             for start in range(0, flat.shape[1], step):
                 stop = min(start + step, flat.shape[1])
-                total += flat[:, start:stop] @ self.rows(name, start, stop, flat.device, flat.dtype)
+                total.addmm_(flat[:, start:stop].to(dtype), self.rows(name, start, stop, flat.device, dtype))
         return total / math.sqrt(self.dimension)

@@ -116,7 +116,7 @@ def project_pictures(
         "data": data.fingerprint,
         "dtype": str(model.dtype),
         "weights": sorted(names),
-        "projection": asdict(projection),
+        "projection": projection.identity(),
         **asdict(grid),
     }
     work = run_pass(

@@ -85,7 +85,7 @@ class TRAK(Attributor):
         return {
             "method": "D-TRAK" if self.output == "square_output" else "TRAK",
             "weights": self.weights,
-            "projection": asdict(self.projection),
+            "projection": self.projection.identity(),
             "grid": asdict(self.grid),
             "draws": self.draws,
             "relative_lambda": self.relative_lambda,
