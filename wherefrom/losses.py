@@ -6,7 +6,7 @@ Shape letters: N = pictures, F = flips (the picture, its mirror image), K = capt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from wherefrom.passes import Progress, run_pass
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
-_LOSS = 201
+_LOSS, _DRAWN, _TIME, _CAPTION = 201, 202, 203, 204
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,44 @@ class LossGrid:
                 f"timesteps must lie between 1 and {total}, the length of the model's schedule; given {self.timesteps}."
             )
         return torch.arange(self.timesteps) * total // self.timesteps
+
+    def per_flip(self, captions: int) -> int:
+        """Losses of a picture, and again of its mirror image."""
+        return captions * self.timesteps * self.draws
+
+    def of(self, model: DiffusionModel, data: LatentSet, batch_size: int) -> LossPass:
+        """The losses of a data set on this grid, still to be measured."""
+        return LossPass(model, data, self, batch_size)
+
+
+@dataclass(frozen=True)
+class LossDraws:
+    """Where losses are measured that each picture draws for itself, instead of a grid for all.
+
+    Attributes:
+        draws: Draws of a timestep, with replacement, and of noise; all with one caption of the picture's, drawn too.
+        seed: Seed of these.
+        flips: Also measure the mirror images.
+
+    Raises:
+        ValueError: `draws` is not positive.
+    """
+
+    draws: int = 10
+    seed: int = 0
+    flips: bool = True
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1; given {self.draws}.")
+
+    def per_flip(self, captions: int) -> int:
+        """Losses of a picture, and again of its mirror image."""
+        return self.draws
+
+    def of(self, model: DiffusionModel, data: LatentSet, batch_size: int) -> DrawnLosses:
+        """The losses of a data set at its own draws, still to be measured."""
+        return DrawnLosses(model, data, self, batch_size)
 
 
 class LossPass:
@@ -102,11 +140,17 @@ class LossPass:
     def item_losses(self, picture: Int64[Tensor, "b"], item: Int64[Tensor, "b"]) -> Float[Tensor, "b"]:
         """The loss of each (picture, item of the grid) pair."""
         model, device = self.model, self.model.device
+        caption, timestep, keys = self.draws(picture, item)
         latents = self.data.latents[picture, self.flip[item]].to(device, model.dtype)
-        states = self.data.states[picture, self.caption[item]].to(device, model.dtype)
-        keys = keyed.combine(self.id_keys[picture], self.item_keys[item]).to(device)
-        noise = keyed.normal(keys, latents.shape[1:], model.dtype)
-        return model.losses(latents, states, self.timestep[item].to(device), noise)
+        states = self.data.states[picture, caption].to(device, model.dtype)
+        noise = keyed.normal(keys.to(device), latents.shape[1:], model.dtype)
+        return model.losses(latents, states, timestep.to(device), noise)
+
+    def draws(
+        self, picture: Int64[Tensor, "b"], item: Int64[Tensor, "b"]
+    ) -> tuple[Int64[Tensor, "b"], Int64[Tensor, "b"], Int64[Tensor, "b"]]:
+        """Caption, timestep and noise key of each pair."""
+        return self.caption[item], self.timestep[item], keyed.combine(self.id_keys[picture], self.item_keys[item])
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds rows measured elsewhere."""
@@ -116,6 +160,33 @@ class LossPass:
         """The rows measured so far."""
         rows = torch.isfinite(self.losses).flatten(1).all(dim=1).nonzero()[:, 0]
         return {"rows": rows, "losses": self.losses[rows]}
+
+
+class DrawnLosses(LossPass):
+    """Losses of every picture, flip and draw, at timesteps drawn for each by (seed, picture's id, flip, draw).
+
+    Args:
+        model: The model.
+        data: The pictures.
+        settings: How to draw.
+        batch_size: Forward passes at a time.
+    """
+
+    def __init__(self, model: DiffusionModel, data: LatentSet, settings: LossDraws, batch_size: int) -> None:
+        one = replace(data, states=data.states[:, :1])  # a grid of one caption and timestep has as many items
+        super().__init__(model, one, LossGrid(1, settings.draws, settings.seed, settings.flips), batch_size)
+        self.data = data
+        self.item_keys = keyed.combine(_DRAWN, self.item_keys)
+        chosen = keyed.uniform(keyed.combine(_CAPTION, settings.seed, self.id_keys))[:, 0]
+        self.caption_of = (chosen * data.states.shape[1]).long()
+
+    def draws(
+        self, picture: Int64[Tensor, "b"], item: Int64[Tensor, "b"]
+    ) -> tuple[Int64[Tensor, "b"], Int64[Tensor, "b"], Int64[Tensor, "b"]]:
+        """Caption, timestep and noise key of each pair."""
+        keys = keyed.combine(self.id_keys[picture], self.item_keys[item])
+        timestep = (keyed.uniform(keyed.combine(_TIME, keys))[:, 0] * self.model.process.steps).long()
+        return self.caption_of[picture], timestep, keys
 
 
 def measure_losses(

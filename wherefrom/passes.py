@@ -94,18 +94,47 @@ def run_pass(
     Raises:
         StorageError: A file could not be written; finished chunks are kept.
     """
+    make_together(
+        lambda: _run_chunks(make, count, store.partial(kind, identity), runner, chunk_size, progress),
+        lambda: _finish(make(), count, store, kind, identity, chunk_size),
+        store,
+        kind,
+        identity,
+        runner,
+    )
+    whole = make()
+    whole.merge(load_file(store.path(kind, identity) / RESULT))
+    return whole
+
+
+def make_together(
+    work: Callable[[], None],
+    finish: Callable[[], object],
+    store: Store,
+    kind: str,
+    identity: Identity,
+    runner: Runner,
+) -> None:
+    """Makes an artifact by all processes, if the store does not have it.
+
+    Args:
+        work: This process's share, kept in the store's partial folder.
+        finish: Makes the artifact of all shares; the main process does.
+        store: Shared by all processes.
+        kind: Kind of artifact.
+        identity: Its identity.
+        runner: This process's place.
+    """
     found = store.find(kind, identity)
     # Another run may be at the same pass in the same store: the main process waits for it, and takes what it made.
     with store.lock(kind, identity) if runner.is_main and found is None else nullcontext():
         missing = runner.is_main and store.find(kind, identity) is None
         if runner.sum(torch.tensor(float(missing), device=runner.device)) > 0:
-            _run_chunks(make, count, store.partial(kind, identity), runner, chunk_size, progress)
+            work()
+            runner.barrier()
             if runner.is_main:
-                _finish(make(), count, store, kind, identity, chunk_size)
+                finish()
     runner.barrier()
-    whole = make()
-    whole.merge(load_file(store.path(kind, identity) / RESULT))
-    return whole
 
 
 def _finish(whole: TrainingPass, count: int, store: Store, kind: str, identity: Identity, chunk_size: int) -> None:
@@ -152,4 +181,3 @@ def _run_chunks(
             saved = time.monotonic()
         if progress is not None:
             progress(index + 1, len(mine))
-    runner.barrier()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,88 +13,87 @@ from torch import Tensor
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.gradients import PerSampleGradients
-from wherefrom.losses import LossGrid, LossPass
-from wherefrom.passes import Progress, run_pass
+from wherefrom.losses import LossDraws, LossGrid, LossPass
+from wherefrom.passes import Progress
 from wherefrom.projection import Projection
+from wherefrom.rows import Rows, make_rows
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
-_GRADIENT_BYTES = 512 * 2**20  # of gradients held at a time, before they are projected
+_GRADIENT_BYTES = 2**30  # of gradients held at a time, before they are projected
+_ROWS_AT_A_TIME = 4096  # of features, in float64
 
 
-class FeaturePass(LossPass):
-    """Pᵀ(mean over captions, timesteps and draws of ∇l) of every picture and mirror image (a `TrainingPass`).
+class PictureFeatures:
+    """Pᵀ(mean of ∇l over captions, timesteps and draws) of pictures and their mirror images.
 
     Args:
-        model: The model.
-        data: The pictures.
-        grid: Where the losses are differentiated.
-        batch_size: Samples at a time.
+        losses: What is differentiated, and where.
         names: Parameters.
         projection: P.
 
     Raises:
-        ValueError: A gradient is not finite, or a layer has no per-sample gradient.
+        ValueError: A layer has no per-sample gradient.
     """
 
-    def __init__(
-        self,
-        model: DiffusionModel,
-        data: LatentSet,
-        grid: LossGrid,
-        batch_size: int,
-        names: Sequence[str],
-        projection: Projection,
-    ) -> None:
-        super().__init__(model, data, grid, batch_size)
-        self.names, self.projection = list(names), projection
-        self.losses = torch.full((len(data), self.shape[0], projection.dimension), float("nan"), dtype=model.dtype)
-        shapes = {name: parameter.shape for name, parameter in model.denoiser.named_parameters()}
+    def __init__(self, losses: LossPass, names: Sequence[str], projection: Projection) -> None:
+        self.losses, self.names, self.projection = losses, list(names), projection
+        self.model, self.flips = losses.model, losses.shape[0]
+        shapes = {name: parameter.shape for name, parameter in self.model.denoiser.named_parameters()}
         self.sizes = {name: shapes[name].numel() for name in self.names}
-        row = self.shape[0] * sum(self.sizes.values()) * torch.finfo(model.dtype).bits // 8
-        self.pictures_at_a_time = max(1, _GRADIENT_BYTES // row)
+        self.dtype = torch.promote_types(self.model.dtype, torch.float32)
+        PerSampleGradients(self.model.denoiser, self.names)
 
-    def step(self, positions: range) -> None:
-        """Projects the pictures at these positions."""
-        for start in range(positions.start, positions.stop, self.pictures_at_a_time):
-            part = range(start, min(start + self.pictures_at_a_time, positions.stop))
-            features = self.projection.project(self._gradients(part)).reshape(len(part), *self.losses.shape[1:])
-            if not torch.isfinite(features).all():
-                worst = part.start + int((~torch.isfinite(features)).flatten(1).any(dim=1).nonzero()[0])
-                raise ValueError(
-                    f"The gradient of picture {self.data.ids[worst]!r} is not finite: check the model's weights."
-                )
-            self.losses[part.start : part.stop] = features.cpu()
+    def rows(self, positions: range) -> Float[Tensor, "b f d"]:
+        """The features of the pictures at these positions.
+
+        Raises:
+            ValueError: A gradient is not finite.
+        """
+        picture_bytes = self.flips * sum(self.sizes.values()) * self.dtype.itemsize
+        parts = -(-len(positions) // max(1, _GRADIENT_BYTES // picture_bytes))
+        size = -(-len(positions) // parts)  # parts of one size, since each costs the whole matrix once
+        done = [self._part(positions[start : start + size]) for start in range(0, len(positions), size)]
+        return torch.cat(done)
+
+    def _part(self, part: range) -> Tensor:
+        features = self.projection.project(self._gradients(part)).reshape(len(part), self.flips, -1)
+        if not torch.isfinite(features).all():
+            worst = part.start + int((~torch.isfinite(features)).flatten(1).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"The gradient of picture {self.losses.data.ids[worst]!r} is not finite: check the model's weights."
+            )
+        return features.cpu()
 
     def _gradients(self, part: range) -> dict[str, Tensor]:
         """The mean gradient of each picture and flip, one a row."""
-        flips, items = self.shape[0], len(self.flip)
+        items, device, batch_size = len(self.losses.flip), self.model.device, self.losses.batch_size
         means = {
-            name: torch.zeros(len(part) * flips, size, dtype=self.model.dtype, device=self.model.device)
+            name: torch.zeros(len(part) * self.flips, size, dtype=self.dtype, device=device)
             for name, size in self.sizes.items()
         }
-        for start in range(0, len(part) * items, self.batch_size):
-            flat = torch.arange(start, min(start + self.batch_size, len(part) * items))
+        for start in range(0, len(part) * items, batch_size):
+            flat = torch.arange(start, min(start + batch_size, len(part) * items))
             picture, item = flat // items, flat % items
-            row = (picture * flips + self.flip[item]).to(self.model.device)
+            row = (picture * self.flips + self.losses.flip[item]).to(device)
             with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
-                for name, gradients in tap.per_sample(self.item_losses(part.start + picture, item)):
-                    means[name].index_add_(0, row, gradients.flatten(1), alpha=flips / items)
+                for name, gradients in tap.per_sample(self.losses.item_losses(part.start + picture, item)):
+                    means[name].index_add_(0, row, gradients.flatten(1).to(self.dtype), alpha=self.flips / items)
         return means
 
 
 def project_pictures(
     model: DiffusionModel,
     data: LatentSet,
-    grid: LossGrid,
+    grid: LossGrid | LossDraws,
     names: Sequence[str],
     projection: Projection,
     store: Store,
     runner: Runner,
     batch_size: int = 64,
     progress: Progress | None = None,
-) -> Float[Tensor, "n f d"]:
-    """φ of all pictures and their mirror images, kept in the store and found again.
+) -> Rows:
+    """φ of all pictures and their mirror images, shape (N, F, D), kept in the store by id and found again.
 
     Args:
         model: The model; `SquareOutput` of it for D-TRAK.
@@ -117,18 +116,10 @@ def project_pictures(
         "dtype": str(model.dtype),
         "weights": sorted(names),
         "projection": projection.identity(),
-        **asdict(grid),
+        "losses": [type(grid).__name__, asdict(grid)],
     }
-    work = run_pass(
-        lambda: FeaturePass(model, data, grid, batch_size, names, projection),
-        len(data),
-        store,
-        "projected_gradients",
-        identity,
-        runner,
-        progress=progress,
-    )
-    return work.losses
+    features = PictureFeatures(grid.of(model, data, batch_size), names, projection)
+    return make_rows(features.rows, data.ids, store, "projected_gradients", identity, runner, progress=progress)
 
 
 def check_ridge(relative: float | None, absolute: float | None) -> None:
@@ -147,6 +138,12 @@ def check_ridge(relative: float | None, absolute: float | None) -> None:
         raise ValueError(f"lambda must be positive, got {value}: without it the kernel has no inverse.")
 
 
+def in_double(features: Float[Tensor, "n ..."]) -> Iterator[Float[Tensor, "b ..."]]:
+    """The rows in float64, some at a time: all of them may be larger than memory."""
+    for start in range(0, len(features), _ROWS_AT_A_TIME):
+        yield features[start : start + _ROWS_AT_A_TIME].double()
+
+
 class Kernel:
     """x ↦ (ΦᵀΦ + λI)⁻¹ x, with λ relative to the mean diagonal of ΦᵀΦ unless it is given itself.
 
@@ -163,7 +160,9 @@ class Kernel:
         self, features: Float[Tensor, "n d"], relative: float | None = 0.01, absolute: float | None = None
     ) -> None:
         check_ridge(relative, absolute)
-        gram = features.double().T @ features.double()
+        gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+        for block in in_double(features):
+            gram.addmm_(block.T, block)
         self.ridge = float(gram.diagonal().mean()) * relative if relative is not None else float(absolute or 0.0)
         if not self.ridge > 0:
             raise ValueError("All features are zero, so a relative lambda is zero; check the model's gradients.")

@@ -19,9 +19,10 @@ from wherefrom.losses import LossGrid
 from wherefrom.pipeline import load_model
 from wherefrom.projection import Projection
 from wherefrom.reduction import Flip
+from wherefrom.rows import Rows
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
-from wherefrom.trak import Kernel, check_ridge, project_pictures
+from wherefrom.trak import Kernel, check_ridge, in_double, project_pictures
 from wherefrom.unlearning import QueryLatent, QueryLoss
 from wherefrom.weights import Subset, select_weights, trainable
 
@@ -101,7 +102,7 @@ class TRAK(Attributor):
         held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
         flips, models = (2 if self.grid.flips else 1), 1 + len(self.ensemble)
         rows = (len(data.latents) + held_out) * flips * models
-        samples = rows * data.latents.states.shape[1] * self.grid.timesteps * self.grid.draws
+        samples = rows * self.grid.per_flip(data.latents.states.shape[1])
         features = 4 * rows * self.projection.dimension
         return Work(
             3 * samples, 3 * self.draws * models, features, features + 8 * models * self.projection.dimension**2
@@ -115,8 +116,8 @@ class TRAK(Attributor):
             raise ValueError("TRAK needs a model and the latents of its training pictures.")
         self._ready = (model, data.latents, data.held_out_latents, runner)
         self.models = [self._with_output(each) for each in [model, *self._others(model)]]
-        self.features: list[Tensor] = []
-        self.null: list[Tensor] = []
+        self.features: list[Rows] = []
+        self.null: list[Rows] = []
         self.kernels: list[Kernel] = []
         for number, each in enumerate(self.models, start=1):
             say(f"projected gradients of {len(data.latents):,} pictures, model {number} of {len(self.models)}")
@@ -136,7 +137,7 @@ class TRAK(Attributor):
                             self.progress,
                         )
                     )
-            self.kernels.append(Kernel(self.features[-1][:, 0], self.relative_lambda, self.absolute_lambda))
+            self.kernels.append(Kernel(self.features[-1].values[:, 0], self.relative_lambda, self.absolute_lambda))
 
     def _others(self, model: DiffusionModel) -> list[DiffusionModel]:
         """The ensemble's further models.
@@ -189,8 +190,11 @@ class TRAK(Attributor):
                 {"gradient_s": gradient_s, "query_s": time.monotonic() - started},
             )
 
-    def _scores(self, features: Sequence[Tensor], directions: Sequence[Tensor]) -> np.ndarray:
-        pairs = zip(features, directions, strict=True)
-        by_flip = torch.stack([each.double() @ direction for each, direction in pairs]).mean(dim=0)
+    def _scores(self, features: Sequence[Rows], directions: Sequence[Tensor]) -> np.ndarray:
+        products = [
+            torch.cat([block @ direction for block in in_double(each.values)])
+            for each, direction in zip(features, directions, strict=True)
+        ]
+        by_flip = torch.stack(products).mean(dim=0)
         scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).numpy()
         return scores

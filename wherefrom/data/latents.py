@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wherefrom import keyed
+from wherefrom.arrays import map_array, write_array
 from wherefrom.data.pictures import Pictures, keep_indices
 from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, to_float, visit_keys, visit_times
 from wherefrom.parts import LatentEncoder
-from wherefrom.storage import Store, identity_hash, replacing
+from wherefrom.storage import Store, identity_hash
 
 _SAMPLE = 301
 LATENTS, STATES, NULL_STATES = "latents.npy", "states.npy", "null_states.npy"
@@ -79,22 +80,6 @@ class LatentSet:
         return self.subset(keep_indices(self.ids, exclude)) if exclude else self
 
 
-def _save(path: Path, shape: tuple[int, ...], blocks: Callable[[], Any]) -> None:
-    """Streams blocks into one `.npy` file. Plain writes, not a memory map: a full disk is then an error.
-
-    Not a crash.
-    """
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_2_0(stream, header)
-        for block in blocks():
-            stream.write(np.ascontiguousarray(block, dtype=np.float32).tobytes())
-
-
-def _load(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch asks for writable memory
-
-
 def encode_pictures(
     pictures: Pictures,
     encoder: LatentEncoder,
@@ -140,14 +125,18 @@ def encode_pictures(
     def build(folder: Path) -> Mapping[str, Any]:
         null = encoder.text.encode([""])[0]
         one = encoder.encode_pixels(pixels(0)[:1])[0]
-        _save(folder / NULL_STATES, tuple(null.shape), lambda: [null.numpy()])
-        _save(folder / LATENTS, (len(pictures), 2, *one.shape), latent_blocks)
-        _save(folder / STATES, (len(pictures), len(pictures.captions[0]), *null.shape), state_blocks)
+        write_array(folder / NULL_STATES, tuple(null.shape), [null.numpy()])
+        write_array(folder / LATENTS, (len(pictures), 2, *one.shape), latent_blocks())
+        write_array(folder / STATES, (len(pictures), len(pictures.captions[0]), *null.shape), state_blocks())
         return {}
 
     folder = store.make("latents", identity, build)
     return LatentSet(
-        pictures, _load(folder / LATENTS), _load(folder / STATES), _load(folder / NULL_STATES), identity_hash(identity)
+        pictures,
+        map_array(folder / LATENTS),
+        map_array(folder / STATES),
+        map_array(folder / NULL_STATES),
+        identity_hash(identity),
     )
 
 
