@@ -10,7 +10,7 @@ python evaluate.py lds -c EXPERIMENT             # train on random halves
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,8 @@ class Run:
     console: Console
 
 
-def prepare(config: Any) -> Run:
-    """Launches the processes and makes model, data and queries."""
+def prepare(config: Any, methods: Iterable[Attributor]) -> Run:
+    """Launches the processes and makes model, data and the queries, with what the methods need of them."""
     devices: Devices = config.trainer
     fabric = Fabric(
         accelerator=devices.accelerator, strategy=devices.strategy, devices=devices.devices, num_nodes=devices.num_nodes
@@ -202,11 +202,17 @@ def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
     height, width = (int(side) for side in np.asarray(data.pictures.pixels).shape[1:3])
     channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
     return (channels, rows, columns), (height, width)
+    console.say("queries")
+    keep_trajectory = any("trajectory" in method.requires for method in methods)
+    queries = make_queries(
+        model, config.queries, (channels, rows, columns), (height, width), console.progress, keep_trajectory
+    )
+    return Run(model, data, queries, store, runner, console)
 
 
 def run_attribute(config: Any) -> None:
     """`evaluate.py attribute`."""
-    run, output = prepare(config), Path(config.output)
+    run, output = prepare(config, [config.attributor]), Path(config.output)
     if run.runner.is_main:
         announce(run.console, config.attributor, run.data, run.model, len(run.queries), output)
     config.attributor.progress = run.console.progress
@@ -228,7 +234,7 @@ def run_attribute(config: Any) -> None:
 def run_compare(config: Any) -> None:
     """`evaluate.py compare`."""
     methods = load_methods([Path(str(file.absolute)) for file in config.methods])
-    run, output = prepare(config), Path(config.output)
+    run, output = prepare(config, methods.values()), Path(config.output)
     for name, method in methods.items():
         if run.runner.is_main:
             run.console.say(name)

@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[Attributor, set[str], set[str]]] = {
         {"gradient", "pass", "rest"},
     ),
     "trak": (
-        TRAK("cross_attention_kv", projection=Projection(8), grid=GRID, draws=8),
+        TRAK("cross_attention_kv", projection=Projection(100), grid=GRID, draws=8),
         {"features"},
         {"gradient", "products", "rest"},
     ),

@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from tests.tiny import tiny_encoder, tiny_model
+from wherefrom import keyed
 from wherefrom.attributors import Query
 from wherefrom.queries import QueryPicture, QueryRegion, QuerySource, generate, make_queries, read_query
+from wherefrom.diffusion import _START
+from wherefrom.queries import QueryPicture, QuerySource, generate, make_queries, read_query
 
 
 def test_pictures_that_cannot_be_queries_are_named(tmp_path: Path) -> None:
@@ -114,3 +117,30 @@ def test_regions_that_cannot_be_used_are_named_before_anything_is_drawn(
 def test_a_region_is_a_box_or_a_mask(region: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"A region is either a box or a mask; that of 'red' has"):
         QueryRegion("red", **region)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: float) -> None:
+    model = tiny_model(dtype=torch.float32, encoder=tiny_encoder(tmp_path / "text"))
+    bare = generate(model, ["red", "blue"], 0, (4, 4, 4), 4, 3.0, eta)
+    kept = generate(model, ["red", "blue"], 0, (4, 4, 4), 4, 3.0, eta, keep_trajectory=True)
+    assert model.encoder is not None
+    with_prompt, without = model.encoder.text.encode(["red", ""])
+    for with_steps, plain in zip(kept, bare, strict=True):
+        assert plain.trajectory is None
+        assert with_steps.id == plain.id
+        np.testing.assert_array_equal(with_steps.pixels, plain.pixels)
+        assert with_steps.trajectory is not None
+        assert with_steps.latent is not None
+        assert with_steps.trajectory.timesteps == (999, 749, 499, 249)
+        assert with_steps.trajectory.predicted.shape == (4, 4, 4, 4)
+        # The last step goes to timestep -1, where there is no noise: its prediction is the picture.
+        torch.testing.assert_close(with_steps.trajectory.predicted[-1], with_steps.latent, rtol=1e-4, atol=1e-4)
+    # The first is predicted from pure noise, which is keyed: x̂₀ = √ᾱ x - √(1 - ᾱ) v.
+    start = keyed.combine(_START, keyed.combine(0, keyed.hash_texts(["red"]), torch.zeros(1, dtype=torch.int64)))
+    noise = keyed.normal(start, (4, 4, 4))
+    with torch.no_grad():
+        outputs = [model.predict(noise, torch.tensor([999]), states[None]) for states in (with_prompt, without)]
+    output = outputs[1] + 3.0 * (outputs[0] - outputs[1])
+    expected = model.process.signal[999].float() * noise - model.process.spread[999].float() * output
+    trajectory = kept[0].trajectory
+    assert trajectory is not None
+    torch.testing.assert_close(trajectory.predicted[0], expected[0], rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ state.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -187,6 +188,17 @@ def check_output(output: str) -> None:
 def with_output(model: DiffusionModel, output: Output) -> DiffusionModel:
     """The model itself, or with the mean square of its output in place of its loss."""
     return SquareOutput(model) if output == "square_output" else model
+@dataclass(frozen=True)
+class Trajectory:
+    """What a sampler predicted of one picture on its way to it.
+
+    Attributes:
+        timesteps: Where the sampler stopped, from noise to picture.
+        predicted: x̂₀ predicted at each of them (guidance included); scaled latents.
+    """
+
+    timesteps: tuple[int, ...]
+    predicted: Float[Tensor, "s c h w"]
 
 
 @torch.no_grad()
@@ -200,6 +212,7 @@ def sample(
     guidance: float = 2.0,
     eta: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[int, Float[Tensor, "b c h w"]], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Draws latents by DDIM; `eta` = 1 with all timesteps is ancestral (DDPM) sampling.
 
@@ -215,6 +228,7 @@ def sample(
         guidance: Classifier-free guidance; 1 is none.
         eta: Share of the posterior's noise that each step adds back.
         progress: Called with (done, total) steps.
+        watch: Called at each step with its timestep and the latents x̂₀ that it predicts.
     """
     scheduler = sampling_scheduler(model.process)
     scheduler.set_timesteps(steps)
@@ -230,7 +244,10 @@ def sample(
             with_prompt, without = output.chunk(2)
             output = without + guidance * (with_prompt - without)
         noise = keyed.normal(keyed.combine(_STEP, keys, index), shape, dtype).to(device) if eta > 0 else None
-        latents = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False)[0]
+        stepped: Any = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise)
+        latents = stepped.prev_sample
+        if watch is not None:
+            watch(timestep, stepped.pred_original_sample)
         if progress is not None:
             progress(index + 1, steps)
     return latents

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from wherefrom import keyed
 from wherefrom.attributors.base import Query
 from wherefrom.data.image_folder import UNREADABLE, draw
-from wherefrom.diffusion import DiffusionModel, sample
+from wherefrom.diffusion import DiffusionModel, Trajectory, sample
 from wherefrom.passes import Progress
 from wherefrom.regions import Region
 from wherefrom.storage import hash_file, identity_hash
@@ -96,6 +97,7 @@ def generate(
     guidance: float = 2.0,
     eta: float = 0.0,
     progress: Progress | None = None,
+    keep_trajectory: bool = False,
 ) -> list[Query]:
     """Draws one picture for each prompt; its id is a hash of model, decoder, prompt, seed and sampler.
 
@@ -108,6 +110,8 @@ def generate(
         guidance: Classifier-free guidance.
         eta: See `QuerySource`.
         progress: Called with (done, total) sampling steps.
+        keep_trajectory: Keep what each sampling step predicted: as many latents more for each query as there are
+            steps. The pictures and their ids are the same.
 
     Raises:
         ValueError: The model has no encoder.
@@ -119,7 +123,16 @@ def generate(
     repeats = [list(prompts[:index]).count(prompt) for index, prompt in enumerate(prompts)]
     keys = keyed.combine(seed, keyed.hash_texts(list(prompts)), torch.tensor(repeats))
     states, null = model.encoder.text.encode(prompts), model.encoder.text.encode([""])[0]
-    latents = sample(model, states, null, keys, shape, sampling_steps, guidance, eta, progress).cpu()
+    seen: dict[int, Tensor] = {}
+
+    def watch(timestep: int, predicted: Tensor) -> None:
+        seen[timestep] = predicted.cpu()
+
+    latents = sample(
+        model, states, null, keys, shape, sampling_steps, guidance, eta, progress, watch if keep_trajectory else None
+    ).cpu()
+    predicted = torch.stack(list(seen.values()), dim=1) if keep_trajectory else [None] * len(prompts)
+    trajectories = [None if each is None else Trajectory(tuple(seen), each) for each in predicted]
     pixels = model.encoder.decode_images(latents)
     settings = {
         "model": model.fingerprint(),
@@ -130,8 +143,16 @@ def generate(
         "eta": eta,
     }
     return [
-        Query(identity_hash({**settings, "prompt": prompt, "repeat": repeat}), prompt, picture, latent)
-        for prompt, repeat, picture, latent in zip(prompts, repeats, pixels, latents, strict=True)
+        Query(
+            identity_hash({**settings, "prompt": prompt, "repeat": repeat}),
+            prompt,
+            picture,
+            latent,
+            trajectory=trajectory,
+        )
+        for prompt, repeat, picture, latent, trajectory in zip(
+            prompts, repeats, pixels, latents, trajectories, strict=True
+        )
     ]
 
 
@@ -195,6 +216,7 @@ def make_queries(
     latent_shape: tuple[int, int, int],
     size: tuple[int, int],
     progress: Progress | None = None,
+    keep_trajectory: bool = False,
 ) -> list[Query]:
     """All queries of a source, each followed by its regions: files first.
 
@@ -214,7 +236,15 @@ def make_queries(
     files = [picture.file for picture in source.pictures]
     regions = read_regions(source.regions, [*files, *source.prompts], size)
     drawn = generate(
-        model, source.prompts, source.seed, latent_shape, source.sampling_steps, source.guidance, source.eta, progress
+        model,
+        source.prompts,
+        source.seed,
+        latent_shape,
+        source.sampling_steps,
+        source.guidance,
+        source.eta,
+        progress,
+        keep_trajectory,
     )
     found = zip([*files, *source.prompts], [*read, *drawn], strict=True)
     return [query for of, whole in found for query in with_regions(of, whole, regions)]

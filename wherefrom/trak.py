@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
 _GRADIENT_BYTES = 2**30  # of gradients held at a time, before they are projected
+SMALLEST_DIMENSION = 100
 _ROWS_AT_A_TIME = 4096  # of features, in float64
 
 
@@ -57,7 +58,7 @@ class PictureFeatures:
         return torch.cat(done)
 
     def _part(self, part: range) -> Tensor:
-        features = self.projection.project(self._gradients(part)).reshape(len(part), self.flips, -1)
+        features = self.projection.project(self.gradients(part)).reshape(len(part), self.flips, -1)
         if not torch.isfinite(features).all():
             worst = part.start + int((~torch.isfinite(features)).flatten(1).any(dim=1).nonzero()[0])
             raise ValueError(
@@ -65,7 +66,7 @@ class PictureFeatures:
             )
         return features.cpu()
 
-    def _gradients(self, part: range) -> dict[str, Tensor]:
+    def gradients(self, part: range) -> dict[str, Tensor]:
         """The mean gradient of each picture and flip, one a row."""
         items, device, batch_size = len(self.losses.flip), self.model.device, self.losses.batch_size
         means = {
@@ -120,6 +121,45 @@ def project_pictures(
     }
     features = PictureFeatures(grid.of(model, data, batch_size), names, projection)
     return make_rows(features.rows, data.ids, store, "projected_gradients", identity, runner, progress=progress)
+
+
+def project_each(
+    projection: Projection, gradients: Iterable[Mapping[str, Float[Tensor, "..."]]]
+) -> Float[Tensor, "n d"]:
+    """Pᵀg of gradients that come one after the other: as many at a time as memory allows."""
+    rows: list[Tensor] = []
+    held: list[Mapping[str, Tensor]] = []
+
+    def project() -> None:
+        if held:
+            rows.append(projection.project({name: torch.stack([each[name] for each in held]) for name in held[0]}))
+            held.clear()
+
+    for gradient in gradients:
+        held.append(gradient)
+        # Twice: once for each gradient, once for all of them in one tensor.
+        if 2 * len(held) * sum(value.nbytes for value in gradient.values()) > _GRADIENT_BYTES:
+            project()
+    project()
+    return torch.cat(rows)
+
+
+def check_projection(projection: Projection) -> None:
+    """Refuses a projection that is too small, before any long work.
+
+    An inner product xᵀy of projected vectors scatters by about |x||y| / √dimension (Johnson and Lindenstrauss 1984; for
+    signs exactly, see Achlioptas 2003): below 100 dimensions unrelated gradients have cosines beyond ±0.1, as large as
+    those of related ones.
+
+    Raises:
+        ValueError: Its dimension is less than 100.
+    """
+    if projection.dimension < SMALLEST_DIMENSION:
+        raise ValueError(
+            f"A projection to {projection.dimension} numbers is too small: it adds noise of "
+            f"{projection.dimension**-0.5:.0%} to every cosine between gradients. Choose at least "
+            f"{SMALLEST_DIMENSION}; the papers take 2,048 to 32,768."
+        )
 
 
 def check_ridge(relative: float | None, absolute: float | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -225,17 +225,20 @@ class QueryLoss:
 
     def _batches(self, salt: int, step: int, draws: int) -> Iterable[Float[Tensor, "b"]]:
         model, device = self.model, self.model.device
-        base = keyed.combine(salt, self.seed, self.query.key, step)
-        start = float(keyed.uniform(keyed.combine(_TIME, base))[0])
         for first in range(self.runner.rank * self.batch_size, draws, self.runner.world_size * self.batch_size):
             draw = torch.arange(first, min(first + self.batch_size, draws))
-            timesteps = (
-                (torch.remainder(start + draw * 0.6180339887498949, 1.0) * model.process.steps).long().to(device)
-            )
-            noise = keyed.normal(keyed.combine(base, draw).to(device), self.query.latent.shape, model.dtype)
-            latents = self.query.latent.to(device, model.dtype).expand_as(noise)
+            latent, timesteps, keys = self.at(salt, step, draw)
+            noise = keyed.normal(keys.to(device), latent.shape, model.dtype)
+            latents = latent.to(device, model.dtype).expand_as(noise)
             states = self.query.states.to(device, model.dtype).expand(len(draw), -1, -1)
-            yield model.losses(latents, states, timesteps, noise, self.query.weights)
+            yield model.losses(latents, states, timesteps.to(device), noise, self.query.weights)
+
+    def at(self, salt: int, step: int, draw: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The latent whose loss is taken, and the timesteps and noise keys of some draws."""
+        base = keyed.combine(salt, self.seed, self.query.key, step)
+        start = float(keyed.uniform(keyed.combine(_TIME, base))[0])
+        time = torch.remainder(start + draw * 0.6180339887498949, 1.0)
+        return self.query.latent, (time * self.model.process.steps).long(), keyed.combine(base, draw)
 
     @torch.no_grad()
     def value(self, draws: int) -> float:

@@ -3,6 +3,7 @@
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
 from wherefrom.attributors.influence import InfluenceFunction
+from wherefrom.attributors.journey_trak import JourneyTRAK
 from wherefrom.attributors.trak import TRAK
 from wherefrom.attributors.unlearning import AttributionByUnlearning
 
@@ -13,6 +14,7 @@ __all__ = [
     "CaptionSimilarity",
     "ImageSimilarity",
     "InfluenceFunction",
+    "JourneyTRAK",
     "PixelSimilarity",
     "Query",
     "Random",

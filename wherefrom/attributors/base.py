@@ -14,14 +14,14 @@ from torch import Tensor
 
 from wherefrom.data.latents import LatentSet
 from wherefrom.data.pictures import Pictures
-from wherefrom.diffusion import DiffusionModel
+from wherefrom.diffusion import DiffusionModel, Trajectory
 from wherefrom.evaluation.ranking import order_of
 from wherefrom.passes import Progress
 from wherefrom.regions import Region
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
-Need = Literal["model", "gradients", "features", "prompt"]
+Need = Literal["model", "gradients", "features", "prompt", "trajectory"]
 Say = Callable[[str], None]
 
 
@@ -35,6 +35,7 @@ class Query:
         pixels: uint8 RGB, at the size of the training pictures.
         latent: The sampler's last latent where there is one, else the encoded picture; scaled, shape (C, H, W).
         region: The part of the picture that is asked for; None is all of it.
+        trajectory: What the sampler predicted on its way, where it was kept.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Query:
     pixels: UInt8[NDArray[np.uint8], "h w 3"]
     latent: Float[Tensor, "c h w"] | None = None
     region: Region | None = None
+    trajectory: Trajectory | None = None
 
     @property
     def name(self) -> str:

@@ -1,0 +1,191 @@
+"""What TRAK and its relatives share: projected gradients of all pictures, compared through their inverse Gram."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
+from wherefrom.attributors.curved import Flip
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.ensemble import load_ensemble
+from wherefrom.losses import LossDraws, LossGrid
+from wherefrom.projection import Projection
+from wherefrom.rows import Rows
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+from wherefrom.trak import Kernel, check_projection, check_ridge, in_double, project_each, project_pictures
+from wherefrom.unlearning import QueryLoss
+from wherefrom.weights import Subset, select_weights, trainable
+
+
+class ProjectedGradients(Attributor):
+    """Σ_s φ_s(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), averaged over an ensemble; subclasses say what a query's gradients φ_s are.
+
+    Args:
+        weights: Which weights' gradients are projected; the papers take all.
+        projection: P.
+        grid: Where the training pictures' gradients are averaged.
+        draws: (t, ε) draws of which each of the query's gradients is the mean.
+        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the pictures without mirror images.
+        absolute_lambda: λ itself, instead.
+        flip: How a picture's score is made from its own and its mirror image's.
+        ensemble: Pipelines of further models, trained on the same pictures with the same autoencoder; scores are
+            averaged over all models.
+        batch_size: Samples at a time; does not change the result.
+        seed: Seed of the query's draws.
+
+    Raises:
+        ValueError: λ is not positive, both or neither are given, the projection is too small, or a number is not
+            positive.
+    """
+
+    requires: frozenset[Need] = frozenset({"model", "gradients", "prompt"})
+    takes_regions = True
+    method: str
+
+    def __init__(
+        self,
+        weights: Subset,
+        projection: Projection,
+        grid: LossGrid | LossDraws,
+        draws: int,
+        relative_lambda: float | None,
+        absolute_lambda: float | None,
+        flip: Flip,
+        ensemble: list[str] | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        check_ridge(relative_lambda, absolute_lambda)
+        check_projection(projection)
+        self.weights: Subset = weights
+        self.projection, self.grid, self.draws = projection, grid, draws
+        self.relative_lambda, self.absolute_lambda = relative_lambda, absolute_lambda
+        self.flip, self.ensemble, self.batch_size, self.seed = flip, list(ensemble or []), batch_size, seed
+        self._ready: tuple[LatentSet, Runner] | None = None
+
+    @abstractmethod
+    def query_steps(self, query: Query) -> Sequence[int]:
+        """The steps of a query's loss that have a gradient each."""
+
+    @abstractmethod
+    def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
+        """The query's loss."""
+
+    def differentiated(self, model: DiffusionModel) -> DiffusionModel:
+        """The model with the losses that are differentiated on both sides."""
+        return model
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {
+            "method": self.method,
+            "weights": self.weights,
+            "projection": self.projection.identity(),
+            "grid": asdict(self.grid),
+            "draws": self.draws,
+            "relative_lambda": self.relative_lambda,
+            "absolute_lambda": self.absolute_lambda,
+            "flip": self.flip,
+            "ensemble": self.ensemble,
+            "seed": self.seed,
+        }
+
+    def steps_at_most(self) -> int:
+        """Gradients of a query."""
+        return 1
+
+    def work(self, data: TrainingData, queries: int) -> Work:
+        """Three forward passes for each sample of the training grid and of the query's gradients, for each model."""
+        assert data.latents is not None
+        held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
+        flips, models = (2 if self.grid.flips else 1), 1 + len(self.ensemble)
+        rows = (len(data.latents) + held_out) * flips * models
+        samples = rows * self.grid.per_flip(data.latents.states.shape[1])
+        per_query = self.draws * self.steps_at_most() * models
+        features = 4 * rows * self.projection.dimension
+        return Work(3 * samples, 3 * per_query, features, features + 8 * models * self.projection.dimension**2)
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Projects the gradients of all pictures, once per model."""
+        if model is None or data.latents is None:
+            raise ValueError(f"{self.method} needs a model and the latents of its training pictures.")
+        members = [model, *load_ensemble(model, self.ensemble, self.weights)]
+        self._ready = (data.latents, runner)
+        self.models = [self.differentiated(each) for each in members]
+        self.features: list[Rows] = []
+        self.null: list[Rows] = []
+        self.kernels: list[Kernel] = []
+        for number, each in enumerate(self.models, start=1):
+            say(f"projected gradients of {len(data.latents):,} pictures, model {number} of {len(self.models)}")
+            self.features.append(self._project(each, data.latents, store, runner))
+            if data.held_out_latents is not None:
+                self.null.append(self._project(each, data.held_out_latents, store, runner))
+            pictures = self.features[-1].values[:, 0]  # without their mirror images
+            self.kernels.append(Kernel(pictures, self.relative_lambda, self.absolute_lambda))
+
+    def _project(self, model: DiffusionModel, part: LatentSet, store: Store, runner: Runner) -> Rows:
+        names = list(select_weights(model.denoiser, self.weights))
+        return project_pictures(
+            model, part, self.grid, names, self.projection, store, runner, self.batch_size, self.progress
+        )
+
+    def query_features(self, model: DiffusionModel, query: Query, runner: Runner) -> Float[Tensor, "s d"]:
+        """φ_s(ẑ) of each step."""
+        parameters = select_weights(model.denoiser, self.weights)
+        loss = self.query_loss(model, query, runner)
+        with trainable(model.denoiser, parameters):
+            gradients = (loss.gradient(parameters, step, self.draws) for step in self.query_steps(query))
+            return project_each(self.projection, gradients)
+
+    def directions(self, query: Query) -> list[Float[Tensor, "s d"]]:
+        """(ΦᵀΦ + λI)⁻¹ φ_s(ẑ) of each step, for each model.
+
+        Raises:
+            ValueError: `fit` has not run.
+        """
+        if self._ready is None:
+            raise ValueError("fit must run before score.")
+        _, runner = self._ready
+        pairs = zip(self.models, self.kernels, strict=True)
+        return [kernel.solve(self.query_features(each, query, runner).cpu()) for each, kernel in pairs]
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """One query at a time: its gradients, and an inner product with every picture."""
+        if self._ready is None:
+            raise ValueError("fit must run before score.")
+        data, _ = self._ready
+        chosen = self.positions(data.ids, candidates)
+        for query in queries:
+            started = time.monotonic()
+            directions = [each.sum(dim=0, keepdim=True) for each in self.directions(query)]
+            gradient_s = time.monotonic() - started
+            yield Scores(
+                query,
+                tuple(data.ids[position] for position in chosen),
+                self.products(self.features, directions)[0][chosen],
+                self.products(self.null, directions)[0] if self.null else np.zeros(0),
+                {"gradient_s": gradient_s, "query_s": time.monotonic() - started},
+            )
+
+    def products(self, features: Sequence[Rows], directions: Sequence[Float[Tensor, "s d"]]) -> np.ndarray:
+        """Scores of all pictures by each direction, shape (S, N): the mean over models, then the flips reduced."""
+        found = [
+            torch.cat([block @ direction.T for block in in_double(each.values)])
+            for each, direction in zip(features, directions, strict=True)
+        ]
+        by_flip = torch.stack(found).mean(dim=0)
+        scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).T.numpy()
+        return scores
