@@ -107,7 +107,7 @@ class Case:
         losses = self.draws.of(self.model, self.data, self.batch_size)
         caption, timestep, keys = losses.draws(picture, torch.zeros_like(picture))
         latents = self.data.latents[picture, 0]
-        noise = keyed.normal(keys, latents.shape[1:])
+        noise = keyed.normal(keys, latents.shape[1:], self.model.dtype)
         process = self.model.process
         noisy, target = process.noisy(latents, timestep, noise), process.target(latents, timestep, noise)
         return noisy, timestep, self.data.states[picture, caption], target
