@@ -89,17 +89,17 @@ class Case:
     Args:
         model: The model.
         data: The pictures.
-        dimension: Projected dimension.
+        projection: Ours; traker's has its dimension.
         batch_size: Samples of ours at a time.
         their_batch_size: Samples of traker's at a time.
     """
 
     def __init__(
-        self, model: DiffusionModel, data: LatentSet, dimension: int, batch_size: int, their_batch_size: int
+        self, model: DiffusionModel, data: LatentSet, projection: Projection, batch_size: int, their_batch_size: int
     ) -> None:
         self.model, self.data, self.batch_size = model, data, batch_size
         self.names = list(select_weights(model.denoiser, "all"))
-        self.draws, self.projection = LossDraws(draws=1, flips=False), Projection(dimension)
+        self.draws, self.projection = LossDraws(draws=1, flips=False), projection
         self.batches = [self.batch(part) for part in torch.arange(len(data)).split(their_batch_size)]
 
     def batch(self, picture: Tensor) -> Batch:
@@ -176,7 +176,7 @@ class Case:
 def memory_of(side: str, options: argparse.Namespace) -> int:
     """Bytes that featurising needs beside what its process held before, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.trak", "--side", side]
-    for name in ("model", "samples", "dimension", "batch_size", "their_batch_size"):
+    for name in ("model", "samples", "dimension", "batch_size", "their_batch_size", "kind"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--their-batch-size", type=int, default=64)
+    parser.add_argument("--kind", choices=["rademacher", "gaussian", "sparse"], default="rademacher", help="ours")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help="only featurise, and print the memory that it took")
     options = parser.parse_args()
@@ -211,7 +212,8 @@ def main() -> None:
     null, config = model.encoder.text.encode([""]), model.denoiser.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     data = random_set(options.samples, shape, null.shape[1], null.shape[2])
-    case = Case(model, data, options.dimension, options.batch_size, options.their_batch_size)
+    projection = Projection(options.dimension, kind=options.kind)
+    case = Case(model, data, projection, options.batch_size, options.their_batch_size)
     if options.side is not None:
         before = psutil.Process().memory_info().rss
         case.seconds(options.side)
@@ -219,7 +221,7 @@ def main() -> None:
         return
     weights = sum(parameter.numel() for parameter in model.denoiser.parameters())
     print(
-        f"{options.samples} samples, {weights:,} weights to {options.dimension} numbers, batches of "
+        f"{options.samples} samples, {weights:,} weights to {options.dimension} numbers ({options.kind}), batches of "
         f"{options.batch_size} (ours) and {options.their_batch_size} (traker), {torch.get_num_threads()} threads"
     )
     middle = measure(case, options.runs)

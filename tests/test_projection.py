@@ -9,7 +9,7 @@ import torch
 from wherefrom import projection as module
 from wherefrom.projection import Projection
 
-KINDS = ["rademacher", "gaussian"]
+KINDS = ["rademacher", "gaussian", "sparse"]
 CPU = torch.device("cpu")
 
 
@@ -47,7 +47,7 @@ def test_inner_products_are_kept_on_average(kind: str) -> None:
         ]
     )
     # Var = (|x|²|y|² + (x·y)² - [signs] 2 Σ x²y²) / dimension
-    excess = 2 * float((x * x * y * y).sum()) if kind == "rademacher" else 0.0
+    excess = 2 * float((x * x * y * y).sum()) if kind != "gaussian" else 0.0
     spread = ((float(x @ x) * float(y @ y) + float(x @ y) ** 2 - excess) / dimension) ** 0.5
     assert abs(found.mean() - float(x @ y)) < 4 * spread / trials**0.5
     assert found.std() == pytest.approx(spread, rel=0.2)
@@ -60,7 +60,12 @@ def test_entries_have_variance_one_and_do_not_repeat() -> None:
         assert float(rows.square().mean()) == pytest.approx(1.0, abs=4 * (2 / rows.numel()) ** 0.5)
         correlation = rows @ rows.T / 128
         correlation.fill_diagonal_(0)
-        assert float(correlation.abs().max()) < 0.6
+        if kind == "sparse":
+            assert rows.count_nonzero(dim=1).tolist() == [1] * 500
+            meetings = int(correlation.count_nonzero()) / 2
+            assert abs(meetings - 500 * 499 / 2 / 128) < 4 * (500 * 499 / 2 / 128) ** 0.5
+        else:
+            assert float(correlation.abs().max()) < 0.6
     signs = Projection(128).rows("w", 0, 50, CPU, torch.float64)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     assert not torch.equal(signs, Projection(128, 1).rows("w", 0, 50, CPU, torch.float64))
@@ -70,5 +75,5 @@ def test_entries_have_variance_one_and_do_not_repeat() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="dimension must be at least 1; given 0"):
         Projection(0)
-    with pytest.raises(ValueError, match="Unknown projection 'sparse'"):
-        Projection(8, 0, "sparse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Unknown projection 'dense'"):
+        Projection(8, 0, "dense")  # type: ignore[arg-type]

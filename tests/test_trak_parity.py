@@ -44,7 +44,7 @@ class SameMatrix(AbstractProjector):
 
 def traker_scores(model: DiffusionModel, ridge: float, folder: Path) -> np.ndarray:
     """Scores of the training pictures (columns) for each held-out one (rows)."""
-    cases = [Case(model, data, P.dimension, 16, 8) for data in (TRAIN, HELD_OUT)]
+    cases = [Case(model, data, P, 16, 8) for data in (TRAIN, HELD_OUT)]
     projector, denoiser = SameMatrix(model), cases[0].for_vmap()
     # It divides gradients by √weights, where we divide P by √dimension: its λ is in its own units.
     made = TRAKer(
