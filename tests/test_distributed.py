@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,13 @@ from tests.tiny import (
     tiny_vae,
     training_config,
 )
-from wherefrom.attributors import AttributionByUnlearning, Query, TrainingData
+from wherefrom.attributors import AttributionByUnlearning, JourneyTRAK, Query, TrainingData
 from wherefrom.curvature import Diagonal, FisherSettings
+from wherefrom.diffusion import Trajectory
 from wherefrom.evaluation.ranking import order_of, read_ranking
-from wherefrom.losses import LossGrid
+from wherefrom.losses import LossDraws, LossGrid
 from wherefrom.parts import CaptionEncoder, LatentEncoder
+from wherefrom.projection import Projection
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 from wherefrom.unlearning import QueryLatent, QueryLoss, UnlearningSettings
@@ -50,6 +53,7 @@ KINDS = {
     "fisher": 1e-9,
     "gradient": 1e-9,
     "plus scores": 1e-7,
+    "journey scores": 1e-7,
     "ekfac": 1e-6,
 }
 
@@ -80,6 +84,10 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     query = Query("query", "a red square", np.zeros((8, 8, 3), dtype=np.uint8), latent)
     (scores,) = attributor.score([query])
     (plus_scores,) = plus.score([query])
+    trajectory = Trajectory((999, 499), torch.stack([latent.flip(0), latent]))
+    journey = JourneyTRAK(projection=Projection(128), grid=LossDraws(draws=1), resamplings=5)
+    journey.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
+    (journey_scores,) = journey.score([replace(query, trajectory=trajectory)])
     weights = select_weights(model.denoiser, "all")
     loss = QueryLoss(model, QueryLatent("query", latent, text.encode(["a red square"])[0]), 0, runner)
     with trainable(model.denoiser, weights):
@@ -88,6 +96,7 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
         "scores": torch.from_numpy(scores.scores),
         "null": torch.from_numpy(scores.null),
         "loss": torch.tensor(loss.value(160)),
+        "journey scores": torch.from_numpy(journey_scores.scores),
         "plus scores": torch.from_numpy(plus_scores.scores),
         **{
             f"ekfac/{name}": step.contiguous()

@@ -72,6 +72,26 @@ def test_entries_have_variance_one_and_do_not_repeat() -> None:
     assert not torch.equal(signs, Projection(128).rows("v", 0, 50, CPU, torch.float64))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_keyed_by_its_place(kind: str) -> None:
+    p = Projection(70, 3, kind)  # type: ignore[arg-type]
+    whole = p.rows("w", 0, 20, CPU, torch.float64)
+    assert torch.equal(p.rows("w", 5, 9, CPU, torch.float64), whole[5:9])
+    assert torch.equal(p.rows("w", 5, 9, CPU, torch.float32), whole[5:9].float())
+    assert not torch.equal(p.rows("v", 0, 20, CPU, torch.float64), whole)
+    assert len({tuple(row) for row in whole.tolist()}) > 15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_numbers_are_summed_in_float32(kind: str) -> None:
+    """In bfloat16, a sum of 4,000 numbers near one would stop growing at 256."""
+    p, given = Projection(100, 0, kind), {"w": torch.rand(2, 4000).bfloat16() + 1}  # type: ignore[arg-type]
+    found = p.project(given)
+    assert found.dtype == torch.float32
+    expected = p.project({name: value.double() for name, value in given.items()})
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-2)
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="dimension must be at least 1; given 0"):
         Projection(0)

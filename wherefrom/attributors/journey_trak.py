@@ -35,13 +35,20 @@ class JourneyLoss(QueryLoss):
         query: The query.
         trajectory: What the sampler predicted on its way to it.
         seed: Seed of the noise.
-        runner: This process's place.
+        runner: This process's place; processes share a step's draws.
+        batch_size: Draws at a time.
     """
 
     def __init__(
-        self, model: DiffusionModel, query: QueryLatent, trajectory: Trajectory, seed: int, runner: Runner
+        self,
+        model: DiffusionModel,
+        query: QueryLatent,
+        trajectory: Trajectory,
+        seed: int,
+        runner: Runner,
+        batch_size: int = 128,
     ) -> None:
-        super().__init__(model, query, seed, runner)
+        super().__init__(model, query, seed, runner, batch_size)
         self.trajectory = trajectory
 
     def at(self, salt: int, step: int, draw: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +153,9 @@ class JourneyTRAK(ProjectedGradients):
 
     def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
         """The loss of what was predicted on the way."""
-        return JourneyLoss(model, as_latent(model, query), self._trajectory(query), self.seed, runner)
+        each = -(-self.draws // runner.world_size)  # few draws a step: one batch would leave the other processes idle
+        latent, trajectory = as_latent(model, query), self._trajectory(query)
+        return JourneyLoss(model, latent, trajectory, self.seed, runner, min(128, each))
 
     def step_scores(self, query: Query) -> tuple[Sequence[int], Float[NDArray[np.float64], "s n"]]:
         """The timesteps that count, and the scores of all training pictures at each alone.
