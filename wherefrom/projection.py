@@ -31,7 +31,7 @@ class Projection:
         dimension: Numbers that are left.
         seed: Seed of the matrix.
         kind: Signs (`rademacher`), or normal numbers (`gaussian`), which take longer to make; or one sign a row and
-            zeros (`sparse`: the count sketch, Charikar, Chen and Farach-Colton 2002), some twenty times as fast. An
+            zeros (`sparse`: the count sketch, Charikar, Chen and Farach-Colton 2002), some thirty times as fast. An
             inner product scatters as much with it as with signs, with heavier tails where few numbers outweigh others.
 
     Raises:
