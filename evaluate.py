@@ -192,7 +192,8 @@ def prepare(config: Any, methods: Iterable[Attributor]) -> Run:
     runner.barrier()
     data = training_data(data_module, model)
     console.say("queries")
-    queries = make_queries(model, config.queries, *shapes(data), console.progress)
+    keep_trajectory = any("trajectory" in method.requires for method in methods)
+    queries = make_queries(model, config.queries, *shapes(data), console.progress, keep_trajectory)
     return Run(model, data, queries, store, runner, console)
 
 
@@ -202,12 +203,6 @@ def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
     height, width = (int(side) for side in np.asarray(data.pictures.pixels).shape[1:3])
     channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
     return (channels, rows, columns), (height, width)
-    console.say("queries")
-    keep_trajectory = any("trajectory" in method.requires for method in methods)
-    queries = make_queries(
-        model, config.queries, (channels, rows, columns), (height, width), console.progress, keep_trajectory
-    )
-    return Run(model, data, queries, store, runner, console)
 
 
 def run_attribute(config: Any) -> None:
@@ -271,7 +266,8 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
     retrains = Retrains(store, recipe.identity(), data.latents, recipe.train)
     console.say("the model with all pictures")
     model = retrains.model(Retrain((), seed)).to(runner.device)
-    queries = make_queries(model, config.queries, *shapes(data), console.progress)
+    keep_trajectory = any("trajectory" in method.requires for method in methods.values())
+    queries = make_queries(model, config.queries, *shapes(data), console.progress, keep_trajectory)
     panel = Panel(queries, model, config.queries, timesteps, config.similarity)
     rankings = {}
     for name, method in methods.items():

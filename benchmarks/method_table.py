@@ -48,6 +48,7 @@ METHODS = (
     "influence",
     "trak",
     "d_trak",
+    "journey_trak",
     "efficientnet",
     "caption",
     "pixel",
@@ -176,6 +177,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "unlearning.draws": options.draws,
         "draws": options.draws,
         "fisher.visits": options.visits,
+        "projection.kind": "sparse",  # as good on average, and thirty times as fast
     }
 
 

@@ -13,9 +13,8 @@ from PIL import Image
 from tests.tiny import tiny_encoder, tiny_model
 from wherefrom import keyed
 from wherefrom.attributors import Query
-from wherefrom.queries import QueryPicture, QueryRegion, QuerySource, generate, make_queries, read_query
 from wherefrom.diffusion import _START
-from wherefrom.queries import QueryPicture, QuerySource, generate, make_queries, read_query
+from wherefrom.queries import QueryPicture, QueryRegion, QuerySource, generate, make_queries, read_query
 
 
 def test_pictures_that_cannot_be_queries_are_named(tmp_path: Path) -> None:
@@ -117,6 +116,11 @@ def test_regions_that_cannot_be_used_are_named_before_anything_is_drawn(
 def test_a_region_is_a_box_or_a_mask(region: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"A region is either a box or a mask; that of 'red' has"):
         QueryRegion("red", **region)
+
+    with pytest.raises(ValueError, match=r"A region is either a box or a mask; that of 'red' has"):
+        QueryRegion("red", **region)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: float) -> None:
     model = tiny_model(dtype=torch.float32, encoder=tiny_encoder(tmp_path / "text"))

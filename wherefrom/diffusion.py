@@ -188,6 +188,8 @@ def check_output(output: str) -> None:
 def with_output(model: DiffusionModel, output: Output) -> DiffusionModel:
     """The model itself, or with the mean square of its output in place of its loss."""
     return SquareOutput(model) if output == "square_output" else model
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """What a sampler predicted of one picture on its way to it.

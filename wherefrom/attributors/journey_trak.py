@@ -12,11 +12,12 @@ from torch import Tensor
 
 from wherefrom import keyed
 from wherefrom.attributors.base import Need, Query
-from wherefrom.attributors.curved import Flip, as_latent
+from wherefrom.attributors.curved import as_latent
 from wherefrom.attributors.projected import ProjectedGradients
 from wherefrom.diffusion import DiffusionModel, Trajectory
 from wherefrom.losses import LossDraws
 from wherefrom.projection import Projection
+from wherefrom.reduction import Flip
 from wherefrom.runner import Runner
 from wherefrom.unlearning import QueryLatent, QueryLoss
 from wherefrom.weights import Subset

@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
-from wherefrom.attributors.curved import Flip
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.ensemble import load_ensemble
 from wherefrom.losses import LossDraws, LossGrid
 from wherefrom.projection import Projection
+from wherefrom.reduction import Flip
 from wherefrom.rows import Rows
 from wherefrom.runner import Runner
 from wherefrom.storage import Store

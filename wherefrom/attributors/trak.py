@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
-from wherefrom.attributors.curved import as_latent
-from wherefrom.data.latents import LatentSet
 from wherefrom.attributors.base import Query
-from wherefrom.attributors.curved import Flip, as_latent
+from wherefrom.attributors.curved import as_latent
 from wherefrom.attributors.projected import ProjectedGradients
-from wherefrom.diffusion import DiffusionModel, SquareOutput
+from wherefrom.diffusion import DiffusionModel, Output, check_output, with_output
 from wherefrom.losses import LossGrid
 from wherefrom.projection import Projection
 from wherefrom.reduction import Flip
-from wherefrom.rows import Rows
 from wherefrom.runner import Runner
 from wherefrom.unlearning import QueryLoss
 from wherefrom.weights import Subset
-
-Output = Literal["loss", "square_output"]
 
 
 class TRAK(ProjectedGradients):
@@ -65,8 +54,7 @@ class TRAK(ProjectedGradients):
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        if output not in ("loss", "square_output"):
-            raise ValueError(f"Unknown output {output!r}; choose 'loss' or 'square_output'.")
+        check_output(output)
         if draws < 1:
             raise ValueError(f"draws must be at least 1; given {draws}.")
         super().__init__(
@@ -77,7 +65,7 @@ class TRAK(ProjectedGradients):
 
     def differentiated(self, model: DiffusionModel) -> DiffusionModel:
         """The model with the losses that are differentiated on both sides."""
-        return SquareOutput(model) if self.output == "square_output" else model
+        return with_output(model, self.output)
 
     def query_steps(self, query: Query) -> Sequence[int]:
         """One, whose draws are of all timesteps."""
