@@ -43,6 +43,8 @@ from wherefrom.storage import Store
 
 __all__ = ["attributors", "main"]
 
+SETTINGS = "values that replace those of the files in every method that has them, such as {grid.timesteps: 5}"
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -67,6 +69,7 @@ def parser() -> ArgumentParser:
     attribute_parser.add_subclass_arguments(Attributor, "attributor", required=True)
     compare_parser = run_parser(compare.__doc__)
     compare_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
+    compare_parser.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
     counterfactual_parser = trial_parser(judge.__doc__)
     counterfactual_parser.add_class_arguments(Protocol, "protocol")
     lds_parser = trial_parser(linear_datamodeling_scores.__doc__)
@@ -100,25 +103,30 @@ def trial_parser(description: str | None) -> ArgumentParser:
     """What all judgements by retraining are told."""
     made = run_parser(description, with_model=False)
     made.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
+    made.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
     made.add_argument("--recipe", type=Path_fr, required=True, help="an experiment file of train.py fit")
     made.add_subclass_arguments(ImageEncoder, "similarity", required=False)
     made.add_argument("--measurements", type=str, help="the table that a sweep resumes from")
     return made
 
 
-def load_methods(files: Sequence[Path], settings: Mapping[str, Any] | None = None) -> dict[str, Attributor]:
+def load_methods(
+    files: Sequence[Path], settings: Mapping[str, Any] | None = None, strict: bool = False
+) -> dict[str, Attributor]:
     """The attributors of these files, by the files' names.
 
     Args:
         files: Attributor files.
         settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them.
+        strict: Refuse a setting that no method has.
 
     Raises:
-        ValueError: Two files have the same name.
+        ValueError: Two files have the same name, or no method has a setting.
     """
     made = ArgumentParser(parser_mode="omegaconf")
     made.add_subclass_arguments(Attributor, "attributor", required=True)
     methods: dict[str, Attributor] = {}
+    unused = set(settings or {})
     for file in files:
         if file.stem in methods:
             raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
@@ -127,7 +135,10 @@ def load_methods(files: Sequence[Path], settings: Mapping[str, Any] | None = Non
         for name, value in (settings or {}).items():
             if init_args.get(name) is not None:
                 init_args[name] = value
+                unused.discard(name)
         methods[file.stem] = made.instantiate(config).attributor
+    if strict and unused:
+        raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
     return methods
 
 
@@ -228,7 +239,7 @@ def run_attribute(config: Any) -> None:
 
 def run_compare(config: Any) -> None:
     """`evaluate.py compare`."""
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods])
+    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
     run, output = prepare(config, methods.values()), Path(config.output)
     for name, method in methods.items():
         if run.runner.is_main:
@@ -254,7 +265,7 @@ class Trial:
 
 def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
     """Trains the model with all pictures, draws the queries from it and attributes them by every method."""
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods])
+    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
     output, module = Path(config.output), config.data
     runner, console, store = Runner.current(), Console(), Store(config.store)
     recipe = Recipe(str(config.recipe.absolute), store.root)
