@@ -258,7 +258,6 @@ class Trial:
     retrains: Retrains
     panel: Panel
     table: Measurements
-    store: Store
     runner: Runner
     console: Console
 
@@ -287,7 +286,7 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
         place = output / name
         rankings[name] = attribute(place, method, data, model, queries, store, runner, config.report, console.say)
     table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    return Trial(rankings, retrains, panel, table, store, runner, console)
+    return Trial(rankings, retrains, panel, table, runner, console)
 
 
 def run_counterfactual(config: Any) -> None:
@@ -301,8 +300,7 @@ def run_counterfactual(config: Any) -> None:
         trial.panel,
         trial.table,
         protocol,
-        trial.store,
-        trial.runner,
+        trial.runner.device,
         trial.console.say,
     )
     print(counterfactual.as_table(rows))
@@ -319,8 +317,7 @@ def run_lds(config: Any) -> None:
         trial.panel,
         trial.table,
         halves,
-        trial.store,
-        trial.runner,
+        trial.runner.device,
         trial.console.say,
     )
     print(lds.as_table(scores))

@@ -1,7 +1,8 @@
 """Callbacks: what is logged, drawn and saved while something trains."""
 
 from callbacks.loss_change import LossChange
+from callbacks.sample_deviation import SampleDeviation
 from callbacks.sample_grid import SampleGrid
 from callbacks.save_config import LogConfig
 
-__all__ = ["LogConfig", "LossChange", "SampleGrid"]
+__all__ = ["LogConfig", "LossChange", "SampleDeviation", "SampleGrid"]

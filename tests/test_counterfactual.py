@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import evaluate
 import train
 from datamodules import ImageFolder
 from lightning_modules.recipe import Recipe
-from tests.tiny import LENGTH, one_process, text_folder, training_config
+from tests.tiny import LENGTH, text_folder, training_config
 from wherefrom import keyed
 from wherefrom.counterfactual import Protocol
 from wherefrom.diffusion import DiffusionModel
@@ -71,7 +72,7 @@ class Sweep:
         self.retrains = Retrains(self.store, recipe.identity(), self.data.latents, train_one)
 
     def measure(self, retrain: Retrain, panel: Panel, table: Measurements) -> dict[str, Measurement]:
-        return measure_retrain(self.retrains, retrain, panel, table, self.store, one_process())
+        return measure_retrain(self.retrains, retrain, panel, table, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +131,8 @@ def test_leaving_nothing_out_changes_nothing_and_another_seed_does(
         assert other[query].mse > 1e-5
 
 
-def test_a_measurement_is_the_mean_of_single_losses(base: DiffusionModel, panel: Panel, tmp_path: Path) -> None:
-    measured = panel.measure(base, Store(tmp_path), one_process())
+def test_a_measurement_is_the_mean_of_single_losses(base: DiffusionModel, panel: Panel) -> None:
+    measured = panel.measure(base)
     query = panel.queries[1]
     assert base.encoder is not None
     assert query.latent is not None
@@ -243,6 +244,32 @@ def test_halves_are_random_and_of_one_size() -> None:
     for settings in ({"count": 2, "repeated": 0}, {"share": 1.0}, {"repeated": 33}):
         with pytest.raises(ValueError, match="needs at least 3 subsets"):
             Halves(**settings)
+
+
+def test_deviations_are_logged_while_a_model_is_trained_again(
+    recipe_file: Path, sweep: Sweep, base: DiffusionModel, panel: Panel, tmp_path: Path
+) -> None:
+    pipeline = sweep.store.path("retrain", sweep.retrains.identity(Retrain())) / "pipeline"
+    callback = {
+        "class_path": "callbacks.SampleDeviation",
+        "init_args": {
+            "reference": str(pipeline),
+            "queries": {"prompts": SOURCE.prompts, "sampling_steps": SOURCE.sampling_steps},
+            "timesteps": 10,
+        },
+    }
+    out = tmp_path / "retrained"
+    options = ["--data.init_args.seed", "1", "--seed_everything", "1", "--trainer.callbacks", json.dumps([callback])]
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    options += ["--trainer.logger", json.dumps(logger), "--model.init_args.save_to", str(out)]
+    train.main(["fit", "-c", str(recipe_file), *options])
+    (log,) = tmp_path.rglob("metrics.csv")
+    with log.open() as stream:
+        logged = next(row for row in csv.DictReader(stream) if row.get("deviation/loss"))
+    before, after = panel.measure(base), panel.measure(load_model(str(out)))
+    change = np.mean([after[query].loss - measured.loss for query, measured in before.items()])
+    assert float(logged["deviation/loss"]) == pytest.approx(change, rel=0.05), "the saved weights are rounded"
+    assert float(logged["deviation/mse"]) == pytest.approx(np.mean([each.mse for each in after.values()]), rel=0.05)
 
 
 def test_protocols_that_make_no_sense_are_refused() -> None:

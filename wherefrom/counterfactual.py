@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
@@ -22,8 +23,7 @@ from wherefrom.evaluation.removal import (
     top_of_ranking,
 )
 from wherefrom.retraining import Measurement, Measurements, Panel, Retrain, Retrains, measure_retrain
-from wherefrom.runner import Runner
-from wherefrom.storage import Store, write_json
+from wherefrom.storage import write_json
 
 RESULT = "counterfactual.json"
 
@@ -117,8 +117,7 @@ def judge(
     panel: Panel,
     table: Measurements,
     protocol: Protocol,
-    store: Store,
-    runner: Runner,
+    device: torch.device,
     say: Say = silent,
 ) -> list[Row]:
     """Retrains without what the methods name, and measures every query on every model.
@@ -132,8 +131,7 @@ def judge(
         panel: The queries.
         table: Where measurements are kept.
         protocol: What to leave out.
-        store: Where what a measurement needs is kept.
-        runner: This process's place.
+        device: Where the models are measured.
         say: Is told what is being done.
 
     Raises:
@@ -154,7 +152,7 @@ def judge(
     for number, (name, retrain) in enumerate(distinct.items(), start=1):
         if name in missing:
             say(f"model {number} of {len(distinct)}: seed {retrain.seed}, without {len(retrain.exclude)} pictures")
-        measured[name] = measure_retrain(retrains, retrain, panel, table, store, runner)
+        measured[name] = measure_retrain(retrains, retrain, panel, table, device)
     rows = [_row(group, retrains, measured, protocol) for group in _groups(removals)]
     rows += _floor(retrains, measured, panel, protocol)
     write_json(folder / RESULT, {"protocol": vars(protocol), "rows": [_as_json(row) for row in rows]})

@@ -21,8 +21,7 @@ from wherefrom.attributors.base import Say, Scores, silent
 from wherefrom.evaluation.metrics import LinearDatamodelingScore
 from wherefrom.keyed import hash_text
 from wherefrom.retraining import Measurements, Panel, Retrain, Retrains, measure_retrain
-from wherefrom.runner import Runner
-from wherefrom.storage import Store, write_json
+from wherefrom.storage import write_json
 
 RESULT = "lds.json"
 _DRAWS = 1000
@@ -90,8 +89,7 @@ def linear_datamodeling_scores(
     panel: Panel,
     table: Measurements,
     halves: Halves,
-    store: Store,
-    runner: Runner,
+    device: torch.device,
     say: Say = silent,
 ) -> list[Score]:
     """Trains on random halves and correlates, for each query, losses with sums of scores.
@@ -103,8 +101,7 @@ def linear_datamodeling_scores(
         panel: The queries.
         table: Where measurements are kept.
         halves: Which models are trained.
-        store: Where what a measurement needs is kept.
-        runner: This process's place.
+        device: Where the models are measured.
         say: Is told what is being done.
 
     Raises:
@@ -126,7 +123,7 @@ def linear_datamodeling_scores(
         for row in rows:
             retrain = Retrain(tuple(name for name, seen in zip(ids, subsets[row], strict=True) if not seen), seed)
             say(f"half {row + 1} of {halves.count}, seed {seed}")
-            measured = measure_retrain(retrains, retrain, panel, table, store, runner)
+            measured = measure_retrain(retrains, retrain, panel, table, device)
             found.append([measured[query].loss for query in queries])
         return np.array(found).T
 

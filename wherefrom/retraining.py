@@ -23,13 +23,13 @@ from wherefrom.data.latents import LatentSet
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import TRAINING_VERSION, DiffusionModel
 from wherefrom.features import ImageEncoder
-from wherefrom.losses import LossGrid, measure_losses
+from wherefrom.losses import LossGrid, LossPass
 from wherefrom.pipeline import load_model
 from wherefrom.queries import QuerySource, generate
-from wherefrom.runner import Runner
 from wherefrom.storage import Identity, Store, identity_hash, replacing
 
 PIPELINE = "pipeline"
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -186,13 +186,15 @@ class Panel:
             "encoder": None if self.encoder is None else self.encoder.identity(),
         }
 
-    def measure(self, model: DiffusionModel, store: Store, runner: Runner) -> dict[str, Measurement]:
+    def measure(self, model: DiffusionModel) -> dict[str, Measurement]:
         """Query id -> what this model says of it.
 
         Raises:
             ValueError: A loss is not finite.
         """
-        losses = measure_losses(model, self.data, self.grid, store, runner).mean(dim=(1, 2, 4)).float().numpy()
+        work = LossPass(model, self.data, self.grid, _BATCH)
+        work.step(range(len(self.queries)))
+        losses = work.losses.mean(dim=(1, 2, 4)).float().numpy()
         source, shape = self.source, self.queries[0].latent
         assert shape is not None
         channels, rows, columns = (int(side) for side in shape.shape)
@@ -279,7 +281,7 @@ class Measurements:
 
 
 def measure_retrain(
-    retrains: Retrains, retrain: Retrain, panel: Panel, table: Measurements, store: Store, runner: Runner
+    retrains: Retrains, retrain: Retrain, panel: Panel, table: Measurements, device: torch.device
 ) -> dict[str, Measurement]:
     """The panel's measurements of a model, from the table if they are there, else from the model, trained if need be.
 
@@ -290,6 +292,6 @@ def measure_retrain(
     name = retrains.name(retrain)
     found = table.read(name, panel.identity())
     if found is None:
-        found = panel.measure(retrains.model(retrain).to(runner.device), store, runner)
+        found = panel.measure(retrains.model(retrain).to(device))
         table.add(name, panel.identity(), len(retrain.exclude), retrain.seed, found)
     return found
