@@ -149,3 +149,19 @@ def test_exclude_leaves_pictures_out_of_training_only(emoji_store: Store) -> Non
     less.setup()
     assert set(whole.train_pictures.ids) - set(less.train_pictures.ids) == {"twemoji/1f98a"}
     assert less.validation_pictures.ids == whole.validation_pictures.ids
+
+
+def test_two_ranges_of_concepts_share_none_and_are_all() -> None:
+    def concepts(first: float, last: float) -> set[str]:
+        return {concept for concept, _, _, _ in emoji._rows(EmojiOptions(concepts=(first, last)))}
+
+    every, small, large = concepts(0.0, 1.0), concepts(0.0, 0.3), concepts(0.3, 1.0)
+    assert small | large == every
+    assert not small & large
+    assert len(small) / len(every) == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize("concepts", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)])
+def test_a_range_that_is_none_is_refused(emoji_store: Store, concepts: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=f"concepts must be shares.*given {concepts[0]} and {concepts[1]}"):
+        build_emoji(emoji_store, EmojiOptions(concepts=concepts))

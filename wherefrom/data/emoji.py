@@ -60,6 +60,8 @@ class EmojiOptions:
         flags: Keep flags (a family of their own).
         validation_share: Share of the concepts for which one style's picture is held out; the concept stays in
             training in the other styles.
+        concepts: From where to where of all concepts in an order by hash, as shares: (0, 0.3) and (0.3, 1) are two
+            worlds without a concept in common, such as one to attribute to and one to train on before.
     """
 
     styles: tuple[str, ...] = ("twemoji", "openmoji")
@@ -67,6 +69,7 @@ class EmojiOptions:
     skin_tones: bool = False
     flags: bool = False
     validation_share: float = 0.1
+    concepts: tuple[float, float] = (0.0, 1.0)
 
 
 def _files(style: Style) -> dict[str, Path]:
@@ -120,13 +123,15 @@ def caption(name: str, style: str) -> str:
 
 def _rows(options: EmojiOptions) -> Iterator[tuple[str, str, str, Path]]:
     """(concept, name, style, file) of every picture, in the order of the ids."""
-    names = _names()
+    names, (first, last) = _names(), options.concepts
     for style in sorted(options.styles):
         for points, path in sorted(_files(STYLES[style]).items()):
             name = names.get(points)
             if name is None or (not options.skin_tones and _SKIN_TONE.search(points)):
                 continue
             if not options.flags and _is_flag(points, name):
+                continue
+            if not first <= (hash_text(f"concept/{points}") % 10_000) / 10_000 < last:
                 continue
             yield points, name, style, path
 
@@ -161,7 +166,7 @@ def build_emoji(
         progress: Called with (done, total) while drawing.
 
     Raises:
-        ValueError: An unknown, repeated or no style, or a style's package is not installed.
+        ValueError: An unknown, repeated or no style, no share of the concepts, or a style's package is not installed.
         StorageError: The store could not be written.
     """
     unknown = sorted(set(options.styles) - set(STYLES))
@@ -169,6 +174,9 @@ def build_emoji(
         raise ValueError(f"Unknown emoji style {unknown[0]!r}; there are {', '.join(sorted(STYLES))}.")
     if not options.styles or len(set(options.styles)) < len(options.styles):
         raise ValueError(f"styles {options.styles}: give at least one, and each once.")
+    first, last = options.concepts
+    if not 0 <= first < last <= 1:
+        raise ValueError(f"concepts must be shares with 0 <= from < to <= 1; given {first} and {last}.")
     try:
         packages = {STYLES[style].package: version(STYLES[style].package) for style in options.styles}
         names = version("emoji")
