@@ -162,6 +162,11 @@ def test_the_grid_is_that_of_the_paper() -> None:
     assert LossGrid(20).steps(1000).tolist() == list(range(0, 1000, 50))
     assert LossGrid(10).steps(1000).tolist() == list(range(0, 1000, 100))
     assert LossGrid(3).steps(10).tolist() == [0, 3, 6]
+    assert LossGrid(5, offset=0.5).steps(1000).tolist() == [100, 300, 500, 700, 900]
+    for count in range(1, 201):
+        assert LossGrid(count).steps(1000).tolist() == [index * 1000 // count for index in range(count)]
+    with pytest.raises(ValueError, match=r"offset must be at least 0 and less than 1; given 1\.0"):
+        LossGrid(offset=1.0)
     for timesteps in (0, 1001):
         with pytest.raises(ValueError, match=rf"between 1 and 1000.*given {timesteps}"):
             LossGrid(timesteps).steps(1000)
