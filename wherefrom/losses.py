@@ -33,9 +33,9 @@ class LossGrid:
         draws: Noise draws at each timestep.
         seed: Seed of the noise.
         flips: Also measure the mirror images.
-        offset: Where between two timesteps the first one lies, as a share of their distance. 0 is the papers' grid; with
-            0.5 a few timesteps stand for the whole schedule as the midpoint rule does, and t = 0, where the loss cannot
-            be learned, is not among them.
+        offset: Where the first timestep lies, as a share of the distance between two. 0 is the papers' grid; with 0.5 a
+            few timesteps stand for the whole schedule as the midpoint rule does, and t = 0, where the loss cannot be
+            learned, is not among them.
 
     Raises:
         ValueError: `offset` does not lie in [0, 1).
