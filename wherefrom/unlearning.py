@@ -19,12 +19,10 @@ from wherefrom import keyed
 from wherefrom.curvature.base import Curvature, Identity
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.runner import Runner
+from wherefrom.step_size import alpha_for_rise
 from wherefrom.weights import Subset, restored, select_weights, trainable
 
 _TIME, _GRADIENT, _MEASURE = 401, 402, 403
-_RISE_TOLERANCE = 0.01
-_MAX_TRIALS = 80
-_SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-12, 1e30  # float32 ends at 3e38
 
 
 class NewtonAscent(Optimizer):
@@ -259,49 +257,6 @@ class QueryLoss:
         return {name: self.runner.sum(total) / draws for name, total in totals.items()}
 
 
-def _with_rise(apply: Callable[[float], float], target: float, guess: float) -> float:
-    """The α at which `apply(α)` = target, by doubling, then regula falsi with bisection; apply(0) < target.
-
-    Args:
-        apply: The rise at α.
-        target: The rise wanted.
-        guess: Where to begin, such as the α that a linear loss would need; the nearer, the fewer trials.
-
-    Raises:
-        ValueError: No α reaches the target.
-    """
-
-    def excess(alpha: float) -> float:
-        value = apply(alpha) - target
-        return math.inf if math.isnan(value) else value  # a step that breaks the model is too long
-
-    low, high, value_low = 0.0, guess, -target
-    value_high = excess(high)
-    for _ in range(_MAX_TRIALS):
-        if abs(value_high) <= _RISE_TOLERANCE * target:
-            return high
-        if value_high < 0:
-            if high > _LARGEST_ALPHA:
-                break
-            low, value_low = high, value_high
-            high *= 8 if value_high < -0.9 * target else 2
-            value_high = excess(high)
-            continue
-        secant = low - value_low * (high - low) / (value_high - value_low)
-        middle = min(max(secant, low + 0.05 * (high - low)), high - 0.05 * (high - low))
-        value = excess(middle)
-        if abs(value) <= _RISE_TOLERANCE * target:
-            return middle
-        if value < 0:
-            low, value_low = middle, value
-        else:
-            high, value_high = middle, value
-    raise ValueError(
-        f"No step size raises the query's loss by {target:.1%} (tried up to {high:.3g}). Ask for a smaller rise, "
-        "or give alpha instead."
-    )
-
-
 class Unlearner:
     """Unlearns one query step by step, in the model's own weights; `unlearn` is the usual way to run it.
 
@@ -380,7 +335,7 @@ class Unlearner:
             target = (1.0 + self.settings.rise) ** (1.0 / self.settings.steps) - 1.0
             slope = sum(float((gradients[name].double() * updates[name].double()).sum()) for name in updates)
             linear = target * self.losses[-1] / slope if slope > 0 else 0.0
-            alpha = _with_rise(rise, target, linear if _SMALLEST_ALPHA < linear < _LARGEST_ALPHA else _SMALLEST_ALPHA)
+            alpha = alpha_for_rise(rise, target, linear)
         move(alpha)
         self.alphas.append(alpha)
         self._measure()

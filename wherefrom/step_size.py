@@ -1,0 +1,54 @@
+"""The step size of unlearning by its effect: α itself does not transfer between models, the rise of the loss does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+_RISE_TOLERANCE = 0.01
+_MAX_TRIALS = 80
+_SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-12, 1e30  # float32 ends at 3e38
+
+
+def alpha_for_rise(apply: Callable[[float], float], target: float, guess: float) -> float:
+    """The α at which `apply(α)` = target, by doubling, then regula falsi with bisection; apply(0) < target.
+
+    Args:
+        apply: The rise at α.
+        target: The rise wanted.
+        guess: Where to begin, such as the α that a linear loss would need; the nearer, the fewer trials. What is no
+            sensible α (not positive, not finite) is replaced by a very small one.
+
+    Raises:
+        ValueError: No α reaches the target.
+    """
+
+    def excess(alpha: float) -> float:
+        value = apply(alpha) - target
+        return math.inf if math.isnan(value) else value  # a step that breaks the model is too long
+
+    low, high, value_low = 0.0, guess if _SMALLEST_ALPHA < guess < _LARGEST_ALPHA else _SMALLEST_ALPHA, -target
+    value_high = excess(high)
+    for _ in range(_MAX_TRIALS):
+        if abs(value_high) <= _RISE_TOLERANCE * target:
+            return high
+        if value_high < 0:
+            if high > _LARGEST_ALPHA:
+                break
+            low, value_low = high, value_high
+            high *= 8 if value_high < -0.9 * target else 2
+            value_high = excess(high)
+            continue
+        secant = low - value_low * (high - low) / (value_high - value_low)
+        middle = min(max(secant, low + 0.05 * (high - low)), high - 0.05 * (high - low))
+        value = excess(middle)
+        if abs(value) <= _RISE_TOLERANCE * target:
+            return middle
+        if value < 0:
+            low, value_low = middle, value
+        else:
+            high, value_high = middle, value
+    raise ValueError(
+        f"No step size raises the query's loss by {target:.1%} (tried up to {high:.3g}). Ask for a smaller rise, "
+        "or give alpha instead."
+    )
