@@ -201,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
     parser.add_argument("--rise", type=float, default=0.2)
+    parser.add_argument("--weights", default="cross_attention_kv", help="which weights' gradients count")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")
@@ -240,11 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     few = len(BOXES) * min(options.unlearning_scenes, len(scenes))
     methods: dict[str, tuple[Attributor, list[Query]]] = {
         "influence function (EK-FAC)": (
-            InfluenceFunction(draws=options.draws, grid=grid, fisher=fisher, queries_per_pass=len(queries)),
+            InfluenceFunction(
+                weights=options.weights, draws=options.draws, grid=grid, fisher=fisher, queries_per_pass=len(queries)
+            ),
             queries,
         ),
         "AbU+": (
             AttributionByUnlearning(
+                weights=options.weights,
                 # Half the usual draws: the search for the step is most of a query's time.
                 unlearning=UnlearningSettings(draws=options.draws, rise=options.rise, measure_draws=200),
                 grid=grid,
