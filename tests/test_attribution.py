@@ -230,7 +230,8 @@ def test_a_region_is_attributed_beside_its_picture(run: Path, folder: Path) -> N
     out = attributed(folder, "regions", queries=queries)
     found = {name.partition(", ")[2]: dict(zip(*ranking, strict=True)) for name, ranking in read_ranking(out).items()}
     assert set(found) == {"", "box 0,0,8,8", "box 0,0,2,8"}
-    assert found["box 0,0,8,8"] == pytest.approx(found[""], rel=1e-3), "a box around all of the picture is no box"
+    rounding = 1e-2 * float(np.std(list(found[""].values())))  # the scores are differences in float32
+    assert found["box 0,0,8,8"] == pytest.approx(found[""], abs=rounding), "a box around all of the picture is no box"
     assert found["box 0,0,2,8"] != pytest.approx(found[""], rel=1e-2)
     assert "box 0,0,2,8; the rest is shown faded" in (out / "report.html").read_text()
     with pytest.raises(ValueError, match=r"PixelSimilarity cannot attribute a region"):
