@@ -34,7 +34,7 @@ _QUERY = 128
 _SAMPLE_EVERY_S = 0.1
 _STYLE = """
 .methods{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;margin:1rem 0}
-.methods th,.methods td{padding:.3rem .8rem;border-bottom:1px solid var(--line);text-align:right}
+.methods th,.methods td{padding:.3rem .8rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 .methods th:first-child{text-align:left}
 """
 
@@ -44,7 +44,8 @@ class Cost:
     """What a method took for these queries, on the machine that ran it.
 
     Attributes:
-        seconds: Median seconds a query, without what is made once.
+        seconds: Mean seconds a query, without what is made once. Not the median: a method that serves many queries by
+            one pass has all its seconds before the first of them.
         memory: Largest resident memory of the process while it ran, in bytes.
         stored: Bytes that it left on disk for each query, rankings and what it keeps.
     """
@@ -152,7 +153,7 @@ def compare(
 
 def _cost(place: Path, results: Sequence[Scores], memory: int, added: int) -> Cost:
     """The cost of this run, or of the parts that an interrupted one measured before, whichever is larger."""
-    seconds = float(np.median([scores.facts.get("seconds", float("nan")) for scores in results]))
+    seconds = float(np.mean([scores.facts.get("seconds", float("nan")) for scores in results]))
     cost = Cost(seconds, memory, added // len(results))
     if (place / COST).exists():
         earlier = Cost(**json.loads((place / COST).read_text()))
@@ -245,7 +246,7 @@ def _write_report(
         _rows(cost_titles, table),
         tag(
             "p",
-            "Seconds are medians, without what a method makes once for a model. Stored: all that it left.",
+            "Seconds are means, without what a method makes once for a model. Stored: all that it left.",
             class_="quiet",
         ),
         tag("h2", "How far they agree"),
