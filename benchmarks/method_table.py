@@ -29,7 +29,7 @@ from benchmarks.known_answers import Case, cell, make_cases, ranks
 from datamodules import Emoji
 from evaluate import load_methods, training_data
 from wherefrom.attribution import attribute
-from wherefrom.attributors import Attributor, Scores, TrainingData
+from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.alignment import rate
@@ -134,19 +134,31 @@ def timed(results: Iterator[Scores]) -> Iterator[Scores]:
 def ablation(
     model: DiffusionModel, data: TrainingData, cases: Sequence[Case], store: Store, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """AbU and AbU+ at several numbers of timesteps: reliability, agreement with the most, rank of the own picture."""
+    """AbU and AbU+ at several numbers of timesteps: reliability, agreement with the most, rank of the own picture.
+
+    Only the candidates' losses are measured, but the curvature is that of all training pictures.
+    """
     candidates = choose_candidates(data.pictures, cases, options.candidates or 200, options.seed)
-    data = replace(data, held_out=None, held_out_latents=None)  # nothing here is read from p-values
+    assert data.latents is not None
+    positions = [data.latents.ids.index(name) for name in candidates]
+    part = TrainingData(
+        data.pictures.subset(positions), data.latents.subset(positions)
+    )  # no null: p-values are not read
     queries, found = [case.query for case in cases], {}
     runner, console = Runner.current(), Console()
     for method in ("abu", "abu_plus"):
         results: dict[int, list[Scores]] = {}
+        whole = load(method, settings(options))
+        assert isinstance(whole, AttributionByUnlearning)
+        whole.prepare(data, model, store, runner, console.say)
         for timesteps in options.timestep_ladder:
             console.say(f"{method} at {timesteps} timesteps")
             attributor = load(method, {**settings(options), "grid.timesteps": timesteps})
+            assert isinstance(attributor, AttributionByUnlearning)
             attributor.progress = console.progress
-            attributor.fit(data, model, store, runner, console.say)
-            results[timesteps] = list(attributor.score(queries, candidates))
+            attributor.fit(part, model, store, runner, console.say)
+            attributor.curvature = whole.curvature
+            results[timesteps] = list(attributor.score(queries))
         most = results[max(results)]
         for timesteps, scored in results.items():
             pairs = list(zip(scored, most, strict=True))
