@@ -194,10 +194,10 @@ class CurvedAttributor(Attributor):
         """The query as the model sees it: see `as_latent`."""
         return as_latent(self.ready()[0], query)
 
-    def weigh(
-        self, change: Float[Tensor, "n f k t r"], chosen: Sequence[int], measure: Callable[[list[int]], Tensor]
-    ) -> Float[Tensor, "t 1"]:
-        """What each timestep's changes are multiplied by, from the same pictures whatever the candidates are.
+    def reference(
+        self, change: Float[Tensor, "n f k t r *q"], chosen: Sequence[int], measure: Callable[[list[int]], Tensor]
+    ) -> Float[Tensor, "m f k t r *q"]:
+        """Changes of the pictures that decide the timesteps' weights: the same ones whatever the candidates are.
 
         Args:
             change: The candidates' changes.
@@ -205,14 +205,17 @@ class CurvedAttributor(Attributor):
             measure: Measures the changes of training pictures at these positions.
         """
         if self.timestep_weights == "equal":
-            return torch.ones(change.shape[3], 1, dtype=change.dtype)
-        data = self.ready()[1]
-        wanted, row_of = data.sample(_REFERENCE), {position: row for row, position in enumerate(chosen)}
+            return change[:0]
+        wanted, row_of = self.ready()[1].sample(_REFERENCE), {position: row for row, position in enumerate(chosen)}
         if all(position in row_of for position in wanted):
-            reference = change[[row_of[position] for position in wanted]]
-        else:
-            reference = measure(wanted)
-        return spread_weights(reference).to(change.dtype)[:, None]
+            return change[[row_of[position] for position in wanted]]
+        return measure(wanted)
+
+    def weigh(self, reference: Float[Tensor, "m f k t r"]) -> Float[Tensor, "t 1"]:
+        """What each timestep's changes are multiplied by."""
+        if self.timestep_weights == "equal":
+            return torch.ones(reference.shape[3], 1, dtype=reference.dtype)
+        return spread_weights(reference).to(reference.dtype)[:, None]
 
     def parts(self, change: Float[Tensor, "n f k t r"]) -> dict[str, Float[NDArray[np.float64], "n"]]:
         """Scores by part of the grid; see `Breakdown`."""

@@ -134,11 +134,11 @@ class InfluenceFunction(CurvedAttributor):
             gradient_s = time.monotonic() - started
             change = self._derivatives(part, directions)
             null = self._derivatives(held_out, directions) if held_out is not None else None
+            reference = self.reference(change, chosen, partial(self._reference, directions=directions))
             pass_s = time.monotonic() - started - gradient_s
             for index, query in enumerate(block):
                 mine = change[..., index]
-                one = {name: step[index : index + 1] for name, step in directions.items()}
-                weights = self.weigh(mine, chosen, partial(self._reference, directions=one))
+                weights = self.weigh(reference[..., index])
                 mine = mine * weights
                 yield Scores(
                     query,
@@ -154,8 +154,8 @@ class InfluenceFunction(CurvedAttributor):
                 )
 
     def _reference(self, positions: list[int], directions: dict[str, Tensor]) -> Tensor:
-        """The derivatives of the training pictures at these positions along a single direction."""
-        return self._derivatives(self.ready()[1].subset(positions), directions)[..., 0]
+        """The derivatives of the training pictures at these positions."""
+        return self._derivatives(self.ready()[1].subset(positions), directions)
 
     def _derivatives(self, data: LatentSet, directions: dict[str, Tensor]) -> Tensor:
         model, _, _, store, runner = self.ready()

@@ -155,7 +155,8 @@ class AttributionByUnlearning(CurvedAttributor):
             null = torch.zeros((0, *change.shape[1:]))
             if held_out is not None:
                 null = self._losses(held_out, unlearned, name) - self.null_before
-            weights = self.weigh(change, chosen, partial(self._change, unlearned=unlearned, name=name))
+            measure = partial(self._change, unlearned=unlearned, name=name)
+            weights = self.weigh(self.reference(change, chosen, measure))
             change, null = change * weights, null * weights
             yield Scores(
                 query,
