@@ -145,16 +145,19 @@ def judge(
     removals = plan(named, protocol, retrains.data.ids)
     wanted = [Retrain((), seed) for seed in protocol.seeds]
     wanted += [Retrain(removal.ids, seed) for removal in removals for seed in protocol.seeds]
-    distinct = {retrains.name(retrain): retrain for retrain in wanted}
-    missing = [name for name in distinct if table.read(name, panel.identity()) is None]
-    say(f"{len(distinct)} models, {len(distinct) - len(missing)} of them measured before; {len(missing)} to go")
-    measured: dict[str, dict[str, Measurement]] = {}
-    for number, (name, retrain) in enumerate(distinct.items(), start=1):
-        if name in missing:
+    distinct = list(dict.fromkeys(wanted))
+    measured: dict[Retrain, dict[str, Measurement]] = {}
+    for retrain in distinct:
+        known = table.read(retrains.name(retrain), panel.identity())
+        if known is not None:
+            measured[retrain] = known
+    say(f"{len(distinct)} models, {len(measured)} of them measured before; {len(distinct) - len(measured)} to go")
+    for number, retrain in enumerate(distinct, start=1):
+        if retrain not in measured:
             say(f"model {number} of {len(distinct)}: seed {retrain.seed}, without {len(retrain.exclude)} pictures")
-        measured[name] = measure_retrain(retrains, retrain, panel, table, device)
-    rows = [_row(group, retrains, measured, protocol) for group in _groups(removals)]
-    rows += _floor(retrains, measured, panel, protocol)
+            measured[retrain] = measure_retrain(retrains, retrain, panel, table, device)
+    rows = [_row(group, measured, protocol) for group in _groups(removals)]
+    rows += _floor(measured, protocol)
     write_json(folder / RESULT, {"protocol": vars(protocol), "rows": [_as_json(row) for row in rows]})
     return rows
 
@@ -167,17 +170,11 @@ def _groups(removals: Sequence[Removal]) -> list[list[Removal]]:
     return list(found.values())
 
 
-def _row(
-    removals: Sequence[Removal],
-    retrains: Retrains,
-    measured: Mapping[str, Mapping[str, Measurement]],
-    protocol: Protocol,
-) -> Row:
+def _row(removals: Sequence[Removal], measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Protocol) -> Row:
     changes: dict[str, list[dict[str, float]]] = {"loss": [], "mse": [], "similarity": []}
     for removal in removals:
         by_seed = [
-            _changes(measured[retrains.name(Retrain((), seed))], measured[retrains.name(Retrain(removal.ids, seed))])
-            for seed in protocol.seeds
+            _changes(measured[Retrain((), seed)], measured[Retrain(removal.ids, seed)]) for seed in protocol.seeds
         ]
         for kind, found in changes.items():
             found.append({query: float(np.mean([each[query][kind] for each in by_seed])) for query in by_seed[0]})
@@ -194,13 +191,11 @@ def _changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement]
     }
 
 
-def _floor(
-    retrains: Retrains, measured: Mapping[str, Mapping[str, Measurement]], panel: Panel, protocol: Protocol
-) -> list[Row]:
+def _floor(measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Protocol) -> list[Row]:
     """What another seed alone changes, with no picture left out."""
     if len(protocol.seeds) < 2:
         return []
-    models = [measured[retrains.name(Retrain((), seed))] for seed in protocol.seeds]
+    models = [measured[Retrain((), seed)] for seed in protocol.seeds]
     queries = tuple(sorted(models[0]))
     found: dict[str, Float[NDArray[np.float64], "q"]] = {}
     for kind in ("loss", "mse", "similarity"):
