@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,11 @@ from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
 from wherefrom.queries import QuerySource, make_queries
 from wherefrom.query_page import ReportOptions
-from wherefrom.retraining import Measurements, Panel, Retrain, Retrains
+from wherefrom.retraining import Panel, Retrain, Retrains
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
+from wherefrom.sweep import Measurements, Sweep
+from wherefrom.workers import Workers
 
 __all__ = ["attributors", "main"]
 
@@ -102,6 +104,13 @@ def run_parser(description: str | None, with_model: bool = True) -> ArgumentPars
 def trial_parser(description: str | None) -> ArgumentParser:
     """What all judgements by retraining are told."""
     made = run_parser(description, with_model=False)
+    made.add_argument(
+        "--model", type=str | None, help="where the recipe's model of all pictures is kept; without it, it is trained"
+    )
+    made.add_argument(
+        "--also", type=list[str], default=[], help="prompts of further pictures that every model is measured on"
+    )
+    made.add_class_arguments(Workers, "workers")
     made.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
     made.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
     made.add_argument("--recipe", type=Path_fr, required=True, help="an experiment file of train.py fit")
@@ -250,20 +259,12 @@ def run_compare(config: Any) -> None:
     run.console.say(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What is judged, and by what: scores, a way to train, and the queries that every model is measured on."""
+def prepare_trial(config: Any, seed: int, timesteps: int) -> tuple[dict[str, list[Scores]], Sweep]:
+    """Draws the queries from the model with all pictures, attributes them by every method, and plans the sweep.
 
-    rankings: dict[str, list[Scores]]
-    retrains: Retrains
-    panel: Panel
-    table: Measurements
-    runner: Runner
-    console: Console
-
-
-def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
-    """Trains the model with all pictures, draws the queries from it and attributes them by every method."""
+    Returns:
+        Method -> scores of all queries, and what trains and measures models.
+    """
     methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
     output, module = Path(config.output), config.data
     runner, console, store = Runner.current(), Console(), Store(config.store)
@@ -273,12 +274,16 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
     module.setup()
     data = training_data_of(module)
     assert data.latents is not None
-    retrains = Retrains(store, recipe.identity(), data.latents, recipe.train)
+    retrains = Retrains(store, recipe.identity(), data.latents.ids, data.latents.fingerprint, recipe.train)
+    if config.model is not None:
+        retrains.publish(Retrain((), seed), Path(config.model))
     console.say("the model with all pictures")
     model = retrains.model(Retrain((), seed)).to(runner.device)
     keep_trajectory = any("trajectory" in method.requires for method in methods.values())
-    queries = make_queries(model, config.queries, *shapes(data), console.progress, keep_trajectory)
-    panel = Panel(queries, model, config.queries, timesteps, config.similarity)
+    source: QuerySource = replace(config.queries, prompts=[*config.queries.prompts, *config.also])
+    drawn = make_queries(model, source, *shapes(data), console.progress, keep_trajectory)
+    panel = Panel(drawn, model, source, timesteps, config.similarity)
+    queries = drawn[: len(drawn) - len(config.also)]
     rankings = {}
     for name, method in methods.items():
         console.say(name)
@@ -286,41 +291,21 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
         place = output / name
         rankings[name] = attribute(place, method, data, model, queries, store, runner, config.report, console.say)
     table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    return Trial(rankings, retrains, panel, table, runner, console)
+    return rankings, Sweep(retrains, panel, table, config.workers.get(), console.say)
 
 
 def run_counterfactual(config: Any) -> None:
     """`evaluate.py counterfactual`."""
     protocol: Protocol = config.protocol
-    trial = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
-    rows = judge(
-        Path(config.output),
-        trial.rankings,
-        trial.retrains,
-        trial.panel,
-        trial.table,
-        protocol,
-        trial.runner.device,
-        trial.console.say,
-    )
-    print(counterfactual.as_table(rows))
+    rankings, sweep = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
+    print(counterfactual.as_table(judge(Path(config.output), rankings, sweep, protocol)))
 
 
 def run_lds(config: Any) -> None:
     """`evaluate.py lds`."""
     halves: Halves = config.halves
-    trial = prepare_trial(config, halves.seed, config.timesteps)
-    scores = linear_datamodeling_scores(
-        Path(config.output),
-        trial.rankings,
-        trial.retrains,
-        trial.panel,
-        trial.table,
-        halves,
-        trial.runner.device,
-        trial.console.say,
-    )
-    print(lds.as_table(scores))
+    rankings, sweep = prepare_trial(config, halves.seed, config.timesteps)
+    print(lds.as_table(linear_datamodeling_scores(Path(config.output), rankings, sweep, halves)))
 
 
 def main(args: Sequence[str] | None = None) -> None:

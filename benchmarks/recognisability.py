@@ -198,6 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", required=True, help="pipeline folder or hub id of the model")
     parser.add_argument("--prompts", type=int, default=100, help="number of training prompts, a multiple of 100")
     parser.add_argument("--seed", type=int, default=0, help="which prompts, and the noise that they are drawn from")
+    parser.add_argument(
+        "--concepts",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        help="prompts of these concepts only, as shares of all (emoji-1k: 0 0.32)",
+    )
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance")
     parser.add_argument("--eta", type=float, default=0.0, help="share of noise added back at each step; 0 is DDIM")
@@ -216,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     model = load_model(options.weights)
     draw = drawing_with(model, options.seed, options.steps, options.guidance, eta=options.eta)
-    result = recognisability(judge, pictures, draw, options.prompts, options.seed)
+    asked = build_emoji(store, EmojiOptions(concepts=tuple(options.concepts)))
+    result = recognisability(judge, asked, draw, options.prompts, options.seed)
     with replacing(options.sheet) as temporary:
         contact_sheet(result).save(temporary, format="PNG")
     print(summary(result))

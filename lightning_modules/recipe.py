@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import train
@@ -59,12 +62,15 @@ class Recipe:
         }
 
     def train(self, retrain: Retrain, folder: Path) -> None:
-        """Trains in the folder, going on from its last checkpoint, and leaves a pipeline there; see `Retrains`."""
+        """Trains in the folder, going on from its last checkpoint, and leaves a pipeline there; see `Retrains`.
+
+        The file's callbacks stay, but for its checkpoints; so do its loggers, beside a CSV file in the folder.
+
+        Raises:
+            ValueError: Training ended with an error.
+        """
         checkpoints, excluded = folder / "checkpoints", folder / "excluded.txt"
         excluded.write_text("".join(f"{name}\n" for name in retrain.exclude))
-        checkpoint = {"dirpath": str(checkpoints), "every_n_train_steps": self.every_n_steps, "save_last": True}
-        callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}]
-        logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}}
         options: Sequence[tuple[str, str]] = (
             ("--data.init_args.store", str(self.store)),
             ("--data.init_args.exclude", str(excluded)),
@@ -72,10 +78,41 @@ class Recipe:
             ("--seed_everything", str(retrain.seed)),
             ("--model.init_args.save_to", str(folder / PIPELINE)),
             ("--trainer.default_root_dir", str(folder)),
-            ("--trainer.logger", json.dumps(logger)),
-            ("--trainer.callbacks", json.dumps(callbacks)),
+            ("--trainer.logger", json.dumps(self._replace("logger", "CSVLogger", {"save_dir": str(folder)}))),
+            (
+                "--trainer.callbacks",
+                json.dumps(
+                    self._replace(
+                        "callbacks",
+                        "ModelCheckpoint",
+                        {"dirpath": str(checkpoints), "every_n_train_steps": self.every_n_steps, "save_last": True},
+                    )
+                ),
+            ),
         )
         last = checkpoints / "last.ckpt"
         resume = ["--ckpt_path", str(last)] if last.exists() else []
-        train.main(["fit", "-c", str(self.file), *(word for pair in options for word in pair), *resume])
+        arguments = ["fit", "-c", str(self.file), *(word for pair in options for word in pair), *resume]
+        if self._many_devices():
+            # Lightning starts its other processes by this one's own command line, so it gets one of its own.
+            done = subprocess.run([sys.executable, train.__file__, *arguments], check=False)
+            if done.returncode:
+                raise ValueError(f"Training in {folder} ended with exit status {done.returncode}; see above.")
+        else:
+            train.main(arguments)
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _many_devices(self) -> bool:
+        trainer = self.config["trainer"]
+        accelerator, devices, nodes = (trainer[name] for name in ("accelerator", "devices", "num_nodes"))
+        if devices in ("auto", -1, "-1"):
+            return nodes > 1 or (accelerator in ("auto", "gpu", "cuda") and torch.cuda.device_count() > 1)
+        return nodes > 1 or (len(devices) if isinstance(devices, list) else int(devices)) > 1
+
+    def _replace(self, kind: str, name: str, init_args: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the file's trainer is given of a kind, with one of a class in place of the file's of that class."""
+        given = self.config["trainer"][kind]
+        listed = [each for each in (given if isinstance(given, list) else [given]) if isinstance(each, dict)]
+        package = {"logger": "lightning.pytorch.loggers", "callbacks": "lightning.pytorch.callbacks"}[kind]
+        kept = [each for each in listed if each["class_path"].rsplit(".", 1)[-1] != name]
+        return [*kept, {"class_path": f"{package}.{name}", "init_args": init_args}]

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.attributors.base import Say, Scores, silent
+from wherefrom.attributors.base import Scores
 from wherefrom.evaluation.removal import (
     Effect,
     Removal,
@@ -22,8 +21,9 @@ from wherefrom.evaluation.removal import (
     random_removals,
     top_of_ranking,
 )
-from wherefrom.retraining import Measurement, Measurements, Panel, Retrain, Retrains, measure_retrain
+from wherefrom.retraining import Measurement, Retrain
 from wherefrom.storage import write_json
+from wherefrom.sweep import Sweep
 
 RESULT = "counterfactual.json"
 
@@ -34,24 +34,31 @@ class Protocol:
 
     Attributes:
         ks: Pictures of each query that a retraining leaves out.
-        pool: Queries whose pictures one retraining leaves out; 1 is the papers' protocol.
+        pools: For each K, queries whose pictures one retraining leaves out; a single number serves for all K. 1 is the
+            papers' protocol.
         seeds: Seeds of the trainings; each has its own model with all pictures.
         random: How many times as many pictures are left out at random for each pool.
         timesteps: Timesteps of the queries' losses (AbU, section 5.1: 200).
     """
 
     ks: list[int] = field(default_factory=lambda: [16])
-    pool: int = 5
+    pools: list[int] = field(default_factory=lambda: [5])
     seeds: list[int] = field(default_factory=lambda: [0])
     random: int = 1
     timesteps: int = 200
 
     def __post_init__(self) -> None:
-        if not self.ks or min(self.ks) < 1 or self.pool < 1 or not self.seeds or self.random < 0:
+        if min(self.ks, default=0) < 1 or min(self.pools, default=0) < 1 or not self.seeds or self.random < 0:
             raise ValueError(
-                "ks, pool and seeds need positive numbers and random must not be negative; given ks "
-                f"{self.ks}, pool {self.pool}, seeds {self.seeds}, random {self.random}."
+                "ks, pools and seeds need positive numbers and random must not be negative; given ks "
+                f"{self.ks}, pools {self.pools}, seeds {self.seeds}, random {self.random}."
             )
+        if len(self.pools) not in (1, len(self.ks)):
+            raise ValueError(f"pools must hold one number, or one for each of ks {self.ks}; given {self.pools}.")
+
+    def stages(self) -> list[tuple[int, int]]:
+        """(K, queries in a pool) of each stage."""
+        return list(zip(self.ks, self.pools * (len(self.ks) // len(self.pools)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -92,14 +99,14 @@ def plan(
     """
     queries = list(next(iter(rankings.values())))
     found: list[Removal] = []
-    for k in protocol.ks:
+    for k, size in protocol.stages():
         tops = {
             query: frozenset(
                 f"{method}/{name}" for method, by in rankings.items() for name in top_of_ranking(by[query], k, query)
             )
             for query in queries
         }
-        pools = pool_queries(tops, protocol.pool)
+        pools = pool_queries(tops, size)
         first: list[Removal] = []
         for method, by in rankings.items():
             removals = plan_removals(method, by, k, pools, training)
@@ -110,16 +117,7 @@ def plan(
     return found
 
 
-def judge(
-    folder: Path,
-    rankings: Mapping[str, Sequence[Scores]],
-    retrains: Retrains,
-    panel: Panel,
-    table: Measurements,
-    protocol: Protocol,
-    device: torch.device,
-    say: Say = silent,
-) -> list[Row]:
+def judge(folder: Path, rankings: Mapping[str, Sequence[Scores]], sweep: Sweep, protocol: Protocol) -> list[Row]:
     """Retrains without what the methods name, and measures every query on every model.
 
     Finished models and measurements are found again, so an interrupted sweep goes on.
@@ -127,12 +125,8 @@ def judge(
     Args:
         folder: Where `counterfactual.json` goes.
         rankings: Method -> scores of all queries.
-        retrains: Trains, or finds what was trained.
-        panel: The queries.
-        table: Where measurements are kept.
+        sweep: Trains the models and measures the queries on them.
         protocol: What to leave out.
-        device: Where the models are measured.
-        say: Is told what is being done.
 
     Raises:
         ValueError: The plan cannot be carried out, or a training failed; what is finished is kept.
@@ -142,20 +136,10 @@ def judge(
         method: {scores.query.id: [name for name, _ in scores.top(len(scores.ids))] for scores in results}
         for method, results in rankings.items()
     }
-    removals = plan(named, protocol, retrains.data.ids)
+    removals = plan(named, protocol, sweep.retrains.ids)
     wanted = [Retrain((), seed) for seed in protocol.seeds]
     wanted += [Retrain(removal.ids, seed) for removal in removals for seed in protocol.seeds]
-    distinct = list(dict.fromkeys(wanted))
-    measured: dict[Retrain, dict[str, Measurement]] = {}
-    for retrain in distinct:
-        known = table.read(retrains.name(retrain), panel.identity())
-        if known is not None:
-            measured[retrain] = known
-    say(f"{len(distinct)} models, {len(measured)} of them measured before; {len(distinct) - len(measured)} to go")
-    for number, retrain in enumerate(distinct, start=1):
-        if retrain not in measured:
-            say(f"model {number} of {len(distinct)}: seed {retrain.seed}, without {len(retrain.exclude)} pictures")
-            measured[retrain] = measure_retrain(retrains, retrain, panel, table, device)
+    measured = sweep.measure(wanted)
     rows = [_row(group, measured, protocol) for group in _groups(removals)]
     rows += _floor(measured, protocol)
     write_json(folder / RESULT, {"protocol": vars(protocol), "rows": [_as_json(row) for row in rows]})

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from wherefrom.attributors.base import Say, Scores, silent
+from wherefrom.attributors.base import Scores
 from wherefrom.evaluation.metrics import LinearDatamodelingScore
 from wherefrom.keyed import hash_text
-from wherefrom.retraining import Measurements, Panel, Retrain, Retrains, measure_retrain
+from wherefrom.retraining import Retrain
 from wherefrom.storage import write_json
+from wherefrom.sweep import Sweep
 
 RESULT = "lds.json"
 _DRAWS = 1000
@@ -85,30 +86,22 @@ class Score:
 def linear_datamodeling_scores(
     folder: Path,
     rankings: Mapping[str, Sequence[Scores]],
-    retrains: Retrains,
-    panel: Panel,
-    table: Measurements,
+    sweep: Sweep,
     halves: Halves,
-    device: torch.device,
-    say: Say = silent,
 ) -> list[Score]:
     """Trains on random halves and correlates, for each query, losses with sums of scores.
 
     Args:
         folder: Where `lds.json` goes.
         rankings: Method -> scores of all queries.
-        retrains: Trains, or finds what was trained.
-        panel: The queries.
-        table: Where measurements are kept.
+        sweep: Trains the models and measures the queries on them.
         halves: Which models are trained.
-        device: Where the models are measured.
-        say: Is told what is being done.
 
     Raises:
         ValueError: A training failed, or a method did not score all training pictures; what is finished is kept.
         StorageError: A file could not be written.
     """
-    ids = retrains.data.ids
+    ids = sweep.retrains.ids
     for method, results in rankings.items():
         cut = [scores.query.id for scores in results if set(scores.ids) != set(ids)]
         if cut:
@@ -116,18 +109,20 @@ def linear_datamodeling_scores(
                 f"{method} did not score all training pictures for query {cut[0]!r}: its sums mean nothing."
             )
     subsets = halves.subsets(ids)
-    queries = [query.id for query in panel.queries]
+    queries = [scores.query.id for scores in next(iter(rankings.values()))]
+    seeds = halves.further_seeds if halves.repeated >= 3 else ()
 
-    def losses(rows: Sequence[int], seed: int) -> Float[NDArray[np.float64], "q m"]:
-        found = []
-        for row in rows:
-            retrain = Retrain(tuple(name for name, seen in zip(ids, subsets[row], strict=True) if not seen), seed)
-            say(f"half {row + 1} of {halves.count}, seed {seed}")
-            measured = measure_retrain(retrains, retrain, panel, table, device)
-            found.append([measured[query].loss for query in queries])
-        return np.array(found).T
+    def model(row: int, seed: int) -> Retrain:
+        return Retrain(tuple(name for name, seen in zip(ids, subsets[row], strict=True) if not seen), seed)
 
-    whole = losses(range(halves.count), halves.seed)
+    wanted = [model(row, halves.seed) for row in range(halves.count)]
+    wanted += [model(row, seed) for seed in seeds for row in range(halves.repeated)]
+    measured = sweep.measure(wanted)
+
+    def losses(count: int, seed: int) -> Float[NDArray[np.float64], "q m"]:
+        return np.array([[measured[model(row, seed)][query].loss for row in range(count)] for query in queries])
+
+    whole = losses(halves.count, halves.seed)
     found = []
     for method, results in rankings.items():
         by_query = {scores.query.id: dict(zip(scores.ids, scores.scores, strict=True)) for scores in results}
@@ -135,8 +130,8 @@ def linear_datamodeling_scores(
         metric = LinearDatamodelingScore()
         metric.update(values, torch.from_numpy(subsets), torch.from_numpy(whole))
         found.append(_score(method, torch.cat([each.flatten() for each in metric.values])))
-    if halves.repeated >= 3 and halves.further_seeds:
-        again = np.mean([losses(range(halves.repeated), seed) for seed in halves.further_seeds], axis=0)
+    if seeds:
+        again = np.mean([losses(halves.repeated, seed) for seed in seeds], axis=0)
         pairs = zip(whole[:, : halves.repeated], again, strict=True)
         found.append(_score("another seed", torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])))
     write_json(folder / RESULT, {"halves": vars(halves), "queries": queries, "rows": [vars(score) for score in found]})

@@ -1,19 +1,16 @@
 """Retrained models, addressed by what decides them, and what each says of a fixed panel of queries.
 
-No model is trained twice, whoever asks for it. What a panel measures on a model is a row in a small table that outlives
-the weights: a sweep goes on from the table alone, and weights may be deleted at any time.
+No model is trained twice, whoever asks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -26,7 +23,7 @@ from wherefrom.features import ImageEncoder
 from wherefrom.losses import LossGrid, LossPass
 from wherefrom.pipeline import load_model
 from wherefrom.queries import QuerySource, generate
-from wherefrom.storage import Identity, Store, identity_hash, replacing
+from wherefrom.storage import MANIFEST, Identity, Store, check_identity, identity_hash, write_manifest
 
 PIPELINE = "pipeline"
 _BATCH = 256
@@ -55,12 +52,14 @@ class Retrains:
     Args:
         store: Where the weights are kept.
         recipe: Everything about training that decides the weights, but for seed and pictures.
-        data: The whole training set.
+        ids: Ids of the whole training set.
+        fingerprint: That of its latents.
         train: Trains one model.
     """
 
-    def __init__(self, store: Store, recipe: Identity, data: LatentSet, train: Train) -> None:
-        self.store, self.recipe, self.data, self.train = store, dict(recipe), data, train
+    def __init__(self, store: Store, recipe: Identity, ids: Sequence[str], fingerprint: str, train: Train) -> None:
+        self.store, self.recipe, self.ids, self.fingerprint, self.train = store, dict(recipe), ids, fingerprint, train
+        self._published: dict[str, Path] = {}
 
     def identity(self, retrain: Retrain) -> dict[str, Any]:
         """What decides the weights.
@@ -68,14 +67,14 @@ class Retrains:
         Raises:
             ValueError: An excluded id is not in the training set, or is named twice.
         """
-        unknown = sorted(set(retrain.exclude) - set(self.data.ids))
+        unknown = sorted(set(retrain.exclude) - set(self.ids))
         if unknown:
             raise ValueError(f"{len(unknown)} ids to leave out are not in the training set, such as {unknown[0]!r}.")
         if len(set(retrain.exclude)) < len(retrain.exclude):
             raise ValueError("An id to leave out is named twice.")
         return {
             "recipe": self.recipe,
-            "data": self.data.fingerprint,
+            "data": self.fingerprint,
             "excluded": identity_hash({"ids": sorted(retrain.exclude)}),
             "excluded_count": len(retrain.exclude),
             "seed": retrain.seed,
@@ -86,9 +85,24 @@ class Retrains:
         """Hash of the identity."""
         return identity_hash(self.identity(retrain))
 
-    def has(self, retrain: Retrain) -> bool:
-        """Whether the weights are there."""
-        return self.store.find("retrain", self.identity(retrain)) is not None
+    def publish(self, retrain: Retrain, folder: Path) -> None:
+        """Uses the weights in a pipeline folder for this model, instead of training it.
+
+        Args:
+            retrain: The model.
+            folder: A copy of the pipeline that this recipe left for it, on this machine or another.
+
+        Raises:
+            ValueError: The folder does not say which retraining left it.
+            ArtifactMismatchError: Another recipe, other pictures or another seed did.
+        """
+        if not (folder / MANIFEST).exists():
+            raise ValueError(
+                f"{folder} holds no {MANIFEST}, so nothing says which training left it there. Copy a pipeline folder "
+                "that a retraining left in the store, or leave the model out: it is then trained."
+            )
+        check_identity(folder, self.identity(retrain))
+        self._published[self.name(retrain)] = folder
 
     def model(self, retrain: Retrain) -> DiffusionModel:
         """The trained model, trained now if it is not there.
@@ -100,8 +114,12 @@ class Retrains:
 
         def build(partial: Path) -> dict[str, Any]:
             self.train(retrain, partial)
+            write_manifest(partial / PIPELINE, self.identity(retrain))
             return {"excluded_ids": sorted(retrain.exclude)}
 
+        published = self._published.get(self.name(retrain))
+        if published is not None:
+            return load_model(str(published))
         return load_model(str(self.store.make("retrain", self.identity(retrain), build) / PIPELINE))
 
 
@@ -110,30 +128,30 @@ class Measurement:
     """What one model says of one query.
 
     Attributes:
-        losses: The query's loss on each timestep of the panel.
+        loss: The query's loss, the mean over the panel's timesteps.
+        losses: On each of them, in half precision: many models' must fit into a small table.
         mse: Mean squared difference, pixels from 0 to 1, of the query and what this model draws from its noise.
         similarity: Cosine of the two pictures' features; NaN without an encoder.
     """
 
-    losses: Float[NDArray[np.float32], "t"]
+    loss: float
+    losses: Float[NDArray[np.float16], "t"]
     mse: float
     similarity: float = float("nan")
-
-    @property
-    def loss(self) -> float:
-        """The mean over timesteps."""
-        return float(np.mean(self.losses, dtype=np.float64))
 
 
 class Panel:
     """Queries that every model is measured on: their losses, and what the model draws from their noise.
 
     Args:
-        queries: Queries that were drawn from `source`, in its order.
+        queries: Queries that were drawn from `source`, in its order. Their order does not decide what is measured.
         model: The model that drew them, whose encoder every other one shares.
         source: How they were drawn.
         timesteps: Timesteps of the losses; 200 are 0, 5, …, 995 (AbU, section 5.1).
         encoder: Compares pictures by their features also (CLIP in the papers).
+
+    Attributes:
+        name: Hash of what decides the measurements of a model.
 
     Raises:
         ValueError: A query was not drawn, so that it has no noise to draw from again.
@@ -177,14 +195,13 @@ class Panel:
             pictures.fingerprint,
         )
         self.features = None if encoder is None else encoder.encode_images(pictures.pixels)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the measurements of a model; the queries' ids name the sampler."""
-        return {
-            "queries": [query.id for query in self.queries],
-            "timesteps": self.grid.timesteps,
-            "encoder": None if self.encoder is None else self.encoder.identity(),
+        # What decides the measurements of a model; the queries' ids name the sampler.
+        identity = {
+            "queries": sorted(query.id for query in self.queries),
+            "timesteps": timesteps,
+            "encoder": None if encoder is None else encoder.identity(),
         }
+        self.name = identity_hash(identity)
 
     def measure(self, model: DiffusionModel) -> dict[str, Measurement]:
         """Query id -> what this model says of it.
@@ -194,7 +211,7 @@ class Panel:
         """
         work = LossPass(model, self.data, self.grid, _BATCH)
         work.step(range(len(self.queries)))
-        losses = work.losses.mean(dim=(1, 2, 4)).float().numpy()
+        losses = work.losses.mean(dim=(1, 2, 4)).double().numpy()
         source, shape = self.source, self.queries[0].latent
         assert shape is not None
         channels, rows, columns = (int(side) for side in shape.shape)
@@ -217,81 +234,10 @@ class Panel:
         found = {}
         for row, query in enumerate(self.queries):
             difference = (pixels[row].astype(np.float64) - query.pixels) / 255.0
-            found[query.id] = Measurement(losses[row], float(np.square(difference).mean()), float(similarity[row]))
+            found[query.id] = Measurement(
+                float(losses[row].mean()),
+                losses[row].astype(np.float16),
+                float(np.square(difference).mean()),
+                float(similarity[row]),
+            )
         return found
-
-
-class Measurements:
-    """The table of what panels measured: one row a model and query, kept as a small parquet file.
-
-    Args:
-        path: The file; it need not exist yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self, retrain: str, panel: Identity) -> dict[str, Measurement] | None:
-        """Query id -> measurement of a model, or None if it was not measured by this panel.
-
-        Args:
-            retrain: The model's name.
-            panel: The panel's identity.
-        """
-        if not self.path.exists():
-            return None
-        rows = pq.read_table(
-            self.path, filters=[("retrain", "=", retrain), ("panel", "=", identity_hash(panel))]
-        ).to_pylist()
-        found = {
-            row["query"]: Measurement(np.array(row["losses"], dtype=np.float32), row["mse"], row["similarity"])
-            for row in rows
-        }
-        return found or None
-
-    def add(self, retrain: str, panel: Identity, excluded: int, seed: int, measured: Mapping[str, Measurement]) -> None:
-        """Adds a model's rows.
-
-        Args:
-            retrain: The model's name.
-            panel: The panel's identity.
-            excluded: How many pictures it was trained without.
-            seed: Its seed.
-            measured: Query id -> measurement.
-
-        Raises:
-            StorageError: The file could not be written; what it held stays.
-        """
-        count = len(measured)
-        rows = pa.table(
-            {
-                "retrain": pa.array([retrain] * count, pa.string()),
-                "panel": pa.array([identity_hash(panel)] * count, pa.string()),
-                "excluded": pa.array([excluded] * count, pa.int64()),
-                "seed": pa.array([seed] * count, pa.int64()),
-                "query": pa.array(list(measured), pa.string()),
-                "losses": pa.array([each.losses.tolist() for each in measured.values()], pa.list_(pa.float32())),
-                "mse": pa.array([each.mse for each in measured.values()], pa.float64()),
-                "similarity": pa.array([each.similarity for each in measured.values()], pa.float64()),
-            }
-        )
-        kept = [pq.read_table(self.path)] if self.path.exists() else []
-        with replacing(self.path) as temporary:
-            pq.write_table(pa.concat_tables([*kept, rows]), temporary, compression="zstd")
-
-
-def measure_retrain(
-    retrains: Retrains, retrain: Retrain, panel: Panel, table: Measurements, device: torch.device
-) -> dict[str, Measurement]:
-    """The panel's measurements of a model, from the table if they are there, else from the model, trained if need be.
-
-    Raises:
-        ValueError: Training failed or a loss is not finite.
-        StorageError: A file could not be written.
-    """
-    name = retrains.name(retrain)
-    found = table.read(name, panel.identity())
-    if found is None:
-        found = panel.measure(retrains.model(retrain).to(device))
-        table.add(name, panel.identity(), len(retrain.exclude), retrain.seed, found)
-    return found

@@ -1,0 +1,223 @@
+"""Many retrainings: what was measured before is not done again, the rest is done here or shared out to workers.
+
+What a panel measures on a model is a row in a small table that outlives the weights: a sweep goes on from the table
+alone, and weights may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from filelock import FileLock
+
+from wherefrom.attributors.base import Say, silent
+from wherefrom.progress import duration, room
+from wherefrom.retraining import PIPELINE, Measurement, Panel, Retrain, Retrains
+from wherefrom.runner import best_device
+from wherefrom.storage import replacing, storage_errors
+
+ByQuery = Mapping[str, Measurement]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A model's measurements.
+
+    Attributes:
+        measured: Query id -> what the model says of it.
+        seconds: How long it took to train (0 where the weights were there) and to measure the model.
+    """
+
+    measured: ByQuery
+    seconds: float
+
+
+class Work:
+    """What a worker does with one model: train it if its weights are not there, and measure the panel on it.
+
+    Args:
+        retrains: Trains, or finds what was trained.
+        panel: The queries.
+        device: Where models are measured; by default a GPU where the worker has one.
+    """
+
+    def __init__(self, retrains: Retrains, panel: Panel, device: torch.device | None = None) -> None:
+        self.retrains, self.panel, self.device = retrains, panel, device
+
+    def __call__(self, retrain: Retrain) -> Finished:
+        """Trains and measures.
+
+        Raises:
+            ValueError: Training failed or a loss is not finite.
+            StorageError: The store could not be written.
+        """
+        started = time.monotonic()
+        measured = self.panel.measure(self.retrains.model(retrain).to(self.device or best_device()))
+        return Finished(measured, time.monotonic() - started)
+
+
+# Does the work for each model, in any order; a model that could not be trained comes back with what went wrong.
+Engine = Callable[[Work, Sequence[Retrain]], Iterator[tuple[Retrain, Finished | Exception]]]
+
+
+def in_process(work: Work, wanted: Sequence[Retrain]) -> Iterator[tuple[Retrain, Finished | Exception]]:
+    """One model after the other, in this process."""
+    for retrain in wanted:
+        try:
+            yield retrain, work(retrain)
+        except (ValueError, RuntimeError) as error:
+            yield retrain, error
+
+
+class Measurements:
+    """The table of what panels measured: one row a model and query, kept as a small parquet file.
+
+    Args:
+        path: The file; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, panel: str) -> dict[str, Finished]:
+        """Model -> what this panel measured on it.
+
+        Args:
+            panel: The panel's name.
+
+        Raises:
+            ValueError: The file is no such table.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            rows = pq.read_table(self.path, filters=[("panel", "=", panel)]).to_pylist()
+            measured: dict[str, dict[str, Measurement]] = {}
+            seconds: dict[str, float] = {}
+            for row in rows:
+                losses = np.array(row["losses"], dtype=np.float16)
+                found = Measurement(row["loss"], losses, row["mse"], row["similarity"])
+                measured.setdefault(row["retrain"], {})[row["query"]] = found
+                seconds[row["retrain"]] = row["seconds"]
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise ValueError(
+                f"{self.path} is not a table of measurements ({error}). Name another file, or delete it to start anew."
+            ) from error
+        return {name: Finished(found, seconds[name]) for name, found in measured.items()}
+
+    def add(self, name: str, retrain: Retrain, panel: str, finished: Finished) -> None:
+        """Adds a model's rows; several sweeps may write to one table.
+
+        Args:
+            name: The model's name.
+            retrain: The model.
+            panel: The panel's name.
+            finished: What it measured.
+
+        Raises:
+            StorageError: The file could not be written; what it held stays.
+        """
+        measured, count = finished.measured, len(finished.measured)
+        rows = pa.table(
+            {
+                "retrain": pa.array([name] * count, pa.string()),
+                "panel": pa.array([panel] * count, pa.string()),
+                "excluded": pa.array([len(retrain.exclude)] * count, pa.int64()),
+                "seed": pa.array([retrain.seed] * count, pa.int64()),
+                "seconds": pa.array([finished.seconds] * count, pa.float64()),
+                "query": pa.array(list(measured), pa.string()),
+                "loss": pa.array([each.loss for each in measured.values()], pa.float64()),
+                "losses": pa.array([each.losses for each in measured.values()], pa.list_(pa.float16())),
+                "mse": pa.array([each.mse for each in measured.values()], pa.float64()),
+                "similarity": pa.array([each.similarity for each in measured.values()], pa.float64()),
+            }
+        )
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                kept = [pq.read_table(self.path)] if self.path.exists() else []
+                with replacing(self.path) as temporary:
+                    pq.write_table(pa.concat_tables([*kept, rows]), temporary, compression="zstd")
+
+
+class Sweep:
+    """Measures one panel on many models.
+
+    Args:
+        retrains: Trains, or finds what was trained.
+        panel: The queries.
+        table: Where measurements are kept.
+        engine: Where the work is done.
+        say: Is told the plan and the progress.
+        device: See `Work`.
+    """
+
+    def __init__(
+        self,
+        retrains: Retrains,
+        panel: Panel,
+        table: Measurements,
+        engine: Engine = in_process,
+        say: Say = silent,
+        device: torch.device | None = None,
+    ) -> None:
+        self.retrains, self.panel, self.table, self.engine, self.say = retrains, panel, table, engine, say
+        self.work = Work(retrains, panel, device)
+
+    def measure(self, wanted: Sequence[Retrain]) -> dict[Retrain, ByQuery]:
+        """What the panel says of each model; those that are not in the table are trained and measured now.
+
+        A model that cannot be trained does not stop the others.
+
+        Raises:
+            ValueError: Some models could not be trained; the others are in the table.
+            StorageError: A file could not be written; what was finished before is kept.
+        """
+        distinct = list(dict.fromkeys(wanted))
+        names = {retrain: self.retrains.name(retrain) for retrain in distinct}
+        known = self.table.read(self.panel.name)
+        found = {retrain: known[name].measured for retrain, name in names.items() if name in known}
+        waiting = [retrain for retrain in distinct if retrain not in found]
+        self.say(self._plan(len(distinct), len(waiting), known))
+        started, failed = time.monotonic(), []
+        for done, (retrain, result) in enumerate(self.engine(self.work, waiting), start=1):
+            model = f"seed {retrain.seed}, without {len(retrain.exclude)} pictures"
+            if isinstance(result, Exception):
+                failed.append((retrain, result))
+                self.say(f"FAILED: {model}: {result}")
+                continue
+            self.table.add(names[retrain], retrain, self.panel.name, result)
+            found[retrain] = result.measured
+            left = (time.monotonic() - started) / done * (len(waiting) - done)
+            self.say(f"model {done} of {len(waiting)} ({model}): {duration(result.seconds)}; {duration(left)} to go")
+        if failed:
+            retrain, error = failed[0]
+            raise ValueError(
+                f"{len(failed)} of {len(waiting)} models could not be trained; the others are in {self.table.path}, "
+                f"and the same command goes on from there. The first that failed, with seed {retrain.seed} and "
+                f"{len(retrain.exclude)} pictures left out ({names[retrain]}): {error}"
+            ) from error
+        return found
+
+    def _plan(self, count: int, waiting: int, known: Mapping[str, Finished]) -> str:
+        plan = f"{count} models, {count - waiting} of them measured before; {waiting} to train"
+        if not waiting:
+            return plan
+        seconds = [finished.seconds for finished in known.values()]
+        each = f"about {duration(float(np.median(seconds)))} each" if seconds else "time is known after the first"
+        size = self._size()
+        disk = "" if size is None else f", {waiting * size / 2**20:,.0f} MiB of weights (which may be deleted any time)"
+        return f"{plan}: {each}{disk}; {room(self.retrains.store.root)}"
+
+    def _size(self) -> int | None:
+        """Bytes of one model's folder, where there is one."""
+        for folder in (self.retrains.store.root / "retrain").glob(f"*/{PIPELINE}"):
+            return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return None
