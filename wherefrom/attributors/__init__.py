@@ -1,5 +1,6 @@
 """Attribution methods, all behind `Attributor`."""
 
+from wherefrom.attributors.among import AmongNearest
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
 from wherefrom.attributors.influence import InfluenceFunction
@@ -9,6 +10,7 @@ from wherefrom.attributors.unlearning import AttributionByUnlearning
 
 __all__ = [
     "TRAK",
+    "AmongNearest",
     "AttributionByUnlearning",
     "Attributor",
     "CaptionSimilarity",

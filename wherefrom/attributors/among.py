@@ -1,0 +1,82 @@
+"""A dear method among the pictures that a cheap one finds near the query (Fast Data Attribution, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, Work, silent
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+
+
+class AmongNearest(Attributor):
+    """Scores the pictures that are nearest to a query; all others come after them, the nearest first.
+
+    Pictures that influence a query without resembling it cannot be found, however good the method is.
+
+    Args:
+        method: Scores the nearest pictures.
+        nearest: Says which pictures are near, such as `ImageSimilarity`.
+        k: How many are scored.
+
+    Raises:
+        ValueError: `k` is not positive.
+    """
+
+    def __init__(self, method: Attributor, nearest: Attributor, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1; given {k}.")
+        self.method, self.nearest, self.k = method, nearest, k
+        self.requires = method.requires | nearest.requires
+        self.takes_regions = method.takes_regions and nearest.takes_regions
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        method = self.method.identity()
+        return {
+            "method": f"{method['method']} among the nearest {self.k}",
+            "of": method,
+            "nearest": self.nearest.identity(),
+            "k": self.k,
+        }
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """Refuses what either method refuses."""
+        for each in (self.method, self.nearest):
+            each.check(queries)
+
+    def work(self, data: TrainingData, queries: int) -> Work:
+        """The method's, as if it scored all pictures: what it makes once it makes of all."""
+        return self.method.work(data, queries)
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Makes what both methods need.
+
+        Raises:
+            ValueError: There are not `k` training pictures.
+        """
+        if self.k > len(data.pictures):
+            raise ValueError(f"k is {self.k}, but there are {len(data.pictures)} training pictures.")
+        for each in (self.nearest, self.method):
+            each.progress = self.progress
+            each.fit(data, model, store, runner, say)
+        self.fit_s = {**self.nearest.fit_s, **self.method.fit_s}
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """One query at a time: those near, then the method among them."""
+        for query, near in zip(queries, self.nearest.score(queries, candidates), strict=True):
+            chosen = [name for name, _ in near.top(self.k)]
+            (found,) = self.method.score([query], chosen)
+            by_id = dict(zip(found.ids, found.scores.tolist(), strict=True))
+            lowest, spread = float(found.scores.min()), float(np.ptp(found.scores)) or 1.0
+            rest = [name for name, _ in near.top(len(near.ids)) if name not in by_id]
+            by_id |= {name: lowest - spread * (place + 1) / len(near.ids) for place, name in enumerate(rest)}
+            scores = np.array([by_id[name] for name in near.ids])
+            yield replace(found, ids=near.ids, scores=scores, parts={})
