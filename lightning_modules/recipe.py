@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 import yaml
 
 import train
@@ -100,6 +101,8 @@ class Recipe:
                 raise ValueError(f"Training in {folder} ended with exit status {done.returncode}; see above.")
         else:
             train.main(arguments)
+            if wandb.run is not None:
+                wandb.finish()  # or the next training of this process would be logged as the same run
         shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _many_devices(self) -> bool:
@@ -115,4 +118,5 @@ class Recipe:
         listed = [each for each in (given if isinstance(given, list) else [given]) if isinstance(each, dict)]
         package = {"logger": "lightning.pytorch.loggers", "callbacks": "lightning.pytorch.callbacks"}[kind]
         kept = [each for each in listed if each["class_path"].rsplit(".", 1)[-1] != name]
-        return [*kept, {"class_path": f"{package}.{name}", "init_args": init_args}]
+        # First, since Lightning keeps the configuration beside what the first logger writes.
+        return [{"class_path": f"{package}.{name}", "init_args": init_args}, *kept]
