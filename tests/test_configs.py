@@ -54,8 +54,10 @@ def test_every_attributor_file_makes_its_attributor(path: Path, stand_ins: dict[
 def test_every_experiment_file_is_understood(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load(path.read_text())
     if "methods" in content:
-        config = evaluate.parser().parse_args(["compare", "-c", str(path)])
-        assert set(evaluate.load_methods([Path(file.absolute) for file in config.compare.methods])) == {
+        command = "counterfactual" if "recipe" in content else "compare"
+        config = evaluate.parser().parse_args([command, "-c", str(path)])[command]
+        files = [Path(file.absolute) for file in config.methods]
+        assert set(evaluate.load_methods(files, config.settings, strict=True)) == {
             Path(file).stem for file in content["methods"]
         }
     elif "attributor" in content:

@@ -21,7 +21,7 @@ from datamodules import ImageFolder
 from lightning_modules.recipe import Recipe
 from tests.tiny import LENGTH, text_folder, training_config
 from wherefrom import keyed
-from wherefrom.counterfactual import Protocol
+from wherefrom.counterfactual import Protocol, plan
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.lds import Halves
 from wherefrom.parts import LatentEncoder
@@ -291,3 +291,9 @@ def test_protocols_that_make_no_sense_are_refused() -> None:
         Protocol(ks=[1, 2, 3], pools=[4, 5])
     assert Protocol(ks=[1, 2], pools=[4, 5]).stages() == [(1, 4), (2, 5)]
     assert Protocol(ks=[1, 2], pools=[4]).stages() == [(1, 4), (2, 4)]
+
+
+def test_names_of_the_judges_own_rows_are_refused() -> None:
+    for name in ("random", "another seed"):
+        with pytest.raises(ValueError, match=f"A method is called '{name}'"):
+            plan({name: {"query": ["a", "b"]}}, Protocol(ks=[1]), ["a", "b"])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from wherefrom.attributors.base import Scores
 from wherefrom.evaluation.removal import (
+    RANDOM,
     Effect,
     Removal,
     effect_of,
@@ -26,6 +27,7 @@ from wherefrom.storage import write_json
 from wherefrom.sweep import Sweep
 
 RESULT = "counterfactual.json"
+FLOOR = "another seed"
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ def plan(
         training: Ids of the training set.
 
     Raises:
-        ValueError: K is larger than a ranking, a pool would leave out too much, or a ranking is of another data set.
+        ValueError: K is larger than a ranking, a pool would leave out too much, a ranking is of another data set, or a
+            method has the name of one of the judge's own rows.
     """
+    reserved = {RANDOM, FLOOR} & set(rankings)
+    if reserved:
+        raise ValueError(f"A method is called {min(reserved)!r}, as a row of the judge's own is: rename its file.")
     queries = list(next(iter(rankings.values())))
     found: list[Removal] = []
     for k, size in protocol.stages():
@@ -138,7 +144,8 @@ def judge(folder: Path, rankings: Mapping[str, Sequence[Scores]], sweep: Sweep, 
     }
     removals = plan(named, protocol, sweep.retrains.ids)
     wanted = [Retrain((), seed) for seed in protocol.seeds]
-    wanted += [Retrain(removal.ids, seed) for removal in removals for seed in protocol.seeds]
+    # One seed after the other: a sweep that is cut short has then judged all methods by the first.
+    wanted += [Retrain(removal.ids, seed) for seed in protocol.seeds for removal in removals]
     measured = sweep.measure(wanted)
     rows = [_row(group, measured, protocol) for group in _groups(removals)]
     rows += _floor(measured, protocol)
@@ -188,7 +195,7 @@ def _floor(measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Prot
         )
     nothing = np.full(len(queries), np.nan)
     effects = [Effect(queries, found[kind], nothing) for kind in ("loss", "mse", "similarity")]
-    return [Row("another seed", 0, 0.0, *effects)]
+    return [Row(FLOOR, 0, 0.0, *effects)]
 
 
 def estimate(values: Float[NDArray[np.float64], "q"]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from scipy.optimize import isotonic_regression
 
 from wherefrom.keyed import hash_text
 
+RANDOM = "random"  # the method of removals by chance
 MOST_REMOVED = 0.1  # of the training set, by one pool
 
 
@@ -128,7 +129,7 @@ def random_removals(like: Sequence[Removal], training: Sequence[str], seed: int)
     for removal in like:
         salt = f"random removal/{seed}/{removal.k}/{'/'.join(removal.queries)}"
         order = sorted(training, key=lambda name: hash_text(f"{salt}/{name}"))
-        found.append(Removal("random", removal.k, removal.queries, tuple(sorted(order[: len(removal.ids)]))))
+        found.append(Removal(RANDOM, removal.k, removal.queries, tuple(sorted(order[: len(removal.ids)]))))
     return found
 
 
