@@ -5,6 +5,7 @@ python evaluate.py attribute -c configs/experiment/demo.yaml --queries.prompts '
 python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
 python evaluate.py counterfactual -c EXPERIMENT  # train again without what each method names
 python evaluate.py lds -c EXPERIMENT             # train on random halves
+python evaluate.py report --output RUN           # the judge's page and curves once more
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from wherefrom.comparison import compare
 from wherefrom.counterfactual import Protocol, judge
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.features import ImageEncoder
+from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
@@ -77,10 +79,15 @@ def parser() -> ArgumentParser:
     lds_parser = trial_parser(linear_datamodeling_scores.__doc__)
     lds_parser.add_class_arguments(Halves, "halves")
     lds_parser.add_argument("--timesteps", type=int, default=200, help="timesteps of the queries' losses")
+    report_parser = ArgumentParser(description=write_judge_report.__doc__)
+    report_parser.add_argument(
+        "--output", type=str, required=True, help="the run folder of `evaluate.py counterfactual`"
+    )
     root = ArgumentParser(description=__doc__)
     commands = root.add_subcommands()
     commands.add_subcommand("counterfactual", counterfactual_parser)
     commands.add_subcommand("lds", lds_parser)
+    commands.add_subcommand("report", report_parser)
     commands.add_subcommand("attribute", attribute_parser)
     commands.add_subcommand("compare", compare_parser)
     return root
@@ -291,7 +298,8 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> tuple[dict[str, lis
         place = output / name
         rankings[name] = attribute(place, method, data, model, queries, store, runner, config.report, console.say)
     table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    return rankings, Sweep(retrains, panel, table, config.workers.get(), console.say)
+    engine = config.workers.get()
+    return rankings, Sweep(retrains, panel, table, engine, console.say, pictures=output / counterfactual.PICTURES)
 
 
 def run_counterfactual(config: Any) -> None:
@@ -299,6 +307,13 @@ def run_counterfactual(config: Any) -> None:
     protocol: Protocol = config.protocol
     rankings, sweep = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
     print(counterfactual.as_table(judge(Path(config.output), rankings, sweep, protocol)))
+    write_judge_report(Path(config.output))
+
+
+def run_report(config: Any) -> None:
+    """`evaluate.py report`."""
+    for path in write_judge_report(Path(config.output)):
+        print(path)
 
 
 def run_lds(config: Any) -> None:
@@ -320,6 +335,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "compare": run_compare,
             "counterfactual": run_counterfactual,
             "lds": run_lds,
+            "report": run_report,
         }
         runs[initialised.subcommand](initialised[initialised.subcommand])
     except (ValueError, OSError) as error:

@@ -215,6 +215,9 @@ def test_the_command_line_judges_and_goes_on_after_a_kill(recipe_file: Path, fol
     evaluate.main(["counterfactual", "-c", str(whole)])
     found, expected = (json.loads((folder / name / "counterfactual.json").read_text()) for name in ("killed", "whole"))
     assert found == expected
+    page = (folder / "whole" / "judge.html").read_text()
+    assert all(prompt in page for prompt in SOURCE.prompts)
+    assert page.count("<td><img") == 2 * 3, "before, and without what pixel and chance named"
     rows = {(row["method"], row["k"]): row for row in expected["rows"]}
     assert set(rows) == {("pixel", 2), ("random", 2), ("another seed", 0)}
     assert len(rows["pixel", 2]["loss"]["own"]) == 2

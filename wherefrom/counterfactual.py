@@ -27,6 +27,7 @@ from wherefrom.storage import write_json
 from wherefrom.sweep import Sweep
 
 RESULT = "counterfactual.json"
+PICTURES = "pictures"  # folder of what each model draws
 FLOOR = "another seed"
 
 
@@ -149,8 +150,24 @@ def judge(folder: Path, rankings: Mapping[str, Sequence[Scores]], sweep: Sweep, 
     measured = sweep.measure(wanted)
     rows = [_row(group, measured, protocol) for group in _groups(removals)]
     rows += _floor(measured, protocol)
-    write_json(folder / RESULT, {"protocol": vars(protocol), "rows": [_as_json(row) for row in rows]})
+    models = [_model(sweep, Removal(FLOOR, 0, (), ()), seed) for seed in protocol.seeds]
+    models += [_model(sweep, removal, seed) for removal in removals for seed in protocol.seeds]
+    result = {
+        "protocol": vars(protocol),
+        "prompts": {query.id: query.prompt for query in sweep.panel.queries},
+        "encoder": None if sweep.panel.encoder is None else type(sweep.panel.encoder).__name__,
+        "training_pictures": len(sweep.retrains.ids),
+        "models": models,
+        "rows": [_as_json(row) for row in rows],
+    }
+    write_json(folder / RESULT, result)
     return rows
+
+
+def _model(sweep: Sweep, removal: Removal, seed: int) -> dict[str, Any]:
+    """Which model a removal's is, for whoever looks for what it drew."""
+    name = sweep.retrains.name(Retrain(removal.ids, seed))
+    return {"name": name, "seed": seed, "method": removal.method, "k": removal.k, "queries": list(removal.queries)}
 
 
 def _groups(removals: Sequence[Removal]) -> list[list[Removal]]:

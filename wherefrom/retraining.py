@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
 from wherefrom.attributors.base import Query
@@ -132,12 +132,14 @@ class Measurement:
         losses: On each of them, in half precision: many models' must fit into a small table.
         mse: Mean squared difference, pixels from 0 to 1, of the query and what this model draws from its noise.
         similarity: Cosine of the two pictures' features; NaN without an encoder.
+        picture: What this model draws; not kept in tables.
     """
 
     loss: float
     losses: Float[NDArray[np.float16], "t"]
     mse: float
     similarity: float = float("nan")
+    picture: UInt8[NDArray[np.uint8], "h w 3"] | None = None
 
 
 class Panel:
@@ -239,5 +241,6 @@ class Panel:
                 losses[row].astype(np.float16),
                 float(np.square(difference).mean()),
                 float(similarity[row]),
+                pixels[row],
             )
         return found

@@ -16,6 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from wherefrom.attributors.base import Say, silent
 from wherefrom.progress import duration, room
@@ -147,6 +150,39 @@ class Measurements:
                     pq.write_table(pa.concat_tables([*kept, rows]), temporary, compression="zstd")
 
 
+def write_strip(path: Path, measured: ByQuery) -> None:
+    """Writes what a model draws: the queries' pictures side by side, in the order of their ids.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    drawn = [measured[query].picture for query in sorted(measured)]
+    pictures = [picture for picture in drawn if picture is not None]
+    if len(pictures) == len(drawn):
+        with replacing(path) as temporary:
+            Image.fromarray(np.concatenate(pictures, axis=1)).save(temporary, "PNG")
+
+
+def read_strip(path: Path, queries: Sequence[str]) -> dict[str, UInt8[NDArray[np.uint8], "h w 3"]]:
+    """Query -> what a model draws for it.
+
+    Args:
+        path: A file of `write_strip`.
+        queries: All queries of the panel.
+
+    Raises:
+        ValueError: The file is no picture of so many queries.
+    """
+    try:
+        with Image.open(path) as opened:
+            strip = np.asarray(opened.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+    if strip.shape[1] % len(queries):
+        raise ValueError(f"{path} is {strip.shape[1]} pixels wide, which is no multiple of its {len(queries)} queries.")
+    return dict(zip(sorted(queries), np.split(strip, len(queries), axis=1), strict=True))
+
+
 class Sweep:
     """Measures one panel on many models.
 
@@ -157,6 +193,7 @@ class Sweep:
         engine: Where the work is done.
         say: Is told the plan and the progress.
         device: See `Work`.
+        pictures: Folder for what each model draws, one PNG a model: the queries' pictures side by side, by their ids.
     """
 
     def __init__(
@@ -167,8 +204,10 @@ class Sweep:
         engine: Engine = in_process,
         say: Say = silent,
         device: torch.device | None = None,
+        pictures: Path | None = None,
     ) -> None:
         self.retrains, self.panel, self.table, self.engine, self.say = retrains, panel, table, engine, say
+        self.pictures = pictures
         self.work = Work(retrains, panel, device)
 
     def measure(self, wanted: Sequence[Retrain]) -> dict[Retrain, ByQuery]:
@@ -195,6 +234,8 @@ class Sweep:
                 continue
             self.table.add(names[retrain], retrain, self.panel.name, result)
             found[retrain] = result.measured
+            if self.pictures is not None:
+                write_strip(self.pictures / f"{names[retrain]}.png", result.measured)
             left = (time.monotonic() - started) / done * (len(waiting) - done)
             self.say(f"model {done} of {len(waiting)} ({model}): {duration(result.seconds)}; {duration(left)} to go")
         if failed:
