@@ -19,10 +19,12 @@ import evaluate
 import train
 from datamodules import ImageFolder
 from lightning_modules.recipe import Recipe
-from tests.tiny import LENGTH, text_folder, training_config
+from tests.tiny import LENGTH, one_process, text_folder, training_config
 from wherefrom import keyed
-from wherefrom.counterfactual import Protocol, plan
+from wherefrom.attributors import PixelSimilarity, Query, Scores
+from wherefrom.counterfactual import Protocol, as_table, judge, plan
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.evaluation.removal import random_equivalent, random_ladder
 from wherefrom.lds import Halves
 from wherefrom.parts import LatentEncoder
 from wherefrom.pipeline import load_model
@@ -284,6 +286,32 @@ def test_deviations_are_logged_while_a_model_is_trained_again(
     change = np.mean([after[query].loss - measured.loss for query, measured in before.items()])
     assert float(logged["deviation/loss"]) == pytest.approx(change, rel=0.05), "the saved weights are rounded"
     assert float(logged["deviation/mse"]) == pytest.approx(np.mean([each.mse for each in after.values()]), rel=0.05)
+
+
+def test_random_equivalents_come_from_a_ladder_of_models(sweep: Sweep, panel: Panel, tmp_path: Path) -> None:
+    scores = [pixel_scores(sweep, query) for query in panel.queries]
+    sweeping = Sweeps(sweep.retrains, panel, Measurements(tmp_path / "table.parquet"))
+    protocol = Protocol(ks=[2], pools=[2], random=0, ladder=[4, 30], ladder_draws=2)
+    (row,) = judge(tmp_path, {"pixel": scores}, sweeping, protocol)
+    before, rungs = sweeping.measure([Retrain()])[Retrain()], []
+    for rung in random_ladder([4, 30], 2, sweep.retrains.ids):
+        after = sweeping.measure([Retrain(rung.ids)])[Retrain(rung.ids)]
+        rungs.append(np.mean([after[query].loss - found.loss for query, found in before.items()]))
+    expected = random_equivalent([4, 30], [rungs[:2], rungs[2:]], float(row.loss.own.mean()))
+    assert row.equivalent == pytest.approx(expected)
+    assert "at random |" in as_table([row]).splitlines()[0]
+    small, large = (set(random_ladder([count], 1, sweep.retrains.ids)[0].ids) for count in (4, 30))
+    assert len(small) == 4
+    assert small < large
+    with pytest.raises(ValueError, match="has rungs between 1 and one less; given 40"):
+        random_ladder([40], 1, sweep.retrains.ids)
+
+
+def pixel_scores(sweep: Sweep, query: Query) -> Scores:
+    method = PixelSimilarity()
+    method.fit(sweep.data, None, sweep.store, one_process())
+    (found,) = method.score([query])
+    return found
 
 
 def test_protocols_that_make_no_sense_are_refused() -> None:

@@ -30,6 +30,7 @@ def row(method: str, k: int, own: float) -> dict[str, Any]:
         "method": method,
         "k": k,
         "removed": 2.0 * k,
+        "equivalent": [30.0, 20.0, None] if method == "pixel" else None,
         "queries": ["a", "b"],
         "loss": effect(own, own + 0.1),
         "mse": effect(own / 10, own / 10),
@@ -71,7 +72,9 @@ def test_the_page_shows_curves_table_and_pictures(tmp_path: Path) -> None:
     assert HOSTILE not in html
     assert "&lt;script&gt;" in html
     assert html.count("<tr>") == 1 + 4 + 1 + 2, "a line for each row and for each query"
-    assert re.search(r"<td>pixel</td><td>4</td><td>8</td><td>2</td><td>0.45 ± 0.05</td>", html)
+    assert re.search(
+        r"<td>pixel</td><td>4</td><td>8</td><td>2</td><td>0.45 ± 0.05</td>.*<td>30 \(20 to inf\)</td>", html
+    )
     pictures = re.findall(r"<td>(<img[^>]*>|–)</td>", html.split("Pictures before")[1])
     assert [each == "–" for each in pictures] == [False, False, True] * 2, "what was deleted is left out"
     assert len(set(pictures)) == 5, "each query and model has a picture of its own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from wherefrom.evaluation.removal import (
     effect_of,
     plan_removals,
     pool_queries,
+    random_equivalent,
+    random_ladder,
     random_removals,
     top_of_ranking,
 )
@@ -42,6 +44,9 @@ class Protocol:
         seeds: Seeds of the trainings; each has its own model with all pictures.
         random: How many times as many pictures are left out at random for each pool.
         timesteps: Timesteps of the queries' losses (AbU, section 5.1: 200).
+        ladder: Numbers of pictures that are left out at random, to say how many random pictures do as much as those
+            that a method names (AbU, section 5.1: up to the whole set). Empty leaves that out.
+        ladder_draws: Models on each rung.
     """
 
     ks: list[int] = field(default_factory=lambda: [16])
@@ -49,6 +54,8 @@ class Protocol:
     seeds: list[int] = field(default_factory=lambda: [0])
     random: int = 1
     timesteps: int = 200
+    ladder: list[int] = field(default_factory=list)
+    ladder_draws: int = 3
 
     def __post_init__(self) -> None:
         if min(self.ks, default=0) < 1 or min(self.pools, default=0) < 1 or not self.seeds or self.random < 0:
@@ -75,6 +82,8 @@ class Row:
         loss: Change of each query's loss, own and others.
         mse: Change of its picture, own and others.
         similarity: Similarity of its picture before and after, own and others.
+        equivalent: How many random pictures must go for the same mean change of the loss, and a 95 % interval; None
+            without a ladder.
     """
 
     method: str
@@ -83,6 +92,7 @@ class Row:
     loss: Effect
     mse: Effect
     similarity: Effect
+    equivalent: tuple[float, float, float] | None = None
 
 
 def plan(
@@ -147,8 +157,12 @@ def judge(folder: Path, rankings: Mapping[str, Sequence[Scores]], sweep: Sweep, 
     wanted = [Retrain((), seed) for seed in protocol.seeds]
     # One seed after the other: a sweep that is cut short has then judged all methods by the first.
     wanted += [Retrain(removal.ids, seed) for seed in protocol.seeds for removal in removals]
+    ladder = random_ladder(protocol.ladder, protocol.ladder_draws, sweep.retrains.ids)
+    wanted += [Retrain(rung.ids, seed) for seed in protocol.seeds for rung in ladder]
     measured = sweep.measure(wanted)
     rows = [_row(group, measured, protocol) for group in _groups(removals)]
+    if ladder:
+        rows = [_with_equivalent(row, ladder, measured, protocol) for row in rows]
     rows += _floor(measured, protocol)
     models = [_model(sweep, Removal(FLOOR, 0, (), ()), seed) for seed in protocol.seeds]
     models += [_model(sweep, removal, seed) for removal in removals for seed in protocol.seeds]
@@ -191,6 +205,20 @@ def _row(removals: Sequence[Removal], measured: Mapping[Retrain, Mapping[str, Me
     return Row(removals[0].method, removals[0].k, count, effects["loss"], effects["mse"], effects["similarity"])
 
 
+def _with_equivalent(
+    row: Row, ladder: Sequence[Removal], measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Protocol
+) -> Row:
+    """The row with its random equivalent: the change of the same queries' losses on the ladder's models."""
+    rungs: dict[int, list[float]] = {}
+    for rung in ladder:
+        for seed in protocol.seeds:
+            changes = _changes(measured[Retrain((), seed)], measured[Retrain(rung.ids, seed)])
+            rungs.setdefault(rung.k, []).append(float(np.mean([changes[query]["loss"] for query in row.loss.queries])))
+    counts = sorted(rungs)
+    found = random_equivalent(counts, [rungs[count] for count in counts], float(row.loss.own.mean()))
+    return replace(row, equivalent=found)
+
+
 def _changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
     """Query -> what changed between two models of one seed; pictures are compared with the query itself."""
     return {
@@ -211,8 +239,8 @@ def _floor(measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Prot
             [np.mean([abs(_changes(models[0], other)[query][kind]) for other in models[1:]]) for query in queries]
         )
     nothing = np.full(len(queries), np.nan)
-    effects = [Effect(queries, found[kind], nothing) for kind in ("loss", "mse", "similarity")]
-    return [Row(FLOOR, 0, 0.0, *effects)]
+    loss, mse, similarity = (Effect(queries, found[kind], nothing) for kind in ("loss", "mse", "similarity"))
+    return [Row(FLOOR, 0, 0.0, loss, mse, similarity)]
 
 
 def estimate(values: Float[NDArray[np.float64], "q"]) -> tuple[float, float]:
@@ -226,12 +254,16 @@ def estimate(values: Float[NDArray[np.float64], "q"]) -> tuple[float, float]:
 def as_table(rows: Sequence[Row]) -> str:
     """The table in Markdown: means over queries ± standard errors."""
     titles = ["method", "K", "left out", "n", "ΔL own", "ΔL others", "ΔL own − others", "MSE own", "similarity own"]
+    with_ladder = any(row.equivalent is not None for row in rows)
+    titles += ["as many as so many at random"] * with_ladder
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [row.method, str(row.k), f"{row.removed:.0f}", str(len(row.loss.queries))]
         for values in (row.loss.own, row.loss.others, row.loss.difference, row.mse.own, row.similarity.own):
             mean, error = estimate(values)
             cells.append(f"{mean:.3g} ± {error:.1g}" if np.isfinite(mean) else "–")
+        if with_ladder:
+            cells.append("–" if row.equivalent is None else "{:,.0f} ({:,.0f} to {:,.0f})".format(*row.equivalent))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -248,6 +280,10 @@ def _as_json(row: Row) -> dict[str, Any]:
         "method": row.method,
         "k": row.k,
         "removed": row.removed,
+        # JSON knows no infinity: null is beyond the ladder's end.
+        "equivalent": None
+        if row.equivalent is None
+        else [each if np.isfinite(each) else None for each in row.equivalent],
         "queries": list(row.loss.queries),
         **{name: numbers(effect) for name, effect in effects.items()},
     }

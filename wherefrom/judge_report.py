@@ -93,7 +93,11 @@ def _row(stored: dict[str, Any]) -> Row:
         own, others = (np.array(stored[kind][name], dtype=np.float64) for name in ("own", "others"))
         return Effect(tuple(stored["queries"]), own, others)
 
-    return Row(stored["method"], stored["k"], stored["removed"], effect("loss"), effect("mse"), effect("similarity"))
+    kinds = (effect("loss"), effect("mse"), effect("similarity"))
+    rungs = stored["equivalent"]
+    first, low, high = (float("inf") if each is None else each for each in rungs or (0.0, 0.0, 0.0))
+    equivalent = None if rungs is None else (first, low, high)
+    return Row(stored["method"], stored["k"], stored["removed"], *kinds, equivalent)
 
 
 def _values(row: Row, kind: str, part: str) -> Float[NDArray[np.float64], "q"]:

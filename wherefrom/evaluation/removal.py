@@ -133,6 +133,30 @@ def random_removals(like: Sequence[Removal], training: Sequence[str], seed: int)
     return found
 
 
+def random_ladder(counts: Sequence[int], draws: int, training: Sequence[str]) -> list[Removal]:
+    """Removals by chance of so many pictures each, about no query: the ladder of `random_equivalent`.
+
+    Each draw's removals are nested: more pictures go on each rung.
+
+    Args:
+        counts: Pictures left out on each rung.
+        draws: Models on each rung.
+        training: Ids of the training set.
+
+    Raises:
+        ValueError: A count is not positive, or nothing would be left to train on.
+    """
+    odd = [count for count in counts if not 0 < count < len(training)]
+    if odd:
+        raise ValueError(f"A ladder of {len(training)} pictures has rungs between 1 and one less; given {odd[0]}.")
+    found = []
+    for count in counts:
+        for draw in range(draws):
+            order = sorted(training, key=lambda name: hash_text(f"random ladder/{draw}/{name}"))
+            found.append(Removal(RANDOM, count, (), tuple(sorted(order[:count]))))
+    return found
+
+
 @dataclass(frozen=True)
 class Effect:
     """What the retrainings did to each query, in the order of the queries.
