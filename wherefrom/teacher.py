@@ -112,7 +112,7 @@ class TeacherSet:
     @property
     def is_whole(self) -> bool:
         """Whether every query's ranking is of the whole training set."""
-        return self.rows.shape[1] == len(self.images)
+        return bool(self.rows.shape[1] == len(self.images))
 
     def of_queries(self, positions: Sequence[int]) -> TeacherSet:
         """The set of some queries only."""
