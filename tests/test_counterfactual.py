@@ -328,3 +328,18 @@ def test_names_of_the_judges_own_rows_are_refused() -> None:
     for name in ("random", "another seed"):
         with pytest.raises(ValueError, match=f"A method is called '{name}'"):
             plan({name: {"query": ["a", "b"]}}, Protocol(ks=[1]), ["a", "b"])
+
+
+def test_a_method_that_is_added_changes_no_removal_of_the_others() -> None:
+    random = np.random.default_rng(0)
+    ids = [f"picture {index}" for index in range(COUNT)]
+    rankings = {
+        method: {f"query {query}": random.permutation(ids).tolist() for query in range(6)} for method in ("a", "b", "c")
+    }
+    protocol = Protocol(ks=[1, 2], pools=[3, 2])
+    alone = plan({"a": rankings["a"]}, protocol, ids)
+    together = plan(rankings, protocol, ids)
+    assert [removal for removal in together if removal.method in ("a", "random")] == alone
+    for k in (1, 2):
+        pools = [[r.queries for r in together if (r.method, r.k) == (method, k)] for method in rankings]
+        assert pools[0] == pools[1] == pools[2]

@@ -100,7 +100,8 @@ def plan(
 ) -> list[Removal]:
     """All removals of all methods and K, and as many at random.
 
-    All methods share their pools, so that they are compared on the same others.
+    All methods share their pools, so that they are compared on the same others. The first method decides them: a method
+    that is added later changes no model of the others.
 
     Args:
         rankings: Method -> query -> picture ids, the most influential first.
@@ -114,15 +115,10 @@ def plan(
     reserved = {RANDOM, FLOOR} & set(rankings)
     if reserved:
         raise ValueError(f"A method is called {min(reserved)!r}, as a row of the judge's own is: rename its file.")
-    queries = list(next(iter(rankings.values())))
+    first_method = next(iter(rankings.values()))
     found: list[Removal] = []
     for k, size in protocol.stages():
-        tops = {
-            query: frozenset(
-                f"{method}/{name}" for method, by in rankings.items() for name in top_of_ranking(by[query], k, query)
-            )
-            for query in queries
-        }
+        tops = {query: frozenset(top_of_ranking(ids, k, query)) for query, ids in first_method.items()}
         pools = pool_queries(tops, size)
         first: list[Removal] = []
         for method, by in rankings.items():
