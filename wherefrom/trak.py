@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,20 +25,30 @@ SMALLEST_DIMENSION = 100
 _ROWS_AT_A_TIME = 4096  # of features, in float64
 
 
+Compress = Callable[[Mapping[str, Float[Tensor, "b n"]]], Float[Tensor, "b d"]]
+
+
 class PictureFeatures:
-    """Pᵀ(mean of ∇l over captions, timesteps and draws) of pictures and their mirror images.
+    """Compressed mean of ∇l over captions, timesteps and draws, of pictures and their mirror images.
 
     Args:
         losses: What is differentiated, and where.
         names: Parameters.
-        projection: P.
+        compress: Makes rows of gradients that are given by parameter, one flattened gradient a row.
+        weights: Of each item of the losses' grid in the mean; None weights all alike.
 
     Raises:
         ValueError: A layer has no per-sample gradient.
     """
 
-    def __init__(self, losses: LossPass, names: Sequence[str], projection: Projection) -> None:
-        self.losses, self.names, self.projection = losses, list(names), projection
+    def __init__(
+        self,
+        losses: LossPass,
+        names: Sequence[str],
+        compress: Compress,
+        weights: Float[Tensor, "items"] | None = None,
+    ) -> None:
+        self.losses, self.names, self.compress, self.weights = losses, list(names), compress, weights
         self.model, self.flips = losses.model, losses.shape[0]
         shapes = {name: parameter.shape for name, parameter in self.model.denoiser.named_parameters()}
         self.sizes = {name: shapes[name].numel() for name in self.names}
@@ -58,7 +68,7 @@ class PictureFeatures:
         return torch.cat(done)
 
     def _part(self, part: range) -> Tensor:
-        features = self.projection.project(self.gradients(part)).reshape(len(part), self.flips, -1)
+        features = self.compress(self.gradients(part)).reshape(len(part), self.flips, -1)
         if not torch.isfinite(features).all():
             worst = part.start + int((~torch.isfinite(features)).flatten(1).any(dim=1).nonzero()[0])
             raise ValueError(
@@ -78,7 +88,10 @@ class PictureFeatures:
             picture, item = flat // items, flat % items
             row = (picture * self.flips + self.losses.flip[item]).to(device)
             with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
-                for name, gradients in tap.per_sample(self.losses.item_losses(part.start + picture, item)):
+                losses = self.losses.item_losses(part.start + picture, item)
+                if self.weights is not None:
+                    losses = losses * self.weights[item].to(losses)
+                for name, gradients in tap.per_sample(losses):
                     means[name].index_add_(0, row, gradients.flatten(1).to(self.dtype), alpha=self.flips / items)
         return means
 
@@ -119,7 +132,7 @@ def project_pictures(
         "projection": projection.identity(),
         "losses": [type(grid).__name__, asdict(grid)],
     }
-    features = PictureFeatures(grid.of(model, data, batch_size), names, projection)
+    features = PictureFeatures(grid.of(model, data, batch_size), names, projection.project)
     return make_rows(features.rows, data.ids, store, "projected_gradients", identity, runner, progress=progress)
 
 

@@ -36,6 +36,15 @@ def test_the_nearest_keep_the_methods_scores_and_the_rest_follows(model: Diffusi
         np.testing.assert_allclose(found.null, exact.null, rtol=1e-6)
 
 
+def test_both_tails_are_chosen_half_and_half(model: DiffusionModel, tmp_path: Path) -> None:
+    (found,) = run(AmongNearest(influence(), PixelSimilarity(), k=5, tails="both"), model, tmp_path)
+    (similar,) = run(PixelSimilarity(), model, tmp_path)
+    order = [name for name, _ in similar.top(len(TRAIN.ids))]
+    ranked = [name for name, _ in found.top(len(TRAIN.ids))]
+    assert set(ranked[:5]) == {*order[:3], *order[-2:]}
+    assert ranked[5:] == order[3:-2]
+
+
 def test_all_of_them_are_the_method_itself(model: DiffusionModel, tmp_path: Path) -> None:
     (found,) = run(AmongNearest(influence(), PixelSimilarity(), k=len(TRAIN.ids)), model, tmp_path)
     (exact,) = run(influence(), model, tmp_path)
@@ -45,5 +54,7 @@ def test_all_of_them_are_the_method_itself(model: DiffusionModel, tmp_path: Path
 def test_settings_that_make_no_sense_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="k must be at least 1"):
         AmongNearest(influence(), PixelSimilarity(), k=0)
+    with pytest.raises(ValueError, match="Unknown tails 'last'"):
+        AmongNearest(influence(), PixelSimilarity(), k=1, tails="last")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"k is 1000, but there are {len(TRAIN.ids)} training pictures"):
         run(AmongNearest(influence(), PixelSimilarity(), k=1000), model, tmp_path)

@@ -1,6 +1,7 @@
 """Attribution methods, all behind `Attributor`."""
 
 from wherefrom.attributors.among import AmongNearest
+from wherefrom.attributors.bank import InfluenceBank
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
 from wherefrom.attributors.influence import InfluenceFunction
@@ -15,6 +16,7 @@ __all__ = [
     "Attributor",
     "CaptionSimilarity",
     "ImageSimilarity",
+    "InfluenceBank",
     "InfluenceFunction",
     "JourneyTRAK",
     "PixelSimilarity",

@@ -1,10 +1,10 @@
-"""A dear method among the pictures that a cheap one finds near the query (Fast Data Attribution, section 4)."""
+"""A dear method among the pictures that a cheap one chooses (Fast Data Attribution, section 4)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,15 +23,22 @@ class AmongNearest(Attributor):
         method: Scores the nearest pictures.
         nearest: Says which pictures are near, such as `ImageSimilarity`.
         k: How many are scored.
+        tails: `first` chooses the k that are nearest; `both` half of them among the first and half among the last:
+            first-order scores, such as those of `InfluenceBank`, can put the most influential pictures at either end.
 
     Raises:
-        ValueError: `k` is not positive.
+        ValueError: `k` is not positive, or the tails are unknown.
     """
 
-    def __init__(self, method: Attributor, nearest: Attributor, k: int) -> None:
+    def __init__(
+        self, method: Attributor, nearest: Attributor, k: int, tails: Literal["first", "both"] = "first"
+    ) -> None:
         if k < 1:
             raise ValueError(f"k must be at least 1; given {k}.")
+        if tails not in ("first", "both"):
+            raise ValueError(f"Unknown tails {tails!r}; choose 'first' or 'both'.")
         self.method, self.nearest, self.k = method, nearest, k
+        self.tails: Literal["first", "both"] = tails
         self.requires = method.requires | nearest.requires
         self.takes_regions = method.takes_regions and nearest.takes_regions
 
@@ -43,6 +50,7 @@ class AmongNearest(Attributor):
             "of": method,
             "nearest": self.nearest.identity(),
             "k": self.k,
+            **({} if self.tails == "first" else {"tails": self.tails}),
         }
 
     def check(self, queries: Sequence[Query]) -> None:
@@ -72,11 +80,13 @@ class AmongNearest(Attributor):
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
         """One query at a time: those near, then the method among them."""
         for query, near in zip(queries, self.nearest.score(queries, candidates), strict=True):
-            chosen = [name for name, _ in near.top(self.k)]
+            order = [name for name, _ in near.top(len(near.ids))]
+            last = self.k // 2 if self.tails == "both" else 0
+            chosen = order if self.k >= len(order) else order[: self.k - last] + order[len(order) - last :]
             (found,) = self.method.score([query], chosen)
             by_id = dict(zip(found.ids, found.scores.tolist(), strict=True))
             lowest, spread = float(found.scores.min()), float(np.ptp(found.scores)) or 1.0
-            rest = [name for name, _ in near.top(len(near.ids)) if name not in by_id]
+            rest = [name for name in order if name not in by_id]
             by_id |= {name: lowest - spread * (place + 1) / len(near.ids) for place, name in enumerate(rest)}
             scores = np.array([by_id[name] for name in near.ids])
             yield replace(found, ids=near.ids, scores=scores, parts={})

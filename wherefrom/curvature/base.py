@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -14,6 +15,17 @@ class Curvature(ABC):
     @abstractmethod
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F⁻¹ g, parameter by parameter.
+
+        Raises:
+            ValueError: The curvature does not hold a parameter, or the result is not finite.
+        """
+
+    @abstractmethod
+    def whiten(self, gradients: Mapping[str, Float[Tensor, "b n"]]) -> dict[str, Float[Tensor, "b m"]]:
+        """F^(-1/2) g up to a rotation: inner products of what comes out are gᵀ F⁻¹ h.
+
+        Args:
+            gradients: By parameter name, one flattened gradient a row.
 
         Raises:
             ValueError: The curvature does not hold a parameter, or the result is not finite.
@@ -53,6 +65,24 @@ class Identity(Curvature):
         """The gradients themselves."""
         return dict(gradients)
 
+    def whiten(self, gradients: Mapping[str, Float[Tensor, "b n"]]) -> dict[str, Float[Tensor, "b m"]]:
+        """The gradients themselves."""
+        return dict(gradients)
+
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Nothing."""
         return []
+
+
+def finite_rows(name: str, rows: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+    """The rows themselves.
+
+    Raises:
+        ValueError: One is not finite.
+    """
+    if not bool(rows.isfinite().all()):
+        raise ValueError(
+            f"A whitened gradient of {name!r} is not finite: some eigenvalues are 0 (set damping above 0), or the "
+            "gradient itself is not finite (check the model's weights)."
+        )
+    return rows

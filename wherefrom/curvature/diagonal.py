@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import Curvature, finite_rows
 from wherefrom.curvature.sampling import FisherSettings, SampledPass, finite, zeros_like_parameters
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
@@ -56,21 +56,33 @@ class Diagonal(Curvature):
         """
         steps = {}
         for name, gradient in gradients.items():
-            values = self.fisher.get(name)
-            if values is None or values.shape != gradient.shape:
-                found = "none" if values is None else f"shape {tuple(values.shape)}"
-                raise ValueError(
-                    f"The Fisher information holds {found} for weight {name!r} of shape {tuple(gradient.shape)}: "
-                    "it was made for other "
-                    "weights. Fit it with the same `weights` and model."
-                )
-            values = values.to(gradient.device, gradient.dtype)
-            steps[name] = gradient / (values + self.damping * values.mean())
+            steps[name] = gradient / self._damped(name, gradient, gradient.shape)
             if not torch.isfinite(steps[name]).all():
                 raise ValueError(
                     f"The Newton step of {name!r} is not finite: some Fisher values are 0. Set damping above 0."
                 )
         return steps
+
+    def whiten(self, gradients: Mapping[str, Float[Tensor, "b n"]]) -> dict[str, Float[Tensor, "b m"]]:
+        """Returns g / √(f + δ) of each row."""
+        found = {}
+        for name, rows in gradients.items():
+            values = self.fisher.get(name)
+            shape = rows.shape[1:] if values is None or values.numel() != rows.shape[1] else values.shape
+            found[name] = finite_rows(name, rows / self._damped(name, rows, shape).flatten().sqrt())
+        return found
+
+    def _damped(self, name: str, like: Tensor, shape: torch.Size) -> Tensor:
+        """The damped values of a tensor of this shape."""
+        values = self.fisher.get(name)
+        if values is None or values.shape != shape:
+            found = "none" if values is None else f"shape {tuple(values.shape)}"
+            raise ValueError(
+                f"The Fisher information holds {found} for weight {name!r} of shape {tuple(shape)}: it was made for "
+                "other weights. Fit it with the same `weights` and model."
+            )
+        values = values.to(like.device, like.dtype)
+        return values + self.damping * values.mean()
 
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Parameters without Fisher information."""

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import Curvature, finite_rows
 from wherefrom.curvature.diagonal import Diagonal
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
@@ -34,6 +34,10 @@ ACTIVATION, GRADIENT = "activation_eigenvectors.safetensors", "gradient_eigenvec
 EIGENVALUES, PROCESSED = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 DIAGONAL = "diagonal.safetensors"
 VECTORS, EIGENVALUE_PASS = "eigenvectors.safetensors", "ekfac_eigenvalues"
+_SHAPES = (
+    "The curvature of {!r} has shape {}, its gradient {}: it was made for other weights. "
+    "Fit it with the same `weights` and model."
+)
 _BOTH = "The curvature of {!r} is that of weight and bias together; give both gradients."
 
 
@@ -59,6 +63,13 @@ class KroneckerFactors:
             part.to(matrix.device, matrix.dtype) for part in (self.gradient, self.activation, self.eigenvalues)
         )
         return left @ ((left.T @ matrix @ right) / (values + damping * values.mean())) @ right.T
+
+    def whiten(self, matrices: Float[Tensor, "b o i"], damping: float) -> Float[Tensor, "b o i"]:
+        """(Q_Gᵀ V Q_A) / √(Λ + δ)."""
+        left, right, values = (
+            part.to(matrices.device, matrices.dtype) for part in (self.gradient, self.activation, self.eigenvalues)
+        )
+        return (left.T @ matrices @ right) / (values + damping * values.mean()).sqrt()
 
 
 class EKFAC(Curvature):
@@ -115,6 +126,33 @@ class EKFAC(Curvature):
                 )
         return {name: steps[name] for name in gradients}
 
+    def whiten(self, gradients: Mapping[str, Float[Tensor, "b n"]]) -> dict[str, Float[Tensor, "b m"]]:
+        """Coordinates in the eigenbasis over √(Λ + δ); those of a layer's bias are with its weight's.
+
+        Raises:
+            ValueError: A parameter is missing on either side or has another shape, or a coordinate is not finite.
+        """
+        found, rest = {}, {}
+        for name, rows in gradients.items():
+            owner, _, kind = name.rpartition(".")
+            factors = self.layers.get(owner)
+            if factors is None or (kind == "bias" and not factors.bias):
+                rest[name] = rows
+            elif kind == "weight":
+                bias = gradients.get(f"{owner}.bias")
+                outputs, inputs = factors.eigenvalues.shape
+                if rows.shape[1] != outputs * (inputs - factors.bias):
+                    raise ValueError(_SHAPES.format(owner, (outputs, inputs), f"{rows.shape[1]} numbers"))
+                matrices = rows.unflatten(1, (outputs, -1))
+                if factors.bias:
+                    if bias is None:
+                        raise ValueError(_BOTH.format(owner))
+                    matrices = torch.cat([matrices, bias[:, :, None]], dim=2)
+                found[name] = finite_rows(name, factors.whiten(matrices, self.damping).flatten(1))
+            elif f"{owner}.weight" not in gradients:
+                raise ValueError(_BOTH.format(owner))
+        return found | self.diagonal.whiten(rest)
+
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Parameters with neither factors nor a diagonal, and what makes up one matrix with them but is not there."""
         wanted, missing = set(names), []
@@ -136,10 +174,7 @@ class EKFAC(Curvature):
                 raise ValueError(_BOTH.format(owner))
             matrix = torch.cat([matrix, bias[:, None]], dim=1)
         if matrix.shape != factors.eigenvalues.shape:
-            raise ValueError(
-                f"The curvature of {owner!r} has shape {tuple(factors.eigenvalues.shape)}, its gradient "
-                f"{tuple(matrix.shape)}: it was made for other weights. Fit it with the same `weights` and model."
-            )
+            raise ValueError(_SHAPES.format(owner, tuple(factors.eigenvalues.shape), tuple(matrix.shape)))
         step = factors.precondition(matrix, self.damping)
         if not factors.bias:
             return {f"{owner}.weight": step.reshape(weight.shape)}

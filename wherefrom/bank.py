@@ -1,0 +1,272 @@
+"""A bank of whitened training gradients: pay the training side of influence functions once, for any number of queries.
+
+Influence is ∇L(ẑ)ᵀ F⁻¹ ∇L(z), so with both sides multiplied by F^(-1/2) it is an inner product. The bank keeps each
+training picture's whitened gradient, averaged over timesteps and draws and compressed; a query then costs its own
+gradient and one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wherefrom.curvature.base import Curvature
+from wherefrom.data.latents import LatentSet
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.gradients import PerSampleGradients
+from wherefrom.losses import LossGrid, LossPass
+from wherefrom.passes import Progress, run_pass
+from wherefrom.projection import Projection
+from wherefrom.rows import Rows, make_rows
+from wherefrom.runner import Runner
+from wherefrom.storage import Identity, Store
+from wherefrom.trak import Compress, PictureFeatures, in_double
+
+Keep = Literal["eigenbasis", "rademacher", "sparse"]
+_SAMPLE = 256  # training pictures that decide coordinates and timesteps' weights
+_COORDINATES = "coordinates/"  # before a parameter's name in a pass's state
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a whitened gradient becomes a row of the bank.
+
+    Attributes:
+        dimension: Numbers of a row; None keeps all coordinates of the eigenbasis.
+        keep: `eigenbasis` keeps the coordinates that are largest over a sample of training pictures, which are the same
+            for all rows; `rademacher` and `sparse` are random projections, see `Projection`.
+        seed: Seed of a projection.
+
+    Raises:
+        ValueError: The dimension is not positive, or missing for a projection; or the kind is unknown.
+    """
+
+    dimension: int | None = 8192
+    keep: Keep = "eigenbasis"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("eigenbasis", "rademacher", "sparse"):
+            raise ValueError(f"Unknown compression {self.keep!r}; choose 'eigenbasis', 'rademacher' or 'sparse'.")
+        if self.dimension is None and self.keep != "eigenbasis":
+            raise ValueError(f"A {self.keep} projection needs a dimension.")
+        if self.dimension is not None and self.dimension < 1:
+            raise ValueError(f"A bank's rows need at least 1 number; given dimension {self.dimension}.")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows."""
+        if self.keep == "eigenbasis":
+            return {"keep": self.keep, "dimension": self.dimension}
+        return {"keep": self.keep, "dimension": self.dimension, "projection": self._projection().identity()}
+
+    def _projection(self) -> Projection:
+        assert self.dimension is not None
+        assert self.keep != "eigenbasis"
+        return Projection(self.dimension, self.seed, self.keep)
+
+
+class SquaredPass(LossPass):
+    """Squared whitened gradients of single samples: their sum over coordinates, and each coordinate's sum over samples.
+
+    A `TrainingPass`.
+
+    Args:
+        model: The model.
+        data: The pictures.
+        grid: Where losses are differentiated; without mirror images.
+        batch_size: Samples at a time.
+        names: Parameters.
+        curvature: What whitens.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        data: LatentSet,
+        grid: LossGrid,
+        batch_size: int,
+        names: Sequence[str],
+        curvature: Curvature,
+    ) -> None:
+        super().__init__(model, data, grid, batch_size)
+        self.names, self.curvature = list(names), curvature
+        self.coordinates: dict[str, Tensor] = {}
+
+    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+        with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
+            rows = {name: each.flatten(1) for name, each in tap.per_sample(self.item_losses(picture, item))}
+        total = torch.zeros(len(item), dtype=self.losses.dtype)
+        for name, white in self.curvature.whiten(rows).items():
+            squares = white.square()
+            total += squares.sum(dim=1).cpu()
+            mine = squares.sum(dim=0).double().cpu()
+            self.coordinates[name] = self.coordinates[name] + mine if name in self.coordinates else mine
+        return total
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Adds what was measured elsewhere."""
+        super().merge(state)
+        for name, value in state.items():
+            if name.startswith(_COORDINATES):
+                key = name.removeprefix(_COORDINATES)
+                self.coordinates[key] = self.coordinates[key] + value if key in self.coordinates else value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was measured so far."""
+        return {**super().state_dict(), **{_COORDINATES + name: each for name, each in self.coordinates.items()}}
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The rows of all training pictures, and how a query's gradient is brought to them.
+
+    Attributes:
+        rows: Whitened, compressed gradients, shape (N, F, D).
+        compress: Makes rows of gradients.
+    """
+
+    rows: Rows
+    compress: Compress
+
+    def influence(self, gradients: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "n f"]:
+        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every picture and mirror image, in float64.
+
+        Args:
+            gradients: The query's, by parameter name.
+        """
+        row = self.compress({name: value.flatten()[None] for name, value in gradients.items()})[0].double().cpu()
+        return torch.cat([block @ row for block in in_double(self.rows.values)])
+
+
+class BankMaker:
+    """Makes banks of pictures: of the training set, and of those never trained on.
+
+    Args:
+        model: The model.
+        training: Its training set, a sample of which decides coordinates and timesteps' weights.
+        grid: Where losses are differentiated.
+        names: Parameters.
+        curvature: F.
+        curvature_identity: What decides F.
+        compression: How rows are kept.
+        spread: Divide each timestep's gradients by their root mean square length after whitening, so that no timestep
+            drowns the others; else the plain mean.
+        half: Keep rows in half precision.
+        store: Where they are kept.
+        runner: This process's place.
+        batch_size: Samples at a time; does not change the result.
+        progress: Called with (done, total) chunks.
+
+    Raises:
+        ValueError: A layer has no per-sample gradient, or a gradient is not finite.
+        StorageError: The store could not be written.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        training: LatentSet,
+        grid: LossGrid,
+        names: Sequence[str],
+        curvature: Curvature,
+        curvature_identity: Identity,
+        compression: Compression,
+        spread: bool,
+        half: bool,
+        store: Store,
+        runner: Runner,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.grid, self.names, self.curvature = model, grid, list(names), curvature
+        self.half, self.store, self.runner = half, store, runner
+        self.batch_size, self.progress = batch_size, progress
+        self.settings: dict[str, Any] = {
+            "model": model.fingerprint(),
+            "dtype": str(model.dtype),
+            "weights": sorted(names),
+            "curvature": dict(curvature_identity),
+            "of": training.fingerprint,
+        }
+        squares = self._squares(training)
+        # (pictures, flip, captions, timesteps, draws): the length at each timestep.
+        lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
+        weights = 1 / lengths if spread and bool((lengths > 0).all()) else torch.ones_like(lengths)
+        self.timestep_weights: Float[Tensor, "t"] = weights / weights.mean()
+        self.compress = self._compress(compression, squares.coordinates)
+        self.identity = {
+            **self.settings,
+            "compression": compression.identity(),
+            "spread": spread,
+            "half": half,
+            "losses": asdict(grid),
+        }
+
+    def _squares(self, training: LatentSet) -> SquaredPass:
+        sample = training.subset(training.sample(_SAMPLE))
+        grid = LossGrid(self.grid.timesteps, 1, self.grid.seed, False, self.grid.offset)
+        return run_pass(
+            lambda: SquaredPass(self.model, sample, grid, self.batch_size, self.names, self.curvature),
+            len(sample),
+            self.store,
+            "whitened_squares",
+            {**self.settings, "losses": asdict(grid), "sample": sample.fingerprint},
+            self.runner,
+            progress=self.progress,
+        )
+
+    def _compress(self, compression: Compression, coordinates: Mapping[str, Tensor]) -> Compress:
+        dtype = torch.float16 if self.half else torch.promote_types(self.model.dtype, torch.float32)
+        if compression.keep != "eigenbasis":
+            projection = compression._projection()
+
+            def project(gradients: Mapping[str, Tensor]) -> Tensor:
+                return projection.project(self.curvature.whiten(gradients)).to(dtype)
+
+            return project
+        kept = largest(coordinates, compression.dimension)
+
+        def cut(gradients: Mapping[str, Tensor]) -> Tensor:
+            white = self.curvature.whiten(gradients)
+            return torch.cat([white[name][:, where.to(white[name].device)] for name, where in kept.items()], dim=1).to(
+                dtype
+            )
+
+        return cut
+
+    def make(self, data: LatentSet) -> Bank:
+        """The bank of these pictures, from the store if it is there."""
+        losses = LossPass(self.model, data, self.grid, self.batch_size)
+        steps = self.grid.steps(self.model.process.steps)
+        weights = self.timestep_weights[torch.searchsorted(steps, losses.timestep)]
+        features = PictureFeatures(losses, self.names, self.compress, weights)
+        rows = make_rows(
+            features.rows,
+            data.ids,
+            self.store,
+            "bank",
+            {**self.identity, "data": data.fingerprint},
+            self.runner,
+            progress=self.progress,
+        )
+        return Bank(rows, self.compress)
+
+
+def largest(coordinates: Mapping[str, Float[Tensor, "m"]], count: int | None) -> dict[str, Int64[Tensor, "k"]]:
+    """Positions of the largest numbers over all tensors, by tensor; ties by name and position.
+
+    Args:
+        coordinates: By parameter name.
+        count: How many; None, or more than there are, is all.
+    """
+    names = sorted(coordinates)
+    flat = torch.cat([coordinates[name] for name in names])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[torch.argsort(flat, descending=True, stable=True)[: len(flat) if count is None else count]] = True
+    parts = chosen.split([len(coordinates[name]) for name in names])
+    return {name: part.nonzero()[:, 0] for name, part in zip(names, parts, strict=True)}
