@@ -6,6 +6,7 @@ python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
 python evaluate.py counterfactual -c EXPERIMENT  # train again without what each method names
 python evaluate.py lds -c EXPERIMENT             # train on random halves
 python evaluate.py report --output RUN           # the judge's page and curves once more
+python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # rankings that a fast ranker learns from
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, Query, Scores, TrainingData
 from wherefrom.comparison import compare
 from wherefrom.counterfactual import Protocol, judge
+from wherefrom.curation import Captions, curate
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.features import ImageEncoder
+from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
 from wherefrom.pipeline import load_model
@@ -79,6 +81,15 @@ def parser() -> ArgumentParser:
     lds_parser = trial_parser(linear_datamodeling_scores.__doc__)
     lds_parser.add_class_arguments(Halves, "halves")
     lds_parser.add_argument("--timesteps", type=int, default=200, help="timesteps of the queries' losses")
+    curate_parser = run_parser(curate.__doc__)
+    curate_parser.add_subclass_arguments(Attributor, "teacher", required=True)
+    curate_parser.add_subclass_arguments(Attributor, "nearest", required=False)
+    curate_parser.add_class_arguments(Captions, "captions")
+    curate_parser.add_argument("--features", type=dict[str, ImageEncoder | TextEncoder], required=True)
+    curate_parser.add_argument("--k", type=int | None, help="candidates of each query: the nearest so many")
+    curate_parser.add_argument("--subsample", type=int | None, help="score only so many of these")
+    curate_parser.add_argument("--block_size", type=int, default=16, help="queries that a worker is given at a time")
+    curate_parser.add_class_arguments(Workers, "workers")
     report_parser = ArgumentParser(description=write_judge_report.__doc__)
     report_parser.add_argument(
         "--output", type=str, required=True, help="the run folder of `evaluate.py counterfactual`"
@@ -88,6 +99,7 @@ def parser() -> ArgumentParser:
     commands.add_subcommand("counterfactual", counterfactual_parser)
     commands.add_subcommand("lds", lds_parser)
     commands.add_subcommand("report", report_parser)
+    commands.add_subcommand("curate", curate_parser)
     commands.add_subcommand("attribute", attribute_parser)
     commands.add_subcommand("compare", compare_parser)
     return root
@@ -201,7 +213,7 @@ class Run:
     console: Console
 
 
-def prepare(config: Any, methods: Iterable[Attributor]) -> Run:
+def prepare(config: Any, methods: Iterable[Attributor], with_queries: bool = True) -> Run:
     """Launches the processes and makes model, data and the queries, with what the methods need of them."""
     devices: Devices = config.trainer
     fabric = Fabric(
@@ -218,6 +230,8 @@ def prepare(config: Any, methods: Iterable[Attributor]) -> Run:
         training_data(data_module, model)
     runner.barrier()
     data = training_data(data_module, model)
+    if not with_queries:
+        return Run(model, data, [], store, runner, console)
     console.say("queries")
     keep_trajectory = any("trajectory" in method.requires for method in methods)
     queries = make_queries(model, config.queries, *shapes(data), console.progress, keep_trajectory)
@@ -323,6 +337,33 @@ def run_lds(config: Any) -> None:
     print(lds.as_table(linear_datamodeling_scores(Path(config.output), rankings, sweep, halves)))
 
 
+def run_curate(config: Any) -> None:
+    """`evaluate.py curate`."""
+    if config.queries.prompts or config.queries.pictures:
+        raise ValueError("evaluate.py curate draws its queries from captions: leave queries.prompts and pictures out.")
+    run = prepare(config, [config.teacher], with_queries=False)
+    alone = config.workers.engine == "local"
+    curate(
+        Path(config.output),
+        config.teacher,
+        run.data,
+        run.model,
+        config.captions,
+        config.queries,
+        shapes(run.data)[0],
+        config.features,
+        run.store,
+        config.nearest,
+        config.k,
+        config.subsample,
+        config.block_size,
+        config.workers.get(),
+        run.runner if alone else None,
+        run.console.say,
+        run.console.progress if alone else None,
+    )
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one line, not a traceback."""
     root = parser()
@@ -336,6 +377,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "counterfactual": run_counterfactual,
             "lds": run_lds,
             "report": run_report,
+            "curate": run_curate,
         }
         runs[initialised.subcommand](initialised[initialised.subcommand])
     except (ValueError, OSError) as error:

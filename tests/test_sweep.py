@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -151,22 +150,6 @@ def test_a_retraining_that_dies_in_its_own_process_is_reported(recipe_file: Path
     two.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="ended with exit status 1"):
         Sweep(two, tmp_path / "store").retrains.model(Retrain())
-
-
-@pytest.fixture
-def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import ray
-
-    def give_up(*_: object) -> None:
-        raise TimeoutError("Ray did not come to an end.")
-
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: a busy machine would keep the workers from starting
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(300)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error")
-    yield
-    ray.shutdown()
-    signal.alarm(0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")

@@ -59,7 +59,7 @@ def attribute(
     queries: Sequence[Query],
     store: Store,
     runner: Runner,
-    options: ReportOptions = ReportOptions(),
+    options: ReportOptions | None = ReportOptions(),
     say: Say = silent,
 ) -> list[Scores]:
     """Attributes the queries and leaves ranking, manifest, pictures and report in the folder.
@@ -74,7 +74,7 @@ def attribute(
         queries: The queries.
         store: Where the method keeps what it makes.
         runner: This process's place.
-        options: What the page shows.
+        options: What the page shows; None makes no page, nor any picture of a query.
         say: Is told what is being done.
 
     Raises:
@@ -82,7 +82,8 @@ def attribute(
         StorageError: The folder could not be written; finished queries are kept.
         ValueError: Two queries have the same name, or the method cannot attribute one; see the attributor.
     """
-    options.columns(data.pictures)
+    if options is not None:
+        options.columns(data.pictures)
     names = [query.name for query in queries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -170,7 +171,7 @@ def _write_results(
     folder: Path,
     results: Sequence[Scores],
     data: TrainingData,
-    options: ReportOptions,
+    options: ReportOptions | None,
     identity: Mapping[str, Any],
     attributor: Attributor,
 ) -> None:
@@ -180,6 +181,25 @@ def _write_results(
     write_ranking(folder, rankings, tail)
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
+    if options is not None:
+        _write_page(folder, results, data, options, identity, attributor)
+    write_manifest(
+        folder,
+        identity,
+        complete=True,
+        cut=None,
+        facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
+    )
+
+
+def _write_page(
+    folder: Path,
+    results: Sequence[Scores],
+    data: TrainingData,
+    options: ReportOptions,
+    identity: Mapping[str, Any],
+    attributor: Attributor,
+) -> None:
     for scores in results:
         with replacing(folder / "queries" / f"{_scores_file(folder, scores.query).stem}.png") as temporary:
             Image.fromarray(scores.query.pixels).save(temporary, "PNG")
@@ -197,13 +217,6 @@ def _write_results(
         },
         methods_note="Shares of groups are of the influence above the median among the pictures shown; "
         "intervals are 95 % bootstrap.",
-    )
-    write_manifest(
-        folder,
-        identity,
-        complete=True,
-        cut=None,
-        facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
     )
 
 

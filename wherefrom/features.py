@@ -169,22 +169,32 @@ class MiniLMEncoder(TextEncoder):
     """Sentence vectors, as all-MiniLM-L6-v2 makes them: the average of token states under the mask, at length one.
 
     Args:
-        model: A transformers text model; its first output is used.
-        tokenizer: The tokenizer that belongs to it.
+        model: A transformers text model, whose first output is used, or where one is (see `from_pretrained`).
+        tokenizer: The tokenizer that belongs to it; needed where `model` is a module.
         length: Longer captions are cut after this many tokens.
         batch_size: Captions encoded at a time.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int = 256, batch_size: int = 64
+        self,
+        model: nn.Module | str = MINILM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        length: int = 256,
+        batch_size: int = 64,
     ) -> None:
-        self.model, self.tokenizer, self.length, self.batch_size = freeze(model), tokenizer, length, batch_size
+        if isinstance(model, str):
+            folder = resolve_path(model)
+            network: nn.Module = AutoModel.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        else:
+            network = model
+        assert tokenizer is not None
+        self.model, self.tokenizer, self.length, self.batch_size = freeze(network), tokenizer, length, batch_size
 
     @classmethod
     def from_pretrained(cls, path: str = MINILM) -> MiniLMEncoder:
         """Loads model and tokenizer from a folder, a hub id or `package:NAME/FOLDER`."""
-        folder = resolve_path(path)
-        return cls(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        return cls(path)
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -66,17 +67,19 @@ class Work:
         return Finished(measured, time.monotonic() - started)
 
 
-# Does the work for each model, in any order; a model that could not be trained comes back with what went wrong.
-Engine = Callable[[Work, Sequence[Retrain]], Iterator[tuple[Retrain, Finished | Exception]]]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# Does the work for each item, in any order; one whose work failed comes back with what went wrong.
+Engine = Callable[[Callable[[Item], Result], Sequence[Item]], Iterator[tuple[Item, Result | Exception]]]
 
 
-def in_process(work: Work, wanted: Sequence[Retrain]) -> Iterator[tuple[Retrain, Finished | Exception]]:
-    """One model after the other, in this process."""
-    for retrain in wanted:
+def in_process(work: Callable[[Item], Result], wanted: Sequence[Item]) -> Iterator[tuple[Item, Result | Exception]]:
+    """One item after the other, in this process."""
+    for item in wanted:
         try:
-            yield retrain, work(retrain)
+            yield item, work(item)
         except (ValueError, RuntimeError) as error:
-            yield retrain, error
+            yield item, error
 
 
 class Measurements:
@@ -201,7 +204,7 @@ class Sweep:
         retrains: Retrains,
         panel: Panel,
         table: Measurements,
-        engine: Engine = in_process,
+        engine: Engine[Retrain, Finished] = in_process,
         say: Say = silent,
         device: torch.device | None = None,
         pictures: Path | None = None,

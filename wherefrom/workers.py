@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wherefrom.retraining import Retrain
-from wherefrom.sweep import Engine, Finished, Work, in_process
+from wherefrom.sweep import Engine, Item, Result, in_process
 
 _RETRIES = 3
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Who trains a sweep's models.
+    """Who does the work of a sweep: trains its models, or scores its queries.
 
-    With Ray each worker is a process that stays alive from model to model. A worker that is killed is started anew, and
-    its model is gone on with from its last checkpoint where the store is shared.
+    With Ray each worker is a process that stays alive from one piece of work to the next. A worker that is killed is
+    started anew, and its model is gone on with from its last checkpoint where the store is shared.
 
     Attributes:
         engine: `local` (this process) or `ray` (`pip install 'wherefrom[ray]'`).
@@ -45,11 +44,13 @@ class Workers:
                 f"cpus {self.cpus} and gpus {self.gpus}."
             )
 
-    def get(self) -> Engine:
+    def get(self) -> Engine[Any, Any]:
         """The engine."""
         return in_process if self.engine == "local" else self._with_ray
 
-    def _with_ray(self, work: Work, wanted: Sequence[Retrain]) -> Iterator[tuple[Retrain, Finished | Exception]]:
+    def _with_ray(
+        self, work: Callable[[Item], Result], wanted: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result | Exception]]:
         if not wanted:
             return
         try:
@@ -61,6 +62,8 @@ class Workers:
         if started:
             settings: dict[str, Any] = {"address": self.address, "logging_level": logging.WARNING}
             if self.address is None:
+                # By default Ray gives its workers the lowest priority: beside other work they would hardly run.
+                os.environ.setdefault("RAY_worker_niceness", "0")
                 settings |= {"num_cpus": max(1, math.ceil(self.count * self.cpus)), "include_dashboard": False}
             ray.init(**settings)
         make = ray.remote(_Worker).options(
@@ -71,11 +74,11 @@ class Workers:
             workers = [make.remote() for _ in range(min(self.count, len(wanted)))]
             pool: Any = ActorPool(workers)
             # In a list the reference stays one: a worker fetches the work once, not with each model.
-            yield from pool.map_unordered(lambda worker, retrain: worker.run.remote([shared], folder, retrain), wanted)
+            yield from pool.map_unordered(lambda worker, item: worker.run.remote([shared], folder, item), wanted)
         except ray.exceptions.RayActorError as error:
             raise ValueError(
-                f"A worker died {_RETRIES + 1} times over one model, for example for want of memory; see Ray's logs. "
-                f"What was finished is kept. Ray says: {error}"
+                f"A worker died {_RETRIES + 1} times over one piece of work, for example for want of memory; see Ray's "
+                f"logs. What was finished is kept. Ray says: {error}"
             ) from error
         finally:
             if started:
@@ -83,16 +86,16 @@ class Workers:
 
 
 class _Worker:
-    """A process that trains one model after another."""
+    """A process that does one piece of work after another."""
 
     def __init__(self) -> None:
-        self.work: Work | None = None
+        self.work: Callable[[Any], Any] | None = None
 
-    def run(self, shared: Sequence[Any], folder: str, retrain: Retrain) -> tuple[Retrain, Finished | Exception]:
-        """Trains and measures one model."""
+    def run(self, shared: Sequence[Any], folder: str, item: Any) -> tuple[Any, Any]:
+        """Does the work for one item."""
         if self.work is None:
             import ray
 
             os.chdir(folder)  # paths in configurations are relative to where the sweep was started
             self.work = ray.get(shared[0])
-        return next(in_process(self.work, [retrain]))
+        return next(in_process(self.work, [item]))

@@ -4,6 +4,7 @@ from wherefrom.attributors.among import AmongNearest
 from wherefrom.attributors.bank import InfluenceBank
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
+from wherefrom.attributors.ensemble import RankEnsemble
 from wherefrom.attributors.influence import InfluenceFunction
 from wherefrom.attributors.journey_trak import JourneyTRAK
 from wherefrom.attributors.trak import TRAK
@@ -22,6 +23,7 @@ __all__ = [
     "PixelSimilarity",
     "Query",
     "Random",
+    "RankEnsemble",
     "Scores",
     "TrainingData",
 ]

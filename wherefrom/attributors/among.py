@@ -10,6 +10,7 @@ import numpy as np
 
 from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, Work, silent
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.keyed import hash_text
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
@@ -25,19 +26,27 @@ class AmongNearest(Attributor):
         k: How many are scored.
         tails: `first` chooses the k that are nearest; `both` half of them among the first and half among the last:
             first-order scores, such as those of `InfluenceBank`, can put the most influential pictures at either end.
+        subsample: Of the k chosen, score only so many, drawn by hash for each query; None scores all.
 
     Raises:
-        ValueError: `k` is not positive, or the tails are unknown.
+        ValueError: `k` or the subsample is not positive, the subsample larger than `k`, or the tails are unknown.
     """
 
     def __init__(
-        self, method: Attributor, nearest: Attributor, k: int, tails: Literal["first", "both"] = "first"
+        self,
+        method: Attributor,
+        nearest: Attributor,
+        k: int,
+        tails: Literal["first", "both"] = "first",
+        subsample: int | None = None,
     ) -> None:
         if k < 1:
             raise ValueError(f"k must be at least 1; given {k}.")
+        if subsample is not None and not 1 <= subsample <= k:
+            raise ValueError(f"A subsample must lie between 1 and k, which is {k}; given {subsample}.")
         if tails not in ("first", "both"):
             raise ValueError(f"Unknown tails {tails!r}; choose 'first' or 'both'.")
-        self.method, self.nearest, self.k = method, nearest, k
+        self.method, self.nearest, self.k, self.subsample = method, nearest, k, subsample
         self.tails: Literal["first", "both"] = tails
         self.requires = method.requires | nearest.requires
         self.takes_regions = method.takes_regions and nearest.takes_regions
@@ -51,6 +60,7 @@ class AmongNearest(Attributor):
             "nearest": self.nearest.identity(),
             "k": self.k,
             **({} if self.tails == "first" else {"tails": self.tails}),
+            **({} if self.subsample is None else {"subsample": self.subsample}),
         }
 
     def check(self, queries: Sequence[Query]) -> None:
@@ -83,6 +93,9 @@ class AmongNearest(Attributor):
             order = [name for name, _ in near.top(len(near.ids))]
             last = self.k // 2 if self.tails == "both" else 0
             chosen = order if self.k >= len(order) else order[: self.k - last] + order[len(order) - last :]
+            if self.subsample is not None:
+                keys = {name: hash_text(f"subsample/{query.name}/{name}") for name in chosen}
+                chosen = sorted(chosen, key=lambda name: keys[name])[: self.subsample]
             (found,) = self.method.score([query], chosen)
             by_id = dict(zip(found.ids, found.scores.tolist(), strict=True))
             lowest, spread = float(found.scores.min()), float(np.ptp(found.scores)) or 1.0
