@@ -1,0 +1,207 @@
+"""What a query costs a teacher by the influence bank, and by exact AbU+ over the whole training set; and what is lost.
+
+    python -m benchmarks.teacher
+    python -m benchmarks.teacher --model weights/emoji --data configs/data/emoji.yaml --queries 2
+
+Both take the same curvature, timesteps, mirror images and draws; the curvature, which both need once, is in neither
+cost. *Training side*: for the bank its making, shared by all queries, and a matrix product each; for AbU+ the losses
+before unlearning, shared, and the losses after it for each query. *In total* also counts each query's gradient and,
+for AbU+, the search of its step. Then: mAP(k) of the bank's ranking against exact AbU+, where the bank puts AbU+'s
+first picture, and how many of AbU+'s first are among K candidates that looks (EfficientNet) or gradients (the bank's
+first, or both of its tails) choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from jsonargparse import ArgumentParser
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+import datamodules  # noqa: F401  so that YAML may use short class names
+from evaluate import shapes, training_data
+from wherefrom.attributors import AttributionByUnlearning, ImageSimilarity, InfluenceBank, Scores, TrainingData
+from wherefrom.bank import Compression
+from wherefrom.curvature import FisherSettings
+from wherefrom.evaluation.metrics import MeanAveragePrecision, top_of
+from wherefrom.evaluation.ranking import normalised_ranks
+from wherefrom.features import EfficientNetLite0Encoder
+from wherefrom.keyed import hash_text
+from wherefrom.losses import LossGrid
+from wherefrom.pipeline import load_model
+from wherefrom.progress import Console, duration
+from wherefrom.queries import generate
+from wherefrom.runner import Runner
+from wherefrom.storage import Store, write_json
+from wherefrom.unlearning import UnlearningSettings
+
+QUERIES = (1, 10, 100, 1000)
+RESULT = Path("results/emoji/teacher_costs.json")
+
+
+def load_data(file: str, store: Store) -> Any:
+    """The data module of a file."""
+    parser = ArgumentParser(parser_mode="omegaconf")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    module = parser.instantiate(parser.parse_args(["--data", file])).data
+    module.store = store
+    return module
+
+
+def matrix(results: Sequence[Scores]) -> Float[NDArray[np.float64], "q n"]:
+    """All scores."""
+    return np.stack([scores.scores for scores in results])
+
+
+def recalls(
+    exact: Float[NDArray[np.float64], "q n"],
+    ids: Sequence[str],
+    chosen: Mapping[str, Float[NDArray[np.float64], "q n"]],
+    top: int,
+    candidates: Sequence[int],
+) -> dict[str, list[float]]:
+    """Share of the exact method's first pictures among so many candidates, by how these are chosen.
+
+    Args:
+        exact: Scores of the exact method.
+        ids: The pictures.
+        chosen: Scores by the name of what chooses; a name that ends in "both tails" takes half from either end.
+        top: How many of the exact method's first pictures are looked for.
+        candidates: Numbers of candidates.
+    """
+    found: dict[str, list[float]] = {}
+    wanted = [normalised_ranks(ids, scores) * len(ids) < top for scores in exact]
+    for name, scores in chosen.items():
+        places = np.stack([normalised_ranks(ids, each) * len(ids) for each in scores]).round()
+        for k in candidates:
+            last = k // 2 if name.endswith("both tails") else 0
+            among = (places < k - last) | (places >= len(ids) - last)
+            found.setdefault(name, []).append(
+                float(np.mean([mine[want].mean() for mine, want in zip(among, wanted, strict=True)]))
+            )
+    return found
+
+
+def costs(once: float, each: float, queries: int) -> float:
+    """Seconds a query."""
+    return once / queries + each
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="weights/emoji_1k")
+    parser.add_argument("--data", default="configs/data/emoji_1k.yaml")
+    parser.add_argument("--queries", type=int, default=6)
+    parser.add_argument("--timesteps", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
+    parser.add_argument("--dimension", type=int, default=8192, help="numbers of a row of the bank")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/teacher"))
+    options = parser.parse_args()
+    console, store, runner = Console(), Store(options.output / "cache"), Runner.current()
+    model = load_model(options.model).to(runner.device)
+    whole = training_data(load_data(options.data, store), model)
+    data = TrainingData(whole.pictures, whole.latents)  # no null: nothing but the training set is timed
+    ids = data.pictures.ids
+    rows = sorted(range(len(ids)), key=lambda row: hash_text(f"teacher/{options.seed}/{ids[row]}"))[: options.queries]
+    prompts = [data.pictures.captions[row][0] for row in rows]
+    queries = generate(model, prompts, options.seed, shapes(data)[0], eta=1.0)
+    grid, fisher = LossGrid(options.timesteps), FisherSettings(options.visits)
+    methods = {
+        "bank": InfluenceBank(
+            draws=options.draws, grid=grid, fisher=fisher, compression=Compression(options.dimension)
+        ),
+        "abu_plus": AttributionByUnlearning(
+            unlearning=UnlearningSettings(draws=options.draws), grid=grid, curvature="ekfac", fisher=fisher
+        ),
+    }
+    results: dict[str, list[Scores]] = {}
+    for name, method in methods.items():
+        console.say(name)
+        method.progress = console.progress
+        method.fit(data, model, store, runner, console.say)
+        results[name] = list(method.score(queries))
+    looks = ImageSimilarity(EfficientNetLite0Encoder())
+    looks.fit(data, model, store, runner, console.say)
+    started = time.monotonic()
+    similar = matrix(list(looks.score(queries)))
+    looks_s = (time.monotonic() - started) / len(queries)
+
+    def mean(name: str, fact: str) -> float:
+        return float(np.mean([scores.facts[fact] for scores in results[name]]))
+
+    bank_once, before = methods["bank"].fit_s["bank"], methods["abu_plus"].fit_s["losses"]
+    product, gradient = mean("bank", "product_s"), mean("bank", "gradient_s")
+    after, unlearn = mean("abu_plus", "losses_s"), mean("abu_plus", "unlearning_s")
+    print(f"\n{len(ids):,} pictures, {options.timesteps} timesteps, {options.draws} draws; {runner.device}")
+    print(f"bank: {bank_once:.1f} s once; a query: gradient {gradient:.2f} s, product {product:.4f} s")
+    print(f"AbU+: {before:.1f} s once; a query: gradient and step {unlearn:.2f} s, losses {after:.2f} s")
+    ratios = {}
+    print("| queries | training side, AbU+ / bank | in total |\n|---|---|---|")
+    for count in QUERIES:
+        side = costs(before, after, count) / costs(bank_once, product, count)
+        total = costs(before, after + unlearn, count) / costs(bank_once, product + gradient, count)
+        ratios[str(count)] = {"training_side": side, "total": total}
+        print(f"| {count:,} | {side:.1f}× | {total:.1f}× |")
+    exact, fast = matrix(results["abu_plus"]), matrix(results["bank"])
+    agreement = quality(exact, fast, ids)
+    print("\nthe bank against exact AbU+:", ", ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
+    first = [float(normalised_ranks(ids, one)[int(each.argmax())]) for each, one in zip(exact, fast, strict=True)]
+    print("where the bank puts AbU+'s first picture (0 first, 1 last):", ", ".join(f"{place:.3f}" for place in first))
+    candidates = [max(1, round(share * len(ids))) for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)]
+    chosen = {"looks": similar, "bank, first": fast, "bank, both tails": fast}
+    recall = {str(top): recalls(exact, ids, chosen, top, candidates) for top in (1, 10, 100)}
+    print(f"\n| of AbU+'s first | chosen by | {' | '.join(f'K = {k}' for k in candidates)} |")
+    print("|---|---" + "|---" * len(candidates) + "|")
+    for top, by in recall.items():
+        for name, shares in by.items():
+            print(f"| {top} | {name} | {' | '.join(f'{share:.2f}' for share in shares)} |")
+    record = {
+        "command": "python -m benchmarks.teacher",
+        "settings": {name: str(value) for name, value in vars(options).items() if name != "output"},
+        "training_pictures": len(ids),
+        "seconds": {
+            "bank_once": bank_once,
+            "product": product,
+            "gradient": gradient,
+            "losses_before": before,
+            "losses_after": after,
+            "gradient_and_step": unlearn,
+            "looks": looks_s,
+        },
+        "ratios": ratios,
+        "agreement": agreement,
+        "first": first,
+        "candidates": candidates,
+        "recall": recall,
+    }
+    name = Path(options.model).name
+    write_json(RESULT if name == "emoji_1k" else RESULT.with_name(f"teacher_costs_{name}.json"), record)
+    console.say(f"gradient of one query: {duration(gradient)}")
+
+
+def quality(
+    exact: Float[NDArray[np.float64], "q n"], fast: Float[NDArray[np.float64], "q n"], ids: Sequence[str]
+) -> dict[str, float]:
+    """Rank correlation and mAP(k) of one method's scores against another's."""
+    found = {"Spearman": float(np.mean([spearmanr(a, b).statistic for a, b in zip(exact, fast, strict=True)]))}
+    for k in dict.fromkeys((10, *(max(1, round(share * len(ids))) for share in (0.0042, 0.0085, 0.034)))):
+        metric = MeanAveragePrecision()
+        metric.update(torch.from_numpy(fast), top_of(torch.from_numpy(exact), k))
+        found[f"mAP({k})"] = float(metric.compute()["mean"])
+    return found
+
+
+if __name__ == "__main__":
+    main()
