@@ -2,5 +2,6 @@
 
 from datamodules.emoji import Emoji
 from datamodules.image_folder import ImageFolder
+from datamodules.teacher_rankings import TeacherRankings
 
-__all__ = ["Emoji", "ImageFolder"]
+__all__ = ["Emoji", "ImageFolder", "TeacherRankings"]

@@ -2,6 +2,7 @@
 
 from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.latent_diffusion import LatentDiffusion
+from lightning_modules.ranker import LearningToRank
 from lightning_modules.unlearning import Unlearning
 
-__all__ = ["Autoencoder", "LatentDiffusion", "Unlearning"]
+__all__ = ["Autoencoder", "LatentDiffusion", "LearningToRank", "Unlearning"]
