@@ -1,0 +1,165 @@
+"""Builds an index as a resumable pass: trained on a seeded sample, filled in shards of fixed rows, merged in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from wherefrom.index.contents import STATE, Contents, check_shapes
+from wherefrom.index.embeddings import Embeddings, checked
+from wherefrom.index.engine import Engine
+from wherefrom.index.rows import among, checked_rows, with_keys
+from wherefrom.passes import Progress, make_together
+from wherefrom.runner import Runner
+from wherefrom.storage import Store, identity_hash, read_manifest
+
+KIND = "index"
+_TRAINED, _GROWING = "trained.faiss", "growing.faiss"
+_BLOCK = 16384  # vectors added at a time
+_SAVE_EVERY_S = 120.0
+
+
+def build_index(
+    store: Store,
+    runner: Runner,
+    rows: pa.Table,
+    embeddings: Embeddings,
+    training: Mapping[str, Any],
+    factory: str = "Flat",
+    search: str = "",
+    seed: int = 0,
+    sample: int = 262_144,
+    shard: int = 262_144,
+    like: Path | None = None,
+    removed: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Builds an index in the store, or finds it there; returns its folder for `Index`.
+
+    Args:
+        store: Shared by all processes.
+        runner: This process's place.
+        rows: One row a picture; see `rows_of`.
+        embeddings: Theirs, in the same order.
+        training: Identity of the training set.
+        factory: FAISS's factory string: `Flat`, `IVF4096,PQ64`, `HNSW32`, …
+        search: FAISS's search settings to use by default, such as `nprobe=64`.
+        seed: Draws the sample that the index is trained on.
+        sample: Vectors to train on, at most.
+        shard: Vectors in a shard, for types that FAISS can merge; others are filled one after the other.
+        like: An index whose training to take over, so that the two can be merged.
+        removed: Ids that were taken down earlier: they are left out and stay out.
+        progress: Called with (done, total) vectors of this process.
+
+    Raises:
+        ValueError: The factory string, a setting, an embedding or a size does not fit.
+        StorageError: A file could not be written; finished shards are kept.
+    """
+    checked_rows(rows)
+    check_shapes(rows, embeddings.vectors, embeddings.vectors.shape[1])
+    if sample < 1 or shard < 1:
+        raise ValueError(f"The sample and the shards must hold vectors; given {sample} and {shard}.")
+    dimension, taken = int(embeddings.vectors.shape[1]), sorted(set(removed))
+    Engine.make(factory, dimension).configure(search)  # refused before anything long
+    if like is not None:
+        _check_like(like, embeddings, factory)
+    identity = {
+        "ranker": dict(embeddings.ranker),
+        "training": dict(training),
+        "factory": factory,
+        "seed": seed,
+        "sample": sample,
+        "dimension": dimension,
+        "like": None if like is None else read_manifest(like)[STATE]["trained"],
+        "removed": identity_hash({"ids": taken}),
+    }
+    chosen = np.flatnonzero(~among(rows, taken))
+    if not len(chosen):
+        raise ValueError("All pictures were taken down, so there is nothing to index.")
+    starts, partial = range(0, len(chosen), shard), store.partial(KIND, identity)
+
+    def shard_file(start: int) -> Path:
+        return partial / f"shard-{start:010d}-{shard}.faiss"
+
+    def fill(engine: Engine, start: int, stop: int, total: int, save: Path | None = None) -> None:
+        saved = time.monotonic()
+        for first in range(start, stop, _BLOCK):
+            keys = chosen[first : min(first + _BLOCK, stop)].astype(np.int64)
+            engine.add(checked(embeddings.vectors[_span(keys)], int(keys[0])), keys)
+            if progress is not None:
+                progress(min(first + _BLOCK, stop), total)
+            if save is not None and time.monotonic() - saved > _SAVE_EVERY_S:
+                engine.write(save)
+                saved = time.monotonic()
+
+    def work() -> None:
+        if runner.is_main:
+            partial.mkdir(parents=True, exist_ok=True)
+            if not (partial / _TRAINED).exists():
+                _trained(embeddings, chosen, factory, seed, sample, like).write(partial / _TRAINED)
+        runner.barrier()
+        engine = Engine.read(partial / _TRAINED)
+        if engine.can_merge:
+            for start in starts[runner.rank :: runner.world_size]:
+                if not shard_file(start).exists():
+                    part = engine.copy()
+                    fill(part, start, min(start + shard, len(chosen)), len(chosen))
+                    part.write(shard_file(start))
+
+    def finish() -> None:
+        store.make(KIND, identity, build)
+
+    def build(folder: Path) -> dict[str, Any]:
+        whole = Engine.read(folder / _TRAINED)
+        trained = whole.trained_hash()
+        if whole.can_merge:
+            for start in starts:
+                whole.merge(Engine.read(shard_file(start)), 0)
+        else:
+            if (folder / _GROWING).exists():
+                whole = Engine.read(folder / _GROWING)
+            fill(whole, len(whole), len(chosen), len(chosen), folder / _GROWING)
+        assert len(whole) == len(chosen), "a shard was lost"
+        kept = with_keys(rows.take(chosen), chosen.astype(np.int64))
+        contents = Contents(whole, kept, taken, len(rows), trained, search, [dict(training)])
+        state = contents.write(folder, 1)
+        for path in (folder / _TRAINED, folder / _GROWING, *folder.glob("shard-*")):
+            path.unlink(missing_ok=True)
+        return {STATE: state}
+
+    make_together(work, finish, store, KIND, identity, runner)
+    return store.path(KIND, identity)
+
+
+def _span(keys: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """The keys as a slice where none is missing: read from disk in one piece."""
+    first, last = int(keys[0]), int(keys[-1])
+    return slice(first, last + 1) if last - first + 1 == len(keys) else keys
+
+
+def _trained(
+    embeddings: Embeddings, chosen: NDArray[np.intp], factory: str, seed: int, sample: int, like: Path | None
+) -> Engine:
+    if like is not None:
+        contents = Contents.read(like, read_manifest(like))
+        contents.engine.index.reset()
+        return contents.engine
+    engine = Engine.make(factory, embeddings.vectors.shape[1])
+    drawn = np.random.default_rng(seed).choice(len(chosen), min(sample, len(chosen)), replace=False)
+    engine.train(checked(embeddings.vectors[chosen[np.sort(drawn)]]))
+    return engine
+
+
+def _check_like(like: Path, embeddings: Embeddings, factory: str) -> None:
+    identity = read_manifest(like)["identity"]
+    if identity["factory"] != factory or identity["ranker"] != dict(embeddings.ranker):
+        raise ValueError(
+            f"{like} is an index {identity.get('factory')!r} of another type or ranker than {factory!r} here: its "
+            "training cannot be taken over."
+        )

@@ -1,0 +1,195 @@
+"""Embeddings of a ranker: unit vectors whose inner product is a cosine (Fast Data Attribution, section 4.3).
+
+A training set is embedded once, in parts of fixed size, so that an interrupted run goes on and the number of processes
+does not change a digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.arrays import write_array
+from wherefrom.passes import Progress, make_together
+from wherefrom.ranker import Ranker
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+
+KIND, EMBEDDINGS = "embeddings", "embeddings.npy"
+_CHUNK = 4096  # rows per resumable part: fixed, so that a run with other processes goes on from the same parts
+_BLOCK = 4096  # rows compared at a time
+_LENGTH_TOLERANCE = 1e-2  # a float16 copy of 768 numbers is within 1e-3 of unit length
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit vectors, and whose they are.
+
+    Attributes:
+        vectors: One row a picture or query; may be memory-mapped.
+        ranker: Identity of the ranker that made them; see `ranker_identity`.
+
+    Raises:
+        ValueError: The vectors are no matrix of floats.
+    """
+
+    vectors: Float[NDArray[np.floating[Any]], "n e"]
+    ranker: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or not np.issubdtype(self.vectors.dtype, np.floating):
+            raise ValueError(
+                f"Embeddings must be a matrix of floats, one row a picture; given {self.vectors.dtype} of shape "
+                f"{self.vectors.shape}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+def ranker_identity(ranker: Ranker, features: Sequence[str]) -> dict[str, Any]:
+    """What tells a ranker's embeddings from another's.
+
+    Args:
+        ranker: The ranker.
+        features: Names of the encoders whose features it takes, in their order.
+
+    Raises:
+        ValueError: Its scale is not negative, so that a search by cosine would find the least influential pictures.
+    """
+    scale = float(ranker.scale)
+    if not scale < 0:  # not (a >= b): NaN is refused too
+        raise ValueError(
+            f"The ranker's scale is {scale:g}, but a search by cosine needs a negative one, which makes similar mean "
+            "influential. It was not trained, or not long enough: train it again."
+        )
+    return {**ranker.identity(), "features": list(features)}
+
+
+def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) -> Float[NDArray[np.float32], "n e"]:
+    """The vectors as float32, if each is finite and of unit length.
+
+    Args:
+        vectors: The vectors.
+        first: Number of the first row, for messages.
+
+    Raises:
+        ValueError: Names the first row that is not.
+    """
+    found = np.ascontiguousarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(found, axis=1)
+    bad = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))  # NaN is among them
+    if len(bad):
+        raise ValueError(
+            f"Embedding {first + int(bad[0])} has length {lengths[bad[0]]:g}; embeddings must be finite unit vectors. "
+            "Look for pictures whose features are not finite, or divide the vectors by their lengths."
+        )
+    return found
+
+
+@torch.no_grad()
+def embed(
+    ranker: Ranker, features: Float[Tensor, "n d"], names: Sequence[str], alone: bool = True
+) -> Float[NDArray[np.float32], "n e"]:
+    """Embeds features without dropout.
+
+    Args:
+        ranker: The ranker.
+        features: Those of all encoders side by side.
+        names: Of the encoders, for messages.
+        alone: Embed each row by itself, so that its digits do not depend on its neighbours: for queries.
+
+    Raises:
+        ValueError: The features have another width, or an embedding is not finite.
+    """
+    if features.shape[1] != ranker.inputs:
+        raise ValueError(
+            f"The ranker takes {ranker.inputs} features, but {' and '.join(names)} give {features.shape[1]}: the "
+            "encoders are not those that it was trained with."
+        )
+    device, training = ranker.scale.device, ranker.training
+    ranker.eval()
+    try:
+        rows = features.float().to(device)
+        found = torch.cat([ranker.embed(row) for row in rows.split(1)]) if alone and len(rows) else ranker.embed(rows)
+    finally:
+        ranker.train(training)
+    vectors: NDArray[np.float32] = found.float().cpu().numpy()
+    return vectors
+
+
+def embed_training_set(
+    ranker: Ranker,
+    names: Sequence[str],
+    features: Sequence[Float[Tensor, "n d"]],
+    training: Mapping[str, Any],
+    store: Store,
+    runner: Runner,
+    progress: Progress | None = None,
+) -> Embeddings:
+    """Embeds a training set, or maps what the store holds; every process gets the whole of it.
+
+    Args:
+        ranker: The ranker.
+        names: Names of the encoders.
+        features: Features of each encoder, which may be memory-mapped.
+        training: Identity of the training set and of its features.
+        store: Shared by all processes.
+        runner: This process's place.
+        progress: Called with (done, total) pictures.
+
+    Raises:
+        ValueError: The ranker cannot be served, the features do not fit it or one another, or one is not finite.
+        StorageError: A file could not be written; finished parts are kept.
+    """
+    identity = {"ranker": ranker_identity(ranker, names), "training": dict(training)}
+    counts = {len(part) for part in features}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(f"The encoders have features of {sorted(counts)} pictures: there must be some, as many each.")
+    (count,) = counts
+    starts, partial = range(0, count, _CHUNK), store.partial(KIND, identity)
+
+    def part(start: int) -> Path:
+        return partial / f"part-{start:010d}.npy"
+
+    def work() -> None:
+        mine = [] if (partial / EMBEDDINGS).exists() else starts[runner.rank :: runner.world_size]
+        for start in mine:
+            if not part(start).exists():
+                side_by_side = torch.cat([each[start : start + _CHUNK].float() for each in features], dim=1)
+                vectors = checked(embed(ranker, side_by_side, names, alone=False), start)
+                write_array(part(start), vectors.shape, [vectors])
+            if progress is not None:
+                progress(min(start + _CHUNK, count), count)
+
+    def build(folder: Path) -> None:
+        if not (folder / EMBEDDINGS).exists():
+            blocks = (np.load(part(start), allow_pickle=False) for start in starts)
+            write_array(folder / EMBEDDINGS, (count, int(ranker.sizes["outputs"])), blocks)
+        for path in folder.glob("part-*.npy"):
+            path.unlink()
+
+    make_together(work, lambda: store.make(KIND, identity, build), store, KIND, identity, runner)
+    vectors = np.load(store.path(KIND, identity) / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+    return Embeddings(vectors, identity["ranker"])
+
+
+def cosines(
+    vectors: Float[NDArray[np.floating[Any]], "n e"], query: Float[NDArray[np.floating[Any]], "e"]
+) -> Float[NDArray[np.float64], "n"]:
+    """Inner products in float64, each from its own row only: neither order nor number of rows changes a digit."""
+    found = np.empty(len(vectors), dtype=np.float64)
+    wide = query.astype(np.float64)
+    for start in range(0, len(vectors), _BLOCK):
+        block = np.asarray(vectors[start : start + _BLOCK], dtype=np.float64)
+        # Not a matrix product: BLAS sums in an order that depends on a row's place.
+        found[start : start + _BLOCK] = (block * wide).sum(axis=1)
+    return found
