@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from wherefrom.storage import StorageError, replacing
 
 Vectors = Float[NDArray[np.float32], "n e"]
 Keys = Int64[NDArray[np.int64], "n"]
+_faiss = cache(require_faiss)  # it looks through all installed distributions
 _GPU_MOST = 2048  # FAISS finds no more at once on a GPU
 
 
@@ -28,7 +30,7 @@ class Engine:
     """
 
     def __init__(self, index: Any) -> None:
-        faiss = require_faiss()
+        faiss = _faiss()
         self._owner = index  # what `downcast_index` returns is a view, which does not keep it alive
         self.index: Any = faiss.downcast_index(index)
         self.gpu: Any = None
@@ -45,7 +47,7 @@ class Engine:
         Raises:
             ValueError: FAISS does not know the factory string, or it does not fit the dimension.
         """
-        faiss = require_faiss()
+        faiss = _faiss()
         try:
             owner = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
@@ -70,13 +72,13 @@ class Engine:
     @property
     def is_exact(self) -> bool:
         """Whether it holds the vectors as they are and compares with all of them."""
-        return type(self.outer) in (require_faiss().IndexFlat, require_faiss().IndexFlatIP)
+        return type(self.outer) in (_faiss().IndexFlat, _faiss().IndexFlatIP)
 
     @property
     def can_remove(self) -> bool:
         """Whether a vector can be taken out of it."""
         # A map of ids shifts when the index below does, which types other than flat codes do not.
-        faiss = require_faiss()
+        faiss = _faiss()
         return not self.mapped or isinstance(_below_transform(self.outer), faiss.IndexFlatCodes)
 
     @property
@@ -129,7 +131,7 @@ class Engine:
         """
         assert self.mapped, "inverted files are merged by FAISS"
         if self._keys is None:
-            self._keys = require_faiss().vector_to_array(self.index.id_map)
+            self._keys = _faiss().vector_to_array(self.index.id_map)
         places = np.searchsorted(self._keys, keys)
         try:
             found: Vectors = self.outer.reconstruct_batch(places)
@@ -145,7 +147,7 @@ class Engine:
         """
         if settings:
             try:
-                require_faiss().ParameterSpace().set_index_parameters(self.index, settings)
+                _faiss().ParameterSpace().set_index_parameters(self.index, settings)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"The search settings {settings!r} do not fit the index ({_reason(error)}); inverted files have "
@@ -158,7 +160,7 @@ class Engine:
         Raises:
             ValueError: FAISS has no GPU.
         """
-        faiss = require_faiss()
+        faiss = _faiss()
         if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
             raise ValueError(
                 "FAISS finds no GPU here: install its GPU distribution in place of the other (pip uninstall faiss-cpu, "
@@ -179,7 +181,7 @@ class Engine:
         """
         if self.gpu is not None and effort == 1 and count <= _GPU_MOST:
             return _search(self.gpu, queries, count)
-        faiss = require_faiss()
+        faiss = _faiss()
         if self.ivf is not None and effort > 1:
             kept, self.ivf.nprobe = self.ivf.nprobe, min(self.ivf.nprobe * effort, self.ivf.nlist)
             try:
@@ -193,7 +195,7 @@ class Engine:
 
     def _search_all(self, queries: Vectors, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Looks at every vector: a graph may not reach them all, but its storage does."""
-        faiss = require_faiss()
+        faiss = _faiss()
         if isinstance(self.outer, faiss.IndexRefine):
             return _search(faiss.downcast_index(self.outer.refine_index), queries, count)
         if isinstance(self.outer, faiss.IndexPreTransform):
@@ -207,11 +209,11 @@ class Engine:
     def trained_hash(self) -> str:
         """Of an empty index: what two must share to be merged."""
         assert len(self) == 0
-        return hashlib.blake2b(require_faiss().serialize_index(self.index).tobytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(_faiss().serialize_index(self.index).tobytes(), digest_size=16).hexdigest()
 
     def copy(self) -> Engine:
         """Another index of the same content."""
-        return Engine(require_faiss().clone_index(self.index))
+        return Engine(_faiss().clone_index(self.index))
 
     def write(self, path: Path) -> None:
         """Writes it.
@@ -221,7 +223,7 @@ class Engine:
         """
         with replacing(path) as temporary:
             try:
-                require_faiss().write_index(self.index, str(temporary))
+                _faiss().write_index(self.index, str(temporary))
             except RuntimeError as error:
                 raise StorageError(f"Cannot write {path}: {_reason(error)}. Free some space and try again.") from error
 
@@ -236,7 +238,7 @@ class Engine:
         Raises:
             ValueError: The file holds no FAISS index.
         """
-        faiss = require_faiss()
+        faiss = _faiss()
         try:
             return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0))
         except (RuntimeError, MemoryError) as error:
@@ -249,20 +251,20 @@ def _search(index: Any, queries: Vectors, count: int) -> tuple[NDArray[np.float3
 
 
 def _transformed(index: Any, vectors: Vectors) -> Vectors:
-    faiss = require_faiss()
+    faiss = _faiss()
     for place in range(index.chain.size()):
         vectors = faiss.downcast_VectorTransform(index.chain.at(place)).apply(vectors)
     return vectors
 
 
 def _below_transform(index: Any) -> Any:
-    faiss = require_faiss()
+    faiss = _faiss()
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
 def _innermost(index: Any) -> Any:
     """What holds the vectors: below refinement and transforms."""
-    faiss = require_faiss()
+    faiss = _faiss()
     if isinstance(index, faiss.IndexRefine):
         index = faiss.downcast_index(index.base_index)
     return _below_transform(index)
