@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 import evaluate
 import train
-from tests.tiny import tiny_clip, tiny_vision_transformer
+from tests.tiny import tiny_clip, tiny_ranker, tiny_vision_transformer
 from wherefrom.attributors import Attributor
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "facebook/dinov2-with-registers-large": tiny_vision_transformer(root / "dinov2", registers=2),
         "path/to/training_map.safetensors": feature_map,
         "path/to/synthesized_map.safetensors": feature_map,
+        "weights/emoji_1k_ranker": tiny_ranker(root / "ranker", {"efficientnet": 1280, "minilm": 384}),
     }
 
 

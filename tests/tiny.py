@@ -29,6 +29,7 @@ from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel, ForwardProcess
 from wherefrom.parts import CaptionEncoder, LatentEncoder, freeze, unet_from_config
 from wherefrom.pipeline import save_pipeline
+from wherefrom.ranker import Ranker, save_ranker
 from wherefrom.runner import Runner
 from wherefrom.unlearning import QueryLatent
 
@@ -331,4 +332,15 @@ def tiny_vision_transformer(folder: Path, registers: int = 0) -> Path:
     else:
         ViTModel(ViTConfig(**sizes, intermediate_size=16), add_pooling_layer=False).save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def tiny_ranker(folder: Path, widths: dict[str, int], scale: float = -2.0, seed: int = 0) -> Path:
+    """A random ranker for encoders of these names and widths, as if trained: its scale is negative."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ranker = Ranker(sum(widths.values()), width=12, hidden=1, outputs=8)
+    with torch.no_grad():
+        ranker.scale.fill_(scale)
+    save_ranker(folder, ranker, list(widths))
     return folder

@@ -5,6 +5,7 @@ from wherefrom.attributors.bank import InfluenceBank
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
 from wherefrom.attributors.ensemble import RankEnsemble
+from wherefrom.attributors.fast import Fast
 from wherefrom.attributors.influence import InfluenceFunction
 from wherefrom.attributors.journey_trak import JourneyTRAK
 from wherefrom.attributors.trak import TRAK
@@ -16,6 +17,7 @@ __all__ = [
     "AttributionByUnlearning",
     "Attributor",
     "CaptionSimilarity",
+    "Fast",
     "ImageSimilarity",
     "InfluenceBank",
     "InfluenceFunction",

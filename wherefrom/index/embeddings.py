@@ -65,7 +65,7 @@ def ranker_identity(ranker: Ranker, features: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: Its scale is not negative, so that a search by cosine would find the least influential pictures.
     """
-    scale = float(ranker.scale)
+    scale = float(ranker.scale.detach())
     if not scale < 0:  # not (a >= b): NaN is refused too
         raise ValueError(
             f"The ranker's scale is {scale:g}, but a search by cosine needs a negative one, which makes similar mean "
