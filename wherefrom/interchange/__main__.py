@@ -1,0 +1,133 @@
+"""Turns files of other projects into what is used here, and back.
+
+python -m wherefrom.interchange fastgda-teacher data/coco teachers/coco      # rankings and features, for train.py fit
+python -m wherefrom.interchange fastgda-ranker weights/dino.pth rankers/dino # a ranker
+python -m wherefrom.interchange to-fastgda-ranker rankers/dino dino.pth      # and back
+python -m wherefrom.interchange pickle influence_0.pkl influence_0.npz       # arrays of a pickle, which is never run
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wherefrom.interchange.fastgda import (
+    features_of_width,
+    read_fastgda_ranker,
+    read_fastgda_teacher,
+    write_fastgda_ranker,
+)
+from wherefrom.interchange.safe_pickle import flattened, read_pickle
+from wherefrom.ranker import load_ranker, save_ranker
+from wherefrom.storage import MANIFEST, check_identity, hash_file, replacing
+from wherefrom.teacher import write_teacher_set
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = root.add_subparsers(dest="command", required=True)
+    teacher = commands.add_parser("fastgda-teacher", help="FastGDA's rankings and features into a teacher set")
+    teacher.add_argument("folder", type=Path, help="FastGDA's data/coco")
+    teacher.add_argument("output", type=Path, help="folder of the teacher set")
+    teacher.add_argument("--part", choices=("train", "test"), default="train", help="which queries")
+    teacher.add_argument("--features", nargs="+", help="types of features; without it all that are there")
+    teacher.add_argument("--pictures", type=Path, help="Parquet table: image, caption, in the training set's order")
+    teacher.add_argument("--queries", type=Path, help="Parquet table: query, prompt, in the queries' order")
+    ranker = commands.add_parser("fastgda-ranker", help="a checkpoint of FastGDA's into a ranker")
+    ranker.add_argument("file", type=Path, help="the .pth file")
+    ranker.add_argument("output", type=Path, help="folder of the ranker")
+    ranker.add_argument("--features", nargs="+", help="features that it takes, in their order; by default by its width")
+    back = commands.add_parser("to-fastgda-ranker", help="a ranker into a checkpoint of FastGDA's")
+    back.add_argument("folder", type=Path, help="folder of the ranker")
+    back.add_argument("output", type=Path, help="the .pth file")
+    arrays = commands.add_parser("pickle", help="the arrays of a pickle file, which is never run, into NumPy files")
+    arrays.add_argument("file", type=Path, help="the pickle file")
+    arrays.add_argument("output", type=Path, help="a .npy file for one array, a .npz file for several")
+    return root
+
+
+def convert_teacher(options: argparse.Namespace) -> None:
+    """`fastgda-teacher`."""
+    teacher = read_fastgda_teacher(options.folder, options.part, options.features, options.pictures, options.queries)
+    if (options.output / MANIFEST).exists():
+        check_identity(options.output, teacher.identity)
+    write_teacher_set(options.output, teacher)
+    print(
+        f"{options.output}: {len(teacher.queries):,} queries, {teacher.rows.shape[1]:,} of {len(teacher.images):,} "
+        f"pictures each; features {', '.join(sorted(teacher.features))}"
+    )
+
+
+def convert_ranker(options: argparse.Namespace) -> None:
+    """`fastgda-ranker`."""
+    ranker = read_fastgda_ranker(options.file)
+    features = options.features or features_of_width(ranker.inputs)
+    save_ranker(options.output, ranker, features, source={"file": options.file.name, "hash": hash_file(options.file)})
+    print(f"{options.output}: {ranker.inputs} inputs ({', '.join(features)}), scale {ranker.scale.item():.3f}")
+
+
+def convert_back(options: argparse.Namespace) -> None:
+    """`to-fastgda-ranker`."""
+    ranker, features = load_ranker(options.folder)
+    write_fastgda_ranker(options.output, ranker)
+    print(f"{options.output}: takes {', '.join(features)}")
+
+
+def convert_pickle(options: argparse.Namespace) -> None:
+    """`pickle`.
+
+    Raises:
+        ValueError: The file cannot be read, or its arrays do not fit into the output.
+    """
+    arrays = flattened(read_pickle(options.file))
+    if options.output.suffix == ".npy":
+        if len(arrays) != 1:
+            raise ValueError(
+                f"{options.file} holds {len(arrays)} arrays; name a .npz file in place of {options.output}."
+            )
+        with replacing(options.output) as temporary, temporary.open("wb") as stream:
+            np.lib.format.write_array(stream, next(iter(arrays.values())), allow_pickle=False)
+    elif options.output.suffix == ".npz":
+        _write_npz(options.output, arrays)
+    else:
+        raise ValueError(f"{options.output} must end with .npy or .npz.")
+    for name, array in arrays.items():
+        print(f"{name or '(the array)'}: {array.dtype} {array.shape}")
+
+
+def _write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """As `numpy.savez`, which cannot take every name."""
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name or 'array'}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; a user's mistake is one line, not a traceback."""
+    options = parser().parse_args(args)
+    run = {
+        "fastgda-teacher": convert_teacher,
+        "fastgda-ranker": convert_ranker,
+        "to-fastgda-ranker": convert_back,
+        "pickle": convert_pickle,
+    }[options.command]
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        if args is not None:
+            raise  # called from Python: the caller handles it
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()
