@@ -1,0 +1,54 @@
+"""Cosines between queries and training pictures in a ranker's embedding, block by block."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.ranker import Ranker
+from wherefrom.teacher import Features
+
+_BLOCK = 4096
+
+
+@torch.no_grad()
+def embed(ranker: Ranker, features: Float[NDArray[np.floating], "n d"]) -> Float[Tensor, "n e"]:
+    """Unit vectors of all rows, without dropout, on the ranker's device; features may be mapped from disk.
+
+    Raises:
+        ValueError: The features have another width.
+    """
+    training, scale = ranker.training, ranker.scale
+    ranker.eval()
+    try:
+        blocks = [features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK)]
+        return torch.cat(
+            [ranker.embed(torch.tensor(block, dtype=scale.dtype, device=scale.device)) for block in blocks]
+        )
+    finally:
+        ranker.train(training)
+
+
+def similarities(
+    ranker: Ranker, features: Features, rows: Int32[NDArray[np.int32], "q m"] | None = None
+) -> Float[NDArray[np.float64], "q m"]:
+    """Cosine of each query with some training pictures, or with all.
+
+    Args:
+        ranker: The ranker.
+        features: Its features of both sides, those of all encoders side by side.
+        rows: The pictures of each query; None takes all, in their order.
+
+    Raises:
+        ValueError: The features have another width.
+    """
+    images, queries = embed(ranker, features.training), embed(ranker, features.queries)
+    if rows is None:
+        return (queries @ images.T).double().cpu().numpy()
+    found = np.empty(rows.shape)
+    for index, (query, chosen) in enumerate(zip(queries, rows, strict=True)):
+        found[index] = (images[torch.tensor(chosen, dtype=torch.long, device=images.device)] @ query).cpu().numpy()
+    return found
