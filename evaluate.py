@@ -3,6 +3,7 @@
 python evaluate.py attribute -c configs/experiment/demo.yaml
 python evaluate.py attribute -c configs/experiment/demo.yaml --queries.prompts '["a fox, twemoji style"]'
 python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
+python evaluate.py retrieval --teacher RUN --rankings fast=RUN --output FOLDER  # mAP and Recall against a slow method
 python evaluate.py counterfactual -c EXPERIMENT  # train again without what each method names
 python evaluate.py lds -c EXPERIMENT             # train on random halves
 python evaluate.py report --output RUN           # the judge's page and curves once more
@@ -35,6 +36,8 @@ from wherefrom.counterfactual import Protocol, judge
 from wherefrom.curation import Captions, curate
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.features import ImageEncoder, TextEncoder
+from wherefrom.evaluation import retrieval
+from wherefrom.features import ImageEncoder
 from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
 from wherefrom.pipeline import load_model
@@ -90,6 +93,17 @@ def parser() -> ArgumentParser:
     curate_parser.add_argument("--subsample", type=int | None, help="score only so many of these")
     curate_parser.add_argument("--block_size", type=int, default=16, help="queries that a worker is given at a time")
     curate_parser.add_class_arguments(Workers, "workers")
+    retrieval_parser = run_parser(retrieval.retrieval.__doc__, required=False)
+    retrieval_parser.add_argument(
+        "--teacher", type=str, required=True, help="run folder or teacher set, whole rankings"
+    )
+    retrieval_parser.add_argument("--ceiling", type=str | None, help="the teacher's, other noise or another model seed")
+    retrieval_parser.add_argument("--rankings", type=str, nargs="+", default=[], help="name=folder of what is measured")
+    retrieval_parser.add_argument("--methods", type=list[Path_fr], default=[], help="attributor files to run first")
+    retrieval_parser.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
+    retrieval_parser.add_argument(
+        "--k", type=list[float], default=list(retrieval.DEPTHS), help="numbers, or below 1 shares of the training set"
+    )
     report_parser = ArgumentParser(description=write_judge_report.__doc__)
     report_parser.add_argument(
         "--output", type=str, required=True, help="the run folder of `evaluate.py counterfactual`"
@@ -102,16 +116,18 @@ def parser() -> ArgumentParser:
     commands.add_subcommand("curate", curate_parser)
     commands.add_subcommand("attribute", attribute_parser)
     commands.add_subcommand("compare", compare_parser)
+    commands.add_subcommand("retrieval", retrieval_parser)
     return root
 
 
-def run_parser(description: str | None, with_model: bool = True) -> ArgumentParser:
-    """What all runs over queries are told; the judge trains its model itself."""
+def run_parser(description: str | None, with_model: bool = True, required: bool = True) -> ArgumentParser:
+    """What all runs over queries are told; the judge trains its model itself, and kept rankings need neither."""
     made = ArgumentParser(description=description, parser_mode="omegaconf")
     made.add_argument("-c", "--config", action="config", help="an experiment file")
     if with_model:
-        made.add_argument("--model", type=str, required=True, help="diffusers pipeline: folder or hub id")
-    made.add_subclass_arguments(LightningDataModule, "data", required=True)
+        model_type = str if required else str | None
+        made.add_argument("--model", type=model_type, required=required, help="diffusers pipeline: folder or hub id")
+    made.add_subclass_arguments(LightningDataModule, "data", required=required)
     made.add_class_arguments(QuerySource, "queries")
     made.add_class_arguments(ReportOptions, "report")
     made.add_class_arguments(Devices, "trainer")
@@ -280,6 +296,24 @@ def run_compare(config: Any) -> None:
     run.console.say(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
 
 
+def run_retrieval(config: Any) -> None:
+    """`evaluate.py retrieval`."""
+    output = Path(config.output)
+    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    folders = retrieval.named_folders([*config.rankings, *(f"{name}={output / name}" for name in methods)])
+    if methods:
+        if config.model is None or config.data is None:
+            raise ValueError("methods: attributors need --model and --data; rankings that are kept need neither.")
+        run = prepare(config, methods.values())
+        compare(
+            output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.say
+        )
+        if not run.runner.is_main:
+            return
+    ceiling = None if config.ceiling is None else Path(config.ceiling)
+    print(retrieval.as_table(retrieval.retrieval(output, Path(config.teacher), folders, ceiling, config.k)))
+
+
 def prepare_trial(config: Any, seed: int, timesteps: int) -> tuple[dict[str, list[Scores]], Sweep]:
     """Draws the queries from the model with all pictures, attributes them by every method, and plans the sweep.
 
@@ -374,6 +408,7 @@ def main(args: Sequence[str] | None = None) -> None:
         runs = {
             "attribute": run_attribute,
             "compare": run_compare,
+            "retrieval": run_retrieval,
             "counterfactual": run_counterfactual,
             "lds": run_lds,
             "report": run_report,
