@@ -35,9 +35,8 @@ from wherefrom.comparison import compare
 from wherefrom.counterfactual import Protocol, judge
 from wherefrom.curation import Captions, curate
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.evaluation import retrieval
-from wherefrom.features import ImageEncoder
+from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
 from wherefrom.pipeline import load_model
