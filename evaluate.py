@@ -31,8 +31,8 @@ from lightning_modules.recipe import Recipe
 from wherefrom import attributors, counterfactual, lds
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, Query, Scores, TrainingData
-from wherefrom.comparison import compare
-from wherefrom.counterfactual import Protocol, judge
+from wherefrom.comparison import Cost, attribute_at_cost, compare
+from wherefrom.counterfactual import judge
 from wherefrom.curation import Captions, curate
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation import retrieval
@@ -41,8 +41,10 @@ from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
+from wherefrom.protocol import Protocol
 from wherefrom.queries import QuerySource, make_queries
 from wherefrom.query_page import ReportOptions
+from wherefrom.reattribution import AFTER, Reattribution
 from wherefrom.retraining import Panel, Retrain, Retrains
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
@@ -313,12 +315,21 @@ def run_retrieval(config: Any) -> None:
     print(retrieval.as_table(retrieval.retrieval(output, Path(config.teacher), folders, ceiling, config.k)))
 
 
-def prepare_trial(config: Any, seed: int, timesteps: int) -> tuple[dict[str, list[Scores]], Sweep]:
-    """Draws the queries from the model with all pictures, attributes them by every method, and plans the sweep.
+@dataclass(frozen=True)
+class Trial:
+    """What a judgement by retraining works with: what every method says of the queries and took for it.
 
-    Returns:
-        Method -> scores of all queries, and what trains and measures models.
+    And what trains and measures models, and attributes under them.
     """
+
+    rankings: dict[str, list[Scores]]
+    costs: dict[str, Cost]
+    sweep: Sweep
+    again: Reattribution
+
+
+def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
+    """Draws the queries from the model with all pictures, attributes them by every method, and plans the sweep."""
     methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
     output, module = Path(config.output), config.data
     runner, console, store = Runner.current(), Console(), Store(config.store)
@@ -338,22 +349,23 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> tuple[dict[str, lis
     drawn = make_queries(model, source, *shapes(data), console.progress, keep_trajectory)
     panel = Panel(drawn, model, source, timesteps, config.similarity)
     queries = drawn[: len(drawn) - len(config.also)]
-    rankings = {}
+    rankings, costs, common = {}, {}, (store, runner, config.report, console.say)
     for name, method in methods.items():
         console.say(name)
         method.progress = console.progress
-        place = output / name
-        rankings[name] = attribute(place, method, data, model, queries, store, runner, config.report, console.say)
+        rankings[name], costs[name] = attribute_at_cost(output / name, method, data, model, queries, *common)
     table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    engine = config.workers.get()
-    return rankings, Sweep(retrains, panel, table, engine, console.say, pictures=output / counterfactual.PICTURES)
+    engine, pictures = config.workers.get(), output / counterfactual.PICTURES
+    sweep = Sweep(retrains, panel, table, engine, console.say, pictures=pictures)
+    return Trial(rankings, costs, sweep, Reattribution(output / AFTER, methods, data, retrains, queries, *common))
 
 
 def run_counterfactual(config: Any) -> None:
     """`evaluate.py counterfactual`."""
     protocol: Protocol = config.protocol
-    rankings, sweep = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
-    print(counterfactual.as_table(judge(Path(config.output), rankings, sweep, protocol)))
+    trial = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
+    rows = judge(Path(config.output), trial.rankings, trial.sweep, protocol, trial.again, trial.costs)
+    print(counterfactual.as_table(rows, trial.costs))
     write_judge_report(Path(config.output))
 
 
@@ -366,8 +378,8 @@ def run_report(config: Any) -> None:
 def run_lds(config: Any) -> None:
     """`evaluate.py lds`."""
     halves: Halves = config.halves
-    rankings, sweep = prepare_trial(config, halves.seed, config.timesteps)
-    print(lds.as_table(linear_datamodeling_scores(Path(config.output), rankings, sweep, halves)))
+    trial = prepare_trial(config, halves.seed, config.timesteps)
+    print(lds.as_table(linear_datamodeling_scores(Path(config.output), trial.rankings, trial.sweep, halves)))
 
 
 def run_curate(config: Any) -> None:

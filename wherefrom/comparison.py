@@ -138,12 +138,9 @@ def compare(
     costs: dict[str, Cost] = {}
     for number, (name, method) in enumerate(methods.items(), start=1):
         say(f"{name}: method {number} of {len(methods)}")
-        place = folder / name
-        before = _size(store.root, place)
-        with watched_memory() as memory:
-            results[name] = attribute(place, method, data, model, queries, store, runner, options, say)
-        if runner.is_main:
-            costs[name] = _cost(place, results[name], memory[0], _size(store.root, place) - before)
+        results[name], costs[name] = attribute_at_cost(
+            folder / name, method, data, model, queries, store, runner, options, say
+        )
     if runner.is_main:
         _write_tables(folder, results, costs)
         _write_report(folder / REPORT, results, costs, data.pictures, options)
@@ -151,13 +148,43 @@ def compare(
     return results
 
 
+def attribute_at_cost(
+    place: Path,
+    method: Attributor,
+    data: TrainingData,
+    model: DiffusionModel | None,
+    queries: Sequence[Query],
+    store: Store,
+    runner: Runner,
+    options: ReportOptions = ReportOptions(),
+    say: Say = silent,
+) -> tuple[list[Scores], Cost]:
+    """Attributes as `attribute` does, and measures what that takes, which the main process keeps in `cost.json`.
+
+    The other processes say what it took by their own clock, and nothing of what is stored.
+    """
+    before = _size(store.root, place) if runner.is_main else 0
+    with watched_memory() as memory:
+        results = attribute(place, method, data, model, queries, store, runner, options, say)
+    if not runner.is_main:
+        return results, Cost(_seconds(results), memory[0], 0)
+    return results, _cost(place, results, memory[0], _size(store.root, place) - before)
+
+
+def _seconds(results: Sequence[Scores]) -> float:
+    return float(np.mean([scores.facts.get("seconds", float("nan")) for scores in results]))
+
+
 def _cost(place: Path, results: Sequence[Scores], memory: int, added: int) -> Cost:
     """The cost of this run, or of the parts that an interrupted one measured before, whichever is larger."""
-    seconds = float(np.mean([scores.facts.get("seconds", float("nan")) for scores in results]))
-    cost = Cost(seconds, memory, added // len(results))
+    seconds = _seconds(results)
     if (place / COST).exists():
         earlier = Cost(**json.loads((place / COST).read_text()))
-        cost = Cost(seconds, max(memory, earlier.memory) if added else earlier.memory, max(cost.stored, earlier.stored))
+        peak = max(memory, earlier.memory) if added else earlier.memory
+        cost = Cost(seconds, peak, max(added // len(results), earlier.stored))
+    else:
+        # A run that was finished before anybody watched has left its folder at least.
+        cost = Cost(seconds, memory, max(added, _size(place)) // len(results))
     write_json(place / COST, asdict(cost))
     return cost
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from wherefrom.attributors.base import Scores
+from wherefrom.changes import KINDS, Measured, by_method, changes, effects, estimate, or_none
+from wherefrom.comparison import Cost
 from wherefrom.evaluation.removal import (
     RANDOM,
     Effect,
     Removal,
-    effect_of,
     plan_removals,
     pool_queries,
     random_equivalent,
@@ -24,51 +25,18 @@ from wherefrom.evaluation.removal import (
     random_removals,
     top_of_ranking,
 )
-from wherefrom.retraining import Measurement, Retrain
+from wherefrom.greedy import greedy_plan, remove_greedily
+from wherefrom.protocol import Protocol
+from wherefrom.reattribution import Reattribution, covering, foreseen, replacements, whole_ranking, write_shown
+from wherefrom.retraining import Retrain
 from wherefrom.storage import write_json
 from wherefrom.sweep import Sweep
+from wherefrom.synergy import halve, synergy_of
 
 RESULT = "counterfactual.json"
 PICTURES = "pictures"  # folder of what each model draws
 FLOOR = "another seed"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How many pictures go, for how many queries at once, and how often.
-
-    Attributes:
-        ks: Pictures of each query that a retraining leaves out.
-        pools: For each K, queries whose pictures one retraining leaves out; a single number serves for all K. 1 is the
-            papers' protocol.
-        seeds: Seeds of the trainings; each has its own model with all pictures.
-        random: How many times as many pictures are left out at random for each pool.
-        timesteps: Timesteps of the queries' losses (AbU, section 5.1: 200).
-        ladder: Numbers of pictures that are left out at random, to say how many random pictures do as much as those
-            that a method names (AbU, section 5.1: up to the whole set). Empty leaves that out.
-        ladder_draws: Models on each rung.
-    """
-
-    ks: list[int] = field(default_factory=lambda: [16])
-    pools: list[int] = field(default_factory=lambda: [5])
-    seeds: list[int] = field(default_factory=lambda: [0])
-    random: int = 1
-    timesteps: int = 200
-    ladder: list[int] = field(default_factory=list)
-    ladder_draws: int = 3
-
-    def __post_init__(self) -> None:
-        if min(self.ks, default=0) < 1 or min(self.pools, default=0) < 1 or not self.seeds or self.random < 0:
-            raise ValueError(
-                "ks, pools and seeds need positive numbers and random must not be negative; given ks "
-                f"{self.ks}, pools {self.pools}, seeds {self.seeds}, random {self.random}."
-            )
-        if len(self.pools) not in (1, len(self.ks)):
-            raise ValueError(f"pools must hold one number, or one for each of ks {self.ks}; given {self.pools}.")
-
-    def stages(self) -> list[tuple[int, int]]:
-        """(K, queries in a pool) of each stage."""
-        return list(zip(self.ks, self.pools * (len(self.ks) // len(self.pools)), strict=True))
+NO_COSTS: Mapping[str, Cost] = {}
 
 
 @dataclass(frozen=True)
@@ -130,48 +98,102 @@ def plan(
     return found
 
 
-def judge(folder: Path, rankings: Mapping[str, Sequence[Scores]], sweep: Sweep, protocol: Protocol) -> list[Row]:
+def judge(
+    folder: Path,
+    rankings: Mapping[str, Sequence[Scores]],
+    sweep: Sweep,
+    protocol: Protocol,
+    again: Reattribution | None = None,
+    costs: Mapping[str, Cost] = NO_COSTS,
+) -> list[Row]:
     """Retrains without what the methods name, and measures every query on every model.
 
-    Finished models and measurements are found again, so an interrupted sweep goes on.
+    Finished models and measurements are found again, so an interrupted sweep goes on. The table of results is written
+    once its models are measured, and again with what `after` and `greedy` add to it.
 
     Args:
         folder: Where `counterfactual.json` goes.
         rankings: Method -> scores of all queries.
         sweep: Trains the models and measures the queries on them.
         protocol: What to leave out.
+        again: Attributes under retrained models, for `after` and `greedy`.
+        costs: Method -> what it took for these queries.
 
     Raises:
         ValueError: The plan cannot be carried out, or a training failed; what is finished is kept.
         StorageError: A file could not be written.
     """
+    if again is None and (protocol.after or protocol.greedy):
+        raise ValueError("protocol.after and protocol.greedy attribute again: give `again`, or leave both at 0.")
     named = {
-        method: {scores.query.id: [name for name, _ in scores.top(len(scores.ids))] for scores in results}
-        for method, results in rankings.items()
+        method: {scores.query.id: whole_ranking(scores) for scores in results} for method, results in rankings.items()
     }
-    removals = plan(named, protocol, sweep.retrains.ids)
-    wanted = [Retrain((), seed) for seed in protocol.seeds]
+    ids, seeds = sweep.retrains.ids, protocol.seeds
+    removals = plan(named, protocol, ids)
+    own = [group for group in by_method(removals) if group[0].method != RANDOM]
+    halved = [halve(group, named[group[0].method], ids) for group in own] if protocol.groups else []
+    halves = [removal for each in halved for removal in (*each.first, *each.second)]
+    rounds = [removal for group in own for removal in group if again and again.asks_model(removal.method)]
+    wanted = [Retrain((), seed) for seed in seeds]
     # One seed after the other: a sweep that is cut short has then judged all methods by the first.
-    wanted += [Retrain(removal.ids, seed) for seed in protocol.seeds for removal in removals]
-    ladder = random_ladder(protocol.ladder, protocol.ladder_draws, sweep.retrains.ids)
-    wanted += [Retrain(rung.ids, seed) for seed in protocol.seeds for rung in ladder]
+    wanted += [Retrain(removal.ids, seed) for seed in seeds for removal in removals]
+    wanted += [Retrain(removal.ids, seed) for seed in seeds for removal in halves]
+    ladder = random_ladder(protocol.ladder, protocol.ladder_draws, ids)
+    wanted += [Retrain(rung.ids, seed) for seed in seeds for rung in ladder]
+    unmoved = [method for method in named if again and not again.asks_model(method)]
+    if protocol.greedy:
+        sweep.say(greedy_plan(rounds, protocol.greedy, len(seeds), unmoved))
     measured = sweep.measure(wanted)
-    rows = [_row(group, measured, protocol) for group in _groups(removals)]
+    rows = [_row(group, measured, protocol) for group in by_method(removals)]
     if ladder:
         rows = [_with_equivalent(row, ladder, measured, protocol) for row in rows]
     rows += _floor(measured, protocol)
-    models = [_model(sweep, Removal(FLOOR, 0, (), ()), seed) for seed in protocol.seeds]
-    models += [_model(sweep, removal, seed) for removal in removals for seed in protocol.seeds]
     result = {
+        **_facts(sweep, removals, protocol),
+        "rows": [_as_json(row) for row in rows],
+        "costs": {name: asdict(cost) for name, cost in costs.items()},
+        "groups": [synergy_of(each, measured, seeds).as_json() for each in halved],
+    }
+    write_json(folder / RESULT, result)
+    if again is not None and protocol.after:
+        result |= _after(folder, own, named, again, protocol)
+        write_json(folder / RESULT, result)
+    if again is not None and protocol.greedy:
+        found = remove_greedily(named, rounds, protocol.greedy, sweep, again, seeds) if rounds else []
+        result |= {"greedy": [each.as_json() for each in found], "not_greedy": unmoved}
+        write_json(folder / RESULT, result)
+    return rows
+
+
+def _facts(sweep: Sweep, removals: Sequence[Removal], protocol: Protocol) -> dict[str, Any]:
+    """What was done, for whoever reads the table of results."""
+    models = [_model(sweep, Removal(FLOOR, 0, (), ()), seed) for seed in protocol.seeds]
+    return {
         "protocol": vars(protocol),
         "prompts": {query.id: query.prompt for query in sweep.panel.queries},
         "encoder": None if sweep.panel.encoder is None else type(sweep.panel.encoder).__name__,
         "training_pictures": len(sweep.retrains.ids),
-        "models": models,
-        "rows": [_as_json(row) for row in rows],
+        "models": models + [_model(sweep, removal, seed) for removal in removals for seed in protocol.seeds],
     }
-    write_json(folder / RESULT, result)
-    return rows
+
+
+def _after(
+    folder: Path,
+    own: Sequence[Sequence[Removal]],
+    named: Mapping[str, Mapping[str, Sequence[str]]],
+    again: Reattribution,
+    protocol: Protocol,
+) -> dict[str, Any]:
+    """Who replaced what the methods named, as `counterfactual.json` keeps it; the pictures go beside it."""
+    found = [
+        replacements(named[group[0].method], covering(group, protocol.after), again, protocol.seeds[0]) for group in own
+    ]
+    shown = [name for each in found for one in each for name in (*one.before, *one.after)]
+    return {
+        "after": [one.as_json() for each in found for one in each],
+        "foresight": [foreseen(each) for each in found],
+        "shown": write_shown(folder, again.data.pictures, shown),
+    }
 
 
 def _model(sweep: Sweep, removal: Removal, seed: int) -> dict[str, Any]:
@@ -180,78 +202,46 @@ def _model(sweep: Sweep, removal: Removal, seed: int) -> dict[str, Any]:
     return {"name": name, "seed": seed, "method": removal.method, "k": removal.k, "queries": list(removal.queries)}
 
 
-def _groups(removals: Sequence[Removal]) -> list[list[Removal]]:
-    """The removals of each method and K."""
-    found: dict[tuple[str, int], list[Removal]] = {}
-    for removal in removals:
-        found.setdefault((removal.method, removal.k), []).append(removal)
-    return list(found.values())
-
-
-def _row(removals: Sequence[Removal], measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Protocol) -> Row:
-    changes: dict[str, list[dict[str, float]]] = {"loss": [], "mse": [], "similarity": []}
-    for removal in removals:
-        by_seed = [
-            _changes(measured[Retrain((), seed)], measured[Retrain(removal.ids, seed)]) for seed in protocol.seeds
-        ]
-        for kind, found in changes.items():
-            found.append({query: float(np.mean([each[query][kind] for each in by_seed])) for query in by_seed[0]})
-    effects = {kind: effect_of(removals, found) for kind, found in changes.items()}
+def _row(removals: Sequence[Removal], measured: Measured, protocol: Protocol) -> Row:
+    found = effects(removals, measured, protocol.seeds)
     count = float(np.mean([len(removal.ids) for removal in removals]))
-    return Row(removals[0].method, removals[0].k, count, effects["loss"], effects["mse"], effects["similarity"])
+    return Row(removals[0].method, removals[0].k, count, found["loss"], found["mse"], found["similarity"])
 
 
-def _with_equivalent(
-    row: Row, ladder: Sequence[Removal], measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Protocol
-) -> Row:
+def _with_equivalent(row: Row, ladder: Sequence[Removal], measured: Measured, protocol: Protocol) -> Row:
     """The row with its random equivalent: the change of the same queries' losses on the ladder's models."""
     rungs: dict[int, list[float]] = {}
     for rung in ladder:
         for seed in protocol.seeds:
-            changes = _changes(measured[Retrain((), seed)], measured[Retrain(rung.ids, seed)])
-            rungs.setdefault(rung.k, []).append(float(np.mean([changes[query]["loss"] for query in row.loss.queries])))
+            moved = changes(measured[Retrain((), seed)], measured[Retrain(rung.ids, seed)])
+            rungs.setdefault(rung.k, []).append(float(np.mean([moved[query]["loss"] for query in row.loss.queries])))
     counts = sorted(rungs)
     found = random_equivalent(counts, [rungs[count] for count in counts], float(row.loss.own.mean()))
     return replace(row, equivalent=found)
 
 
-def _changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
-    """Query -> what changed between two models of one seed; pictures are compared with the query itself."""
-    return {
-        query: {"loss": found.loss - before[query].loss, "mse": found.mse, "similarity": found.similarity}
-        for query, found in after.items()
-    }
-
-
-def _floor(measured: Mapping[Retrain, Mapping[str, Measurement]], protocol: Protocol) -> list[Row]:
+def _floor(measured: Measured, protocol: Protocol) -> list[Row]:
     """What another seed alone changes, with no picture left out."""
     if len(protocol.seeds) < 2:
         return []
     models = [measured[Retrain((), seed)] for seed in protocol.seeds]
     queries = tuple(sorted(models[0]))
     found: dict[str, Float[NDArray[np.float64], "q"]] = {}
-    for kind in ("loss", "mse", "similarity"):
+    for kind in KINDS:
         found[kind] = np.array(
-            [np.mean([abs(_changes(models[0], other)[query][kind]) for other in models[1:]]) for query in queries]
+            [np.mean([abs(changes(models[0], other)[query][kind]) for other in models[1:]]) for query in queries]
         )
     nothing = np.full(len(queries), np.nan)
-    loss, mse, similarity = (Effect(queries, found[kind], nothing) for kind in ("loss", "mse", "similarity"))
+    loss, mse, similarity = (Effect(queries, found[kind], nothing) for kind in KINDS)
     return [Row(FLOOR, 0, 0.0, loss, mse, similarity)]
 
 
-def estimate(values: Float[NDArray[np.float64], "q"]) -> tuple[float, float]:
-    """Mean and standard error of what is a number."""
-    known = values[np.isfinite(values)]
-    if len(known) == 0:
-        return float("nan"), float("nan")
-    return float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
-
-
-def as_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown: means over queries ± standard errors."""
+def as_table(rows: Sequence[Row], costs: Mapping[str, Cost] = NO_COSTS) -> str:
+    """The table in Markdown: means over queries ± standard errors, and what each method took where that is known."""
     titles = ["method", "K", "left out", "n", "ΔL own", "ΔL others", "ΔL own − others", "MSE own", "similarity own"]
     with_ladder = any(row.equivalent is not None for row in rows)
     titles += ["as many as so many at random"] * with_ladder
+    titles += ["seconds a query", "stored a query, MiB"] * bool(costs)
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [row.method, str(row.k), f"{row.removed:.0f}", str(len(row.loss.queries))]
@@ -260,26 +250,21 @@ def as_table(rows: Sequence[Row]) -> str:
             cells.append(f"{mean:.3g} ± {error:.1g}" if np.isfinite(mean) else "–")
         if with_ladder:
             cells.append("–" if row.equivalent is None else "{:,.0f} ({:,.0f} to {:,.0f})".format(*row.equivalent))
+        if costs:
+            cost = costs.get(row.method)
+            cells += ["–", "–"] if cost is None else [f"{cost.seconds:.3g}", f"{cost.stored / 2**20:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _as_json(row: Row) -> dict[str, Any]:
-    def numbers(effect: Effect) -> dict[str, Any]:
-        return {
-            name: [None if np.isnan(value) else value for value in values.tolist()]
-            for name, values in (("own", effect.own), ("others", effect.others))
-        }
-
-    effects = {"loss": row.loss, "mse": row.mse, "similarity": row.similarity}
+    kinds = {"loss": row.loss, "mse": row.mse, "similarity": row.similarity}
     return {
         "method": row.method,
         "k": row.k,
         "removed": row.removed,
         # JSON knows no infinity: null is beyond the ladder's end.
-        "equivalent": None
-        if row.equivalent is None
-        else [each if np.isfinite(each) else None for each in row.equivalent],
+        "equivalent": None if row.equivalent is None else or_none(row.equivalent),
         "queries": list(row.loss.queries),
-        **{name: numbers(effect) for name, effect in effects.items()},
+        **{name: {"own": or_none(each.own), "others": or_none(each.others)} for name, each in kinds.items()},
     }

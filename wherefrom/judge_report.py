@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.counterfactual import FLOOR, PICTURES, RESULT, Row, as_table, estimate
+from wherefrom.changes import estimate
+from wherefrom.counterfactual import FLOOR, PICTURES, RESULT, Row, as_table
 from wherefrom.evaluation.removal import RANDOM, Effect
 from wherefrom.markup import Markup, tag
 from wherefrom.page import write_page

@@ -92,7 +92,8 @@ class PixelSimilarity(_NoModel):
         return {"method": "pixel similarity", "size": self.size}
 
     def prepare(self, pictures: Pictures) -> None:
-        """Makes the pictures' vectors."""
+        """Makes the pictures' vectors; those of an earlier `fit` go, since each part of a set has its own."""
+        self._vectors.clear()
         self._of(pictures)
 
     def _of(self, pictures: Pictures) -> Float[Tensor, "n d"]:

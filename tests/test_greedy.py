@@ -1,0 +1,89 @@
+"""Greedy removal: one round is all at once, and later rounds ask the models of the rounds before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.judging import Judge, quick_influence, rankings
+from wherefrom.attributors import PixelSimilarity
+from wherefrom.counterfactual import judge as judge_by
+from wherefrom.evaluation.removal import plan_removals
+from wherefrom.greedy import remove_greedily
+from wherefrom.protocol import Protocol
+from wherefrom.retraining import Retrain
+
+K = 2
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    methods = {"influence": quick_influence(), "pixel": PixelSimilarity()}
+    return Judge(tmp_path_factory.mktemp("greedy"), methods, count=60)
+
+
+def test_one_round_is_all_at_once(judge: Judge) -> None:
+    first = rankings(judge.first())
+    pools = [tuple(query.id for query in judge.queries[:2]), (judge.queries[2].id,)]
+    at_once = plan_removals("influence", first["influence"], K, pools, judge.data.pictures.ids)
+    (found,) = remove_greedily(first, at_once, 1, judge.sweep, judge.again, [0])
+    assert found.removals == at_once
+    assert found.greedy.tolist() == found.at_once.tolist()
+    assert found.difference.tolist() == [0.0, 0.0, 0.0]
+    assert found.removed[0] == found.removed[1]
+
+
+def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
+    first = rankings(judge.first())
+    pool = tuple(query.id for query in judge.queries[:2])
+    at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.pictures.ids)
+    (found,) = remove_greedily(first, at_once, 2, judge.sweep, judge.again, [0, 1])
+    gone = {name for query in pool for name in first["influence"][query][:1]}
+    halfway = tuple(sorted(gone))
+    left = judge.again("influence", Retrain(halfway, 0), pool)
+    gone |= {name for query in pool for name in left[query][:1]}
+    (removal,) = found.removals
+    assert set(removal.ids) == gone != set(at_once[0].ids)
+    measured = judge.sweep.measure([Retrain(ids, s) for s in (0, 1) for ids in ((), removal.ids, at_once[0].ids)])
+    for query, greedy, ordinary in zip(found.queries, found.greedy, found.at_once, strict=True):
+        for ids, value in ((removal.ids, greedy), (at_once[0].ids, ordinary)):
+            moved = [measured[Retrain(ids, s)][query].loss - measured[Retrain((), s)][query].loss for s in (0, 1)]
+            assert value == pytest.approx(sum(moved) / 2)
+    assert Retrain(halfway, 0) in judge.trained
+    assert Retrain(halfway, 1) not in judge.trained, "between the rounds only the first seed is asked"
+    stored = found.as_json()
+    assert stored["pools"] == [{"queries": list(pool), "ids": list(removal.ids)}]
+    assert stored["estimates"]["difference"][0] == pytest.approx(sum(found.greedy - found.at_once) / 2)
+
+
+def test_the_judge_says_its_plan_and_keeps_everything(judge: Judge, tmp_path: Path) -> None:
+    protocol = Protocol(ks=[K], pools=[2], random=0, after=1, groups=True, greedy=2)
+    judge.said.clear()
+    judge_by(tmp_path, judge.first(), judge.sweep, protocol, judge.again)
+    plan, models, *rest = judge.said
+    assert "greedy removal in 2 rounds: up to 4 further models, 2 for each round" in plan
+    assert "not for pixel, which ask no model" in plan
+    assert models.startswith("13 models, "), "all pictures, and of two methods both halves and the whole"
+    assert any(line.startswith("greedy removal, round 2 of 2: 2 pools, 1 seeds") for line in rest)
+    stored = json.loads((tmp_path / "counterfactual.json").read_text())
+    assert [(each["method"], each["k"]) for each in stored["groups"]] == [("influence", K), ("pixel", K)]
+    (greedy,) = stored["greedy"]
+    assert (greedy["method"], greedy["rounds"], stored["not_greedy"]) == ("influence", 2, ["pixel"])
+    (row,) = (each for each in stored["rows"] if each["method"] == "influence")
+    assert greedy["at_once"] == row["loss"]["own"]
+    assert stored["groups"][0]["both"] == row["loss"]["own"]
+    assert [each["queries"] for each in stored["foresight"]] == [2, 2], "whole pools"
+    assert all(each["foresight"]["spearman"] == 1.0 for each in stored["after"] if each["method"] == "pixel")
+    assert {name for each in stored["after"] for name in (*each["before"], *each["after"])} == set(stored["shown"])
+    trained = len(judge.trained)
+    judge_by(tmp_path, judge.first(), judge.sweep, protocol, judge.again)
+    assert len(judge.trained) == trained
+    assert json.loads((tmp_path / "counterfactual.json").read_text()) == stored
+
+
+def test_attributing_again_needs_to_be_told_how(judge: Judge, tmp_path: Path) -> None:
+    for settings in ({"after": 1}, {"greedy": 1}):
+        with pytest.raises(ValueError, match="attribute again: give `again`"):
+            judge_by(tmp_path, {}, judge.sweep, Protocol(**settings))
