@@ -32,7 +32,10 @@ def quick_influence() -> Attributor:
 
 
 class Judge:
-    """Pictures, models, a panel and methods below one folder; `trained` and `said` list what was."""
+    """Pictures, models, a panel and methods below one folder; `trained` and `said` list what was.
+
+    It is interrupted as it says `stop_at`.
+    """
 
     def __init__(self, folder: Path, methods: dict[str, Attributor], count: int = 12, **keywords: Any) -> None:
         pictures, pipeline = folder / "pictures", folder / "pipeline"
@@ -48,12 +51,18 @@ class Judge:
         self.data = evaluate.training_data_of(module)
         self.trained: list[Retrain] = []
         self.said: list[str] = []
+        self.stop_at: str | None = None
 
         def train(retrain: Retrain, place: Path) -> None:
             self.trained.append(retrain)
             seed = hash_text(f"{retrain.seed}/{'/'.join(sorted(retrain.exclude))}") % 2**31
             model = DiffusionModel(tiny_unet(seed), tiny_process(), encoder)
             save_pipeline(place / "pipeline", model, str(text_folder(pipeline)), torch.float32)
+
+        def say(message: str) -> None:
+            self.said.append(message)
+            if message == self.stop_at:
+                raise KeyboardInterrupt
 
         latents = self.data.latents
         assert latents is not None
@@ -62,7 +71,7 @@ class Judge:
         self.queries = generate(self.base, SOURCE.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
         panel = Panel(self.queries, self.base, SOURCE, timesteps=4)
         table = Measurements(folder / "retrains.parquet")
-        self.sweep = Sweep(self.retrains, panel, table, say=self.said.append, **keywords)
+        self.sweep = Sweep(self.retrains, panel, table, say=say, **keywords)
         self.again = Reattribution(
             folder / "after",
             methods,
@@ -71,7 +80,7 @@ class Judge:
             self.queries,
             store,
             one_process(),
-            say=self.said.append,
+            say=say,
         )
 
     def first(self) -> dict[str, list[Scores]]:

@@ -12,6 +12,7 @@ from wherefrom.attributors import PixelSimilarity
 from wherefrom.counterfactual import judge as judge_by
 from wherefrom.evaluation.removal import plan_removals
 from wherefrom.greedy import remove_greedily
+from wherefrom.judge_report import write_judge_report
 from wherefrom.protocol import Protocol
 from wherefrom.retraining import Retrain
 
@@ -26,8 +27,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
 
 def test_one_round_is_all_at_once(judge: Judge) -> None:
     first = rankings(judge.first())
-    pools = [tuple(query.id for query in judge.queries[:2]), (judge.queries[2].id,)]
-    at_once = plan_removals("influence", first["influence"], K, pools, judge.data.pictures.ids)
+    pool = tuple(query.id for query in judge.queries)
+    at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.pictures.ids)
     (found,) = remove_greedily(first, at_once, 1, judge.sweep, judge.again, [0])
     assert found.removals == at_once
     assert found.greedy.tolist() == found.at_once.tolist()
@@ -37,7 +38,7 @@ def test_one_round_is_all_at_once(judge: Judge) -> None:
 
 def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
     first = rankings(judge.first())
-    pool = tuple(query.id for query in judge.queries[:2])
+    pool = tuple(query.id for query in judge.queries)
     at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.pictures.ids)
     (found,) = remove_greedily(first, at_once, 2, judge.sweep, judge.again, [0, 1])
     gone = {name for query in pool for name in first["influence"][query][:1]}
@@ -55,32 +56,36 @@ def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
     assert Retrain(halfway, 1) not in judge.trained, "between the rounds only the first seed is asked"
     stored = found.as_json()
     assert stored["pools"] == [{"queries": list(pool), "ids": list(removal.ids)}]
-    assert stored["estimates"]["difference"][0] == pytest.approx(sum(found.greedy - found.at_once) / 2)
+    assert stored["estimates"]["difference"][0] == pytest.approx(sum(found.greedy - found.at_once) / 3)
 
 
-def test_the_judge_says_its_plan_and_keeps_everything(judge: Judge, tmp_path: Path) -> None:
-    protocol = Protocol(ks=[K], pools=[2], random=0, after=1, groups=True, greedy=2)
+def test_the_judge_says_its_plan_and_goes_on_after_an_interruption(judge: Judge, tmp_path: Path) -> None:
+    protocol, first = Protocol(ks=[K], pools=[3], random=0, after=1, groups=True, greedy=2), judge.first()
     judge.said.clear()
-    judge_by(tmp_path, judge.first(), judge.sweep, protocol, judge.again)
-    plan, models, *rest = judge.said
-    assert "greedy removal in 2 rounds: up to 4 further models, 2 for each round" in plan
+    judge.stop_at = "greedy removal, round 2 of 2: 1 pools, 1 seeds"
+    with pytest.raises(KeyboardInterrupt):
+        judge_by(tmp_path, first, judge.sweep, protocol, judge.again)
+    early = json.loads((tmp_path / "counterfactual.json").read_text())
+    judge.stop_at = None
+    judge_by(tmp_path, first, judge.sweep, protocol, judge.again)
+    assert len(set(judge.trained)) == len(judge.trained), "trained twice"
+    plan, models = judge.said[:2]
+    assert "greedy removal in 2 rounds: up to 2 further models, 1 for each round" in plan
     assert "not for pixel, which ask no model" in plan
-    assert models.startswith("13 models, "), "all pictures, and of two methods both halves and the whole"
-    assert any(line.startswith("greedy removal, round 2 of 2: 2 pools, 1 seeds") for line in rest)
+    assert models.startswith("7 models, "), "all pictures, and of two methods both halves and the whole"
     stored = json.loads((tmp_path / "counterfactual.json").read_text())
+    assert early == {name: value for name, value in stored.items() if name not in ("greedy", "not_greedy")}
     assert [(each["method"], each["k"]) for each in stored["groups"]] == [("influence", K), ("pixel", K)]
     (greedy,) = stored["greedy"]
     assert (greedy["method"], greedy["rounds"], stored["not_greedy"]) == ("influence", 2, ["pixel"])
     (row,) = (each for each in stored["rows"] if each["method"] == "influence")
-    assert greedy["at_once"] == row["loss"]["own"]
-    assert stored["groups"][0]["both"] == row["loss"]["own"]
-    assert [each["queries"] for each in stored["foresight"]] == [2, 2], "whole pools"
+    assert greedy["at_once"] == stored["groups"][0]["both"] == row["loss"]["own"]
+    assert [each["queries"] for each in stored["foresight"]] == [3, 3], "whole pools"
     assert all(each["foresight"]["spearman"] == 1.0 for each in stored["after"] if each["method"] == "pixel")
     assert {name for each in stored["after"] for name in (*each["before"], *each["after"])} == set(stored["shown"])
-    trained = len(judge.trained)
-    judge_by(tmp_path, judge.first(), judge.sweep, protocol, judge.again)
-    assert len(judge.trained) == trained
-    assert json.loads((tmp_path / "counterfactual.json").read_text()) == stored
+    page = write_judge_report(tmp_path)[0].read_text()
+    for title in ("Do effects add up?", "In rounds, or all at once?", "Who replaced them?"):
+        assert title in page
 
 
 def test_attributing_again_needs_to_be_told_how(judge: Judge, tmp_path: Path) -> None:

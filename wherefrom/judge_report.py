@@ -1,9 +1,10 @@
-"""The judge's results to look at: curves against K, the pictures before and after, the table."""
+"""The judge's results to look at: curves against K, effect against cost, the pictures before and after, the tables."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.changes import estimate
+from wherefrom.changes import estimate, or_nan
+from wherefrom.comparison import Cost
 from wherefrom.counterfactual import FLOOR, PICTURES, RESULT, Row, as_table
 from wherefrom.evaluation.removal import RANDOM, Effect
+from wherefrom.judge_sections import STYLE, sections, table
 from wherefrom.markup import Markup, tag
 from wherefrom.page import write_page
 from wherefrom.report_pictures import foreign, picture_tag, png_data_uri
@@ -30,7 +34,11 @@ _PANELS = (
     ("mse", "own", "MSE of its picture"),
     ("similarity", "own", "similarity of its picture"),
 )
-_STYLE = "table.judge td, table.judge th { padding: 0.2em 0.6em; text-align: right; } img.curves { max-width: 100%; }"
+_MARKERS = "osD^vPX*"  # of each K, beside one another
+_STYLE = (
+    STYLE
+    + "table.judge td, table.judge th { padding: 0.2em 0.6em; text-align: right; } img.curves { max-width: 100%; }"
+)
 
 
 def write_judge_report(folder: Path) -> tuple[Path, Path]:
@@ -48,7 +56,8 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
     """
     result = _read(folder / RESULT)
     rows = [_row(each) for each in result["rows"]]
-    curves = _curves(rows)
+    costs = {name: Cost(**each) for name, each in result.get("costs", {}).items()}
+    curves = _curves(rows, costs)
     with replacing(folder / CURVES) as temporary:
         Image.fromarray(curves).save(temporary, "PNG")
     encoder = result["encoder"]
@@ -62,6 +71,10 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
         "went; others: of the same queries where only the pictures of other queries went. Own minus others assumes "
         "that the pictures of other queries do to a query what they do to any. Band: as many pictures left out at "
         "random. Dashed: another seed, with all pictures. Error bars are standard errors over queries."
+        + (
+            " Seconds a query are without what a method makes once for a model; stored is all that it left."
+            * bool(costs)
+        )
     )
     body = tag(
         "body",
@@ -69,7 +82,8 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
         tag("p", facts),
         tag("img", src=png_data_uri(curves), alt="Changes against K, by method", class_="curves"),
         tag("p", assumption),
-        _table(rows),
+        _table(rows, costs),
+        *sections(folder, result),
         *_pictures(folder, result),
     )
     write_page(folder / PAGE, "Retrained without the pictures named", body, _STYLE)
@@ -91,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _row(stored: dict[str, Any]) -> Row:
     def effect(kind: str) -> Effect:
-        own, others = (np.array(stored[kind][name], dtype=np.float64) for name in ("own", "others"))
+        own, others = (or_nan(stored[kind][name]) for name in ("own", "others"))
         return Effect(tuple(stored["queries"]), own, others)
 
     kinds = (effect("loss"), effect("mse"), effect("similarity"))
@@ -106,24 +120,56 @@ def _values(row: Row, kind: str, part: str) -> Float[NDArray[np.float64], "q"]:
     return found
 
 
-def _curves(rows: list[Row]) -> NDArray[np.uint8]:
+def _curves(rows: list[Row], costs: Mapping[str, Cost]) -> NDArray[np.uint8]:
     """The panels that have numbers, side by side."""
     shown = [
         (kind, part, title)
         for kind, part, title in _PANELS
         if any(np.isfinite(_values(row, kind, part)).any() for row in rows)
     ]
-    figure = Figure(figsize=(4.2 * len(shown), 3.8), dpi=100, layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (kind, part, title) in zip(axes, shown, strict=True):
+    dear = _dear(rows, costs)
+    count = len(shown) + bool(dear)
+    figure = Figure(figsize=(4.2 * count, 3.8), dpi=100, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis, (kind, part, title) in zip(axes, shown, strict=False):
         _panel(axis, rows, kind, part)
         axis.set_title(title)
         axis.set_xlabel("pictures left out for each query (K)")
     handles, labels = axes[0].get_legend_handles_labels()
+    if dear:
+        colours = {
+            label: handle[0].get_color() for handle, label in zip(handles, labels, strict=True) if label in costs
+        }
+        _effect_against_cost(axes[-1], dear, costs, colours)
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return np.asarray(Image.open(stream).convert("RGB"))
+
+
+def _dear(rows: list[Row], costs: Mapping[str, Cost]) -> list[Row]:
+    """The rows with an effect of their own, of methods whose seconds are known."""
+    return [
+        row
+        for row in rows
+        if row.method in costs and costs[row.method].seconds > 0 and np.isfinite(row.loss.difference).any()
+    ]
+
+
+def _effect_against_cost(axis: Axes, rows: list[Row], costs: Mapping[str, Cost], colours: Mapping[str, Any]) -> None:
+    """One point a method and K."""
+    marker = {k: _MARKERS[place % len(_MARKERS)] for place, k in enumerate(sorted({row.k for row in rows}))}
+    for row in rows:
+        mean, error = estimate(row.loss.difference)
+        style = {"marker": marker[row.k], "color": colours[row.method], "markersize": 6, "capsize": 3}
+        axis.errorbar([costs[row.method].seconds], [mean], [np.nan_to_num(error)], linestyle="none", **style)
+    names = [
+        Line2D([], [], color="grey", linestyle="none", marker=shape, label=f"K = {k}") for k, shape in marker.items()
+    ]
+    axis.legend(handles=names, frameon=False, fontsize="small")
+    axis.set_xscale("log")
+    axis.set_title("ΔL own − others against cost")
+    axis.set_xlabel("seconds a query")
 
 
 def _panel(axis: Axes, rows: list[Row], kind: str, part: str) -> None:
@@ -146,10 +192,9 @@ def _panel(axis: Axes, rows: list[Row], kind: str, part: str) -> None:
     axis.minorticks_off()
 
 
-def _table(rows: list[Row]) -> Markup:
-    lines = [line.strip("| ").split(" | ") for line in as_table(rows).splitlines()]
-    head = tag("tr", *(tag("th", title) for title in lines[0]))
-    return tag("table", head, *(tag("tr", *(tag("td", cell) for cell in line)) for line in lines[2:]), class_="judge")
+def _table(rows: list[Row], costs: Mapping[str, Cost]) -> Markup:
+    lines = [line.strip("| ").split(" | ") for line in as_table(rows, costs).splitlines()]
+    return table(lines[0], lines[2:])
 
 
 def _pictures(folder: Path, result: dict[str, Any]) -> list[Markup]:

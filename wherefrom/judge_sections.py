@@ -1,0 +1,157 @@
+"""Parts of the judge's page: who replaced what was removed, whether effects add up, and removal in rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from wherefrom.markup import Markup, tag
+from wherefrom.reattribution import shown_file
+from wherefrom.report_pictures import foreign, picture_tag
+
+Stored = Mapping[str, Any]
+STYLE = """
+ol.taken{display:flex;flex-wrap:wrap;gap:.5rem;list-style:none}ol.taken li{width:6rem;font-size:.7rem;line-height:1.3}
+ol.taken .gone img{opacity:.45}ol.taken .gone b{color:var(--tick)}
+"""
+_SIDE = 64
+
+
+def sections(folder: Path, result: Stored) -> list[Markup]:
+    """What a judgement asked beyond the ordinary removals; nothing where it did not.
+
+    Args:
+        folder: The run folder.
+        result: What `counterfactual.json` holds.
+
+    Raises:
+        ValueError: A picture in the folder cannot be read.
+    """
+    return [
+        *_groups(result.get("groups", [])),
+        *_greedy(result.get("greedy", []), result.get("not_greedy", [])),
+        *_after(folder, result),
+    ]
+
+
+def table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> Markup:
+    """A table of the judge's."""
+    head = tag("tr", *(tag("th", title) for title in titles))
+    return tag("table", head, *(tag("tr", *(tag("td", cell) for cell in line)) for line in lines), class_="judge")
+
+
+def number(estimate: Sequence[float | None]) -> str:
+    """Mean ± standard error, as far as there are any."""
+    mean, error = estimate
+    if mean is None:
+        return "–"
+    return f"{mean:.3g}" if error is None else f"{mean:.3g} ± {error:.1g}"
+
+
+def _groups(groups: Sequence[Stored]) -> list[Markup]:
+    if not groups:
+        return []
+    lines = []
+    for each in groups:
+        found = each["estimates"]
+        shown = [number(found[name]) for name in ("first", "second", "both", "synergy")]
+        lines.append([foreign(each["method"]), str(each["k"]), str(len(each["queries"])), *shown])
+    return [
+        tag("h2", "Do effects add up?"),
+        tag(
+            "p",
+            "Each query's top K cut in two, the odd places (A) and the even ones (B): what is lost without A, without "
+            "B, and without both. Synergy is what both do beyond the sum: above 0, each half stands in for the other.",
+        ),
+        table(["method", "K", "n", "ΔL(A)", "ΔL(B)", "ΔL(A ∪ B)", "synergy"], lines),
+    ]
+
+
+def _greedy(greedy: Sequence[Stored], unmoved: Sequence[str]) -> list[Markup]:
+    if not greedy and not unmoved:
+        return []
+    lines = []
+    for each in greedy:
+        found, (mine, theirs) = each["estimates"], each["removed"]
+        shown = [number(found[name]) for name in ("greedy", "at_once", "difference")]
+        counts = [str(each["k"]), str(each["rounds"]), str(len(each["queries"])), f"{mine:.0f} / {theirs:.0f}"]
+        lines.append([foreign(each["method"]), *counts, *shown])
+    titles = ["method", "K", "rounds", "n", "left out, in rounds / at once", "ΔL in rounds", "ΔL at once", "difference"]
+    without = [
+        "Not for ",
+        *(part for name in unmoved for part in (foreign(name), ", ")),
+        "which ask no model: they rank what is left as before, so their removal in rounds is that at once.",
+    ]
+    return [
+        tag("h2", "In rounds, or all at once?"),
+        tag(
+            "p",
+            "In rounds, the queries are attributed again under the model that was trained without what the rounds "
+            "before took away.",
+        ),
+        *([table(titles, lines)] if lines else []),
+        *([tag("p", *without)] if unmoved else []),
+    ]
+
+
+def _after(folder: Path, result: Stored) -> list[Markup]:
+    found: Sequence[Stored] = result.get("after", [])
+    if not found:
+        return []
+    lines = [
+        [
+            foreign(each["method"]),
+            str(each["k"]),
+            str(each["queries"]),
+            *(number(each[name]) for name in ("spearman", "share", "chance")),
+        ]
+        for each in result["foresight"]
+    ]
+    prompts, captions = result["prompts"], result["shown"]
+    pictures = [
+        tag(
+            "tr",
+            tag("th", foreign(each["method"]), f", K = {each['k']}"),
+            tag("td", foreign(prompts[each["query"]])),
+            tag("td", _taken(folder, each["before"], captions, each["removed"])),
+            tag("td", _taken(folder, each["after"], captions, [])),
+        )
+        for each in found
+    ]
+    head = tag("tr", *(tag("th", title) for title in ("", "query", "first before", "first after")))
+    return [
+        tag("h2", "Who replaced them?"),
+        tag(
+            "p",
+            "The queries attributed again, under the model that was trained without the pictures of their pool, among "
+            "those that are left. Foreseen: the share of the top K afterwards that stood in the K places directly "
+            "below what was removed; by chance: that of a random order.",
+        ),
+        table(["method", "K", "n", "Spearman, before and after", "foreseen", "by chance"], lines),
+        tag("div", tag("table", head, *pictures, class_="judge replaced"), class_="scroll"),
+    ]
+
+
+def _taken(folder: Path, ids: Sequence[str], captions: Mapping[str, str], removed: Sequence[str]) -> Markup:
+    items = []
+    for name in ids:
+        gone = name in removed
+        label = [tag("b", "removed"), " "] if gone else []
+        words = tag("span", *label, foreign(name, 40), " ", foreign(captions.get(name, ""), 60))
+        items.append(tag("li", _thumbnail(folder, name), words, class_="gone" if gone else None))
+    return tag("ol", *items, class_="taken")
+
+
+def _thumbnail(folder: Path, name: str) -> str:
+    path = shown_file(folder, name)
+    if not path.exists():
+        return "–"
+    try:
+        with Image.open(path) as opened:
+            return picture_tag(np.asarray(opened.convert("RGB")), _SIDE, f"Training picture {name}")
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
