@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datamodules.pictures import PicturesDataModule
+from wherefrom.data.copies import Copies, plant
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.pictures import Pictures
 from wherefrom.parts import LatentEncoder
@@ -20,6 +21,7 @@ class Emoji(PicturesDataModule):
         exclude: See `PicturesDataModule`.
         flip_share: See `PicturesDataModule`.
         caption_dropout: See `PicturesDataModule`.
+        copies: Near-duplicates planted in the training set.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class Emoji(PicturesDataModule):
         exclude: list[str] | str | None = None,
         flip_share: float = 0.5,
         caption_dropout: float = 0.1,
+        copies: Copies | None = None,
     ) -> None:
         super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
-        self.options = options
+        self.options, self.copies = options, copies
 
     def load(self) -> tuple[Pictures, Pictures]:
         """The training pictures and the held-out (concept, style) pairs."""
         pictures = build_emoji(self.store, self.options)
-        return pictures.where("split", "train"), pictures.where("split", "validation")
+        train, validation = (pictures.where("split", split) for split in ("train", "validation"))
+        return train if self.copies is None else plant(train, self.copies), validation

@@ -180,7 +180,7 @@ def _cost(place: Path, results: Sequence[Scores], memory: int, added: int) -> Co
     seconds = _seconds(results)
     if (place / COST).exists():
         earlier = Cost(**json.loads((place / COST).read_text()))
-        peak = max(memory, earlier.memory) if added else earlier.memory
+        peak = max(memory, earlier.memory) if added > 0 else earlier.memory
         cost = Cost(seconds, peak, max(added // len(results), earlier.stored))
     else:
         # A run that was finished before anybody watched has left its folder at least.

@@ -1,0 +1,99 @@
+"""Near-duplicates planted in a training set: its own pictures with their captions, a pixel off, slightly recoloured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+
+from wherefrom import keyed
+from wherefrom.data.pictures import Pictures
+from wherefrom.storage import identity_hash
+
+_STEPS = tuple((rows, columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1) if (rows, columns) != (0, 0))
+_LEAST, _MOST = 4, 12  # how far a colour channel moves, of 255
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Which training pictures have near-duplicates.
+
+    Attributes:
+        ids: The originals.
+        count: Copies of each.
+        seed: Seed of where they move and of their colours.
+
+    Raises:
+        ValueError: There are no originals, one is named twice, or `count` is not between 1 and 8, the number of
+            neighbouring pixels.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    count: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.ids or len(set(self.ids)) < len(self.ids) or not 1 <= self.count <= len(_STEPS):
+            raise ValueError(
+                f"copies needs originals, each named once, and 1 to {len(_STEPS)} copies of each; given ids {self.ids} "
+                f"and count {self.count}."
+            )
+
+    def of(self, name: str) -> list[str]:
+        """Ids of the copies of an original."""
+        return [f"{name}/copy{number}" for number in range(1, self.count + 1)]
+
+    @property
+    def planted(self) -> list[str]:
+        """Ids of all copies."""
+        return [copy for name in self.ids for copy in self.of(name)]
+
+
+def plant(pictures: Pictures, copies: Copies) -> Pictures:
+    """The pictures, and after them the copies, with the captions and columns of their originals.
+
+    Args:
+        pictures: The training pictures.
+        copies: Which of them have copies.
+
+    Raises:
+        ValueError: An original is no training picture, or an id is taken.
+    """
+    where = {name: index for index, name in enumerate(pictures.ids)}
+    unknown = [name for name in copies.ids if name not in where]
+    if unknown:
+        raise ValueError(
+            f"copies names {len(unknown)} pictures that are not in the training set, such as {unknown[0]!r}; its ids "
+            f"look like {pictures.ids[0]!r}."
+        )
+    origins = [where[name] for name in copies.ids for _ in range(copies.count)]
+    drawn = [
+        _near(np.asarray(pictures.pixels[where[name]]), name, number, copies.seed)
+        for name in copies.ids
+        for number in range(copies.count)
+    ]
+    return Pictures(
+        ids=(*pictures.ids, *copies.planted),
+        captions=(*pictures.captions, *(pictures.captions[index] for index in origins)),
+        pixels=np.concatenate([np.asarray(pictures.pixels), np.stack(drawn)]),
+        columns={name: (*column, *(column[index] for index in origins)) for name, column in pictures.columns.items()},
+        fingerprint=identity_hash({"of": pictures.fingerprint, "copies": asdict(copies)}),
+    )
+
+
+def _near(
+    pixels: UInt8[NDArray[np.uint8], "h w 3"], name: str, number: int, seed: int
+) -> UInt8[NDArray[np.uint8], "h w 3"]:
+    """One copy: each of an original's moves another way."""
+    turn = int(keyed.bits(keyed.combine(seed, keyed.hash_text(f"copies of {name}")), 1)) % len(_STEPS)
+    rows, columns = _STEPS[(turn + number) % len(_STEPS)]
+    draws = keyed.uniform(keyed.combine(seed, keyed.hash_text(f"colours of {name}"), number), 6).numpy()
+    colours = np.where(draws[:3] < 0.5, -1, 1) * np.rint(_LEAST + draws[3:] * (_MOST - _LEAST))
+    # The border's own colours move in: no edge appears that the original does not have.
+    moved = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width = pixels.shape[:2]
+    moved = moved[1 - rows : 1 - rows + height, 1 - columns : 1 - columns + width]
+    near: NDArray[np.uint8] = np.clip(moved.astype(np.int64) + colours.astype(np.int64), 0, 255).astype(np.uint8)
+    return near
