@@ -13,25 +13,21 @@ python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # ranking
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import Path_fr
 from lightning import LightningDataModule
-from lightning.fabric import Fabric
 
 import datamodules  # noqa: F401  so that YAML may use short class names
-from datamodules.pictures import PicturesDataModule
-from lightning_modules.recipe import Recipe
+from lightning_modules.runs import Devices, load_methods, prepare, prepare_trial, shapes
 from wherefrom import attributors, counterfactual, lds
 from wherefrom.attribution import attribute
-from wherefrom.attributors import Attributor, Query, Scores, TrainingData
-from wherefrom.comparison import Cost, attribute_at_cost, compare
+from wherefrom.attributors import Attributor, TrainingData
+from wherefrom.comparison import compare
 from wherefrom.counterfactual import judge
 from wherefrom.curation import Captions, curate
 from wherefrom.diffusion import DiffusionModel
@@ -39,38 +35,15 @@ from wherefrom.evaluation import retrieval
 from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
-from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
 from wherefrom.protocol import Protocol
-from wherefrom.queries import QuerySource, make_queries
+from wherefrom.queries import QuerySource
 from wherefrom.query_page import ReportOptions
-from wherefrom.reattribution import AFTER, Reattribution
-from wherefrom.retraining import Panel, Retrain, Retrains
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
-from wherefrom.sweep import Measurements, Sweep
 from wherefrom.workers import Workers
 
 __all__ = ["attributors", "main"]
 
 SETTINGS = "values that replace those of the files in every method that has them, such as {grid.timesteps: 5}"
-
-
-@dataclass(frozen=True)
-class Devices:
-    """Where to run; the same names as the trainer's.
-
-    Attributes:
-        accelerator: `auto`, `cpu`, `cuda`, …
-        devices: How many on each machine.
-        num_nodes: How many machines.
-        strategy: `auto` or `ddp`.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str = "auto"
-    num_nodes: int = 1
-    strategy: str = "auto"
 
 
 def parser() -> ArgumentParser:
@@ -155,54 +128,6 @@ def trial_parser(description: str | None) -> ArgumentParser:
     return made
 
 
-def load_methods(
-    files: Sequence[Path], settings: Mapping[str, Any] | None = None, strict: bool = False
-) -> dict[str, Attributor]:
-    """The attributors of these files, by the files' names.
-
-    Args:
-        files: Attributor files.
-        settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them.
-        strict: Refuse a setting that no method has.
-
-    Raises:
-        ValueError: Two files have the same name, or no method has a setting.
-    """
-    made = ArgumentParser(parser_mode="omegaconf")
-    made.add_subclass_arguments(Attributor, "attributor", required=True)
-    methods: dict[str, Attributor] = {}
-    unused = set(settings or {})
-    for file in files:
-        if file.stem in methods:
-            raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
-        config = made.parse_args(["--attributor", str(file)])
-        init_args = config.attributor.get("init_args", {})
-        for name, value in (settings or {}).items():
-            if init_args.get(name) is not None:
-                init_args[name] = value
-                unused.discard(name)
-        methods[file.stem] = made.instantiate(config).attributor
-    if strict and unused:
-        raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
-    return methods
-
-
-def training_data(data: PicturesDataModule, model: DiffusionModel) -> TrainingData:
-    """The training pictures and the held-out ones, with their latents by the model's own encoder."""
-    data.encoder = model.encoder
-    data.prepare_data()
-    data.setup()
-    return training_data_of(data)
-
-
-def training_data_of(data: PicturesDataModule) -> TrainingData:
-    """The training pictures and the held-out ones of a module that is set up."""
-    held_out = data.validation_pictures if len(data.validation_pictures) else None
-    return TrainingData(
-        data.train_pictures, data.train_latents, held_out, data.validation_latents if held_out is not None else None
-    )
-
-
 def announce(
     console: Console, attributor: Attributor, data: TrainingData, model: DiffusionModel, queries: int, output: Path
 ) -> None:
@@ -216,51 +141,6 @@ def announce(
         f"{duration(work.per_query / rate)} for each of {queries} queries; {work.disk / 2**20:,.0f} MiB on disk, about "
         f"{(work.memory + peak_memory()) / 2**30:.1f} GiB of memory; {room(output)}"
     )
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run over queries works with."""
-
-    model: DiffusionModel
-    data: TrainingData
-    queries: list[Query]
-    store: Store
-    runner: Runner
-    console: Console
-
-
-def prepare(config: Any, methods: Iterable[Attributor], with_queries: bool = True) -> Run:
-    """Launches the processes and makes model, data and the queries, with what the methods need of them."""
-    devices: Devices = config.trainer
-    fabric = Fabric(
-        accelerator=devices.accelerator, strategy=devices.strategy, devices=devices.devices, num_nodes=devices.num_nodes
-    )
-    fabric.launch()
-    runner = Runner.current(fabric.device)
-    console = Console(runner.is_main)
-    model = load_model(config.model).to(fabric.device)
-    data_module: PicturesDataModule = config.data
-    data_module.store = store = Store(config.store)
-    console.say("pictures, latents and captions")
-    if runner.is_main:
-        training_data(data_module, model)
-    runner.barrier()
-    data = training_data(data_module, model)
-    if not with_queries:
-        return Run(model, data, [], store, runner, console)
-    console.say("queries")
-    keep_trajectory = any("trajectory" in method.requires for method in methods)
-    queries = make_queries(model, config.queries, *shapes(data), console.progress, keep_trajectory)
-    return Run(model, data, queries, store, runner, console)
-
-
-def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """(C, H, W) of a latent, and (height, width) of a picture."""
-    assert data.latents is not None
-    height, width = (int(side) for side in np.asarray(data.pictures.pixels).shape[1:3])
-    channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
-    return (channels, rows, columns), (height, width)
 
 
 def run_attribute(config: Any) -> None:
@@ -313,51 +193,6 @@ def run_retrieval(config: Any) -> None:
             return
     ceiling = None if config.ceiling is None else Path(config.ceiling)
     print(retrieval.as_table(retrieval.retrieval(output, Path(config.teacher), folders, ceiling, config.k)))
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a judgement by retraining works with: what every method says of the queries and took for it.
-
-    And what trains and measures models, and attributes under them.
-    """
-
-    rankings: dict[str, list[Scores]]
-    costs: dict[str, Cost]
-    sweep: Sweep
-    again: Reattribution
-
-
-def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
-    """Draws the queries from the model with all pictures, attributes them by every method, and plans the sweep."""
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
-    output, module = Path(config.output), config.data
-    runner, console, store = Runner.current(), Console(), Store(config.store)
-    recipe = Recipe(str(config.recipe.absolute), store.root)
-    module.store = store
-    module.prepare_data()
-    module.setup()
-    data = training_data_of(module)
-    assert data.latents is not None
-    retrains = Retrains(store, recipe.identity(), data.latents.ids, data.latents.fingerprint, recipe.train)
-    if config.model is not None:
-        retrains.publish(Retrain((), seed), Path(config.model))
-    console.say("the model with all pictures")
-    model = retrains.model(Retrain((), seed)).to(runner.device)
-    keep_trajectory = any("trajectory" in method.requires for method in methods.values())
-    source: QuerySource = replace(config.queries, prompts=[*config.queries.prompts, *config.also])
-    drawn = make_queries(model, source, *shapes(data), console.progress, keep_trajectory)
-    panel = Panel(drawn, model, source, timesteps, config.similarity)
-    queries = drawn[: len(drawn) - len(config.also)]
-    rankings, costs, common = {}, {}, (store, runner, config.report, console.say)
-    for name, method in methods.items():
-        console.say(name)
-        method.progress = console.progress
-        rankings[name], costs[name] = attribute_at_cost(output / name, method, data, model, queries, *common)
-    table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    engine, pictures = config.workers.get(), output / counterfactual.PICTURES
-    sweep = Sweep(retrains, panel, table, engine, console.say, pictures=pictures)
-    return Trial(rankings, costs, sweep, Reattribution(output / AFTER, methods, data, retrains, queries, *common))
 
 
 def run_counterfactual(config: Any) -> None:

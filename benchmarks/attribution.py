@@ -31,7 +31,7 @@ import torch
 from benchmarks.method_table import load, settings
 from benchmarks.recognisability import choose_prompts
 from datamodules import Emoji
-from evaluate import training_data
+from lightning_modules.runs import training_data
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.comparison import watched_memory
 from wherefrom.data.latents import LatentSet

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.known_answers import Case, cell, make_cases, ranks
 from datamodules import Emoji
-from evaluate import load_methods, training_data
+from lightning_modules.runs import load_methods, training_data
 from wherefrom.attribution import attribute
 from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
 from wherefrom.data.pictures import Pictures

@@ -26,8 +26,8 @@ from lightning import LightningDataModule
 
 from benchmarks.known_answers import choose
 from datamodules.pictures import PicturesDataModule
-from evaluate import load_methods, shapes, training_data_of
 from lightning_modules.recipe import Recipe
+from lightning_modules.runs import load_methods, shapes, training_data_of
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor
 from wherefrom.attributors.base import Say, silent

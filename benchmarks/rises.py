@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.known_answers import choose
 from datamodules import Emoji
-from evaluate import training_data
+from lightning_modules.runs import training_data
 from wherefrom.attribution import attribute
 from wherefrom.attributors import AttributionByUnlearning, Scores
 from wherefrom.curvature import FisherSettings

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 import datamodules  # noqa: F401  so that YAML may use short class names
-from evaluate import shapes, training_data
+from lightning_modules.runs import shapes, training_data
 from wherefrom.attributors import AttributionByUnlearning, ImageSimilarity, InfluenceBank, Scores, TrainingData
 from wherefrom.bank import Compression
 from wherefrom.curvature import FisherSettings

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.scenes import AMONG, Admission, Scene, admit, judge_scenes
 from datamodules import Emoji
-from evaluate import training_data
+from lightning_modules.runs import training_data
 from wherefrom import keyed
 from wherefrom.attribution import attribute
 from wherefrom.attributors import (

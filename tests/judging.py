@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-import evaluate
 from datamodules import ImageFolder
+from lightning_modules import runs
 from tests.tiny import LENGTH, one_process, text_folder, tiny_folder, tiny_pipeline, tiny_process, tiny_unet
 from wherefrom.attributors import Attributor, InfluenceFunction, Scores
 from wherefrom.diffusion import DiffusionModel
@@ -48,7 +48,7 @@ class Judge:
         module.prepare_data()
         module.setup()
         self.folder, self.methods, self.store = folder, methods, store
-        self.data = evaluate.training_data_of(module)
+        self.data = runs.training_data_of(module)
         self.trained: list[Retrain] = []
         self.said: list[str] = []
         self.stop_at: str | None = None

@@ -11,6 +11,7 @@ import yaml
 from scipy.stats import spearmanr
 
 import evaluate
+from lightning_modules import runs
 from tests.tiny import attribution_config, tiny_latents
 from wherefrom.attributors import InfluenceFunction, Query, Random, Scores, TrainingData
 from wherefrom.comparison import compare, correlations, watched_memory
@@ -85,11 +86,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "random.yaml").write_text("class_path: Random\n")
     with pytest.raises(ValueError, match="Two attributor files are called 'random'"):
-        evaluate.load_methods([tmp_path / "a" / "random.yaml", tmp_path / "b" / "random.yaml"])
-    assert isinstance(evaluate.load_methods([tmp_path / "a" / "random.yaml"])["random"], Random)
+        runs.load_methods([tmp_path / "a" / "random.yaml", tmp_path / "b" / "random.yaml"])
+    assert isinstance(runs.load_methods([tmp_path / "a" / "random.yaml"])["random"], Random)
     files = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("random", "influence")]
-    changed = evaluate.load_methods(files, {"grid.timesteps": 3, "draws": 7}, strict=True)["influence"]
+    changed = runs.load_methods(files, {"grid.timesteps": 3, "draws": 7}, strict=True)["influence"]
     assert isinstance(changed, InfluenceFunction)
     assert (changed.grid.timesteps, changed.draws) == (3, 7)
     with pytest.raises(ValueError, match=r"settings: no method has 'grid.timestep'; the methods are random, influence"):
-        evaluate.load_methods(files, {"grid.timestep": 3}, strict=True)
+        runs.load_methods(files, {"grid.timestep": 3}, strict=True)

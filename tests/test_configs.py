@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 import evaluate
 import train
+from lightning_modules import runs
 from tests.tiny import tiny_clip, tiny_ranker, tiny_vision_transformer
 from wherefrom.attributors import Attributor
 
@@ -56,17 +57,14 @@ def test_every_experiment_file_is_understood(path: Path, capsys: pytest.CaptureF
     content = yaml.safe_load(path.read_text())
     first = path.read_text().splitlines()[0]
     assert path.name in first, "it opens with the command that runs it"
-    if "methods" in content:
-        command = first.split()[3]
+    _, _, program, command, *_ = first.split()
+    if program == "evaluate.py":
         config = evaluate.parser().parse_args([command, "-c", str(path)])[command]
-        files = [Path(file.absolute) for file in config.methods]
-        assert set(evaluate.load_methods(files, config.settings, strict=True)) == {
-            Path(file).stem for file in content["methods"]
-        }
-    elif "attributor" in content:
-        config = evaluate.parser().parse_args(["attribute", "-c", str(path)])
-        assert config.attribute.attributor.class_path
-        assert config.attribute.output == content["output"]
+        assert config.output == content["output"]
+        if "methods" in content:
+            files = [Path(file.absolute) for file in config.methods]
+            found = runs.load_methods(files, config.settings, strict=True)
+            assert set(found) == {Path(file).stem for file in content["methods"]}
     else:
         with pytest.raises(SystemExit) as ended:
             train.main(["fit", "-c", str(path), "--print_config"])

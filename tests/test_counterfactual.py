@@ -18,6 +18,7 @@ import torch
 import evaluate
 import train
 from datamodules import ImageFolder
+from lightning_modules import runs
 from lightning_modules.recipe import Recipe
 from tests.tiny import LENGTH, one_process, text_folder, training_config
 from wherefrom import keyed
@@ -66,7 +67,7 @@ class Sweep:
         module = ImageFolder(str(recipe_file.parent / "pictures"), encoder=encoder, store=str(store))
         module.prepare_data()
         module.setup()
-        self.data = evaluate.training_data_of(module)
+        self.data = runs.training_data_of(module)
         recipe, self.trained = Recipe(recipe_file, store), []
         assert self.data.latents is not None
 
