@@ -25,10 +25,11 @@ from wherefrom.projection import Projection
 from wherefrom.rows import Rows, make_rows
 from wherefrom.runner import Runner
 from wherefrom.storage import Identity, Store
-from wherefrom.trak import Compress, PictureFeatures, in_double
+from wherefrom.trak import Compress, PictureFeatures
 
 Keep = Literal["eigenbasis", "rademacher", "sparse"]
 _SAMPLE = 256  # training pictures that decide coordinates and timesteps' weights
+_ROWS_AT_A_TIME = 4096  # of a bank: all of them may be larger than memory
 _COORDINATES = "coordinates/"  # before a parameter's name in a pass's state
 
 
@@ -134,13 +135,16 @@ class Bank:
     compress: Compress
 
     def influence(self, gradients: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "n f"]:
-        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every picture and mirror image, in float64.
+        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every picture and mirror image.
 
         Args:
             gradients: The query's, by parameter name.
         """
-        row = self.compress({name: value.flatten()[None] for name, value in gradients.items()})[0].double().cpu()
-        return torch.cat([block @ row for block in in_double(self.rows.values)])
+        row = self.compress({name: value.flatten()[None] for name, value in gradients.items()})[0].cpu()
+        values = self.rows.values
+        dtype = torch.promote_types(values.dtype, torch.float32)  # half precision is only how rows are kept
+        blocks = (values[start : start + _ROWS_AT_A_TIME] for start in range(0, len(values), _ROWS_AT_A_TIME))
+        return torch.cat([block.to(dtype) @ row.to(dtype) for block in blocks]).double()
 
 
 class BankMaker:

@@ -220,7 +220,8 @@ def curate(
         for number, start in enumerate(range(0, len(prompts), block_size))
     ]
     say(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training pictures scored for each")
-    work = TeacherWork(folder, method, data, model, source, shape, store, runner, progress)
+    alone = TrainingData(data.pictures, data.latents)  # a teacher set has no use for scores of held-out pictures
+    work = TeacherWork(folder, method, alone, model, source, shape, store, runner, progress)
     found = _work_off(engine, work, blocks, say)
     ordered = [scores for block in blocks for scores in found[block]]
     teacher_set = _teacher_set(ordered, data.pictures, scored, features, store, identity, progress)
