@@ -1,0 +1,251 @@
+"""How well embeddings find what a teacher ranks highest: untuned features, and rankers of every kind.
+
+    python -m benchmarks.ranker_table
+    python -m benchmarks.ranker_table --variants bce "1 encoder: efficientnet" --seeds 1
+
+Trains `configs/experiment/emoji_ranker.yaml` once for each variant and seed on the teacher set in
+`runs/emoji_1k_teacher`, and measures mAP(k) over the whole training set for the queries in
+`runs/emoji_1k_teacher_test`, none of which was trained on. Errors are standard errors over queries of the mean over seeds. *Alone* is mAP where one
+half of the features is another picture's: a half whose loss costs nothing is ignored. A variant that was measured
+before is not trained again. Other teachers' sets are named `runs/emoji_1k_teacher_NAME`; a variant whose set is missing
+is skipped, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+import train
+from wherefrom.evaluation.halves import shuffled_halves
+from wherefrom.evaluation.metrics import MeanAveragePrecision, top_of
+from wherefrom.evaluation.retrieval import DEPTHS, Depth
+from wherefrom.evaluation.similarity import similarities
+from wherefrom.ranker import load_ranker
+from wherefrom.ranking_losses import Ordinal, Regression, SquaredError
+from wherefrom.storage import hash_file, identity_hash, write_json
+from wherefrom.teacher import QUERIES, TeacherSet, read_teacher_set
+
+EXPERIMENT, RESULT = "configs/experiment/emoji_ranker.yaml", Path("results/emoji/ranker_table.json")
+TRAIN, TEST = Path("runs/emoji_1k_teacher"), Path("runs/emoji_1k_teacher_test")
+BOTH = ("efficientnet", "minilm")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table: a ranker, or untuned features.
+
+    Attributes:
+        features: Encoders whose features are put side by side.
+        options: What differs from the experiment; None leaves the features untuned.
+        teacher: Which teacher set it learns from; "" is AbU+ among the nearest.
+    """
+
+    features: tuple[str, ...] = BOTH
+    options: dict[str, Any] | None = field(default_factory=dict)
+    teacher: str = ""
+
+
+def variants() -> dict[str, Variant]:
+    """All lines."""
+    found = {
+        "untuned: efficientnet": Variant(("efficientnet",), None),
+        "untuned: minilm": Variant(("minilm",), None),
+        "untuned: both": Variant(BOTH, None),
+        "bce": Variant(),
+        "1 encoder: efficientnet": Variant(("efficientnet",)),
+        "1 encoder: minilm": Variant(("minilm",)),
+    }
+    for loss in (SquaredError, Ordinal, Regression):
+        found[f"loss: {loss.__name__}"] = Variant(
+            options={"model.init_args.loss": f"{loss.__module__}.{loss.__name__}"}
+        )
+    for share in (0.0, 0.2):
+        found[f"outside {share:g}"] = Variant(options={"data.init_args.outside": share})
+    for outputs in (64, 128, 256):
+        name = "model.init_args.ranker.init_args.outputs"
+        found[f"{outputs} outputs"] = Variant(options={name: outputs})
+    for queries in (30, 75, 150):
+        found[f"{queries} queries"] = Variant(options={"data.init_args.queries": queries})
+    for teacher in ("bank", "trak", "ensemble"):
+        found[f"teacher: {teacher}"] = Variant(teacher=teacher)
+    return found
+
+
+def folder_of(variant: Variant) -> Path:
+    """The teacher set that a variant learns from."""
+    return TRAIN.with_name(f"{TRAIN.name}_{variant.teacher}") if variant.teacher else TRAIN
+
+
+def train_one(variant: Variant, seed: int, folder: Path, steps: int) -> None:
+    """Trains a variant's ranker into the folder."""
+    assert variant.options is not None
+    width = read_teacher_set(folder_of(variant), variant.features).concatenated(variant.features).training.shape[1]
+    options = {
+        "seed_everything": seed,
+        "data.init_args.folder": str(folder_of(variant)),
+        "data.init_args.features": json.dumps(list(variant.features)),
+        "data.init_args.seed": seed,
+        "model.init_args.ranker.init_args.inputs": width,
+        "model.init_args.save_to": str(folder / "ranker"),
+        "trainer.default_root_dir": str(folder),
+        "trainer.max_steps": steps,
+        "trainer.enable_progress_bar": False,
+        "trainer.enable_model_summary": False,
+        "trainer.callbacks": json.dumps([{"class_path": "RetrievalMetrics", "init_args": {"k": [4, 9, 34]}}]),
+        "trainer.logger": json.dumps(
+            [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}}]
+        ),
+        **variant.options,
+    }
+    train.main(
+        ["fit", "-c", EXPERIMENT, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    )
+
+
+def cosines_of(
+    variant: Variant, test: TeacherSet, folder: Path | None
+) -> tuple[Float[NDArray[np.float64], "q n"], int, float]:
+    """Cosines of the test queries with all training pictures, width of the vectors, milliseconds of a query."""
+    both = test.concatenated(variant.features)
+    if folder is None:
+        # Each encoder's vectors at length one, so that none drowns the others.
+        parts = [test.features[name] for name in variant.features]
+        vectors = [
+            torch.cat([F.normalize(torch.from_numpy(np.array(side)), dim=1) for side in sides], dim=1)
+            for sides in ([part.queries for part in parts], [part.training for part in parts])
+        ]
+        queries, training = (F.normalize(each, dim=1) for each in vectors)
+        started = time.perf_counter()
+        found = (queries @ training.T).double().numpy()
+        return found, training.shape[1], 1000 * (time.perf_counter() - started) / len(queries)
+    ranker, _ = load_ranker(folder)
+    found = similarities(ranker, both)
+    images = ranker.embed(torch.from_numpy(np.array(both.training)))
+    started = time.perf_counter()
+    for query in torch.from_numpy(np.array(both.queries)):
+        ranker.embed(query[None]) @ images.T
+    return found, int(ranker.sizes["outputs"]), 1000 * (time.perf_counter() - started) / len(both.queries)
+
+
+def teacher_matrix(test: TeacherSet) -> Float[Tensor, "q n"]:
+    """The teacher's scores, in the order of the training pictures."""
+    found = np.empty(test.rows.shape, dtype=np.float64)
+    np.put_along_axis(found, test.rows.astype(np.int64), test.scores.astype(np.float64), axis=1)
+    return torch.from_numpy(found)
+
+
+def average_precisions(
+    teacher: Float[Tensor, "q n"], cosines: Float[NDArray[np.float64], "q n"]
+) -> dict[str, list[float]]:
+    """Each query's average precision, by k."""
+    found = {}
+    for share in DEPTHS:
+        depth = Depth.of(share, teacher.shape[1])
+        metric = MeanAveragePrecision()
+        metric.update(torch.from_numpy(cosines), top_of(teacher, depth.number))
+        found[str(depth.number)] = torch.cat(metric.values).tolist()
+    return found
+
+
+def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures one variant with one seed."""
+    folder = None
+    record: dict[str, Any] = {}
+    if variant.options is not None:
+        place = options.output / identity_hash({"variant": name, "seed": seed})
+        shutil.rmtree(place, ignore_errors=True)
+        started = time.monotonic()
+        train_one(variant, seed, place, options.steps)
+        folder, record["train_s"] = place / "ranker", time.monotonic() - started
+        ranker, features = load_ranker(folder)
+        record["scale"] = float(ranker.scale.detach())
+        if len(features) == 2:
+            widths = {each: test.features[each].training.shape[1] for each in features}
+            record["alone"] = {
+                f"without {half}": found.mean
+                for half, found in shuffled_halves(test, ranker, features, widths).items()
+                if half != "nothing"
+            }
+    cosines, width, milliseconds = cosines_of(variant, test, folder)
+    record |= {"ap": average_precisions(teacher_matrix(test), cosines), "width": width, "ms": milliseconds}
+    return record
+
+
+def line(name: str, records: Sequence[dict[str, Any]], count: int) -> str:
+    """A row of the table."""
+    cells = []
+    for k in records[0]["ap"]:
+        values = np.mean([record["ap"][k] for record in records], axis=0)
+        cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) / len(values) ** 0.5:.3f}")
+    alone = records[0].get("alone", {})
+    cells += [f"{np.mean([record['alone'][half] for record in records]):.3f}" for half in alone] or ["–", "–"]
+    milliseconds = float(np.mean([record["ms"] for record in records]))
+    return (
+        f"| {name} | {' | '.join(cells)} | {milliseconds:.2f} | {4 * records[0]['width'] * count:,} | {len(records)} |"
+    )
+
+
+def main() -> None:
+    """Trains what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(variants()))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--output", type=Path, default=Path("runs/ranker_table"))
+    options = parser.parse_args()
+    test = read_teacher_set(TEST)
+    made_of = {"steps": options.steps, "test": hash_file(TEST / QUERIES), "experiment": hash_file(Path(EXPERIMENT))}
+    stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    rows: dict[str, dict[str, Any]] = stored.get("rows", {}) if stored.get("made_of") == made_of else {}
+    skipped = []
+    for name in options.variants:
+        variant = variants()[name]
+        if variant.options is not None and not (folder_of(variant) / QUERIES).exists():
+            skipped.append(f"{name} is skipped: there is no teacher set in {folder_of(variant)}")
+            continue
+        for seed in range(options.seeds if variant.options is not None else 1):
+            if str(seed) not in rows.setdefault(name, {}):
+                print(f"{name}, seed {seed}", flush=True)
+                rows[name][str(seed)] = measure(name, variant, seed, test, options)
+                write_json(
+                    RESULT,
+                    {
+                        "command": "python -m benchmarks.ranker_table",
+                        "made_of": made_of,
+                        "training_pictures": len(test.images),
+                        "queries": len(test.queries),
+                        "rows": rows,
+                    },
+                )
+    ks = [Depth.of(share, len(test.images)).number for share in DEPTHS]
+    titles = [
+        *(f"mAP({k})" for k in ks),
+        f"mAP({ks[1]}) without {BOTH[0]}",
+        f"without {BOTH[1]}",
+        "ms",
+        "bytes",
+        "seeds",
+    ]
+    print(f"\n| embedding | {' | '.join(titles)} |\n|---{'|---' * len(titles)}|")
+    for name in options.variants:
+        if rows.get(name):
+            print(line(name, list(rows[name].values()), len(test.images)))
+    print("\n".join(["", *skipped, f"{len(test.queries)} queries, {len(test.images):,} training pictures"]))
+
+
+if __name__ == "__main__":
+    main()
