@@ -29,7 +29,8 @@ def test_one_round_is_all_at_once(judge: Judge) -> None:
     first = rankings(judge.first())
     pool = tuple(query.id for query in judge.queries)
     at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.pictures.ids)
-    (found,) = remove_greedily(first, at_once, 1, judge.sweep, judge.again, [0])
+    measured = judge.sweep.measure([Retrain(), Retrain(at_once[0].ids)])
+    (found,) = remove_greedily(first, at_once, 1, measured, judge.sweep, judge.again, [0])
     assert found.removals == at_once
     assert found.greedy.tolist() == found.at_once.tolist()
     assert found.difference.tolist() == [0.0, 0.0, 0.0]
@@ -40,7 +41,8 @@ def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
     first = rankings(judge.first())
     pool = tuple(query.id for query in judge.queries)
     at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.pictures.ids)
-    (found,) = remove_greedily(first, at_once, 2, judge.sweep, judge.again, [0, 1])
+    measured = judge.sweep.measure([Retrain(ids, seed) for seed in (0, 1) for ids in ((), at_once[0].ids)])
+    (found,) = remove_greedily(first, at_once, 2, measured, judge.sweep, judge.again, [0, 1])
     gone = {name for query in pool for name in first["influence"][query][:1]}
     halfway = tuple(sorted(gone))
     left = judge.again("influence", Retrain(halfway, 0), pool)
@@ -71,7 +73,7 @@ def test_the_judge_says_its_plan_and_goes_on_after_an_interruption(judge: Judge,
     assert len(set(judge.trained)) == len(judge.trained), "trained twice"
     plan, models = judge.said[:2]
     assert "greedy removal in 2 rounds: up to 2 further models, 1 for each round" in plan
-    assert "not for pixel, which ask no model" in plan
+    assert "not for pixel: what asks no model" in plan
     assert models.startswith("7 models, "), "all pictures, and of two methods both halves and the whole"
     stored = json.loads((tmp_path / "counterfactual.json").read_text())
     assert early == {name: value for name, value in stored.items() if name not in ("greedy", "not_greedy")}

@@ -53,7 +53,7 @@ def test_the_page_shows_what_was_asked(tmp_path: Path) -> None:
     cells = "".join(f"<td>{cell}</td>" for cell in ("0.1 ± 0.01", "0.2 ± 0.02", "0.5 ± 0.05", "0.2"))
     assert f"<td>2</td>{cells}" in html
     assert "<td>8 / 7</td><td>0.7 ± 0.07</td><td>0.5 ± 0.05</td><td>0.2 ± 0.03</td>" in html
-    assert "Not for <bdi>caption</bdi>, which ask no model" in html
+    assert "Not for caption: a method that asks no model" in html
     assert "<td>1</td><td>0.5</td><td>1</td><td>0.1</td>" in html
     before, after = re.findall(r'<ol class="taken">(.*?)</ol>', html)
     assert before.count("<li") == 3

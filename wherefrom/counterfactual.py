@@ -159,7 +159,7 @@ def judge(
         result |= _after(folder, own, named, again, protocol)
         write_json(folder / RESULT, result)
     if again is not None and protocol.greedy:
-        found = remove_greedily(named, rounds, protocol.greedy, sweep, again, seeds) if rounds else []
+        found = remove_greedily(named, rounds, protocol.greedy, measured, sweep, again, seeds) if rounds else []
         result |= {"greedy": [each.as_json() for each in found], "not_greedy": unmoved}
         write_json(folder / RESULT, result)
     return rows

@@ -73,7 +73,7 @@ def greedy_plan(at_once: Sequence[Removal], rounds: int, seeds: int, unmoved: Se
         unmoved: Methods that ask no model.
     """
     pools = len(at_once)
-    without = f"; not for {', '.join(unmoved)}, which ask no model and rank what is left as before" if unmoved else ""
+    without = f"; not for {', '.join(unmoved)}: what asks no model ranks what is left as before" if unmoved else ""
     return (
         f"after these, greedy removal in {rounds} rounds: up to {pools * (rounds - 1 + seeds)} further models, "
         f"{pools} for each round and for each seed of the last{without}"
@@ -84,6 +84,7 @@ def remove_greedily(
     rankings: Rankings,
     at_once: Sequence[Removal],
     rounds: int,
+    measured: Measured,
     sweep: Sweep,
     again: Reattribution,
     seeds: Sequence[int],
@@ -97,6 +98,7 @@ def remove_greedily(
         rankings: Method -> query -> ids, the most influential first, under the model with all pictures.
         at_once: The ordinary removals, of methods that ask a model; their K is a multiple of the rounds.
         rounds: How many rounds.
+        measured: What the models with all pictures and without the ordinary removals say.
         sweep: Trains the models and measures the queries on them.
         again: Attributes under retrained models.
         seeds: Seeds of the trainings.
@@ -106,21 +108,19 @@ def remove_greedily(
         StorageError: A file could not be written.
     """
     removals = [replace(each, ids=()) for each in at_once]
-    measured: Measured = {}
+    found: Measured = {}
     for number in range(1, rounds + 1):
         if number > 1:
             sweep.say(f"greedy removal: ranking what is left after round {number - 1} of {rounds}")
         removals = [_next(each, each.k // rounds, rankings, again, seeds[0]) for each in removals]
         trained = list(seeds) if number == rounds else [seeds[0]]
         sweep.say(f"greedy removal, round {number} of {rounds}: {len(removals)} pools, {len(trained)} seeds")
-        measured = sweep.measure([Retrain(each.ids, seed) for seed in trained for each in removals])
-    compared = dict.fromkeys([(), *(each.ids for each in at_once)])
-    measured = {**measured, **sweep.measure([Retrain(ids, seed) for seed in seeds for ids in compared])}
-    found = []
+        found = sweep.measure([Retrain(each.ids, seed) for seed in trained for each in removals])
+    results = []
     for mine, theirs in zip(by_method(removals), by_method(at_once), strict=True):
-        greedy, ordinary = (effects(each, measured, seeds)["loss"] for each in (mine, theirs))
+        greedy, ordinary = (effects(each, {**measured, **found}, seeds)["loss"] for each in (mine, theirs))
         counts = [float(np.mean([len(removal.ids) for removal in each])) for each in (mine, theirs)]
-        found.append(
+        results.append(
             Greedy(
                 mine[0].method,
                 mine[0].k,
@@ -132,7 +132,7 @@ def remove_greedily(
                 mine,
             )
         )
-    return found
+    return results
 
 
 def _next(removal: Removal, step: int, rankings: Rankings, again: Reattribution, seed: int) -> Removal:

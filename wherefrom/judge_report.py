@@ -168,6 +168,7 @@ def _effect_against_cost(axis: Axes, rows: list[Row], costs: Mapping[str, Cost],
     ]
     axis.legend(handles=names, frameon=False, fontsize="small")
     axis.set_xscale("log")
+    axis.margins(x=0.2)
     axis.set_title("ΔL own − others against cost")
     axis.set_xlabel("seconds a query")
 

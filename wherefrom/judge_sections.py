@@ -81,11 +81,10 @@ def _greedy(greedy: Sequence[Stored], unmoved: Sequence[str]) -> list[Markup]:
         counts = [str(each["k"]), str(each["rounds"]), str(len(each["queries"])), f"{mine:.0f} / {theirs:.0f}"]
         lines.append([foreign(each["method"]), *counts, *shown])
     titles = ["method", "K", "rounds", "n", "left out, in rounds / at once", "ΔL in rounds", "ΔL at once", "difference"]
-    without = [
-        "Not for ",
-        *(part for name in unmoved for part in (foreign(name), ", ")),
-        "which ask no model: they rank what is left as before, so their removal in rounds is that at once.",
-    ]
+    without = (
+        f"Not for {', '.join(unmoved)}: a method that asks no model ranks what is left as before, so its removal in rounds "
+        "is that at once."
+    )
     return [
         tag("h2", "In rounds, or all at once?"),
         tag(
@@ -94,7 +93,7 @@ def _greedy(greedy: Sequence[Stored], unmoved: Sequence[str]) -> list[Markup]:
             "before took away.",
         ),
         *([table(titles, lines)] if lines else []),
-        *([tag("p", *without)] if unmoved else []),
+        *([tag("p", without)] if unmoved else []),
     ]
 
 
