@@ -82,8 +82,8 @@ def _greedy(greedy: Sequence[Stored], unmoved: Sequence[str]) -> list[Markup]:
         lines.append([foreign(each["method"]), *counts, *shown])
     titles = ["method", "K", "rounds", "n", "left out, in rounds / at once", "ΔL in rounds", "ΔL at once", "difference"]
     without = (
-        f"Not for {', '.join(unmoved)}: a method that asks no model ranks what is left as before, so its removal in rounds "
-        "is that at once."
+        f"Not for {', '.join(unmoved)}: a method that asks no model ranks what is left as before, so its removal in "
+        "rounds is that at once."
     )
     return [
         tag("h2", "In rounds, or all at once?"),
