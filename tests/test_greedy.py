@@ -71,7 +71,8 @@ def test_the_judge_says_its_plan_and_goes_on_after_an_interruption(judge: Judge,
     judge.stop_at = None
     judge_by(tmp_path, first, judge.sweep, protocol, judge.again)
     assert len(set(judge.trained)) == len(judge.trained), "trained twice"
-    plan, models = judge.said[:2]
+    after, plan, models = judge.said[:3]
+    assert after == "after the models, 6 queries are attributed again, in 2 runs"
     assert "greedy removal in 2 rounds: up to 2 further models, 1 for each round" in plan
     assert "not for pixel: what asks no model" in plan
     assert models.startswith("7 models, "), "all pictures, and of two methods both halves and the whole"

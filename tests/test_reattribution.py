@@ -12,9 +12,10 @@ from PIL import Image
 from tests.judging import Judge, quick_influence, rankings
 from tests.tiny import one_process
 from wherefrom.attributors import PixelSimilarity, Random
+from wherefrom.comparison import Cost
 from wherefrom.evaluation.foresight import foresight
 from wherefrom.evaluation.removal import Removal
-from wherefrom.reattribution import covering, foreseen, replacements, shown_file, write_shown
+from wherefrom.reattribution import after_plan, covering, foreseen, replacements, shown_file, write_shown
 from wherefrom.retraining import Retrain
 from wherefrom.storage import ArtifactMismatchError
 
@@ -96,6 +97,14 @@ def test_whole_pools_are_taken_until_enough_queries_are_covered() -> None:
     removals = [Removal("m", 1, queries, ()) for queries in (("a", "b"), ("c", "d"), ("e",))]
     for count, pools in ((0, 0), (1, 1), (2, 1), (3, 2), (5, 3), (9, 3)):
         assert covering(removals, count) == removals[:pools]
+
+
+def test_the_plan_says_what_the_first_attributions_took() -> None:
+    removals = [
+        Removal(method, 1, queries, ()) for method, queries in (("m", ("a", "b")), ("m", ("c",)), ("n", ("a",)))
+    ]
+    said = after_plan(removals, {"m": Cost(40.0, 0, 0)})
+    assert said.startswith("after the models, 4 queries are attributed again, in 3 runs (about 2 min")
 
 
 def test_means_are_over_the_queries(judge: Judge) -> None:

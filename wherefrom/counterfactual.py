@@ -27,7 +27,15 @@ from wherefrom.evaluation.removal import (
 )
 from wherefrom.greedy import greedy_plan, remove_greedily
 from wherefrom.protocol import Protocol
-from wherefrom.reattribution import Reattribution, covering, foreseen, replacements, whole_ranking, write_shown
+from wherefrom.reattribution import (
+    Reattribution,
+    after_plan,
+    covering,
+    foreseen,
+    replacements,
+    whole_ranking,
+    write_shown,
+)
 from wherefrom.retraining import Retrain
 from wherefrom.storage import write_json
 from wherefrom.sweep import Sweep
@@ -140,6 +148,9 @@ def judge(
     wanted += [Retrain(removal.ids, seed) for seed in seeds for removal in halves]
     ladder = random_ladder(protocol.ladder, protocol.ladder_draws, ids)
     wanted += [Retrain(rung.ids, seed) for seed in seeds for rung in ladder]
+    chosen = [covering(group, protocol.after) for group in own] if protocol.after else []
+    if protocol.after:
+        sweep.say(after_plan([removal for group in chosen for removal in group], costs))
     unmoved = [method for method in named if again and not again.asks_model(method)]
     if protocol.greedy:
         sweep.say(greedy_plan(rounds, protocol.greedy, len(seeds), unmoved))
@@ -156,7 +167,7 @@ def judge(
     }
     write_json(folder / RESULT, result)
     if again is not None and protocol.after:
-        result |= _after(folder, own, named, again, protocol)
+        result |= _after(folder, chosen, named, again, seeds[0])
         write_json(folder / RESULT, result)
     if again is not None and protocol.greedy:
         found = remove_greedily(named, rounds, protocol.greedy, measured, sweep, again, seeds) if rounds else []
@@ -179,15 +190,13 @@ def _facts(sweep: Sweep, removals: Sequence[Removal], protocol: Protocol) -> dic
 
 def _after(
     folder: Path,
-    own: Sequence[Sequence[Removal]],
+    chosen: Sequence[Sequence[Removal]],
     named: Mapping[str, Mapping[str, Sequence[str]]],
     again: Reattribution,
-    protocol: Protocol,
+    seed: int,
 ) -> dict[str, Any]:
     """Who replaced what the methods named, as `counterfactual.json` keeps it; the pictures go beside it."""
-    found = [
-        replacements(named[group[0].method], covering(group, protocol.after), again, protocol.seeds[0]) for group in own
-    ]
+    found = [replacements(named[group[0].method], group, again, seed) for group in chosen]
     shown = [name for each in found for one in each for name in (*one.before, *one.after)]
     return {
         "after": [one.as_json() for each in found for one in each],

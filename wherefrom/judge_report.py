@@ -82,7 +82,7 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
         tag("p", facts),
         tag("img", src=png_data_uri(curves), alt="Changes against K, by method", class_="curves"),
         tag("p", assumption),
-        _table(rows, costs),
+        tag("div", _table(rows, costs), class_="scroll"),
         *sections(folder, result),
         *_pictures(folder, result),
     )

@@ -15,7 +15,9 @@ from wherefrom.report_pictures import foreign, picture_tag
 
 Stored = Mapping[str, Any]
 STYLE = """
-ol.taken{display:flex;flex-wrap:wrap;gap:.5rem;list-style:none}ol.taken li{width:6rem;font-size:.7rem;line-height:1.3}
+h2{margin-top:2rem}table.judge{overflow-wrap:normal;font-variant-numeric:tabular-nums}
+ol.taken{display:flex;gap:.5rem;list-style:none;text-align:left}
+ol.taken li{width:5.5rem;font-size:.7rem;line-height:1.3;overflow-wrap:anywhere}
 ol.taken .gone img{opacity:.45}ol.taken .gone b{color:var(--tick)}
 """
 _SIDE = 64

@@ -13,10 +13,12 @@ from PIL import Image
 from wherefrom.attribution import attribute, run_identity
 from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, silent
 from wherefrom.changes import estimate, or_none
+from wherefrom.comparison import Cost
 from wherefrom.data.pictures import Pictures, keep_indices
 from wherefrom.evaluation.foresight import Foresight, foresight
 from wherefrom.evaluation.ranking import read_ranking
 from wherefrom.evaluation.removal import Removal
+from wherefrom.progress import duration
 from wherefrom.query_page import ReportOptions
 from wherefrom.retraining import Retrain, Retrains
 from wherefrom.runner import Runner
@@ -157,6 +159,19 @@ def covering(removals: Sequence[Removal], count: int) -> list[Removal]:
             break
         chosen.append(removal)
     return chosen
+
+
+def after_plan(chosen: Sequence[Removal], costs: Mapping[str, Cost]) -> str:
+    """How much will be attributed again, and how long it takes as far as the first attributions say.
+
+    Args:
+        chosen: The removals after which that is done.
+        costs: Method -> what it took for the same queries.
+    """
+    queries = sum(len(each.queries) for each in chosen)
+    seconds = sum(len(each.queries) * costs[each.method].seconds for each in chosen if each.method in costs)
+    about = f" (about {duration(seconds)}, and what methods make once for each model)" if seconds > 0 else ""
+    return f"after the models, {queries} queries are attributed again, in {len(chosen)} runs{about}"
 
 
 def replacements(
