@@ -5,10 +5,10 @@
 
 Trains `configs/experiment/emoji_ranker.yaml` once for each variant and seed on the teacher set in
 `runs/emoji_1k_teacher`, and measures mAP(k) over the whole training set for the queries in
-`runs/emoji_1k_teacher_test`, none of which was trained on. Errors are standard errors over queries of the mean over seeds. *Alone* is mAP where one
-half of the features is another picture's: a half whose loss costs nothing is ignored. A variant that was measured
-before is not trained again. Other teachers' sets are named `runs/emoji_1k_teacher_NAME`; a variant whose set is missing
-is skipped, and says so.
+`runs/emoji_1k_teacher_test`, none of which was trained on. Errors are standard errors over queries of the mean over
+seeds. *Without* a half of the features is mAP where that half is another picture's: one whose loss costs nothing is
+ignored. A variant that was measured before is not trained again. Other teachers' sets are named
+`runs/emoji_1k_teacher_NAME`; a variant whose set is missing is skipped, and says so.
 """
 
 from __future__ import annotations
