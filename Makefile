@@ -41,7 +41,7 @@ train: setup ## train the emoji world's autoencoder and diffusion model (hours)
 	$(RUN) train.py fit -c configs/experiment/emoji_diffusion.yaml
 
 test: setup ## run the tests
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto --dist loadfile
 
 check: setup ## format, lint, types
 	$(VENV)/bin/ruff format --check .
