@@ -266,8 +266,17 @@ def test_flattened_by_path() -> None:
         flattened({"/etc/x": 1})
     with pytest.raises(ValueError, match="Two arrays have the path '1'"):
         flattened({1: 2, "1": 3})
-    with pytest.raises(ValueError, match="more than 2 arrays"):
-        flattened({"a": 1, "b": 2, "c": 3}, most=2)
+    with pytest.raises(ValueError, match="more than 3 arrays"):
+        flattened({"a": 1, "b": 2, "c": 3}, most=3)
+    doubling: Any = {}
+    for _ in range(60):
+        doubling = {"a": doubling, "b": doubling}
+    with pytest.raises(ValueError, match="more than 10,000 arrays"):
+        flattened(doubling)
+    large = np.zeros(2**20)
+    assert len(flattened(dict.fromkeys(range(100), large))) == 100
+    with pytest.raises(ValueError, match="names the same arrays again and again: 1,669,332,992 bytes more"):
+        flattened(dict.fromkeys(range(200), large))
     with pytest.raises(ValueError, match="The numbers of 'a' are too large"):
         flattened({"a": 2**90})
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wherefrom.evaluation.metrics import MeanAveragePrecision, QueryMean, RecallAtK
+from wherefrom.evaluation.metrics import QueryMean
 from wherefrom.evaluation.whole_rankings import WholeRankings, check_alike, read_whole_rankings
 from wherefrom.storage import write_json
 
@@ -83,24 +83,24 @@ def agreements(name: str, teacher: WholeRankings, other: WholeRankings, depths: 
 
     Recall@1, whether both name the same picture first, is always among them.
     """
-    pictures = len(teacher.images)
-    descending = torch.arange(pictures, 0, -1, dtype=torch.float64)[None]
-    wanted: list[tuple[str, Depth, MeanAveragePrecision | RecallAtK]] = [
-        ("mAP", depth, MeanAveragePrecision()) for depth in depths
-    ]
     recalls = depths if any(depth.number == 1 for depth in depths) else [Depth(1), *depths]
-    wanted += [("Recall", depth, RecallAtK(depth.number)) for depth in recalls]
+    wanted = [("mAP", depth) for depth in depths] + [("Recall", depth) for depth in recalls]
+    values: list[list[float]] = [[] for _ in wanted]
     for query, order in teacher.orders.items():
-        teachers_rank = np.empty(pictures, np.int64)
-        teachers_rank[order] = np.arange(pictures)
-        found = torch.from_numpy(teachers_rank[other.orders[query]])[None]  # in the order of the method
-        for _, depth, metric in wanted:
-            metric.update(descending, found < depth.number)
-    return [_agreement(name, metric, depth, made) for metric, depth, made in wanted]
+        ranks = np.empty(len(order), np.int32)
+        ranks[order] = np.arange(len(order), dtype=np.int32)
+        found = ranks[other.orders[query]]  # the teacher's ranks in the order of the method
+        for kept, (metric, depth) in zip(values, wanted, strict=True):
+            places = np.flatnonzero(found < depth.number)
+            precision = np.arange(1, depth.number + 1) / (places + 1)
+            kept.append(float(precision.mean() if metric == "mAP" else (places < depth.number).mean()))
+    return [_agreement(name, metric, depth, kept) for (metric, depth), kept in zip(wanted, values, strict=True)]
 
 
-def _agreement(name: str, metric: str, depth: Depth, made: QueryMean) -> Agreement:
-    found = {key: value.item() for key, value in made.compute().items()}
+def _agreement(name: str, metric: str, depth: Depth, values: Sequence[float]) -> Agreement:
+    mean = QueryMean()
+    mean.update(torch.tensor(values, dtype=torch.float64))
+    found = {key: value.item() for key, value in mean.compute().items()}
     error = None if math.isnan(found["error"]) else found["error"]
     return Agreement(name, metric, depth, found["mean"], error, int(found["count"]))
 

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wherefrom.interchange.pickled_arrays import NUMPY, Call, Global, Refused, called, restored
 
 _DEEPEST = 64
+_REPEATED = 2**30
 _KEYS = (str, int, float)
 # Instructions that push their own argument. Not among them: what imports, calls classes or refers to outside.
 _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
@@ -263,17 +265,24 @@ def _plain(value: Any, room: int) -> Any:
     return visit(value, 0)
 
 
-def flattened(value: Any, most: int = 10_000) -> dict[str, np.ndarray[Any, Any]]:
+def flattened(value: Any, most: int = 10_000) -> dict[str, NDArray[Any]]:
     """What a pickle held as arrays by path, such as `random/rank`; numbers and strings become arrays without axes.
 
-    A list or tuple of numbers or of strings is one array.
+    A list or tuple of numbers or of strings is one array. A small file may name the same thing very often, so both the
+    number of paths and the bytes that they repeat are bounded.
 
     Raises:
-        ValueError: There are more than `most` arrays, two have the same path, or a key would lead out of a folder.
+        ValueError: There are too many paths, two are the same, or a key would lead out of a folder.
     """
-    found: dict[str, np.ndarray[Any, Any]] = {}
+    found: dict[str, NDArray[Any]] = {}
+    made: dict[int, NDArray[Any]] = {}
+    visited = 0
 
     def visit(each: Any, path: str) -> None:
+        nonlocal visited
+        visited += 1
+        if visited > most:
+            raise ValueError(f"It holds more than {most:,} arrays, dictionaries and lists; the next is {path!r}.")
         if isinstance(each, list | tuple) and each and not _is_flat(each):
             each = dict(enumerate(each))
         if isinstance(each, dict):
@@ -284,13 +293,14 @@ def flattened(value: Any, most: int = 10_000) -> dict[str, np.ndarray[Any, Any]]
             return
         if path in found:
             raise ValueError(f"Two arrays have the path {path!r}: they cannot be told apart.")
-        if len(found) >= most:
-            raise ValueError(f"It holds more than {most:,} arrays; the next is {path!r}.")
-        found[path] = np.asarray(each)
+        found[path] = made.setdefault(id(each), np.asarray(each))
         if found[path].dtype == object:
             raise ValueError(f"The numbers of {path!r} are too large for an array.")
 
     visit(value, "")
+    repeated = sum(array.nbytes for array in found.values()) - sum(array.nbytes for array in made.values())
+    if repeated > _REPEATED:
+        raise ValueError(f"It names the same arrays again and again: {repeated:,} bytes more than it has.")
     return found
 
 
