@@ -241,11 +241,11 @@ def test_small_files_stay_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_cut_and_changed_files_are_errors_not_crashes(tmp_path: Path, protocol: int) -> None:
     whole = pickle.dumps({"a": np.arange(4), "b": ["x", 1.5]}, protocol=protocol)
-    for end in range(len(whole)):
+    for end in range(0, len(whole), 3):
         with pytest.raises(ValueError, match="was not read"):
             read_pickle(written(tmp_path, whole[:end]))
     random = np.random.default_rng(protocol)
-    for _ in range(300):
+    for _ in range(150):
         changed = bytearray(whole)
         changed[random.integers(len(whole))] = random.integers(256)
         try:
