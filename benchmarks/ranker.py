@@ -111,9 +111,7 @@ class Trained:
         torch.nn.init.constant_(self.ranker.scale, options.scale)
         self.optimizer = torch.optim.AdamW(self.ranker.parameters(), lr=options.lr)
         self.loss, self.steps, self.pairs_seen, self.seconds = BinaryCrossEntropy(), 0, 0, 0.0
-        self.blocks = BlockSampler(
-            pairs, options.seed, options.block_queries, options.block_images, options.outside, options.alike
-        )
+        self.blocks = BlockSampler(pairs, options.seed, options.block_queries, options.block_images, options.outside)
         self.rows = RowSampler(pairs, options.seed, options.batch, options.outside)
         self.step = self.step_of_rows if side == "rows" else self.step_of_blocks
 
@@ -204,9 +202,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--scale", type=float, default=-1.0)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--block-queries", type=int, default=128)
+    parser.add_argument("--block-queries", type=int, default=256)
     parser.add_argument("--block-images", type=int, default=512)
-    parser.add_argument("--alike", action="store_true")
     parser.add_argument("--outside", type=float, default=0.1)
     parser.add_argument("--k", type=int, default=34)
     parser.add_argument("--runs", type=int, default=3)
@@ -223,9 +220,7 @@ def main() -> None:
         )
     ]
     pairs, held_out = parts
-    block = BlockSampler(
-        pairs, options.seed, options.block_queries, options.block_images, options.outside, options.alike
-    ).block(0)
+    block = BlockSampler(pairs, options.seed, options.block_queries, options.block_images, options.outside).block(0)
     print(
         f"{options.queries} queries, {pairs.used:,} of {options.images:,} scored, {options.features} features; rows of "
         f"{options.batch:,} pairs, blocks of {len(block.query_rows)} x {len(block.image_rows)} with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,6 @@ class TeacherRankings(LightningDataModule):
         block_queries: Queries of a block.
         block_images: Training pictures of a block.
         outside: Share of pictures that the teacher did not score; see `BlockSampler`.
-        alike: Blocks of queries that are alike; see `BlockSampler`.
         seed: Seed of blocks and dropout, and of `queries` and `candidates`.
         split_seed: Seed of the held-out queries, so that runs of several seeds have the same.
     """
@@ -108,10 +108,9 @@ class TeacherRankings(LightningDataModule):
         validation_share: float = 0.1,
         queries: int | None = None,
         candidates: int | None = None,
-        block_queries: int = 64,
+        block_queries: int = 256,
         block_images: int = 512,
         outside: float = 0.1,
-        alike: bool = False,
         seed: int = 0,
         split_seed: int = 0,
     ) -> None:
@@ -119,7 +118,7 @@ class TeacherRankings(LightningDataModule):
         self.folder, self.features = Path(folder), features
         self.validation_folder = None if validation_folder is None else Path(validation_folder)
         self.validation_share, self.queries, self.candidates = validation_share, queries, candidates
-        self.block_queries, self.block_images, self.outside, self.alike = block_queries, block_images, outside, alike
+        self.block_queries, self.block_images, self.outside = block_queries, block_images, outside
         self.seed, self.split_seed = seed, split_seed
 
     def setup(self, stage: str | None = None) -> None:
@@ -138,7 +137,8 @@ class TeacherRankings(LightningDataModule):
             train = train.of_queries(sorted(keyed_order(train.queries, _FEWER, self.seed)[: self.queries]))
         self.train_set, self.validation_set = train, validation
         self.device_pairs = TeacherPairs.of(train, train.concatenated(self.features), self.candidates, self.seed)
-        self.validation_pairs = TeacherPairs.of(validation, validation.concatenated(self.features))
+        held_out = TeacherPairs.of(validation, validation.concatenated(self.features))
+        self.validation_pairs = replace(held_out, images=self.device_pairs.images)  # the same: one copy is enough
 
     def _split(self, teacher: TeacherSet) -> tuple[TeacherSet, TeacherSet]:
         if self.validation_folder is not None:
@@ -172,7 +172,7 @@ class TeacherRankings(LightningDataModule):
                 "at 1 and choose block_queries and block_images."
             )
         self.device_pairs = self.device_pairs.to(trainer.strategy.root_device)
-        sizes = (self.block_queries, self.block_images, self.outside, self.alike)
+        sizes = (self.block_queries, self.block_images, self.outside)
         return BlockLoader(BlockSampler(self.device_pairs, self.seed, *sizes), trainer)
 
     def val_dataloader(self) -> QueryLoader:

@@ -141,12 +141,12 @@ def test_metrics_are_of_the_validation_queries_and_the_whole_set(run: LightningC
     logits = ranker.logits(cosines).gather(1, torch.tensor(held_out.rows).long())
     ranks = (torch.arange(15) / 15).expand(2, 15)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, ranks)
-    assert float(found["val/loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(found["val/loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_a_resumed_run_ends_bit_identical(run: LightningCLI, folder: Path) -> None:
     """From the middle of an epoch, dropout included."""
-    assert len(run.trainer.train_dataloader) not in (1, 2, 4, 8)
+    assert 8 % len(run.datamodule.train_dataloader()), "an epoch ends where the checkpoint was written"
     resumed = fit(folder, "resumed", "--ckpt_path", str(folder / "run" / "step=8.ckpt"))
     assert resumed.trainer.global_step == 30
     for name, value in run.model.state_dict().items():
