@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
-from tests.tiny import one_process
 from wherefrom.index import Embeddings, Hits, Index, build_index, make_rows
+from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
 RANKER = {"sizes": {"outputs": 16}, "weights": "abc", "features": ["pixels"]}
@@ -43,7 +44,9 @@ def embeddings(vectors: NDArray[np.floating[Any]]) -> Embeddings:
 def built(root: Path, ids: Sequence[str], vectors: NDArray[np.float32], factory: str = "Flat", **further: Any) -> Path:
     """The folder of an index."""
     training = {"pictures": f"{len(ids)} from {ids[0]}"}
-    return build_index(Store(root), one_process(), table(ids), embeddings(vectors), training, factory, **further)
+    return build_index(
+        Store(root), Runner(torch.device("cpu")), table(ids), embeddings(vectors), training, factory, **further
+    )
 
 
 def brute_force(

@@ -239,7 +239,7 @@ class TestRefusals:
             (unit(2) * np.float32(np.nan), "Embedding 0 has length nan"),
             (unit(2) * np.array([[1], [np.inf]], np.float32), "Embedding 1 has length (inf|nan)"),
             (unit(2) * np.float32(2), "Embedding 0 has length 2;"),
-            (unit(2) * np.float32(0), "Embedding 0 has length 0;"),
+            (unit(2) * np.float32(0.5), "Embedding 0 has length 0.5;"),
         ],
     )
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

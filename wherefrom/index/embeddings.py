@@ -75,7 +75,7 @@ def ranker_identity(ranker: Ranker, features: Sequence[str]) -> dict[str, Any]:
 
 
 def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) -> Float[NDArray[np.float32], "n e"]:
-    """The vectors as float32, if each is finite and of unit length.
+    """The vectors as float32, if each is finite and of unit length, or zero: a ranker may know nothing of a picture.
 
     Args:
         vectors: The vectors.
@@ -86,7 +86,7 @@ def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) ->
     """
     found = np.ascontiguousarray(vectors, dtype=np.float32)
     lengths = np.linalg.norm(found, axis=1)
-    bad = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))  # NaN is among them
+    bad = np.flatnonzero(~((np.abs(lengths - 1) <= _LENGTH_TOLERANCE) | (lengths == 0)))  # NaN is among them
     if len(bad):
         raise ValueError(
             f"Embedding {first + int(bad[0])} has length {lengths[bad[0]]:g}; embeddings must be finite unit vectors. "

@@ -1,0 +1,215 @@
+"""Embeddings in clip-retrieval's layout: what its tools read, and what they wrote, back into an index.
+
+A folder holds parts of equally numbered files, zero-padded so that they sort by name:
+
+- `img_emb/img_emb_0.npy`: unit vectors, float16 or float32, one row a picture;
+- `metadata/metadata_0.parquet`: `image_path`, `caption`, and ours: `id`, `captions` and further columns.
+
+Ours also has a `manifest.json`, which says whose embeddings they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from wherefrom.arrays import write_array
+from wherefrom.index.embeddings import Embeddings, checked
+from wherefrom.index.rows import CAPTIONS, IMAGE, KEY, checked_rows
+from wherefrom.passes import Progress
+from wherefrom.storage import MANIFEST, check_identity, hash_file, read_manifest, replacing, write_manifest
+
+VECTORS, METADATA = "img_emb", "metadata"
+ID, PATH, CAPTION = "id", "image_path", "caption"
+_NUMBERED = re.compile(r"_(\d+)\.(?:npy|parquet)$")
+_BLOCK = 65536
+
+
+def write_clip_retrieval(
+    folder: Path,
+    rows: pa.Table,
+    embeddings: Embeddings,
+    training: Mapping[str, Any],
+    part: int = 1_000_000,
+    dtype: Literal["float16", "float32"] = "float16",
+    progress: Progress | None = None,
+) -> None:
+    """Writes embeddings for clip-retrieval; what an interrupted run has written is kept.
+
+    Args:
+        folder: Where they go.
+        rows: One row a picture, as for an index. A column `file_name` becomes `image_path`, else the id does.
+        embeddings: Theirs, in the same order.
+        training: Identity of the training set.
+        part: Pictures in a part.
+        dtype: Precision of the vectors.
+        progress: Called with (done, total) pictures.
+
+    Raises:
+        ArtifactMismatchError: The folder holds other embeddings.
+        ValueError: The numbers of rows and embeddings differ, or an embedding is no unit vector.
+        StorageError: A file could not be written; finished parts are kept.
+    """
+    checked_rows(rows)
+    if len(rows) != len(embeddings) or not len(rows) or part < 1:
+        raise ValueError(
+            f"{len(rows)} pictures, {len(embeddings)} embeddings and parts of {part}: as many of both are needed, at "
+            "least one, and parts that hold some."
+        )
+    identity = {
+        "clip_retrieval": 1,
+        "ranker": dict(embeddings.ranker),
+        "training": dict(training),
+        "part": part,
+        "dtype": dtype,
+        "pictures": len(rows),
+    }
+    if (folder / MANIFEST).exists():
+        check_identity(folder, identity)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, identity, complete=False)
+    metadata = _metadata(rows)
+    starts = range(0, len(rows), part)
+    digits, parts = len(str(len(starts) - 1)), {}
+    for number, start in enumerate(starts):
+        stop = min(start + part, len(rows))
+        name = str(number).zfill(digits)
+        vectors, table = _paths(folder, name)
+        if not vectors.exists() or not table.exists():  # each is whole or absent
+            blocks = (
+                checked(embeddings.vectors[first : min(first + _BLOCK, stop)], first)
+                for first in range(start, stop, _BLOCK)
+            )
+            write_array(vectors, (stop - start, embeddings.vectors.shape[1]), blocks, dtype)
+            with replacing(table) as temporary:
+                pq.write_table(metadata.slice(start, stop - start), temporary)
+        parts[name] = {"pictures": stop - start, "vectors": hash_file(vectors), "metadata": hash_file(table)}
+        if progress is not None:
+            progress(stop, len(rows))
+    write_manifest(folder, identity, complete=True, parts=parts)
+
+
+def read_clip_retrieval(folder: Path, ranker: Mapping[str, Any] | None = None) -> tuple[pa.Table, Embeddings]:
+    """Reads embeddings in clip-retrieval's layout, as `build_index` takes them.
+
+    Args:
+        folder: Where they are.
+        ranker: What made the vectors, where another tool wrote the folder; it becomes the index's ranker.
+
+    Raises:
+        ValueError: A part or column is missing or damaged, numbers of rows differ, or nobody says whose they are.
+    """
+    named = {kind: _numbered(folder / kind, end) for kind, end in ((VECTORS, "npy"), (METADATA, "parquet"))}
+    if not named[VECTORS] or named[VECTORS].keys() != named[METADATA].keys():
+        found = {kind: sorted(files) for kind, files in named.items()}
+        raise ValueError(
+            f"{folder} must hold {VECTORS}/{VECTORS}_0.npy … and {METADATA}/{METADATA}_0.parquet … with the same "
+            f"numbers; their numbers are {found}."
+        )
+    whose = _whose(folder, ranker)
+    vectors, tables = [], []
+    for number in sorted(named[VECTORS]):
+        one, table = named[VECTORS][number], named[METADATA][number]
+        vectors.append(_read_vectors(one))
+        tables.append(_read_metadata(table))
+        if len(vectors[-1]) != len(tables[-1]):
+            raise ValueError(
+                f"{one} has {len(vectors[-1])} rows, {table} {len(tables[-1])}: they do not belong together."
+            )
+        if vectors[-1].shape[1] != vectors[0].shape[1]:
+            raise ValueError(
+                f"{one} has vectors of {vectors[-1].shape[1]} numbers, the parts before {vectors[0].shape[1]}."
+            )
+    rows = checked_rows(pa.concat_tables(tables, promote_options="default"))
+    return rows, Embeddings(vectors[0] if len(vectors) == 1 else np.concatenate(vectors), whose)
+
+
+def _paths(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / VECTORS / f"{VECTORS}_{name}.npy", folder / METADATA / f"{METADATA}_{name}.parquet"
+
+
+def _metadata(rows: pa.Table) -> pa.Table:
+    """clip-retrieval's columns, and ours after them."""
+    taken = sorted({ID, PATH, CAPTION} & set(rows.column_names))
+    if taken:
+        raise ValueError(f"A column may not be called {taken[0]!r}: clip-retrieval's layout has its own; rename it.")
+    captions = rows[CAPTIONS].combine_chunks()
+    first = pa.array([several[0] if several else "" for several in captions.to_pylist()], pa.string())
+    path = rows["file_name"] if "file_name" in rows.column_names else rows[IMAGE]
+    columns = {PATH: path.cast(pa.string()), CAPTION: first, ID: rows[IMAGE].cast(pa.string()), CAPTIONS: captions}
+    further = {name: rows[name] for name in rows.column_names if name not in (IMAGE, CAPTIONS, KEY)}
+    return pa.table({**columns, **further})
+
+
+def _numbered(folder: Path, end: str) -> dict[int, Path]:
+    files = [(match, path) for path in folder.glob(f"*.{end}") if (match := _NUMBERED.search(path.name))]
+    return {int(match[1]): path for match, path in files}
+
+
+def _whose(folder: Path, ranker: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if not (folder / MANIFEST).exists():
+        if ranker is None:
+            raise ValueError(
+                f"{folder} was not written here, and does not say which encoder made its vectors: say it with "
+                "`ranker`, such as {'encoder': 'ViT-B/32'}; queries must say the same."
+            )
+        return ranker
+    manifest = read_manifest(folder)
+    if not manifest.get("complete"):
+        raise ValueError(f"{folder} is not complete: write it again, it goes on where it stopped.")
+    own: Mapping[str, Any] = manifest["identity"]["ranker"]
+    if ranker is not None and dict(ranker) != dict(own):
+        raise ValueError(f"{folder} holds embeddings of {own}, not of {dict(ranker)}.")
+    for name, expected in manifest["parts"].items():
+        for path, key in zip(_paths(folder, name), ("vectors", "metadata"), strict=True):
+            if not path.exists() or hash_file(path) != expected[key]:
+                raise ValueError(
+                    f"{path} is missing or not the file that {folder / MANIFEST} speaks of: copy it again."
+                )
+    return own
+
+
+def _read_vectors(path: Path) -> NDArray[np.floating[Any]]:
+    try:
+        vectors: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a NumPy file that can be read: {error}") from error
+    if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
+        raise ValueError(
+            f"{path} holds {vectors.dtype} of shape {vectors.shape}; embeddings are float16 or float32 matrices."
+        )
+    return vectors
+
+
+def _read_metadata(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a table that can be read: {error}") from error
+    known = ID if ID in table.column_names else PATH
+    if known not in table.column_names:
+        raise ValueError(f"{path} has neither {ID!r} nor {PATH!r}, so nobody knows its pictures.")
+    columns = {IMAGE: table[known].cast(pa.large_string()), CAPTIONS: _captions(table)}
+    for name in table.column_names:
+        if name not in (ID, CAPTION, CAPTIONS) and (name != PATH or known == PATH):
+            columns.setdefault("file_name" if name == PATH else name, table[name].cast(pa.large_string()))
+    return pa.table({name: column for name, column in columns.items() if name != KEY})
+
+
+def _captions(table: pa.Table) -> Any:
+    if CAPTIONS in table.column_names:
+        return table[CAPTIONS].cast(pa.large_list(pa.large_string()))
+    if CAPTION not in table.column_names:
+        return pa.array([[]] * len(table), pa.large_list(pa.large_string()))
+    texts = pc.fill_null(table[CAPTION].cast(pa.large_string()), "").combine_chunks()
+    offsets = pa.array(np.arange(len(table) + 1, dtype=np.int64))
+    return pa.LargeListArray.from_arrays(offsets, texts)
