@@ -222,7 +222,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/search.json"))
     options = parser.parse_args()
     console, store = Console(), Store(options.folder / "store")
-    results = json.loads(options.results.read_text()) if options.results.exists() else {"rows": {}}
     for size in options.sizes:
         for kind in options.kinds:
             known = min(FACTORIES, key=lambda count: abs(np.log(count / size)))
@@ -254,6 +253,8 @@ def main() -> None:
                 setting = choose(folder, factory, ranker, queries[options.queries :], truth[options.queries :])
                 found = measure(folder, setting, ranker, queries[: options.queries], truth[: options.queries])
                 console.say(f"  {factory}: {found}")
+                # Read anew: another size may have been measured meanwhile.
+                results = json.loads(options.results.read_text()) if options.results.exists() else {"rows": {}}
                 place = f"{kind}, {size}, {factory}"
                 earlier = results["rows"].get(place, {}).get("build_s", 0.0)
                 results["rows"][place] = {
