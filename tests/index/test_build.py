@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.index.made import RANKER, built, embeddings, names, opened, same, table, unit
+from wherefrom.extras import require_faiss
 from wherefrom.index import Embeddings, build_index, embed, embed_training_set, ranker_identity
 from wherefrom.index import build as build_module
 from wherefrom.index import embeddings as embeddings_module
@@ -23,7 +23,6 @@ from wherefrom.ranker import Ranker
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
-ROOT = Path(__file__).parents[2]
 COUNT = 500
 IDS, VECTORS, QUERIES = names(COUNT), unit(COUNT), unit(20, seed=1)
 NAMES, TRAINING = ["a", "b"], {"pictures": "tiny"}
@@ -151,30 +150,22 @@ def test_cosines_are_exact_and_alike_in_any_block() -> None:
     assert np.array_equal([cosines(vector[None], query)[0] for vector in vectors[4000:4200]], found[4000:4200])
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of builds that died at 400 of 500 vectors, one for each type."""
-    root = tmp_path_factory.mktemp("killed")
-    script = """
-import os, signal, sys
-from pathlib import Path
-from tests.index import test_build as t
-from wherefrom.index import build
-build._BLOCK, build._SAVE_EVERY_S = 100, 0.0
-def progress(done, total):
-    if done == 400: os.kill(os.getpid(), signal.SIGKILL)
-for factory in ("Flat", "IVF8,SQ8", "HNSW8"):
-    child = os.fork()  # before FAISS has any threads
+def killed(root: Path, factory: str) -> None:
+    """Builds in a process of its own, which dies at 400 of 500 vectors."""
+
+    def progress(done: int, total: int) -> None:
+        if done == 400:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
     if child == 0:
-        t.built(Path(sys.argv[1], factory), t.IDS, t.VECTORS, factory, shard=100, progress=progress)
+        try:
+            # Threads do not survive a fork, and waiting for them would never end.
+            require_faiss().omp_set_num_threads(1)
+            built(root, IDS, VECTORS, factory, shard=100, progress=progress)
+        finally:
+            os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return root
 
 
 class TestBuild:
@@ -215,15 +206,15 @@ class TestBuild:
         assert sorted(path.suffix for path in folder.iterdir()) == [".faiss", ".json", ".parquet", ".parquet"]
 
     @pytest.mark.parametrize("factory", ["Flat", "IVF8,SQ8", "HNSW8"])
-    def test_a_killed_build_goes_on(self, killed: Path, tmp_path: Path, factory: str) -> None:
+    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+    def test_a_killed_build_goes_on(self, tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build_module, "_BLOCK", 100)
+        monkeypatch.setattr(build_module, "_SAVE_EVERY_S", 0.0)
         calls: list[int] = []
-        blocks, build_module._BLOCK = build_module._BLOCK, 100
-        try:
-            folder = built(
-                killed / factory, IDS, VECTORS, factory, shard=100, progress=lambda done, total: calls.append(done)
-            )
-        finally:
-            build_module._BLOCK = blocks
+        killed(tmp_path / "killed", factory)
+        folder = built(
+            tmp_path / "killed", IDS, VECTORS, factory, shard=100, progress=lambda done, total: calls.append(done)
+        )
         assert calls == [400, 500], "what was finished is not done again"
         whole = opened(built(tmp_path / "whole", IDS, VECTORS, factory))
         k = 20 if factory != "HNSW8" else COUNT  # levels of a graph are drawn anew

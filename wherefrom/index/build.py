@@ -22,7 +22,7 @@ from wherefrom.storage import Store, identity_hash, read_manifest
 KIND = "index"
 _TRAINED, _GROWING = "trained.faiss", "growing.faiss"
 _BLOCK = 16384  # vectors added at a time
-_SAVE_EVERY_S = 120.0
+_SAVE_EVERY_S = 600.0  # what is saved is the whole so far, which may be gigabytes
 
 
 def build_index(
