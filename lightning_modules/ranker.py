@@ -93,16 +93,21 @@ class LearningToRank(LightningModule):
                 f"{data.features}. Name the same ones in the same order."
             )
 
+    def losses(self, block: PairBlock) -> Float[Tensor, "q c"]:
+        """One loss a pair; dropout depends only on the block's key."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(block.key)
+            logits = self.ranker(block.queries, block.images)
+        losses: Tensor = self.loss(logits, block.ranks, block.scores)
+        return losses
+
     def training_step(self, block: PairBlock) -> Tensor:
         """The weighted sum of the block's losses: the mean loss of the papers' pairs, on average over draws.
 
         Raises:
             ValueError: The loss is not finite.
         """
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(block.key)  # dropout belongs to (seed, step), so a resumed run is the uninterrupted one
-            logits = self.ranker(block.queries, block.images)
-        loss = (self.loss(logits, block.ranks, block.scores) * block.weights).sum()
+        loss = (self.losses(block) * block.weights).sum()
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The training loss is {loss.item()} at step {self.global_step}. Lower the learning rate or set "

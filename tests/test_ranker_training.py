@@ -22,6 +22,7 @@ from lightning_modules import LearningToRank
 from tests.planted import planted_teacher
 from tests.tiny import training_config
 from wherefrom.evaluation.metrics import MeanAveragePrecision, RecallAtK
+from wherefrom.pair_blocks import BlockSampler
 from wherefrom.ranker import Ranker, load_ranker, save_ranker
 from wherefrom.storage import read_manifest
 from wherefrom.teacher import write_teacher_set
@@ -157,6 +158,21 @@ def test_a_resumed_run_ends_bit_identical(run: LightningCLI, folder: Path) -> No
 
 def value_of(run: LightningCLI) -> torch.Tensor:
     return run.model.state_dict()["ranker.mlp.output_layer.weight"]
+
+
+def test_dropout_belongs_to_the_block(folder: Path) -> None:
+    data = TeacherRankings(str(folder / "near"), ["first", "second"])
+    data.setup()
+    block = BlockSampler(data.device_pairs, 0, 4, 9).block(0)
+    module = LearningToRank(Ranker(**SIZES)).train()
+    before = torch.get_rng_state()
+    losses = module.losses(block)
+    assert losses.shape == (4, 9)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(module.losses(block), losses)
+    assert not torch.equal(module.losses(block._replace(key=block.key + 1)), losses)
+    assert torch.equal(module.eval().losses(block), module.losses(block._replace(key=0)))
 
 
 def test_it_learns_what_is_planted(folder: Path) -> None:
