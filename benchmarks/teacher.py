@@ -156,6 +156,7 @@ def main() -> None:
         print(f"| {count:,} | {side:.1f}× | {total:.1f}× |")
     exact, fast = matrix(results["abu_plus"]), matrix(results["bank"])
     agreement = quality(exact, fast, ids)
+    agreement["split-half reliability of AbU+"] = mean("abu_plus", "split_half_reliability")
     print("\nthe bank against exact AbU+:", ", ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
     first = [float(normalised_ranks(ids, one)[int(each.argmax())]) for each, one in zip(exact, fast, strict=True)]
     print("where the bank puts AbU+'s first picture (0 first, 1 last):", ", ".join(f"{place:.3f}" for place in first))
