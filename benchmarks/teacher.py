@@ -30,7 +30,6 @@ from scipy.stats import spearmanr
 import datamodules  # noqa: F401  so that YAML may use short class names
 from lightning_modules.runs import shapes, training_data
 from wherefrom.attributors import AttributionByUnlearning, ImageSimilarity, InfluenceBank, Scores, TrainingData
-from wherefrom.bank import Compression
 from wherefrom.curvature import FisherSettings
 from wherefrom.evaluation.metrics import MeanAveragePrecision, top_of
 from wherefrom.evaluation.ranking import normalised_ranks
@@ -105,7 +104,6 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=10)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
-    parser.add_argument("--dimension", type=int, default=8192, help="numbers of a row of the bank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/teacher"))
     options = parser.parse_args()

@@ -7,7 +7,7 @@ gradient and one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,9 +25,10 @@ from wherefrom.projection import Projection
 from wherefrom.rows import Rows, make_rows
 from wherefrom.runner import Runner
 from wherefrom.storage import Identity, Store
+from wherefrom.token_gradients import TokenBank, TokenGradients, layers_of
 from wherefrom.trak import Compress, PictureFeatures
 
-Keep = Literal["eigenbasis", "rademacher", "sparse"]
+Keep = Literal["factors", "eigenbasis", "rademacher", "sparse"]
 _SAMPLE = 256  # training pictures that decide coordinates and timesteps' weights
 _ROWS_AT_A_TIME = 4096  # of a bank: all of them may be larger than memory
 _COORDINATES = "coordinates/"  # before a parameter's name in a pass's state
@@ -38,36 +39,44 @@ class Compression:
     """How a whitened gradient becomes a row of the bank.
 
     Attributes:
-        dimension: Numbers of a row; None keeps all coordinates of the eigenbasis.
-        keep: `eigenbasis` keeps the coordinates that are largest over a sample of training pictures, which are the same
-            for all rows; `rademacher` and `sparse` are random projections, see `Projection`.
+        keep: `factors` keeps the gradients of layers that see captions only (cross-attention keys and values) exactly,
+            as what is multiplied with the caption states: tokens × outputs numbers in place of inputs × outputs, see
+            `wherefrom.token_gradients`. The others are for any weights, and lose: `eigenbasis` keeps the coordinates
+            that are largest over a sample of training pictures, the same for all rows (whitening makes them nearly
+            alike, so a few of them say little); `rademacher` and `sparse` are random projections, see `Projection`.
+        dimension: Numbers of a row, but for factors; None keeps all coordinates of the eigenbasis.
         seed: Seed of a projection.
 
     Raises:
-        ValueError: The dimension is not positive, or missing for a projection; or the kind is unknown.
+        ValueError: The dimension is not positive, missing for a projection or given for factors; or the kind is
+            unknown.
     """
 
-    dimension: int | None = 8192
-    keep: Keep = "eigenbasis"
+    keep: Keep = "factors"
+    dimension: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.keep not in ("eigenbasis", "rademacher", "sparse"):
-            raise ValueError(f"Unknown compression {self.keep!r}; choose 'eigenbasis', 'rademacher' or 'sparse'.")
-        if self.dimension is None and self.keep != "eigenbasis":
+        if self.keep not in ("factors", "eigenbasis", "rademacher", "sparse"):
+            raise ValueError(
+                f"Unknown compression {self.keep!r}; choose 'factors', 'eigenbasis', 'rademacher' or 'sparse'."
+            )
+        if self.keep == "factors" and self.dimension is not None:
+            raise ValueError("Factors have no dimension to choose: their size is that of captions and layers.")
+        if self.dimension is None and self.keep in ("rademacher", "sparse"):
             raise ValueError(f"A {self.keep} projection needs a dimension.")
         if self.dimension is not None and self.dimension < 1:
             raise ValueError(f"A bank's rows need at least 1 number; given dimension {self.dimension}.")
 
     def identity(self) -> dict[str, Any]:
         """What decides the rows."""
-        if self.keep == "eigenbasis":
+        if self.keep in ("factors", "eigenbasis"):
             return {"keep": self.keep, "dimension": self.dimension}
         return {"keep": self.keep, "dimension": self.dimension, "projection": self._projection().identity()}
 
     def _projection(self) -> Projection:
         assert self.dimension is not None
-        assert self.keep != "eigenbasis"
+        assert self.keep in ("rademacher", "sparse")
         return Projection(self.dimension, self.seed, self.keep)
 
 
@@ -187,7 +196,10 @@ class BankMaker:
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> None:
+        if compression.keep == "factors":
+            layers_of(model.denoiser, names)
         self.model, self.grid, self.names, self.curvature = model, grid, list(names), curvature
+        self.compression = compression
         self.half, self.store, self.runner = half, store, runner
         self.batch_size, self.progress = batch_size, progress
         self.settings: dict[str, Any] = {
@@ -202,7 +214,7 @@ class BankMaker:
         lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
         weights = 1 / lengths if spread and bool((lengths > 0).all()) else torch.ones_like(lengths)
         self.timestep_weights: Float[Tensor, "t"] = weights / weights.mean()
-        self.compress = self._compress(compression, squares.coordinates)
+        self.compress = None if compression.keep == "factors" else self._compress(compression, squares.coordinates)
         self.identity = {
             **self.settings,
             "compression": compression.identity(),
@@ -225,8 +237,8 @@ class BankMaker:
         )
 
     def _compress(self, compression: Compression, coordinates: Mapping[str, Tensor]) -> Compress:
-        dtype = torch.float16 if self.half else torch.promote_types(self.model.dtype, torch.float32)
-        if compression.keep != "eigenbasis":
+        dtype = self._dtype
+        if compression.keep in ("rademacher", "sparse"):
             projection = compression._projection()
 
             def project(gradients: Mapping[str, Tensor]) -> Tensor:
@@ -243,14 +255,33 @@ class BankMaker:
 
         return cut
 
-    def make(self, data: LatentSet) -> Bank:
+    def size(self, data: LatentSet) -> int:
+        """Bytes of the bank of these pictures."""
+        shapes = {name: parameter.shape for name, parameter in self.model.denoiser.named_parameters()}
+        if self.compression.keep == "factors":
+            captions, tokens = data.states.shape[1:3]
+            width = 1 + captions * tokens * sum(shapes[name][0] for name in self.names)
+        else:
+            width = self.compression.dimension or sum(shapes[name].numel() for name in self.names)
+        return len(data) * (2 if self.grid.flips else 1) * width * self._dtype.itemsize
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else torch.promote_types(self.model.dtype, torch.float32)
+
+    def make(self, data: LatentSet) -> Bank | TokenBank:
         """The bank of these pictures, from the store if it is there."""
         losses = LossPass(self.model, data, self.grid, self.batch_size)
         steps = self.grid.steps(self.model.process.steps)
         weights = self.timestep_weights[torch.searchsorted(steps, losses.timestep)]
-        features = PictureFeatures(losses, self.names, self.compress, weights)
-        rows = make_rows(
-            features.rows,
+        if self.compress is None:
+            rows = self._rows(TokenGradients(losses, self.names, weights, self.half).rows, data)
+            return TokenBank(rows, data, tuple(self.names), self.curvature)
+        return Bank(self._rows(PictureFeatures(losses, self.names, self.compress, weights).rows, data), self.compress)
+
+    def _rows(self, compute: Callable[[range], Tensor], data: LatentSet) -> Rows:
+        return make_rows(
+            compute,
             data.ids,
             self.store,
             "bank",
@@ -258,7 +289,6 @@ class BankMaker:
             self.runner,
             progress=self.progress,
         )
-        return Bank(rows, self.compress)
 
 
 def largest(coordinates: Mapping[str, Float[Tensor, "m"]], count: int | None) -> dict[str, Int64[Tensor, "k"]]:

@@ -18,10 +18,11 @@ from wherefrom.diffusion import DiffusionModel
 from wherefrom.gradients import PerSampleGradients
 from wherefrom.losses import LossGrid, LossPass
 from wherefrom.storage import Store
+from wherefrom.token_gradients import TokenGradients
 from wherefrom.unlearning import QueryLoss
 from wherefrom.weights import select_weights, trainable
 
-GRID, FISHER, WHOLE = LossGrid(timesteps=3), FisherSettings(1), Compression(None)
+GRID, FISHER, WHOLE = LossGrid(timesteps=3), FisherSettings(1), Compression("eigenbasis")
 OTHER = Query("other", "blue circle", QUERY.pixels, torch.ones(4, 4, 4, dtype=torch.float64))
 
 
@@ -41,13 +42,16 @@ def run(attributor: Any, model: DiffusionModel | None, root: Path, *queries: Que
     return list(attributor.score(queries or [QUERY]))
 
 
-@pytest.mark.parametrize("weights", ["cross_attention_kv", "all"])
+@pytest.mark.parametrize(
+    ("weights", "keep"),
+    [("cross_attention_kv", "factors"), ("cross_attention_kv", "eigenbasis"), ("all", "eigenbasis")],
+)
 @pytest.mark.parametrize("curvature", ["ekfac", "diagonal", "identity"])
 def test_a_whole_bank_is_the_influence_function(
-    model: DiffusionModel, tmp_path: Path, curvature: Any, weights: Any
+    model: DiffusionModel, tmp_path: Path, curvature: Any, weights: Any, keep: Any
 ) -> None:
     settings: dict[str, Any] = {"curvature": curvature, "weights": weights, "timestep_weights": "equal"}
-    found = run(bank(**settings), model, tmp_path, QUERY, OTHER)
+    found = run(bank(**settings, compression=Compression(keep)), model, tmp_path, QUERY, OTHER)
     exact = run(InfluenceFunction(draws=12, grid=GRID, fisher=FISHER, **settings), model, tmp_path, QUERY, OTHER)
     for mine, theirs in zip(found, exact, strict=True):
         np.testing.assert_allclose(mine.scores, theirs.scores, rtol=1e-7, atol=1e-9 * np.abs(theirs.scores).max())
@@ -87,12 +91,26 @@ def test_the_more_numbers_are_kept_the_closer_are_the_scores(model: DiffusionMod
     for keep in ("eigenbasis", "rademacher"):
         errors = []
         for dimension in (20, 400, 8000):
-            (found,) = run(bank(compression=Compression(dimension, keep)), model, tmp_path)  # type: ignore[arg-type]
+            (found,) = run(bank(compression=Compression(keep, dimension)), model, tmp_path)  # type: ignore[arg-type]
             errors.append(float(np.abs(found.scores - whole.scores).max() / np.abs(whole.scores).max()))
         assert errors[0] > errors[1] > errors[2], keep
         assert errors[2] < 0.2, keep
-    (halved,) = run(bank(half=True), model, tmp_path)
-    assert 0 < np.abs(halved.scores - whole.scores).max() < 2e-3 * np.abs(whole.scores).max()
+    (factors,) = run(bank(compression=Compression()), model, tmp_path)
+    np.testing.assert_allclose(factors.scores, whole.scores, rtol=1e-7)
+    for compression in (WHOLE, Compression()):
+        (halved,) = run(bank(half=True, compression=compression), model, tmp_path)
+        assert 0 < np.abs(halved.scores - whole.scores).max() < 2e-3 * np.abs(whole.scores).max()
+
+
+def test_it_says_how_large_a_bank_will_be(model: DiffusionModel, tmp_path: Path) -> None:
+    for compression in (Compression(), WHOLE, Compression("sparse", 300)):
+        said: list[str] = []
+        store = Store(tmp_path / compression.keep)
+        data = TrainingData(TRAIN.pictures, TRAIN)
+        bank(compression=compression, half=True).fit(data, model, store, one_process(), said.append)
+        (told,) = [float(word) for line in said if "bank" in line for word in line.split() if word[0].isdigit()][-1:]
+        (rows,) = store.root.glob("bank/*/rows.npy")
+        assert told * 2**20 == pytest.approx(rows.stat().st_size, abs=2**20 / 200 + 200)
 
 
 def test_the_largest_coordinates_are_found_over_all_tensors() -> None:
@@ -102,12 +120,15 @@ def test_the_largest_coordinates_are_found_over_all_tensors() -> None:
     assert sum(len(where) for where in largest(numbers, None).values()) == 5
 
 
-def test_blocks_batches_and_candidates_change_nothing(model: DiffusionModel, tmp_path: Path) -> None:
-    together = run(bank(compression=Compression(300)), model, tmp_path / "a", QUERY, OTHER)
-    (alone,) = run(bank(compression=Compression(300), batch_size=5), model, tmp_path / "b", OTHER)
+@pytest.mark.parametrize("compression", [Compression(), Compression("eigenbasis", 300)], ids=lambda each: each.keep)
+def test_blocks_batches_and_candidates_change_nothing(
+    model: DiffusionModel, tmp_path: Path, compression: Compression
+) -> None:
+    together = run(bank(compression=compression), model, tmp_path / "a", QUERY, OTHER)
+    (alone,) = run(bank(compression=compression, batch_size=5), model, tmp_path / "b", OTHER)
     np.testing.assert_allclose(together[1].scores, alone.scores, rtol=1e-9)
     np.testing.assert_allclose(together[1].null, alone.null, rtol=1e-9)
-    attributor = bank(compression=Compression(300))
+    attributor = bank(compression=compression)
     attributor.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path / "a"), one_process())
     (few,) = attributor.score([QUERY], [TRAIN.ids[7], TRAIN.ids[2]])
     assert few.ids == (TRAIN.ids[7], TRAIN.ids[2])
@@ -122,8 +143,16 @@ def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="draws must be at least 1; given 0"):
         bank(draws=0)
     with pytest.raises(ValueError, match="Unknown compression 'first'"):
-        Compression(8, "first")  # type: ignore[arg-type]
+        Compression("first", 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="A sparse projection needs a dimension"):
-        Compression(None, "sparse")
+        Compression("sparse")
     with pytest.raises(ValueError, match="at least 1 number; given dimension 0"):
-        Compression(0)
+        Compression("eigenbasis", 0)
+    with pytest.raises(ValueError, match="Factors have no dimension to choose"):
+        Compression("factors", 8)
+    with pytest.raises(ValueError, match=r"is not the weight of a linear layer.*choose weights cross_attention_kv"):
+        run(bank(weights="all", compression=Compression()), model, tmp_path)
+    query_side = next(name for name, _ in model.denoiser.named_parameters() if ".attn2.to_q." in name)
+    gradients = TokenGradients(LossPass(model, TRAIN, GRID, 64), [query_side], None, half=False)
+    with pytest.raises(ValueError, match=r"is not fed with the caption states themselves.*such as eigenbasis"):
+        gradients.rows(range(2))

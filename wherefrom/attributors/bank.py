@@ -18,6 +18,7 @@ from wherefrom.losses import LossGrid
 from wherefrom.reduction import Breakdown, Flip, TimestepWeights
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
+from wherefrom.token_gradients import TokenBank
 from wherefrom.unlearning import QueryLoss
 from wherefrom.weights import Subset, select_weights, trainable
 
@@ -86,7 +87,7 @@ class InfluenceBank(CurvedAttributor):
         if draws < 1:
             raise ValueError(f"draws must be at least 1; given {draws}.")
         self.draws, self.compression, self.half, self.seed = draws, compression, half, seed
-        self._banks: tuple[Bank, Bank | None] | None = None
+        self._banks: tuple[Bank | TokenBank, Bank | TokenBank | None] | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
@@ -104,7 +105,7 @@ class InfluenceBank(CurvedAttributor):
         assert data.latents is not None
         samples = self.losses_of(data)
         rows = samples // (data.latents.states.shape[1] * self.grid.timesteps * self.grid.draws)
-        width = self.compression.dimension or 0
+        width = self.compression.dimension or 0  # else the model says how large rows are, and `fit` tells
         once = self.curvature_passes(data) + 3 * samples
         return Work(once, 3 * self.draws, rows * width * (2 if self.half else 4), data.latents.latents.nbytes)
 
@@ -114,7 +115,6 @@ class InfluenceBank(CurvedAttributor):
         """Makes the curvature and the banks of the training pictures and of the null, once per model."""
         model, latents = self.prepare(data, model, store, runner, say)
         started = time.monotonic()
-        say(f"bank of the gradients of {len(latents):,} training pictures")
         curvature = {
             "form": self.form,
             "damping": self.damping,
@@ -137,6 +137,7 @@ class InfluenceBank(CurvedAttributor):
             self.batch_size,
             self.progress,
         )
+        say(f"bank of the gradients of {len(latents):,} training pictures: {maker.size(latents) / 2**20:.2f} MiB")
         held_out = data.held_out_latents
         self._banks = maker.make(latents), maker.make(held_out) if held_out is not None and len(held_out) else None
         self.fit_s = {**self.fit_s, "bank": time.monotonic() - started}
@@ -164,7 +165,7 @@ class InfluenceBank(CurvedAttributor):
                 {"gradient_s": gradient_s, "product_s": time.monotonic() - started - gradient_s},
             )
 
-    def _by_flip(self, bank: Bank, gradients: dict[str, torch.Tensor]) -> np.ndarray:
+    def _by_flip(self, bank: Bank | TokenBank, gradients: dict[str, torch.Tensor]) -> np.ndarray:
         by_flip = bank.influence(gradients)
         scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).numpy()
         return scores
