@@ -30,6 +30,7 @@ from scipy.stats import spearmanr
 import datamodules  # noqa: F401  so that YAML may use short class names
 from lightning_modules.runs import shapes, training_data
 from wherefrom.attributors import AttributionByUnlearning, ImageSimilarity, InfluenceBank, Scores, TrainingData
+from wherefrom.bank import Compression
 from wherefrom.curvature import FisherSettings
 from wherefrom.evaluation.metrics import MeanAveragePrecision, top_of
 from wherefrom.evaluation.ranking import normalised_ranks
@@ -104,6 +105,8 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=10)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
+    parser.add_argument("--keep", default="factors", help="how the bank keeps rows; see wherefrom.bank.Compression")
+    parser.add_argument("--dimension", type=int, help="numbers of a row of the bank, but for factors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/teacher"))
     options = parser.parse_args()
@@ -118,7 +121,7 @@ def main() -> None:
     grid, fisher = LossGrid(options.timesteps), FisherSettings(options.visits)
     methods = {
         "bank": InfluenceBank(
-            draws=options.draws, grid=grid, fisher=fisher, compression=Compression(options.dimension)
+            draws=options.draws, grid=grid, fisher=fisher, compression=Compression(options.keep, options.dimension)
         ),
         "abu_plus": AttributionByUnlearning(
             unlearning=UnlearningSettings(draws=options.draws), grid=grid, curvature="ekfac", fisher=fisher
@@ -185,8 +188,8 @@ def main() -> None:
         "candidates": candidates,
         "recall": recall,
     }
-    name = Path(options.model).name
-    write_json(RESULT if name == "emoji_1k" else RESULT.with_name(f"teacher_costs_{name}.json"), record)
+    name = "_".join([Path(options.model).name, *([] if options.keep == "factors" else [options.keep])])
+    write_json(RESULT if name == "emoji_1k" else RESULT.with_stem(f"{RESULT.stem}_{name}"), record)
     console.say(f"gradient of one query: {duration(gradient)}")
 
 
