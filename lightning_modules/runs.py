@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
 
@@ -132,7 +131,7 @@ def prepare(config: Any, methods: Iterable[Attributor], with_queries: bool = Tru
 def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """(C, H, W) of a latent, and (height, width) of a picture."""
     assert data.latents is not None
-    height, width = (int(side) for side in np.asarray(data.pictures.pixels).shape[1:3])
+    height, width = (int(side) for side in data.pictures.pixels.shape[1:3])
     channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
     return (channels, rows, columns), (height, width)
 

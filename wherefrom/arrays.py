@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from wherefrom.storage import replacing
+from wherefrom.storage import replacing, storage_errors, write_json
+
+_LAZY_FROM = 2**28  # bytes of a selection from which it is read where it is used, and no longer copied
 
 
 def write_array(path: Path, shape: tuple[int, ...], blocks: Iterable[Any], dtype: DTypeLike = np.float32) -> None:
@@ -21,12 +26,169 @@ def write_array(path: Path, shape: tuple[int, ...], blocks: Iterable[Any], dtype
         StorageError: The file could not be written.
     """
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_2_0(stream, header)
+        _write_header(stream, shape, dtype)
         for block in blocks:
             stream.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
+
+
+def _write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    """The head of a `.npy` file; its length does not depend on the first extent."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(stream, header)
 
 
 def map_array(path: Path) -> Tensor:
     """The array of a `.npy` file, read from disk where it is used."""
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch asks for writable memory
+
+
+class GrowingArray:
+    """A `.npy` file that grows by rows, and after an interruption goes on from the last block that was safe.
+
+    It grows under another name, beside a journal of what is safely on disk, and is renamed when it is whole: it takes
+    its own size on the disk and never twice that, as parts that are joined afterwards would.
+
+    Args:
+        path: The finished file.
+        row: Shape of a row.
+        dtype: Type of its numbers.
+    """
+
+    def __init__(self, path: Path, row: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.path, self.row, self.dtype = path, row, np.dtype(dtype)
+        self._growing = path.with_name(f"{path.name}.growing")
+        self._journal = path.with_name(f"{path.name}.journal.json")
+        self.rows = 0
+        self.note: dict[str, int] = {}
+        self._stream: BinaryIO | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the file is whole."""
+        return self.path.exists()
+
+    def __enter__(self) -> GrowingArray:
+        if self.finished:
+            return self
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._growing.exists() and self._journal.exists():
+                kept = json.loads(self._journal.read_text())
+                assert kept["row"] == list(self.row), "the same identity gives rows of the same shape"
+                self.rows, self.note = kept["rows"], kept["note"]
+                self._stream = self._growing.open("r+b")
+            else:
+                self._stream = self._growing.open("w+b")
+            self._stream.seek(0)
+            _write_header(self._stream, (self.rows, *self.row), self.dtype)
+            # What is behind the last safe row was being written when the earlier run ended.
+            self._stream.truncate(self._stream.tell() + self.rows * self._row_bytes)
+            self._stream.seek(0, os.SEEK_END)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(np.prod(self.row, dtype=np.int64)) * self.dtype.itemsize
+
+    def append(self, block: Any, **note: int) -> None:
+        """Adds rows, and what to remember with them; both are safe on disk when it returns.
+
+        Raises:
+            StorageError: They could not be written; the next run adds them again.
+        """
+        assert self._stream is not None, "the array is open and not finished"
+        rows = np.ascontiguousarray(block, dtype=self.dtype)
+        assert rows.shape[1:] == self.row
+        with storage_errors(self.path):
+            if rows.size:
+                self._stream.write(rows.data)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        self.rows, self.note = self.rows + len(rows), {**self.note, **note}
+        write_json(self._journal, {"rows": self.rows, "row": list(self.row), "note": self.note})
+
+    def finish(self) -> None:
+        """Gives the file its number of rows and its name.
+
+        Raises:
+            StorageError: The file could not be written.
+        """
+        assert self._stream is not None, "the array is open and not finished"
+        with storage_errors(self.path):
+            self._stream.seek(0)
+            _write_header(self._stream, (self.rows, *self.row), self.dtype)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._growing.replace(self.path)
+            self._journal.unlink(missing_ok=True)
+
+
+class RowView:
+    """Some rows of a mapped array, read where they are used: a copy of them would not fit in memory.
+
+    It is indexed as the array itself; whole rows (`[:]`, `[:, 0]`) stay a view.
+
+    Args:
+        array: A tensor or a NumPy array.
+        rows: Which rows of it.
+    """
+
+    def __init__(self, array: Any, rows: NDArray[np.intp]) -> None:
+        self.array, self.rows = array, rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array that holds these rows alone."""
+        return (len(self.rows), *(int(extent) for extent in self.array.shape[1:]))
+
+    @property
+    def dtype(self) -> Any:
+        """Type of its numbers."""
+        return self.array.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of these rows on disk."""
+        return int(np.prod(self.shape, dtype=np.int64)) * int(self.array.itemsize)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Any) -> Any:
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        if isinstance(first, slice) and first == slice(None):
+            return RowView(self.array[(slice(None), *rest)], self.rows)
+        rows = torch.from_numpy(self.rows) if isinstance(self.array, Tensor) else self.rows
+        if isinstance(first, slice):  # as with arrays, the rest then applies to every row of the slice
+            return self.array[rows[first]][(slice(None), *rest)]
+        return self.array[(rows[first], *rest)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.array[self.rows], dtype=dtype)
+
+
+def take_rows(array: Any, rows: NDArray[np.intp]) -> Any:
+    """These rows: an unbroken stretch shares its memory, much else is a `RowView`, little is copied."""
+    if len(rows) and rows[0] >= 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        return array[int(rows[0]) : int(rows[0]) + len(rows)] if len(rows) < len(array) else array
+    if isinstance(array, RowView):
+        return RowView(array.array, array.rows[rows])
+    if len(rows) * array[:1].nbytes >= _LAZY_FROM:
+        return RowView(array, rows)
+    return array[torch.from_numpy(rows) if isinstance(array, Tensor) else rows]
+
+
+def announce_size(say: Callable[[str], None], what: str, size: int, folder: Path) -> None:
+    """Says how much something will take on disk before it is made, and how much is free."""
+    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    say(f"{what}: {_bytes(size)} in {folder}; {_bytes(free)} of disk are free")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

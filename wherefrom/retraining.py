@@ -196,7 +196,7 @@ class Panel:
             torch.zeros_like(states[0, 0]),
             pictures.fingerprint,
         )
-        self.features = None if encoder is None else encoder.encode_images(pictures.pixels)
+        self.features = None if encoder is None else encoder.encode_images(np.asarray(pictures.pixels))
         # What decides the measurements of a model; the queries' ids name the sampler.
         identity = {
             "queries": sorted(query.id for query in self.queries),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wherefrom import keyed
-from wherefrom.arrays import map_array, write_array
+from wherefrom.arrays import GrowingArray, RowView, announce_size, map_array, take_rows, write_array
 from wherefrom.data.pictures import Pictures, keep_indices
 from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, to_float, visit_keys, visit_times
 from wherefrom.parts import LatentEncoder
@@ -28,6 +28,9 @@ LATENTS, STATES, NULL_STATES = "latents.npy", "states.npy", "null_states.npy"
 class LatentSet:
     """A training set as the diffusion model sees it.
 
+    Latents and states may be mapped from disk, in float16 or as views of rows: index them, then bring what was taken to
+    the model's type.
+
     Attributes:
         pictures: The pictures that were encoded, in the same order.
         latents: Scaled latents of each picture and of its mirror image, shape (N, 2, C, H, W).
@@ -37,8 +40,8 @@ class LatentSet:
     """
 
     pictures: Pictures
-    latents: Float[Tensor, "n 2 c h w"]
-    states: Float[Tensor, "n k l d"]
+    latents: Float[Tensor, "n 2 c h w"] | RowView
+    states: Float[Tensor, "n k l d"] | RowView
     null_states: Float[Tensor, "l d"]
     fingerprint: str
 
@@ -58,11 +61,12 @@ class LatentSet:
     def subset(self, indices: Sequence[int]) -> LatentSet:
         """The pictures at these positions; its fingerprint names them."""
         chosen = list(indices)
+        rows = np.asarray(chosen, dtype=np.intp)
         ids = [self.ids[index] for index in chosen]
         return LatentSet(
             self.pictures.subset(chosen),
-            self.latents[chosen],
-            self.states[chosen],
+            take_rows(self.latents, rows),
+            take_rows(self.states, rows),
             self.null_states,
             identity_hash({"of": self.fingerprint, "ids": ids}),
         )
@@ -80,54 +84,81 @@ class LatentSet:
         return self.subset(keep_indices(self.ids, exclude)) if exclude else self
 
 
+def _silent(message: str) -> None:
+    """Says nothing."""
+
+
 def encode_pictures(
     pictures: Pictures,
     encoder: LatentEncoder,
     store: Store,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    half: bool = False,
+    say: Callable[[str], None] = _silent,
 ) -> LatentSet:
     """Latents and caption states of the pictures, from the store if they are there.
+
+    Neither is ever held in memory as a whole, and an interrupted run goes on from its last finished batch.
 
     Args:
         pictures: The pictures.
         encoder: Autoencoder and text encoder; their weights are part of the identity, so the cache is never stale.
         store: Where the arrays are kept.
         batch_size: Pictures encoded at a time.
-        progress: Called with (done, total) pictures.
+        progress: Called with (done, total) pictures: first their latents, then their captions.
+        half: Keep float16, which takes half the disk.
+        say: Is told how large the arrays will be before any is made.
 
     Raises:
-        StorageError: The store could not be written.
+        ValueError: A value is too large for float16.
+        StorageError: The store could not be written; finished batches are kept.
     """
     identity = {
         "pictures": pictures.fingerprint,
         "ids": identity_hash({"ids": list(pictures.ids)}),
         **encoder.identity(),
+        **({"dtype": "float16"} if half else {}),
     }
-    starts = range(0, len(pictures), batch_size)
+    dtype = np.dtype(np.float16 if half else np.float32)
 
-    def pixels(start: int) -> Tensor:
-        return to_float(torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])))
+    def pixels(rows: slice) -> Tensor:
+        return to_float(torch.from_numpy(np.array(pictures.pixels[rows])))
 
-    def latent_blocks() -> Any:
-        for start in starts:
-            images = pixels(start)
-            yield torch.stack([encoder.encode_pixels(images), encoder.encode_pixels(images.flip(-1))], dim=1).numpy()
-            if progress is not None:
-                progress(min(start + batch_size, len(pictures)), len(pictures))
+    def latents(rows: slice) -> Tensor:
+        images = pixels(rows)
+        return torch.stack([encoder.encode_pixels(images), encoder.encode_pixels(images.flip(-1))], dim=1)
 
-    def state_blocks() -> Any:
-        for start in starts:
-            captions = pictures.captions[start : start + batch_size]
-            flat = encoder.text.encode([caption for several in captions for caption in several])
-            yield flat.unflatten(0, (len(captions), -1)).numpy()
+    def states(rows: slice) -> Tensor:
+        captions = pictures.captions[rows]
+        flat = encoder.text.encode([caption for several in captions for caption in several])
+        return flat.reshape(len(captions), -1, *flat.shape[1:])
+
+    def grow(path: Path, row: tuple[int, ...], encode: Callable[[slice], Tensor]) -> None:
+        with GrowingArray(path, row, dtype) as array:
+            if array.finished:
+                return
+            while array.rows < len(pictures):
+                block = encode(slice(array.rows, array.rows + batch_size)).numpy()
+                if half and np.abs(block).max() > np.finfo(np.float16).max:
+                    raise ValueError(
+                        f"{path.name} of pictures from {pictures.ids[array.rows]!r} on hold {np.abs(block).max():.3g}, "
+                        "which float16 does not reach: encode without half."
+                    )
+                array.append(block)
+                if progress is not None:
+                    progress(array.rows, len(pictures))
+            array.finish()
 
     def build(folder: Path) -> Mapping[str, Any]:
         null = encoder.text.encode([""])[0]
-        one = encoder.encode_pixels(pixels(0)[:1])[0]
+        one = encoder.encode_pixels(pixels(slice(0, 1)))[0]
+        rows = ((2, *one.shape), (len(pictures.captions[0]), *null.shape))
+        size = len(pictures) * dtype.itemsize * sum(int(np.prod(row)) for row in rows)
+        announce_size(say, f"latents and text states of {len(pictures):,} pictures", size, store.root)
         write_array(folder / NULL_STATES, tuple(null.shape), [null.numpy()])
-        write_array(folder / LATENTS, (len(pictures), 2, *one.shape), latent_blocks())
-        write_array(folder / STATES, (len(pictures), len(pictures.captions[0]), *null.shape), state_blocks())
+        grow(folder / LATENTS, rows[0], latents)
+        grow(folder / STATES, rows[1], states)
         return {}
 
     folder = store.make("latents", identity, build)
@@ -166,6 +197,11 @@ class LatentVisits(Dataset[LatentBatch]):
         captions = self.data.states.shape[1]
         caption = (keyed.uniform(keyed.combine(CAPTION, keys))[:, 0] * captions).long()
         dropped = keyed.uniform(keyed.combine(DROP, keys))[:, 0] < self.caption_dropout
-        states = torch.where(dropped[:, None, None], self.data.null_states, self.data.states[index, caption])
+        states = torch.where(dropped[:, None, None], self.data.null_states, _whole(self.data.states[index, caption]))
         times = visit_times(self.seed, self.id_keys[index], visit)
-        return LatentBatch(keys, times, self.data.latents[index, flip], states)
+        return LatentBatch(keys, times, _whole(self.data.latents[index, flip]), states)
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Numbers that were kept in float16 as float32, in which training adds noise to them."""
+    return values.float() if values.dtype == torch.float16 else values

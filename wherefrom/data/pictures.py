@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 
+from wherefrom.arrays import RowView, take_rows
 from wherefrom.storage import read_manifest, replacing
 
 TABLE = "pictures.parquet"
@@ -26,14 +27,14 @@ class Pictures:
     Attributes:
         ids: Unique string ids that the data set owns (never positions).
         captions: The captions of each picture; every picture has the same number of them.
-        pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped.
+        pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of some rows of what is.
         columns: Further columns, one string a picture: `license` always, and groups such as `author`, `style`.
         fingerprint: Hash of ids, captions and pixels; part of the identity of whatever is made from them.
     """
 
     ids: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
-    pixels: UInt8[NDArray[np.uint8], "n h w 3"]
+    pixels: UInt8[NDArray[np.uint8], "n h w 3"] | RowView
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -52,7 +53,7 @@ class Pictures:
         return Pictures(
             ids=tuple(self.ids[index] for index in chosen),
             captions=tuple(self.captions[index] for index in chosen),
-            pixels=self.pixels[np.asarray(chosen, dtype=np.intp)],
+            pixels=take_rows(self.pixels, np.asarray(chosen, dtype=np.intp)),
             columns={name: tuple(column[index] for index in chosen) for name, column in self.columns.items()},
             fingerprint=self.fingerprint,
         )

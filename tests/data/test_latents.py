@@ -1,0 +1,139 @@
+"""Latents and caption states on disk: numbers, resume, float16, views, and what is said before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import tiny_encoder
+from wherefrom import arrays
+from wherefrom.arrays import RowView
+from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
+from wherefrom.data.pictures import Pictures
+from wherefrom.data.stream import Visit, to_float
+from wherefrom.parts import LatentEncoder
+from wherefrom.storage import Store, identity_hash
+
+COUNT = 11
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> LatentEncoder:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder") / "text")
+
+
+@pytest.fixture
+def pictures() -> Pictures:
+    return Pictures(
+        tuple(f"picture/{index}" for index in range(COUNT)),
+        tuple((f"a red square {index}", f"big blue circle {index}", "") for index in range(COUNT)),
+        np.random.default_rng(1).integers(0, 256, (COUNT, 8, 8, 3), dtype=np.uint8),
+        {"license": ("x",) * COUNT},
+        "fingerprint",
+    )
+
+
+def test_every_row_is_that_of_its_picture_alone(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
+    made = encode_pictures(pictures, encoder, Store(tmp_path), batch_size=4)
+    assert made.latents.shape == (COUNT, 2, 4, 4, 4)
+    assert made.states.shape == (COUNT, 3, 6, 12)
+    for index in range(COUNT):
+        image = to_float(torch.from_numpy(pictures.pixels[index]))[None]
+        both = torch.cat([encoder.encode_pixels(image), encoder.encode_pixels(image.flip(-1))])
+        torch.testing.assert_close(made.latents[index], both)
+        torch.testing.assert_close(made.states[index], encoder.text.encode(pictures.captions[index]))
+    torch.testing.assert_close(made.null_states, encoder.text.encode([""])[0])
+
+
+def test_float32_keeps_the_identity_that_it_had(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
+    before = {"pictures": "fingerprint", "ids": identity_hash({"ids": list(pictures.ids)}), **encoder.identity()}
+    assert encode_pictures(pictures, encoder, Store(tmp_path)).fingerprint == identity_hash(before)
+    assert encode_pictures(pictures, encoder, Store(tmp_path), half=True).fingerprint != identity_hash(before)
+
+
+class InterruptedTestError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", range(1, 7))
+def test_an_interrupted_run_goes_on_from_its_last_batch(
+    tmp_path: Path, encoder: LatentEncoder, pictures: Pictures, stop: int
+) -> None:
+    calls: list[int] = []
+
+    def interrupt(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == stop:
+            raise InterruptedTestError
+
+    store = Store(tmp_path / "store")
+    with pytest.raises(InterruptedTestError):
+        encode_pictures(pictures, encoder, store, 4, interrupt)
+    rest: list[int] = []
+    made = encode_pictures(pictures, encoder, store, 4, lambda done, total: rest.append(done))
+    assert calls + rest == [4, 8, 11, 4, 8, 11]
+    whole = encode_pictures(pictures, encoder, Store(tmp_path / "other"), 4)
+    assert torch.equal(made.latents, whole.latents)
+    assert torch.equal(made.states, whole.states)
+    (folder,) = (tmp_path / "store" / "latents").iterdir()
+    names = {"latents.npy", "states.npy", "null_states.npy", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_half_takes_half_and_rounds(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
+    store = Store(tmp_path)
+    said: list[str] = []
+    whole = encode_pictures(pictures, encoder, store)
+    half = encode_pictures(pictures, encoder, store, half=True, say=said.append)
+    assert half.latents.dtype == half.states.dtype == torch.float16
+    assert torch.equal(half.latents, whole.latents.half())
+    assert torch.equal(half.states, whole.states.half())
+    size = half.latents.nbytes + half.states.nbytes
+    assert said == [said[0]]
+    assert said[0].startswith(f"latents and text states of 11 pictures: {size / 2**20:.1f} MiB in ")
+    batch = LatentVisits(half, seed=0).__getitems__([Visit(3, 0), Visit(1, 2)])
+    assert batch.latents.dtype == batch.states.dtype == torch.float32
+    expected = LatentVisits(whole, seed=0).__getitems__([Visit(3, 0), Visit(1, 2)])
+    assert torch.equal(batch.latents, expected.latents.half().float())
+
+
+def test_what_float16_does_not_reach_is_refused(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
+    class Loud:
+        text = encoder.text
+        identity = encoder.identity
+
+        def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+            return encoder.encode_pixels(pixels) + 70_000
+
+    with pytest.raises(ValueError, match=r"latents\.npy of pictures from 'picture/0' on hold 7e\+04.*without half"):
+        encode_pictures(pictures, Loud(), Store(tmp_path), half=True)
+
+
+def test_left_out_pictures_are_not_copied(
+    tmp_path: Path, encoder: LatentEncoder, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = encode_pictures(pictures, encoder, Store(tmp_path))
+    assert made.subset(range(COUNT)).latents is made.latents
+    chosen = ["picture/3", "picture/7"]
+    copied = made.without(chosen)
+    monkeypatch.setattr(arrays, "_LAZY_FROM", 0)
+    lazy: LatentSet = made.without(chosen)
+    assert isinstance(lazy.latents, RowView)
+    assert isinstance(lazy.states, RowView)
+    assert isinstance(lazy.pictures.pixels, RowView)
+    assert lazy.fingerprint == copied.fingerprint
+    np.testing.assert_array_equal(np.asarray(lazy.pictures.pixels), copied.pictures.pixels)
+    visits = [Visit(index, visit) for visit in range(3) for index in range(COUNT - 2)]
+    for one, two in zip(
+        LatentVisits(lazy, 1).__getitems__(visits), LatentVisits(copied, 1).__getitems__(visits), strict=True
+    ):
+        assert torch.equal(one, two)
+    fewer = replace(lazy, states=lazy.states[:, :1])
+    assert torch.equal(fewer.states[2, 0], copied.states[2, 0])
+    # Encoding what is a view gives the same again.
+    again = encode_pictures(lazy.pictures, encoder, Store(tmp_path))
+    torch.testing.assert_close(again.latents, copied.latents)
