@@ -2,6 +2,8 @@
 
 from datamodules.emoji import Emoji
 from datamodules.image_folder import ImageFolder
+from datamodules.laion import LAION
+from datamodules.mscoco import MSCOCO
 from datamodules.teacher_rankings import TeacherRankings
 
-__all__ = ["Emoji", "ImageFolder", "TeacherRankings"]
+__all__ = ["LAION", "MSCOCO", "Emoji", "ImageFolder", "TeacherRankings"]

@@ -16,6 +16,7 @@ from wherefrom.data.pictures import Pictures, keep_indices, read_ids
 from wherefrom.data.stream import KeyedBatches, PixelVisits, VisitDataset
 from wherefrom.keyed import hash_texts
 from wherefrom.parts import LatentEncoder
+from wherefrom.progress import Console
 from wherefrom.storage import Store
 
 VALIDATION_VISITS = 8  # timesteps and noise draws per held-out picture
@@ -58,7 +59,13 @@ class PicturesDataModule(LightningDataModule):
         exclude: Ids (or a text file of ids) to leave out of training.
         flip_share: Probability of the mirror image.
         caption_dropout: Probability of the empty caption.
+
+    Attributes:
+        half: Keep latents and caption states in float16.
+        console: Where what is made once is announced and shown.
     """
+
+    half = False
 
     def __init__(
         self,
@@ -74,16 +81,25 @@ class PicturesDataModule(LightningDataModule):
         self.encoder, self.store, self.batch_size, self.seed = encoder, Store(store), batch_size, seed
         self.exclude: Sequence[str] | str | Path | None = exclude
         self.flip_share, self.caption_dropout = flip_share, caption_dropout
+        self.console = Console()
 
     def load(self) -> tuple[Pictures, Pictures]:
         """The training pictures and the held-out ones, before `exclude`."""
         raise TypeError(f"{type(self).__name__} does not say where its pictures come from.")
 
+    def latents_of(self, pictures: Pictures, training: bool) -> LatentSet:
+        """Latents and caption states of the training pictures or of the held-out ones, before `exclude`."""
+        assert self.encoder is not None
+        console = self.console
+        return encode_pictures(
+            pictures, self.encoder, self.store, progress=console.progress, half=self.half, say=console.say
+        )
+
     def prepare_data(self) -> None:
         """Builds pictures and latents in the store, once per machine."""
-        for pictures in self.load():
+        for pictures, training in zip(self.load(), (True, False), strict=True):
             if self.encoder is not None and len(pictures):
-                encode_pictures(pictures, self.encoder, self.store)
+                self.latents_of(pictures, training)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens what `prepare_data` left."""
@@ -91,8 +107,8 @@ class PicturesDataModule(LightningDataModule):
         kept = keep_indices(train.ids, read_ids(self.exclude))
         self.train_pictures, self.validation_pictures = train.subset(kept), validation
         if self.encoder is not None:
-            self.train_latents = encode_pictures(train, self.encoder, self.store).subset(kept)
-            self.validation_latents = encode_pictures(validation, self.encoder, self.store)
+            self.train_latents = self.latents_of(train, True).subset(kept)
+            self.validation_latents = self.latents_of(validation, False)
 
     def visits(self, pictures: Pictures, latents: LatentSet | None, training: bool) -> VisitDataset:
         """Training batches, or (without flips and dropout) held-out ones."""

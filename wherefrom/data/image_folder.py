@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -60,7 +60,7 @@ class ImageFolderOptions:
     skip_unreadable: bool = False
 
 
-def draw(path: Path, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
+def draw(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
     """One picture upright, on white and, given a size, cut to its largest centred square and resized.
 
     Raises:

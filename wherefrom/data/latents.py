@@ -179,9 +179,17 @@ class LatentVisits(Dataset[LatentBatch]):
         seed: Seed of these draws.
         flip_share: Probability of the mirror image.
         caption_dropout: Probability of the empty caption, for classifier-free guidance.
+
+    Raises:
+        ValueError: Captions are to be dropped, but the states of the empty caption are not known.
     """
 
     def __init__(self, data: LatentSet, seed: int, flip_share: float = 0.5, caption_dropout: float = 0.1) -> None:
+        if caption_dropout > 0 and bool(data.null_states.isnan().any()):
+            raise ValueError(
+                "caption_dropout needs the states of the empty caption, which the ready-made arrays do not hold: give "
+                "null_states, or set caption_dropout to 0."
+            )
         self.data, self.seed = data, seed
         self.id_keys = data.id_keys
         self.flip_share, self.caption_dropout = flip_share, caption_dropout

@@ -80,20 +80,24 @@ def check_unique(ids: Iterable[str]) -> None:
         )
 
 
-def read_ids(exclude: Sequence[str] | str | Path | None) -> tuple[str, ...]:
+def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") -> tuple[str, ...]:
     """Ids from a list, or from a text file with one id a line.
+
+    Args:
+        given: The list or the file.
+        option: What the user calls it, for errors.
 
     Raises:
         ValueError: The file is missing.
     """
-    if exclude is None:
+    if given is None:
         return ()
-    if isinstance(exclude, str | Path):
-        path = Path(exclude)
+    if isinstance(given, str | Path):
+        path = Path(given)
         if not path.is_file():
-            raise ValueError(f"exclude: {path} is not a file. Give a list of ids, or a text file with one id a line.")
+            raise ValueError(f"{option}: {path} is not a file. Give a list of ids, or a text file with one id a line.")
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return tuple(exclude)
+    return tuple(given)
 
 
 def keep_indices(ids: Sequence[str], exclude: Sequence[str]) -> list[int]:

@@ -1,0 +1,61 @@
+"""LAION, as img2dataset leaves it, as a LightningDataModule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datamodules.pictures import PicturesDataModule
+from wherefrom.data.image_folder import split_pictures
+from wherefrom.data.pictures import Pictures, read_ids
+from wherefrom.data.webdataset import ShardOptions, build_laion
+from wherefrom.parts import LatentEncoder
+
+
+class LAION(PicturesDataModule):
+    """Captioned pictures in img2dataset's shards.
+
+    Args:
+        folder: Holds `00000.tar` beside `00000.parquet`, and so on.
+        options: Size, columns of the parquet files, limits.
+        subset: Keys (or a text file of keys) to keep; None keeps all.
+        validation_share: Share of the pictures held out, by a hash of their keys.
+        half: Keep latents and caption states in float16.
+        encoder: See `PicturesDataModule`.
+        store: See `PicturesDataModule`.
+        batch_size: See `PicturesDataModule`.
+        seed: See `PicturesDataModule`.
+        exclude: See `PicturesDataModule`.
+        flip_share: See `PicturesDataModule`.
+        caption_dropout: See `PicturesDataModule`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        options: ShardOptions = ShardOptions(),
+        subset: list[str] | str | None = None,
+        validation_share: float = 0.05,
+        half: bool = True,
+        encoder: LatentEncoder | None = None,
+        store: str = "cache",
+        batch_size: int = 64,
+        seed: int = 0,
+        exclude: list[str] | str | None = None,
+        flip_share: float = 0.5,
+        caption_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
+        self.folder, self.options, self.half = Path(folder), options, half
+        self.subset, self.validation_share = subset, validation_share
+
+    def load(self) -> tuple[Pictures, Pictures]:
+        """The training pictures and the held-out ones."""
+        pictures = build_laion(
+            self.store,
+            self.folder,
+            self.options,
+            None if self.subset is None else read_ids(self.subset, "subset"),
+            self.console.say,
+            self.console.progress,
+        )
+        return split_pictures(pictures, self.validation_share)

@@ -1,0 +1,103 @@
+"""COCO 2017 as a LightningDataModule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datamodules.pictures import PicturesDataModule
+from wherefrom.data.cached_latents import read_cached_latents
+from wherefrom.data.latents import LatentSet
+from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions
+from wherefrom.data.pictures import Pictures, read_ids
+from wherefrom.parts import LatentEncoder
+
+CAPTIONS = "annotations/captions_{split}.json"
+
+
+@dataclass(frozen=True)
+class ReadyMade:
+    """Arrays of the training pictures' latents and text states that another program made; see `read_cached_latents`.
+
+    Attributes:
+        latents: Such as `coco17_train_latents.npy`; its rows are all images of the captions file by numerical id.
+        states: Such as `coco17_train_text_embeddings.npy`.
+        null_states: States of the empty caption; needed for training with caption dropout only.
+    """
+
+    latents: str
+    states: str
+    null_states: str | None = None
+
+
+class MSCOCO(PicturesDataModule):
+    """COCO's pictures with five captions each: `train2017` to attribute to or train on, `val2017` held out.
+
+    Args:
+        folder: Holds `train2017`, `val2017` and `annotations`.
+        options: Size, number of captions and what to do with unreadable pictures.
+        subset: COCO ids (or a text file of ids) to keep of the training pictures; None keeps all.
+        validation_subset: The same for the held-out pictures.
+        ready_made: Arrays to use in place of encoding the training pictures.
+        half: Keep latents and caption states in float16.
+        encoder: See `PicturesDataModule`.
+        store: See `PicturesDataModule`.
+        batch_size: See `PicturesDataModule`.
+        seed: See `PicturesDataModule`.
+        exclude: See `PicturesDataModule`.
+        flip_share: See `PicturesDataModule`.
+        caption_dropout: See `PicturesDataModule`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        options: CocoOptions = CocoOptions(),
+        subset: list[str] | str | None = None,
+        validation_subset: list[str] | str | None = None,
+        ready_made: ReadyMade | None = None,
+        half: bool = True,
+        encoder: LatentEncoder | None = None,
+        store: str = "cache",
+        batch_size: int = 64,
+        seed: int = 0,
+        exclude: list[str] | str | None = None,
+        flip_share: float = 0.5,
+        caption_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
+        self.folder, self.options, self.half, self.ready_made = Path(folder), options, half, ready_made
+        self.subsets = {"train2017": subset, "val2017": validation_subset}
+
+    def load(self) -> tuple[Pictures, Pictures]:
+        """The training pictures and the held-out ones."""
+        train, validation = (self._split(split) for split in self.subsets)
+        return train, validation
+
+    def _split(self, split: str) -> Pictures:
+        subset = self.subsets[split]
+        return build_mscoco(
+            self.store,
+            self.folder / split,
+            self.folder / CAPTIONS.format(split=split),
+            self.options,
+            None if subset is None else read_ids(subset, "subset"),
+            self.console.say,
+            self.console.progress,
+        )
+
+    def latents_of(self, pictures: Pictures, training: bool) -> LatentSet:
+        """Ready-made arrays of the training pictures where there are some."""
+        if self.ready_made is None or not training:
+            return super().latents_of(pictures, training)
+        images = read_captions(self.folder / CAPTIONS.format(split="train2017"), self.options.captions)
+        given, null = self.ready_made, self.ready_made.null_states
+        made = read_cached_latents(
+            Path(given.latents),
+            Path(given.states),
+            [image.id for image in images],
+            [image.captions for image in images],
+            None if null is None else Path(null),
+        )
+        where = {name: row for row, name in enumerate(made.ids)}
+        return replace(made.subset([where[name] for name in pictures.ids]), pictures=pictures)

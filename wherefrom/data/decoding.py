@@ -1,0 +1,238 @@
+"""Decoding many captioned pictures once: in parts that an interrupted run never does again, then in one mapped array.
+
+A part (a stretch of a folder, a shard) is decoded by one worker into a file of its own. The parts are joined in their
+order and deleted one by one as they are, so neither workers nor interruptions change the result, and the disk holds the
+pictures once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from PIL import Image
+
+from wherefrom.arrays import GrowingArray
+from wherefrom.data.image_folder import UNREADABLE
+from wherefrom.data.pictures import PIXELS, check_unique, write_pixels_header, write_table
+from wherefrom.storage import canonical_json, identity_hash, replacing, storage_errors, write_json
+
+DECODED = "decoded.json"
+NOT_DECODABLE = (*UNREADABLE, Image.DecompressionBombWarning)
+_SHOWN = 5
+_logger = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded picture."""
+
+    id: str
+    captions: tuple[str, ...]
+    pixels: UInt8[NDArray[np.uint8], "h w 3"]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that was left out.
+
+    Attributes:
+        name: The picture, file or shard.
+        kind: What is wrong, in words that are the same for all of its kind.
+        detail: What is wrong with this one.
+    """
+
+    name: str
+    kind: str
+    detail: str = ""
+
+
+def share_out(parts: Sequence[T], place: int, places: int) -> list[T]:
+    """The parts of one of several workers: all of them together have each part once.
+
+    With several nodes of several workers, `place` is node · workers + worker.
+
+    Raises:
+        ValueError: There is no such place.
+    """
+    if not 0 <= place < places:
+        raise ValueError(f"Worker {place} of {places} does not exist: workers count from 0.")
+    return list(parts[place::places])
+
+
+def part_files(folder: Path, part: int) -> tuple[Path, Path]:
+    """Pixels of a part, and what is told of them; the second exists when the part is whole."""
+    return folder / f"part-{part:06d}.npy", folder / f"part-{part:06d}.json"
+
+
+def _write_part(
+    folder: Path, part: int, samples: Iterator[Sample | Problem], size: int, tick: Callable[[], None]
+) -> None:
+    """Streams a part to disk: its pictures are never in memory together."""
+    pixels_file, told_file = part_files(folder, part)
+    told: dict[str, list[Any]] = {"ids": [], "captions": [], "columns": [], "problems": []}
+    digest = hashlib.blake2b(digest_size=16)
+    with replacing(pixels_file) as temporary, temporary.open("wb") as stream:
+        write_pixels_header(stream, (0, size, size, 3))
+        for sample in samples:
+            if isinstance(sample, Problem):
+                told["problems"].append([sample.name, sample.kind, sample.detail])
+                continue
+            assert sample.pixels.shape == (size, size, 3)
+            stream.write(np.ascontiguousarray(sample.pixels).data)
+            digest.update(sample.pixels.tobytes())
+            told["ids"].append(sample.id)
+            told["captions"].append(list(sample.captions))
+            told["columns"].append(dict(sample.columns))
+            tick()
+        stream.seek(0)
+        write_pixels_header(stream, (len(told["ids"]), size, size, 3))
+    write_json(told_file, {**told, "pixels": digest.hexdigest()})
+
+
+def decode_parts(
+    folder: Path,
+    decode: Callable[[int], Iterator[Sample | Problem]],
+    counts: Sequence[int],
+    size: int,
+    workers: int = 1,
+    place: int = 0,
+    places: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Decodes the parts that are missing in a folder, or one node's share of them.
+
+    Args:
+        folder: Where the parts are kept; nodes may share it.
+        decode: The pictures of a part, and what had to be left out.
+        counts: About how many pictures each part has, for the progress.
+        size: Side of the pictures in pixels.
+        workers: Threads of this process; decoding and resizing run beside each other.
+        place: This node.
+        places: Number of nodes.
+        progress: Called with (done, total) pictures.
+
+    Raises:
+        ValueError: There is no such place.
+        StorageError: The folder could not be written; finished parts are kept.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    mine = share_out(range(len(counts)), place, places)
+    if (folder / DECODED).exists():  # joined already, by a run that ended just before the manifest
+        return
+    missing = [part for part in mine if not part_files(folder, part)[1].exists()]
+    total = sum(counts[part] for part in mine)
+    done = total - sum(counts[part] for part in missing)
+    lock, stop = threading.Lock(), threading.Event()
+
+    def tick() -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            if progress is not None:
+                progress(min(done, total), total)
+
+    def work(part: int) -> None:
+        def until_stopped() -> Iterator[Sample | Problem]:
+            for sample in decode(part):
+                if stop.is_set():
+                    raise InterruptedError(f"part {part} was stopped")
+                yield sample
+
+        _write_part(folder, part, until_stopped(), size, tick)
+
+    # Pillow only warns of pictures between its limit and twice that; here they are left out like those above.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if workers <= 1:
+            for part in missing:
+                work(part)
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                try:
+                    for future in [pool.submit(work, part) for part in missing]:
+                        future.result()
+                except BaseException:
+                    stop.set()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+    if progress is not None and missing:
+        progress(total, total)
+
+
+def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
+    """Makes table and pixels of all parts, and deletes these; what an interrupted run joined is not joined again.
+
+    Returns:
+        `fingerprint`, and `problems` as [name, kind, detail].
+
+    Raises:
+        ValueError: No picture is left, or an id occurs twice.
+        StorageError: A file could not be written.
+    """
+    if not (folder / DECODED).exists():
+        told = [json.loads(part_files(folder, part)[1].read_text()) for part in range(parts)]
+        ids = [name for each in told for name in each["ids"]]
+        problems = [problem for each in told for problem in each["problems"]]
+        if not ids:
+            raise ValueError(f"None of the pictures can be used: {summary([Problem(*each) for each in problems])}.")
+        check_unique(ids)
+        captions = [several for each in told for several in each["captions"]]
+        rows = [columns for each in told for columns in each["columns"]]
+        names = sorted({name for row in rows for name in row})
+        with GrowingArray(folder / PIXELS, (size, size, 3), np.uint8) as array:
+            for part in range(parts if not array.finished else 0):
+                pixels_file, _ = part_files(folder, part)
+                if part >= array.note.get("parts", 0):
+                    array.append(np.load(pixels_file, mmap_mode="r"), parts=part + 1)
+                pixels_file.unlink(missing_ok=True)
+            if not array.finished:
+                array.finish()
+        write_table(folder, ids, captions, {name: [row.get(name, "") for row in rows] for name in names})
+        fingerprint = identity_hash(
+            {"ids": ids, "captions": canonical_json(captions), "pixels": [each["pixels"] for each in told]}
+        )
+        write_json(folder / DECODED, {"fingerprint": fingerprint, "problems": problems})
+    for part in range(parts):
+        for file in part_files(folder, part):
+            file.unlink(missing_ok=True)
+    result: dict[str, Any] = json.loads((folder / DECODED).read_text())
+    return result
+
+
+def summary(problems: Sequence[Problem]) -> str:
+    """How many of which kind, and a few names of each."""
+    counts = Counter(problem.kind for problem in problems)
+    parts = []
+    for kind, count in counts.most_common():
+        of_kind = (problem for problem in problems if problem.kind == kind)
+        names = ", ".join(
+            f"{problem.name!r}" + (f" ({problem.detail})" if problem.detail else "")
+            for problem in islice(of_kind, _SHOWN)
+        )
+        parts.append(f"{count} {kind}: {names}{', …' if count > _SHOWN else ''}")
+    return "; ".join(parts) or "there are none"
+
+
+def warn_of(place: Path, count: int, problems: Sequence[Sequence[str]]) -> None:
+    """Logs what was left out."""
+    if problems:
+        told = summary([Problem(*each) for each in problems])
+        _logger.warning("%s: %d pictures are used; left out were %s", place, count, told)

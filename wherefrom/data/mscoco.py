@@ -1,0 +1,249 @@
+"""COCO 2017: folders of images beside a JSON file of captions, brought to one size."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from wherefrom.arrays import announce_size
+from wherefrom.data.decoding import (
+    NOT_DECODABLE,
+    Problem,
+    Progress,
+    Sample,
+    decode_parts,
+    join_parts,
+    warn_of,
+)
+from wherefrom.data.image_folder import draw
+from wherefrom.data.image_metadata import shown
+from wherefrom.data.pictures import Pictures, check_unique, read_pictures
+from wherefrom.storage import Store, hash_file, identity_hash, read_manifest
+
+_PART = 256  # pictures in a part: fixed, since the parts' hashes make the fingerprint
+UNREADABLE_PICTURE = "cannot be read"
+
+
+@dataclass(frozen=True)
+class CocoOptions:
+    """How COCO is read.
+
+    Attributes:
+        size: Side in pixels to which every picture is brought: its largest centred square, resized.
+        captions: The first so many captions of each picture, in the order of the JSON file.
+        skip_unreadable: Leave out pictures that cannot be read instead of refusing the folder; they are logged, and
+            listed in the manifest.
+        workers: Threads that decode; they change nothing else.
+    """
+
+    size: int = 128
+    captions: int = 5
+    skip_unreadable: bool = False
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """One picture as the JSON file tells it."""
+
+    id: str
+    file_name: str
+    captions: tuple[str, ...]
+    license: str
+    url: str
+
+
+def _entries(path: Path, content: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    entries = content.get(name)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} has no list {name!r}: give COCO's captions file, such as captions_train2017.json.")
+    for number, entry in enumerate(entries):
+        for key, kind in fields.items():
+            value = entry.get(key) if isinstance(entry, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(
+                    f"{path}: {name}[{number}] has no {key!r} of type {kind.__name__} ({value!r}): it is not COCO's "
+                    "captions file (captions_train2017.json; instances_… and person_keypoints_… hold no captions)."
+                )
+    return entries
+
+
+def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
+    """What COCO's captions file says of each picture, in the numerical order of the ids, which is the papers'.
+
+    Raises:
+        ValueError: The file is missing, has another shape, names an image twice, or an image has too few captions.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file. Unpack COCO's annotations_trainval2017.zip beside the image folders.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: give COCO's captions file, such as captions_train2017.json.")
+    images = _entries(path, content, "images", {"id": int, "file_name": str})
+    written = _entries(path, content, "annotations", {"image_id": int, "caption": str})
+    _check_images(path, images)
+    found: dict[int, list[str]] = {image["id"]: [] for image in images}
+    for annotation in written:
+        if annotation["image_id"] not in found:
+            raise ValueError(f"{path}: a caption is of image {annotation['image_id']}, which 'images' does not have.")
+        if annotation["caption"].strip():
+            found[annotation["image_id"]].append(annotation["caption"])
+    for minimum, what in ((1, "no caption"), (captions, f"fewer than {captions} captions")):
+        short = [str(name) for name, several in found.items() if len(several) < minimum]
+        if short:
+            raise ValueError(
+                f"{path}: {len(short)} images have {what}: {shown(short)}. Add what is missing, take the images out of "
+                "the file, or ask for fewer captions."
+            )
+    terms = _license_names(content.get("licenses"))
+    return [
+        CocoImage(
+            str(image["id"]),
+            image["file_name"],
+            tuple(found[image["id"]][:captions]),
+            terms.get(_number(image.get("license")), "unknown"),
+            str(image.get("flickr_url") or image.get("coco_url") or ""),
+        )
+        for image in sorted(images, key=lambda image: int(image["id"]))
+    ]
+
+
+def _check_images(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        check_unique(str(image["id"]) for image in images)
+        check_unique(str(image["file_name"]) for image in images)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for image in images:
+        name = image["file_name"]
+        if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
+            raise ValueError(
+                f"{path}: image {image['id']} has the file name {name!r}, which leads elsewhere. A file name of COCO "
+                "is that of a file in the image folder, without any folder."
+            )
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else -1
+
+
+def _license_names(licenses: Any) -> dict[int, str]:
+    """Number of a licence -> its name."""
+    entries = [entry for entry in licenses if isinstance(entry, dict)] if isinstance(licenses, list) else []
+    return {_number(entry.get("id")): str(entry.get("name") or entry.get("url") or "unknown") for entry in entries}
+
+
+def select(images: Sequence[CocoImage], subset: Sequence[str]) -> list[CocoImage]:
+    """The images with these ids, in the order of the images.
+
+    Raises:
+        ValueError: There is no image with one of the ids, or an id is named twice.
+    """
+    check_unique(subset)
+    wanted = set(subset)
+    unknown = sorted(wanted - {image.id for image in images})
+    if unknown:
+        raise ValueError(
+            f"subset names {len(unknown)} ids that the captions file does not have: {shown(unknown)}; its ids look "
+            f"like {images[0].id!r}."
+        )
+    return [image for image in images if image.id in wanted]
+
+
+def _sizes(folder: Path, images: Sequence[CocoImage]) -> str:
+    """Hash of names and sizes of all files.
+
+    Not of their bytes, as for a user's own folder: COCO's 19 GB are published once and never edited.
+
+    Raises:
+        ValueError: The folder or a file is missing.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Unpack COCO's train2017.zip or val2017.zip there.")
+    with os.scandir(folder) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    missing = [image.file_name for image in images if image.file_name not in sizes]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(images)} pictures: {shown(missing)}. Unpack the archive again, or "
+            "name the pictures that are there in the option 'subset'."
+        )
+    return identity_hash({"files": [[image.file_name, sizes[image.file_name]] for image in images]})
+
+
+def build_mscoco(
+    store: Store,
+    folder: Path,
+    captions: Path,
+    options: CocoOptions = CocoOptions(),
+    subset: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    progress: Progress | None = None,
+) -> Pictures:
+    """COCO's pictures in the numerical order of their ids, decoded once and kept in the store.
+
+    Columns: `license` (the licence's name in the JSON file), `file_name`, `url`.
+
+    Args:
+        store: Where the pictures are kept, and finished parts of an interrupted run.
+        folder: The images, such as `train2017`.
+        captions: The captions file, such as `annotations/captions_train2017.json`.
+        options: How they are read.
+        subset: Ids to keep; None keeps all.
+        say: Is told how large the pictures will be before any is decoded.
+        progress: Called with (done, total) pictures while they are decoded.
+
+    Raises:
+        ValueError: File, folder or a picture cannot be used; names it and says what to do.
+        StorageError: The store could not be written; finished parts are kept.
+    """
+    if options.size < 1 or options.captions < 1:
+        raise ValueError(f"size {options.size} and captions {options.captions} must be at least 1.")
+    images = read_captions(captions, options.captions)
+    if subset is not None:
+        images = select(images, subset)
+    if not images:
+        raise ValueError(f"subset keeps no picture of {captions}. Name at least one id.")
+    settings = {name: value for name, value in asdict(options).items() if name != "workers"}
+    identity = {
+        **settings,
+        "captions_file": hash_file(captions),
+        "files": _sizes(folder, images),
+        "pillow": PIL.__version__,
+    }
+    parts = [images[start : start + _PART] for start in range(0, len(images), _PART)]
+
+    def decode(part: int) -> Iterator[Sample | Problem]:
+        for image in parts[part]:
+            try:
+                pixels = draw(folder / image.file_name, options.size)
+            except NOT_DECODABLE as error:
+                if not options.skip_unreadable:
+                    raise ValueError(
+                        f"{folder / image.file_name} cannot be read: {error}. Unpack it again, name the others in "
+                        "subset, or set skip_unreadable."
+                    ) from error
+                yield Problem(image.file_name, UNREADABLE_PICTURE, str(error))
+            else:
+                columns = {"license": image.license, "file_name": image.file_name, "url": image.url}
+                yield Sample(image.id, image.captions, pixels, columns)
+
+    def build(partial: Path) -> Mapping[str, Any]:
+        size = len(images) * options.size**2 * 3
+        announce_size(say, f"{len(images):,} pictures of {options.size} × {options.size} pixels", size, store.root)
+        decode_parts(partial, decode, [len(part) for part in parts], options.size, options.workers, progress=progress)
+        return join_parts(partial, len(parts), options.size)
+
+    made = store.make("mscoco", identity, build)
+    pictures = read_pictures(made)
+    warn_of(folder, len(pictures), read_manifest(made)["problems"])
+    return pictures

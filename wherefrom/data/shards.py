@@ -1,0 +1,128 @@
+"""Samples of a WebDataset shard: a tar file whose members `KEY.jpg`, `KEY.txt`, `KEY.json` belong together.
+
+Everything in a shard is untrusted. Nothing is unpacked to disk: names are keys and never paths. What is broken or
+refused is reported and left out; a damaged shard gives everything that stands before the damage.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from wherefrom.data.decoding import Problem
+
+PICTURES = frozenset(("jpg", "jpeg", "png", "webp"))
+_WANTED = PICTURES | {"txt", "json"}
+_BLOCK = tarfile.BLOCKSIZE
+_LONGEST_KEY = 256
+# What tarfile raises on damaged headers is not one family.
+_DAMAGED = (tarfile.TarError, ValueError, EOFError, OverflowError, IndexError, TypeError)
+REFUSED, DAMAGED, LARGE = "refused members", "damaged shards", "members above the size limit"
+
+
+@dataclass
+class ShardSample:
+    """The members of one key.
+
+    Attributes:
+        key: What they are called before the first dot.
+        members: Extension in small letters -> bytes.
+    """
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+
+
+def _refusal(member: tarfile.TarInfo) -> str | None:
+    """Why a member is not looked at, or None."""
+    name = member.name
+    if not member.isreg() or member.issparse():
+        return "is not a plain file"
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts or ":" in name.partition("/")[0]:
+        return "its name leads out of the shard"
+    if not name.isprintable() or len(name) > _LONGEST_KEY:  # also what is not UTF-8
+        return "its name is not one"
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension: WebDataset cuts at the first dot of the last part."""
+    path = PurePosixPath(name)
+    stem, _, extension = path.name.partition(".")
+    return (str(path.parent / stem) if stem else "", extension.lower())
+
+
+def check_shard(path: Path) -> None:
+    """Refuses a shard that holds nothing at all.
+
+    Raises:
+        ValueError: The file is empty, or an archive without members.
+    """
+    with path.open("rb") as stream:
+        block = stream.read(_BLOCK)
+    if not block.strip(b"\0"):
+        raise ValueError(f"{path} is an empty shard: it holds no picture. Download it again, or move it away.")
+
+
+def read_shard(
+    path: Path, largest: int = 2**26, wanted: Callable[[str], bool] = lambda key: True
+) -> Iterator[ShardSample | Problem]:
+    """The samples of a shard in its order, and what is wrong with it.
+
+    Args:
+        path: The tar file.
+        largest: Members of more bytes than this, by their header, are not read.
+        wanted: Which keys to read; the others are passed over.
+
+    Raises:
+        OSError: The file cannot be read at all.
+    """
+    sample: ShardSample | None = None
+    finished: set[str] = set()
+    offset = 0
+    try:
+        # A stream reads forwards only, from disk or a slow mount, and cannot be sent back by a header.
+        with tarfile.open(path, "r|", bufsize=1 << 20) as tar:
+            for member in tar:
+                offset = tar.offset
+                if member.isdir():
+                    continue
+                reason = _refusal(member)
+                key, extension = _split(member.name)
+                if reason is None and not key:
+                    reason = "it has no key"
+                if reason is not None:
+                    yield Problem(f"{path.name}: {member.name[:_LONGEST_KEY]!a}", REFUSED, reason)
+                    continue
+                if sample is None or key != sample.key:
+                    if sample is not None:
+                        finished.add(sample.key)
+                        yield sample
+                    sample = ShardSample(key)
+                if extension not in _WANTED or not wanted(key):
+                    continue
+                if key in finished or extension in sample.members:
+                    yield Problem(f"{path.name}: {member.name}", REFUSED, "its key or name occurs twice")
+                elif member.size > largest:
+                    yield Problem(f"{path.name}: {member.name}", LARGE, f"{member.size:,} bytes")
+                else:
+                    content = tar.extractfile(member)
+                    assert content is not None, "plain files have content"
+                    sample.members[extension] = content.read()
+            offset = tar.offset
+        damage = "" if _ends_well(path, offset) else "cut off or damaged"
+    except _DAMAGED as error:
+        damage = f"cut off or damaged: {error}"
+    if sample is not None:
+        yield sample
+    if damage:
+        yield Problem(path.name, DAMAGED, f"{damage}, at or after byte {offset:,} of {path.stat().st_size:,}")
+
+
+def _ends_well(path: Path, offset: int) -> bool:
+    """Whether the end mark stands where the members end: tarfile takes a damaged header for the end."""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(_BLOCK) == bytes(_BLOCK)

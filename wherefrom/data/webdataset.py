@@ -1,0 +1,305 @@
+"""LAION as img2dataset leaves it: shards `00000.tar` beside `00000.parquet`, brought to one size."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wherefrom.arrays import announce_size
+from wherefrom.data.decoding import NOT_DECODABLE, Problem, Progress, Sample, decode_parts, join_parts, warn_of
+from wherefrom.data.image_folder import draw
+from wherefrom.data.image_metadata import shown
+from wherefrom.data.pictures import Pictures, check_unique, read_pictures
+from wherefrom.data.shards import PICTURES, ShardSample, check_shard, read_shard
+from wherefrom.storage import Store, hash_file, identity_hash, read_manifest
+
+UNDECODABLE, NO_PICTURE, NO_CAPTION, LOST = (
+    "pictures that cannot be decoded",
+    "samples without a picture",
+    "samples without a caption",
+    "samples of the table that are not in their shard",
+)
+_OWN = frozenset(("id", "captions", "license", "shard"))
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How shards are read.
+
+    Attributes:
+        size: Side in pixels to which every picture is brought: its largest centred square, resized.
+        columns: Columns of the parquet files to keep.
+        license: The column with each picture's licence; without one it is `unknown`.
+        largest_member: Members of more bytes than this are left out unread.
+        workers: Threads that decode, a shard each; they change nothing else.
+    """
+
+    size: int = 512
+    columns: tuple[str, ...] = ("url",)
+    license: str | None = None
+    largest_member: int = 2**26
+    workers: int = 1
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The shards in the order of their names.
+
+    Raises:
+        ValueError: There is none, one is empty, or one has no parquet file beside it.
+    """
+    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not shards:
+        raise ValueError(
+            f"{folder} holds no shard. Give the output folder of img2dataset (--output_format webdataset), with "
+            "00000.tar beside 00000.parquet."
+        )
+    for shard in shards:
+        check_shard(shard)
+        if not shard.with_suffix(".parquet").is_file():
+            raise ValueError(
+                f"{shard} has no {shard.stem}.parquet beside it, which names its samples. Copy it there, or move the "
+                "shard away."
+            )
+    return shards
+
+
+def _table(shard: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of the parquet file beside a shard; `status` where there is one.
+
+    Raises:
+        ValueError: The file cannot be read, or lacks a column.
+    """
+    path = shard.with_suffix(".parquet")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            missing = [name for name in ("key", *columns) if name not in names]
+            if missing:
+                raise ValueError(
+                    f"{path} has no column {missing[0]!r}, only {', '.join(map(repr, names))}. Name columns that it "
+                    "has in the options 'columns' and 'license'; 'key' must be there."
+                )
+            wanted = list(dict.fromkeys(("key", *columns, *(name for name in ("status",) if name in names))))
+            found: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error}). Download it again.") from error
+    return found
+
+
+def _keys(shard: Path, columns: Sequence[str]) -> list[str]:
+    """Keys that the shard should hold: img2dataset also lists what it could not download."""
+    table = _table(shard, columns)
+    states = table.get("status", ["success"] * len(table["key"]))
+    return [str(key) for key, status in zip(table["key"], states, strict=True) if status == "success"]
+
+
+def _caption(sample: ShardSample) -> str:
+    """The text member, or else the caption of the JSON member; '' where neither is usable."""
+    try:
+        text: Any = sample.members.get("txt", b"").decode()
+        if not text.strip() and "json" in sample.members:
+            told = json.loads(sample.members["json"])
+            text = told.get("caption") if isinstance(told, dict) else ""
+        if not isinstance(text, str):
+            return ""
+        text.encode()  # JSON can spell half a surrogate pair
+    except (ValueError, RecursionError):
+        return ""
+    return text.strip()
+
+
+def decode_shard(
+    shard: Path, options: ShardOptions, subset: frozenset[str] | None = None
+) -> Iterator[Sample | Problem]:
+    """The pictures of a shard, and by name what had to be left out.
+
+    Args:
+        shard: The tar file.
+        options: How it is read.
+        subset: Keys to keep; None keeps all.
+
+    Raises:
+        ValueError: The parquet file cannot be used.
+    """
+    names = [*options.columns, *((options.license,) if options.license else ())]
+    table = _table(shard, names)
+    row_of = {str(key): row for row, key in enumerate(table["key"])}
+    expected = [key for key in _keys(shard, names) if subset is None or key in subset]
+    seen = set()
+
+    def wanted(key: str) -> bool:
+        return subset is None or key in subset
+
+    for sample in read_shard(shard, options.largest_member, wanted):
+        if isinstance(sample, Problem):
+            yield sample
+            continue
+        if not wanted(sample.key) or sample.key in seen:
+            continue
+        seen.add(sample.key)
+        name, caption = f"{shard.name}: {sample.key}", _caption(sample)
+        picture = next((sample.members[kind] for kind in sorted(PICTURES & sample.members.keys())), None)
+        if picture is None:
+            yield Problem(name, NO_PICTURE)
+        elif not caption:
+            yield Problem(name, NO_CAPTION)
+        else:
+            try:
+                pixels = draw(io.BytesIO(picture), options.size)
+            except NOT_DECODABLE as error:
+                # The message names the buffer's address, which is another at each run.
+                detail = type(error).__name__ if "BytesIO" in str(error) else str(error)
+                yield Problem(name, UNDECODABLE, detail)
+                continue
+            row = row_of.get(sample.key)
+            cells = {column: "" if row is None else _text(table[column][row]) for column in names}
+            terms = (cells.get(options.license) if options.license else None) or "unknown"
+            columns = {column: cells[column] for column in options.columns}
+            yield Sample(sample.key, (caption,), pixels, {**columns, "license": terms, "shard": shard.name})
+    for key in expected:
+        if key not in seen:
+            yield Problem(f"{shard.name}: {key}", LOST)
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards that were found fit to be decoded.
+
+    Attributes:
+        paths: The shards that hold something wanted.
+        counts: How many wanted samples each should hold.
+        subset: Keys to keep; None keeps all.
+        identity: What decides the pictures.
+    """
+
+    paths: tuple[Path, ...]
+    counts: tuple[int, ...]
+    subset: frozenset[str] | None
+    identity: Mapping[str, Any]
+
+
+def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Sequence[str] | None = None) -> Shards:
+    """Checks shards, parquet files and keys before anything is decoded.
+
+    Raises:
+        ValueError: There is no shard, one is empty, a parquet file lacks a column, or keys are unknown or occur twice.
+    """
+    if options.size < 1 or options.largest_member < 1:
+        raise ValueError(f"size {options.size} and largest_member {options.largest_member} must be at least 1.")
+    taken = sorted(_OWN & set(options.columns))
+    if taken:
+        raise ValueError(f"columns: {taken[0]!r} is a column of wherefrom's own. Leave it out; see 'license'.")
+    names = [*options.columns, *((options.license,) if options.license else ())]
+    shards = find_shards(folder)
+    keys = [_keys(shard, names) for shard in shards]
+    every = [key for several in keys for key in several]
+    try:
+        check_unique(every)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    chosen = None if subset is None else frozenset(subset)
+    unknown = sorted(chosen - set(every)) if chosen is not None else []
+    if unknown or chosen == frozenset():
+        looks = f"; keys look like {every[0]!r}" if every else ""
+        raise ValueError(
+            f"subset names {len(unknown)} keys that the shards of {folder} do not have: {shown(unknown)}{looks}. "
+            "Correct the list, and name at least one."
+        )
+    counts = [len(several) if chosen is None else sum(key in chosen for key in several) for several in keys]
+    used = [(shard, count) for shard, count in zip(shards, counts, strict=True) if count or chosen is None]
+    settings = {name: value for name, value in asdict(options).items() if name != "workers"}
+    identity = {
+        **settings,
+        "columns": list(options.columns),
+        # Sizes of the shards, not their bytes: they may be terabytes, and are written once.
+        "shards": identity_hash({"files": [[path.name, path.stat().st_size] for path, _ in used]}),
+        "tables": identity_hash({"files": [hash_file(path.with_suffix(".parquet")) for path, _ in used]}),
+        "subset": None if chosen is None else identity_hash({"keys": sorted(chosen)}),
+        "pillow": PIL.__version__,
+    }
+    return Shards(tuple(path for path, _ in used), tuple(count for _, count in used), chosen, identity)
+
+
+def decode_shards(
+    store: Store,
+    shards: Shards,
+    options: ShardOptions = ShardOptions(),
+    place: int = 0,
+    places: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Decodes one node's share of the shards, for `build_laion` to join once all nodes are through.
+
+    Args:
+        store: A folder that all nodes share.
+        shards: The plan, the same on all nodes.
+        options: How shards are read.
+        place: This node.
+        places: Number of nodes.
+        progress: Called with (done, total) pictures.
+
+    Raises:
+        StorageError: The store could not be written; finished shards are kept.
+    """
+    if store.find("laion", shards.identity) is None:
+        decode_parts(
+            store.partial("laion", shards.identity),
+            lambda part: decode_shard(shards.paths[part], options, shards.subset),
+            shards.counts,
+            options.size,
+            options.workers,
+            place,
+            places,
+            progress,
+        )
+
+
+def build_laion(
+    store: Store,
+    folder: Path,
+    options: ShardOptions = ShardOptions(),
+    subset: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    progress: Progress | None = None,
+) -> Pictures:
+    """The shards' pictures in their order, decoded once and kept in the store; ids are img2dataset's keys.
+
+    Columns: `license`, `shard`, and `options.columns`. What is broken is left out, counted, and listed in the manifest.
+
+    Args:
+        store: Where the pictures are kept, and finished shards of an interrupted run.
+        folder: The output folder of img2dataset.
+        options: How shards are read.
+        subset: Keys to keep; None keeps all.
+        say: Is told how large the pictures will be before any is decoded.
+        progress: Called with (done, total) pictures while they are decoded.
+
+    Raises:
+        ValueError: Shards, parquet files or keys cannot be used, or no picture at all can.
+        StorageError: The store could not be written; finished shards are kept.
+    """
+    shards = plan_shards(folder, options, subset)
+
+    def build(partial: Path) -> Mapping[str, Any]:
+        count = sum(shards.counts)
+        what = f"{count:,} pictures of {options.size} × {options.size} pixels from {len(shards.paths)} shards"
+        announce_size(say, what, count * options.size**2 * 3, store.root)
+        decode_shards(store, shards, options, progress=progress)
+        return join_parts(partial, len(shards.paths), options.size)
+
+    made = store.make("laion", shards.identity, build)
+    pictures = read_pictures(made)
+    warn_of(folder, len(pictures), read_manifest(made)["problems"])
+    return pictures
