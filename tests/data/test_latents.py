@@ -126,6 +126,9 @@ def test_left_out_pictures_are_not_copied(
     assert isinstance(lazy.states, RowView)
     assert isinstance(lazy.pictures.pixels, RowView)
     assert lazy.fingerprint == copied.fingerprint
+    assert lazy.held_bytes == made.held_bytes == 0
+    held = replace(made, mapped=False)
+    assert held.held_bytes == 4 * COUNT * (2 * 4 * 4 * 4 + 3 * 6 * 12)
     np.testing.assert_array_equal(np.asarray(lazy.pictures.pixels), copied.pictures.pixels)
     visits = [Visit(index, visit) for visit in range(3) for index in range(COUNT - 2)]
     for one, two in zip(

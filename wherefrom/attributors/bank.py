@@ -107,7 +107,7 @@ class InfluenceBank(CurvedAttributor):
         rows = samples // (data.latents.states.shape[1] * self.grid.timesteps * self.grid.draws)
         width = self.compression.dimension or 0  # else the model says how large rows are, and `fit` tells
         once = self.curvature_passes(data) + 3 * samples
-        return Work(once, 3 * self.draws, rows * width * (2 if self.half else 4), data.latents.latents.nbytes)
+        return Work(once, 3 * self.draws, rows * width * (2 if self.half else 4), data.latents.held_bytes)
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent

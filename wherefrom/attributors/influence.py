@@ -98,7 +98,7 @@ class InfluenceFunction(CurvedAttributor):
         assert data.latents is not None
         losses = self.losses_of(data)
         passes = -(-queries // self.queries_per_pass)
-        latents = data.latents.latents.nbytes + data.latents.states.nbytes
+        latents = data.latents.held_bytes
         block = min(queries, self.queries_per_pass)
         once = self.curvature_passes(data) + 3 * losses * passes
         return Work(once, 3 * self.draws, 4 * losses * queries, latents + 8 * losses * block)

@@ -109,7 +109,7 @@ class AttributionByUnlearning(CurvedAttributor):
         assert data.latents is not None
         losses, curvature = self.losses_of(data), self.curvature_passes(data)
         gradient = self.unlearning.steps * (3 * self.unlearning.draws + 6 * self.unlearning.measure_draws)
-        latents = data.latents.latents.nbytes + data.latents.states.nbytes
+        latents = data.latents.held_bytes
         return Work(losses + curvature, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
 
     def fit(

@@ -98,4 +98,4 @@ def read_cached_latents(
     columns = {"license": ("unknown",) * count}
     pictures = Pictures(tuple(ids), tuple(tuple(each) for each in several), pixels, columns, fingerprint)
     both = given.reshape(2, count, *given.shape[1:]).transpose(0, 1)  # a view: nothing is read
-    return LatentSet(pictures, both, texts, null, fingerprint)
+    return LatentSet(pictures, both, texts, null, fingerprint, mapped=True)

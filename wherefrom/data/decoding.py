@@ -173,7 +173,7 @@ def decode_parts(
                     stop.set()
                     pool.shutdown(cancel_futures=True)
                     raise
-    if progress is not None and missing:
+    if progress is not None and done < total:  # something was left out
         progress(total, total)
 
 

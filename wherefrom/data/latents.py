@@ -37,6 +37,7 @@ class LatentSet:
         states: Token states of each caption, shape (N, K, L, D).
         null_states: Token states of the empty caption, shape (L, D).
         fingerprint: Hash of everything that decides the values.
+        mapped: Whether latents and states are read from disk where they are used.
     """
 
     pictures: Pictures
@@ -44,6 +45,12 @@ class LatentSet:
     states: Float[Tensor, "n k l d"] | RowView
     null_states: Float[Tensor, "l d"]
     fingerprint: str
+    mapped: bool = False
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that latents and states take for as long as the set is there."""
+        return 0 if self.mapped else int(self.latents.nbytes + self.states.nbytes)
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -69,6 +76,7 @@ class LatentSet:
             take_rows(self.states, rows),
             self.null_states,
             identity_hash({"of": self.fingerprint, "ids": ids}),
+            self.mapped,
         )
 
     def sample(self, count: int) -> list[int]:
@@ -168,6 +176,7 @@ def encode_pictures(
         map_array(folder / STATES),
         map_array(folder / NULL_STATES),
         identity_hash(identity),
+        mapped=True,
     )
 
 

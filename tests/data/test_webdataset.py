@@ -1,0 +1,384 @@
+"""LAION's shards: samples in any order, damage anywhere, tricks, sharing out, subsets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from datamodules import LAION
+from tests.data.worlds import add_member, make_shards, picture, sample_of
+from wherefrom.data import webdataset
+from wherefrom.data.decoding import Problem, Sample, share_out
+from wherefrom.data.pictures import Pictures
+from wherefrom.data.shards import DAMAGED, LARGE, REFUSED, ShardSample, read_shard
+from wherefrom.data.webdataset import (
+    LOST,
+    NO_CAPTION,
+    NO_PICTURE,
+    UNDECODABLE,
+    ShardOptions,
+    build_laion,
+    decode_shard,
+    decode_shards,
+    plan_shards,
+)
+from wherefrom.storage import Store, read_manifest
+
+SMALL = ShardOptions(size=8)
+
+
+@pytest.fixture
+def keys(folder: Path) -> list[list[str]]:
+    return make_shards(folder)
+
+
+def build(tmp_path: Path, folder: Path, store: str = "store", subset: Any = None, **options: Any) -> Pictures:
+    return build_laion(Store(tmp_path / store), folder, ShardOptions(**{"size": 8, **options}), subset)
+
+
+def problems(tmp_path: Path, store: str = "store") -> list[Problem]:
+    (made,) = (path for path in (tmp_path / store / "laion").iterdir() if path.suffix != ".partial")
+    return [Problem(*each) for each in read_manifest(made)["problems"]]
+
+
+def table(folder: Path, shard: str, keys: list[str], **columns: list[Any]) -> None:
+    pq.write_table(pa.table({"key": keys, "url": ["u"] * len(keys), **columns}), folder / f"{shard}.parquet")
+
+
+def write(folder: Path, members: list[tuple[str, bytes, dict[str, Any]]], keys: list[str]) -> Path:
+    """A shard of these members, and a table of these keys."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for name, content, fields in members:
+            add_member(tar, name, content, **fields)
+    table(folder, "00000", keys)
+    return folder / "00000.tar"
+
+
+def plain(members: list[tuple[str, bytes]]) -> list[tuple[str, bytes, dict[str, Any]]]:
+    return [(name, content, {}) for name, content in members]
+
+
+def test_keys_captions_columns_and_pixels(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
+    pictures = build(tmp_path, folder, license="LICENSE", columns=("url", "caption"))
+    every = [key for several in keys for key in several]
+    assert pictures.ids == tuple(every)
+    for index, key in enumerate(every):
+        members = dict(sample_of(key, index))
+        assert pictures.captions[index] == (members[f"{key}.txt"].decode(),)
+        (name,) = (name for name in members if not name.endswith((".txt", ".json")))
+        path = tmp_path / name
+        path.write_bytes(members[name])
+        with Image.open(path) as opened:
+            square = opened.convert("RGB").crop((2, 0, 14, 12)).resize((8, 8), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(pictures.pixels[index], np.asarray(square))
+    assert pictures.columns["url"] == tuple(f"http://x/{key}" for key in every)
+    assert pictures.columns["shard"][10] == "00001.tar"
+    assert pictures.columns["license"] == tuple("?" if index % 2 else "unknown" for _ in keys for index in range(10))
+    assert not problems(tmp_path)
+    assert isinstance(pictures.pixels, np.memmap)
+
+
+CUTS = ["in a header", "between header and data", "in data", "after a member", "before the end mark", "first block"]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_cut_shard_loses_only_what_is_behind_the_cut(
+    tmp_path: Path, folder: Path, keys: list[list[str]], cut: str
+) -> None:
+    path = folder / "00002.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    fifth = [member for member in members if member.name.startswith("000020005")]
+    end = members[-1].offset_data + -(-members[-1].size // 512) * 512
+    at, kept = {
+        "in a header": (fifth[0].offset + 100, 5),
+        "between header and data": (fifth[0].offset_data, 5),
+        "in data": (fifth[1].offset_data + fifth[1].size // 2, 5),
+        "after a member": (fifth[2].offset_data + -(-fifth[2].size // 512) * 512, 6),
+        "before the end mark": (end, 10),
+        "first block": (100, 0),
+    }[cut]
+    path.write_bytes(path.read_bytes()[:at])
+    pictures = build(tmp_path, folder)
+    lost = keys[2][kept:]
+    assert pictures.ids == tuple(key for several in keys for key in several if key not in lost)
+    whole = build_laion(Store(tmp_path / "whole"), make(tmp_path / "again"), SMALL)
+    where = [whole.ids.index(name) for name in pictures.ids]
+    np.testing.assert_array_equal(pictures.pixels, np.asarray(whole.pixels)[where])
+    found = problems(tmp_path)
+    (damage,) = (problem for problem in found if problem.kind == DAMAGED)
+    assert damage.name == "00002.tar"
+    assert f"of {at:,}" in damage.detail
+    named = {problem.name.partition(": ")[2] for problem in found if problem.kind in (LOST, NO_PICTURE, NO_CAPTION)}
+    assert named == set(lost), "every lost sample is named"
+
+
+def make(folder: Path) -> Path:
+    make_shards(folder)
+    return folder
+
+
+@pytest.mark.parametrize("step", [97])
+def test_a_cut_at_any_byte_gives_a_beginning_of_the_samples(folder: Path, keys: list[list[str]], step: int) -> None:
+    path = folder / "00000.tar"
+    content = path.read_bytes()
+    (folder / "cut").mkdir()
+    cut = folder / "cut" / "00000.tar"
+    whole = [sample for sample in read_shard(path) if isinstance(sample, ShardSample)]
+    end = content.rstrip(b"\0")
+    for at in range(1, len(end), step):
+        cut.write_bytes(content[:at])
+        found = list(read_shard(cut))
+        assert isinstance(found[-1], Problem)
+        assert found[-1].kind == DAMAGED
+        samples = [sample for sample in found[:-1] if isinstance(sample, ShardSample)]
+        assert samples[:-1] == whole[: max(len(samples) - 1, 0)]
+        if samples:  # the last may lack members, but has none that is cut
+            expected = whole[len(samples) - 1]
+            assert samples[-1].members.items() <= expected.members.items()
+
+
+def test_damage_in_the_middle_is_not_taken_for_the_end(folder: Path, keys: list[list[str]]) -> None:
+    path = folder / "00001.tar"
+    with tarfile.open(path) as tar:
+        third = next(member for member in tar if member.name.startswith("000010003"))
+    content = bytearray(path.read_bytes())
+    content[third.offset : third.offset + 512] = b"\xa5" * 512
+    path.write_bytes(content)
+    found = list(read_shard(path))
+    assert [sample.key for sample in found if isinstance(sample, ShardSample)] == keys[1][:3]
+    assert isinstance(found[-1], Problem)
+    assert found[-1].kind == DAMAGED
+
+
+def test_broken_members_are_counted_by_name(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, text = picture(0, (16, 12)), b"a caption"
+    told = json.dumps({"caption": "from the json"}).encode()
+    members = [
+        *[("ok.jpg", good), ("ok.txt", text)],
+        *[("json.jpg", good), ("json.json", told)],
+        *[("cut.jpg", good[:150]), ("cut.txt", text)],
+        *[("not.png", b"<script>"), ("not.txt", text)],
+        *[("mute.jpg", good), ("mute.json", b'{"caption": null}')],
+        *[("blank.jpg", good), ("blank.txt", b" \n")],
+        *[("half.jpg", good), ("half.json", b'{"caption": "\\ud800"}')],
+        *[("latin.jpg", good), ("latin.txt", b"caf\xe9")],
+        *[("blind.txt", text), ("blind.json", told)],
+        *[("bomb.png", picture(0, (30, 30), "PNG")), ("bomb.txt", text)],
+        *[("warned.png", picture(0, (20, 15), "PNG")), ("warned.txt", text)],
+        *[("big.jpg", good + bytes(5000)), ("big.txt", text)],
+        *[("twice.jpg", good), ("twice.jpg", picture(1, (16, 12))), ("twice.txt", text)],
+        *[("ok.png", picture(2, (16, 12), "PNG")), ("ok.txt", b"again")],
+        *[("last.JPG", good), ("last.txt", text), ("last.npy", b"x")],
+    ]
+    names = dict.fromkeys(name.partition(".")[0] for name, _ in members)
+    write(folder, plain(members), [*names, "gone"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with caplog.at_level(logging.WARNING):
+        pictures = build(tmp_path, folder, largest_member=5000)
+    assert pictures.ids == ("ok", "json", "twice", "last")
+    assert pictures.captions[1] == ("from the json",)
+    np.testing.assert_array_equal(pictures.pixels[0], pictures.pixels[2])
+    found: dict[str, list[str]] = {}
+    for problem in problems(tmp_path):
+        found.setdefault(problem.kind, []).append(problem.name.removeprefix("00000.tar: "))
+    assert found == {
+        UNDECODABLE: ["cut", "not", "bomb", "warned"],
+        NO_CAPTION: ["mute", "blank", "half", "latin"],
+        NO_PICTURE: ["blind", "big"],
+        LARGE: ["big.jpg"],
+        REFUSED: ["twice.jpg", "ok.png", "ok.txt"],
+        LOST: ["gone"],
+    }
+    assert "4 pictures are used; left out were 4 pictures that cannot be decoded: '00000.tar: cut'" in caplog.text
+    assert "decompression bomb" in next(each.detail for each in problems(tmp_path) if each.name.endswith("warned"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("/etc/cron.d/x.jpg", {}, "leads out"),
+        ("../x.jpg", {}, "leads out"),
+        ("a/../../x.jpg", {}, "leads out"),
+        ("a\\..\\x.jpg", {}, "leads out"),
+        ("C:/x.jpg", {}, "leads out"),
+        ("x.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0}, "plain file"),
+        ("x.jpg", {"type": tarfile.LNKTYPE, "linkname": "ok.jpg", "size": 0}, "plain file"),
+        ("x.jpg", {"type": tarfile.CHRTYPE, "size": 0}, "plain file"),
+        ("x.jpg", {"type": tarfile.FIFOTYPE, "size": 0}, "plain file"),
+        ("x\ny.jpg", {}, "is not one"),
+        ("x\udcff.jpg", {}, "is not one"),
+        ("x" * 300 + ".jpg", {}, "is not one"),
+        (".jpg", {}, "no key"),
+    ],
+)
+def test_tricks_are_refused_and_counted(
+    tmp_path: Path, folder: Path, name: str, fields: dict[str, Any], reason: str
+) -> None:
+    good = [("ok.jpg", picture(0, (16, 12))), ("ok.txt", b"a caption")]
+    shard = write(folder, [*plain(good), (name, good[0][1], fields), *plain([("y.jpg", b""), ("y.txt", b"x")])], ["ok"])
+    before = set(tmp_path.rglob("*"))
+    found = list(read_shard(shard))
+    (problem,) = (each for each in found if isinstance(each, Problem))
+    assert problem.kind == REFUSED
+    assert reason in problem.detail
+    assert problem.name.isprintable()
+    assert [each.key for each in found if isinstance(each, ShardSample)] == ["ok", "y"]
+    assert set(tmp_path.rglob("*")) == before
+    assert build(tmp_path, folder).ids == ("ok",)
+
+
+def test_a_size_that_a_header_invents_is_not_believed(folder: Path) -> None:
+    shard = write(folder, plain([("ok.jpg", picture(0, (16, 12))), ("ok.txt", b"x")]), ["ok"])
+    with tarfile.open(shard) as tar:
+        text = tar.getmember("ok.txt")
+    invented = tarfile.TarInfo("ok.txt")
+    invented.size = 2**40
+    content = bytearray(shard.read_bytes())
+    content[text.offset_data - 512 : text.offset_data] = invented.tobuf(tarfile.GNU_FORMAT)
+    shard.write_bytes(content)
+    kinds = [each.kind for each in read_shard(shard) if isinstance(each, Problem)]
+    assert kinds == [LARGE, DAMAGED]
+
+
+def test_an_empty_shard_is_an_error(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
+    for content in (b"", bytes(10240)):
+        (folder / "00003.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=r"00003\.tar is an empty shard"):
+            build(tmp_path, folder)
+    assert not (tmp_path / "store").exists()
+
+
+def test_bad_folders_and_tables_are_refused_before_anything_is_decoded(
+    tmp_path: Path, folder: Path, keys: list[list[str]]
+) -> None:
+    with pytest.raises(ValueError, match=r"nothing holds no shard"):
+        build(tmp_path, folder / "nothing")
+    with pytest.raises(ValueError, match=r"00000\.parquet has no column 'punsafe', only 'key', 'caption', 'url'"):
+        build(tmp_path, folder, columns=("punsafe",))
+    with pytest.raises(ValueError, match=r"has no column 'terms'"):
+        build(tmp_path, folder, license="terms")
+    with pytest.raises(ValueError, match=r"'shard' is a column of wherefrom's own"):
+        build(tmp_path, folder, columns=("shard",))
+    with pytest.raises(ValueError, match=r"subset names 1 keys .*'no'; keys look like '000000000'"):
+        build(tmp_path, folder, subset=["no", keys[0][0]])
+    with pytest.raises(ValueError, match=r"and name at least one"):
+        build(tmp_path, folder, subset=[])
+    table(folder, "00002", keys[1])
+    with pytest.raises(ValueError, match=r"10 image ids occur more than once: '000010000'"):
+        build(tmp_path, folder)
+    (folder / "00002.parquet").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"00002\.parquet is not a readable parquet file"):
+        build(tmp_path, folder)
+    pq.write_table(pa.table({"url": ["x"]}), folder / "00002.parquet")
+    with pytest.raises(ValueError, match=r"00002\.parquet has no column 'key'"):
+        build(tmp_path, folder)
+    (folder / "00002.parquet").unlink()
+    with pytest.raises(ValueError, match=r"00002\.tar has no 00002\.parquet beside it"):
+        build(tmp_path, folder)
+    assert not (tmp_path / "store").exists()
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path, folder: Path) -> None:
+    write(folder, plain([("a.jpg", b"x"), ("a.txt", b"x")]), ["a"])
+    with pytest.raises(ValueError, match=r"None of the pictures can be used: 1 pictures that cannot be decoded"):
+        build(tmp_path, folder)
+
+
+@pytest.mark.parametrize("places", [1, 2, 4, 7])
+def test_shards_are_shared_out_without_duplicates_or_gaps(
+    tmp_path: Path, folder: Path, keys: list[list[str]], places: int
+) -> None:
+    plan = plan_shards(folder, SMALL)
+    shares = [share_out(plan.paths, place, places) for place in range(places)]
+    read = Counter(
+        sample.id
+        for share in shares
+        for shard in share
+        for sample in decode_shard(shard, SMALL)
+        if isinstance(sample, Sample)
+    )
+    assert read == Counter(key for several in keys for key in several)
+    with pytest.raises(ValueError, match=r"Worker 4 of 4 does not exist"):
+        share_out(plan.paths, 4, 4)
+
+
+def test_two_nodes_of_two_workers_make_what_one_makes(
+    tmp_path: Path, folder: Path, keys: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = build(tmp_path, folder, "alone")
+    decoded: list[str] = []
+
+    def counting(shard: Path, *rest: Any) -> Any:
+        decoded.append(shard.name)
+        return decode_shard(shard, *rest)
+
+    monkeypatch.setattr(webdataset, "decode_shard", counting)
+    options = ShardOptions(size=8, workers=2)
+    for node in (1, 0):
+        decode_shards(Store(tmp_path / "store"), plan_shards(folder, options), options, node, 2)
+    assert sorted(decoded) == ["00000.tar", "00001.tar", "00002.tar", "00003.tar"]
+    together = build(tmp_path, folder)
+    assert len(decoded) == 4, "joining decodes nothing again"
+    assert (together.ids, together.captions, together.fingerprint) == (alone.ids, alone.captions, alone.fingerprint)
+    np.testing.assert_array_equal(together.pixels, alone.pixels)
+
+
+@pytest.mark.parametrize("stop", [1, 13, 40])
+def test_an_interrupted_run_keeps_its_finished_shards(
+    tmp_path: Path, folder: Path, keys: list[list[str]], stop: int
+) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    store, seen = Store(tmp_path / "store"), []
+    with pytest.raises(KeyboardInterrupt):
+        build_laion(store, folder, SMALL, progress=interrupt)
+    made = build_laion(store, folder, SMALL, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == ((stop - 1) // 10 * 10 + 1, 40)
+    assert made.fingerprint == build(tmp_path, folder, "other").fingerprint
+
+
+def test_a_subset_reads_only_the_shards_that_hold_it(
+    tmp_path: Path, folder: Path, keys: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original: Callable[..., Any] = webdataset.read_shard
+    monkeypatch.setattr(webdataset, "read_shard", lambda path, *rest: read.append(path.name) or original(path, *rest))
+    chosen = [keys[3][9], keys[1][4]]
+    part = build(tmp_path, folder, subset=chosen)
+    assert part.ids == (keys[1][4], keys[3][9])
+    assert read == ["00001.tar", "00003.tar"]
+    assert not problems(tmp_path), "what is not wanted is not missing"
+
+
+def test_data_module(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
+    every = [key for several in keys for key in several]
+    (tmp_path / "keys.txt").write_text("\n".join(every[:30]))
+    data = LAION(
+        str(folder),
+        SMALL,
+        subset=str(tmp_path / "keys.txt"),
+        validation_share=0.2,
+        store=str(tmp_path / "store"),
+        batch_size=4,
+    )
+    data.prepare_data()
+    data.setup()
+    assert sorted(data.train_pictures.ids + data.validation_pictures.ids) == every[:30]
+    assert len(data.validation_pictures) > 0
