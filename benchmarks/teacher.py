@@ -14,6 +14,7 @@ first, or both of its tails) choose.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,8 @@ def main() -> None:
     rows = sorted(range(len(ids)), key=lambda row: hash_text(f"teacher/{options.seed}/{ids[row]}"))[: options.queries]
     prompts = [data.pictures.captions[row][0] for row in rows]
     queries = generate(model, prompts, options.seed, shapes(data)[0], eta=1.0)
+    for kind in ("bank", "whitened_squares", "losses"):  # what an earlier run left would be found instead of made
+        shutil.rmtree(store.root / kind, ignore_errors=True)
     grid, fisher = LossGrid(options.timesteps), FisherSettings(options.visits)
     methods = {
         "bank": InfluenceBank(

@@ -59,6 +59,14 @@ def freeze(module: Module) -> Module:
     return module.eval().requires_grad_(False)
 
 
+def longer_than(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> list[int]:
+    """Positions of the captions of more tokens than these, the special ones included."""
+    if not captions:
+        return []
+    tokens: Any = tokenizer(list(captions), verbose=False).input_ids
+    return [position for position, row in enumerate(tokens) if len(row) > length]
+
+
 class CaptionEncoder:
     """Turns captions into token states of a fixed length without a mask, as Stable Diffusion does.
 
@@ -96,6 +104,10 @@ class CaptionEncoder:
             )
             states.append(self.model(tokens.input_ids.to(self.device))[0].cpu())
         return torch.cat(states)
+
+    def cut(self, captions: Sequence[str]) -> list[int]:
+        """Positions of the captions that are longer than what the model reads, so that their ends are lost."""
+        return longer_than(self.tokenizer, captions, self.length)
 
     def identity(self) -> dict[str, Any]:
         """What decides the states: weights, tokenizer and length."""

@@ -95,8 +95,14 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
             f"it has {', '.join(name for name, part in parts.items() if part is not None)}."
         )
     freeze(unet)
-    encoder = LatentEncoder(vae, CaptionEncoder(text, tokenizer, tokenizer.model_max_length))
+    encoder = LatentEncoder(vae, CaptionEncoder(text, tokenizer, token_limit(text, tokenizer)))
     return DiffusionModel(unet, ForwardProcess(parts["scheduler"]), encoder)
+
+
+def token_limit(text: Any, tokenizer: Any) -> int:
+    """Tokens of a caption: as the tokenizer says, but no more than the text encoder has positions for."""
+    limit = int(tokenizer.model_max_length)  # a huge number where the tokenizer's files do not say
+    return min(limit, int(getattr(text.config, "max_position_embeddings", limit)))
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:

@@ -12,6 +12,7 @@ from torch import Tensor
 from wherefrom import keyed
 from wherefrom.attributors.base import Query
 from wherefrom.data.image_folder import UNREADABLE, draw
+from wherefrom.data.latents import report_cut
 from wherefrom.diffusion import DiffusionModel, Trajectory, sample
 from wherefrom.passes import Progress
 from wherefrom.regions import Region
@@ -235,6 +236,9 @@ def make_queries(
         raise ValueError("A query picture is given twice.")
     files = [picture.file for picture in source.pictures]
     regions = read_regions(source.regions, [*files, *source.prompts], size)
+    if model.encoder is not None:
+        prompts = [*source.prompts, *(picture.prompt for picture in source.pictures)]
+        report_cut(model.encoder.text, prompts, "prompts")
     drawn = generate(
         model,
         source.prompts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from wherefrom import keyed
 from wherefrom.arrays import GrowingArray, RowView, announce_size, map_array, take_rows, write_array
 from wherefrom.data.pictures import Pictures, keep_indices
 from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, to_float, visit_keys, visit_times
-from wherefrom.parts import LatentEncoder
+from wherefrom.parts import CaptionEncoder, LatentEncoder
 from wherefrom.storage import Store, identity_hash
 
+_logger = logging.getLogger(__name__)
 _SAMPLE = 301
 LATENTS, STATES, NULL_STATES = "latents.npy", "states.npy", "null_states.npy"
 
@@ -96,6 +98,22 @@ def _silent(message: str) -> None:
     """Says nothing."""
 
 
+def report_cut(text: CaptionEncoder, captions: Sequence[str], what: str) -> int:
+    """How many of these are longer than the text encoder reads; logged where there are any."""
+    cut = text.cut(captions)
+    if cut:
+        _logger.warning(
+            "%d of %d %s are longer than the text encoder reads (%d tokens), so their ends count for nothing; the "
+            "first is %r.",
+            len(cut),
+            len(captions),
+            what,
+            text.length,
+            captions[cut[0]],
+        )
+    return len(cut)
+
+
 def encode_pictures(
     pictures: Pictures,
     encoder: LatentEncoder,
@@ -117,6 +135,9 @@ def encode_pictures(
         progress: Called with (done, total) pictures: first their latents, then their captions.
         half: Keep float16, which takes half the disk.
         say: Is told how large the arrays will be before any is made.
+
+    Captions that are longer than the text encoder reads lose their ends, as in training; how many do is logged, and
+    kept in the manifest.
 
     Raises:
         ValueError: A value is too large for float16.
@@ -167,7 +188,9 @@ def encode_pictures(
         write_array(folder / NULL_STATES, tuple(null.shape), [null.numpy()])
         grow(folder / LATENTS, rows[0], latents)
         grow(folder / STATES, rows[1], states)
-        return {}
+        captions = [caption for several in pictures.captions for caption in several]
+        cut = report_cut(encoder.text, captions, "captions")
+        return {"captions_cut": cut} if cut else {}
 
     folder = store.make("latents", identity, build)
     return LatentSet(

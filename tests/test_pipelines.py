@@ -1,0 +1,124 @@
+"""Every kind of pipeline that loads: its loss, its sampler, and attribution from fit to ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.pipelines import TOKENS, stable_diffusion
+from tests.tiny import one_process
+from wherefrom import keyed
+from wherefrom.attributors import AttributionByUnlearning, TrainingData
+from wherefrom.curvature import FisherSettings
+from wherefrom.data.latents import encode_pictures
+from wherefrom.data.pictures import Pictures
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.evaluation.ranking import order_of
+from wherefrom.losses import LossGrid
+from wherefrom.pipeline import load_model
+from wherefrom.queries import generate
+from wherefrom.storage import Store
+from wherefrom.unlearning import UnlearningSettings, unlearn
+from wherefrom.weights import moved_weights
+
+PROMPTS = ["a big red square", "a small blue circle", "stripes"]
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "sd1": lambda folder: stable_diffusion(folder, 1),
+    "sd2": lambda folder: stable_diffusion(folder, 2),
+}
+KEYS = keyed.hash_texts(["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save(tmp_path_factory.mktemp(kind)) for kind, save in KINDS.items()}
+
+
+def pictures(count: int = 5, size: int = 8) -> Pictures:
+    random = np.random.default_rng(0)
+    return Pictures(
+        tuple(f"picture/{index}" for index in range(count)),
+        tuple((f"{PROMPTS[index % 3]} number {index}",) for index in range(count)),
+        random.integers(0, 255, (count, size, size, 3), dtype=np.uint8),
+        {"license": ("CC0-1.0",) * count},
+        f"random-{count}-{size}",
+    )
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def channels(model: DiffusionModel) -> int:
+    config: Any = model.denoiser.config
+    return int(config.in_channels)
+
+
+def key_and_value(name: str, kind: str) -> bool:
+    """Written out anew: what the papers move."""
+    parts = name.split(".")
+    return len(parts) > 2 and parts[-3:-1] in (["attn2", "to_k"], ["attn2", "to_v"])
+
+
+@pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvature: Any, tmp_path: Path) -> None:
+    model, store = load_model(str(folders[kind]), torch.float64), Store(tmp_path)
+    assert model.encoder is not None
+    train = pictures()
+    data = TrainingData(train, encode_pictures(train, model.encoder, store))
+    assert data.latents is not None
+    shape = tuple(data.latents.latents.shape[2:])
+    (query,) = generate(model, ["a big red square"], 0, shape, sampling_steps=2)
+    settings = UnlearningSettings(draws=8, measure_draws=8, rise=1e-3)
+    method = AttributionByUnlearning(
+        "cross_attention_kv",
+        settings,
+        LossGrid(timesteps=2),
+        curvature=curvature,
+        fisher=FisherSettings(1),
+        timestep_weights="equal",
+    )
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    method.fit(data, model, store, one_process())
+    (scores,) = method.score([query])
+    assert np.isfinite(scores.scores).all()
+    assert len(np.unique(scores.scores)) == len(train)
+    order = order_of(scores.ids, scores.scores)
+    assert sorted(order) == list(range(len(train)))
+    moved = unlearn(
+        model, method.query_latent(query), "cross_attention_kv", method.curvature, len(train), settings, one_process()
+    ).moved
+    expected = {name for name, _ in model.denoiser.named_parameters() if key_and_value(name, kind)}
+    assert moved.keys() == expected
+    assert expected
+    with moved_weights(model.denoiser, moved):
+        changed = {name for name, value in model.denoiser.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == expected
+    assert all(torch.equal(value, before[name]) for name, value in model.denoiser.state_dict().items())
+
+
+def test_the_captions_that_are_cut_are_counted(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = load_model(str(folders["sd1"])).encoder
+    assert encoder is not None
+    assert encoder.text.length == TOKENS
+    fits, long = "a" * (TOKENS - 2), "a" * (TOKENS - 1)
+    assert encoder.text.cut([fits, long, "", long]) == [1, 3]
+    first, second = encoder.text.encode([long, long + " and more"])
+    assert torch.equal(first, second)
+    assert not torch.equal(encoder.text.encode(["a"])[0], encoder.text.encode(["b"])[0])
+    train = pictures(3)
+    captions = ((long,), ("short",), (long,))
+    latents = Pictures(train.ids, captions, train.pixels, train.columns, "long")
+    encode_pictures(latents, encoder, Store(tmp_path))
+    assert "2 of 3 captions are longer than the text encoder reads (77 tokens)" in caplog.text
+    (manifest,) = tmp_path.glob("latents/*/manifest.json")
+    assert '"captions_cut": 2' in manifest.read_text()
