@@ -10,11 +10,27 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from tests.tiny import tiny_unet, tiny_vae, unet_config
 from wherefrom.parts import unet_from_config
@@ -99,3 +115,114 @@ def tiny_vae_of(channels: int) -> AutoencoderKL:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         return AutoencoderKL.from_config({**tiny_vae().config, "latent_channels": channels, "shift_factor": 0.06})
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's tokenizer with one token a letter."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0) for piece in "▁" + string.ascii_lowercase)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def t5_text(width: int = 24) -> T5EncoderModel:
+    """A T5 encoder of one layer."""
+    config = T5Config(
+        vocab_size=40, d_model=width, d_kv=6, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return T5EncoderModel(config)
+
+
+def stable_diffusion_xl(folder: Path, **parts: Any) -> Path:
+    """SDXL: two text encoders, a pooled vector and size ids beside the time embedding."""
+    changes = {
+        "cross_attention_dim": 20,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 10 + 6 * 4,
+    }
+    pipeline = StableDiffusionXLPipeline(
+        **{
+            "vae": tiny_vae(),
+            "text_encoder": clip_text(12),
+            "text_encoder_2": clip_text(8, projection=10, seed=1),
+            "tokenizer": clip_tokenizer(),
+            "tokenizer_2": clip_tokenizer("!"),
+            "unet": unet_with(**changes),
+            "scheduler": EulerDiscreteScheduler(**TRAINED, steps_offset=1),
+            "add_watermarker": False,
+            **parts,
+        }
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def pixart_transformer(**changes: Any) -> PixArtTransformer2DModel:
+    """PixArt's transformer of one block, which also says how sure it is."""
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "cross_attention_dim": 16,
+        "sample_size": 4,
+        "patch_size": 2,
+        "caption_channels": 24,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = PixArtTransformer2DModel(**{**settings, **changes})
+    return network
+
+
+def pixart(folder: Path, **parts: Any) -> Path:
+    """PixArt-alpha: T5's states under a mask."""
+    pipeline = PixArtAlphaPipeline(
+        **{
+            "vae": tiny_vae(),
+            "text_encoder": t5_text(),
+            "tokenizer": t5_tokenizer(),
+            "transformer": pixart_transformer(),
+            "scheduler": DPMSolverMultistepScheduler(beta_schedule="linear"),
+            **parts,
+        }
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion_3(folder: Path, t5: bool = True, **parts: Any) -> Path:
+    """Stable Diffusion 3: flow matching, two CLIPs and T5, which may be left out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = SD3Transformer2DModel(
+            sample_size=4,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            caption_projection_dim=16,
+            pooled_projection_dim=16,
+            pos_embed_max_size=8,
+        )
+    pipeline = StableDiffusion3Pipeline(
+        **{
+            "vae": tiny_vae_of(4),
+            "text_encoder": clip_text(12, projection=6),
+            "text_encoder_2": clip_text(8, projection=10, seed=1),
+            "text_encoder_3": t5_text() if t5 else None,
+            "tokenizer": clip_tokenizer(),
+            "tokenizer_2": clip_tokenizer("!"),
+            "tokenizer_3": t5_tokenizer() if t5 else None,
+            "transformer": transformer,
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+            **parts,
+        }
+    )
+    pipeline.save_pretrained(folder)
+    return folder

@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.pipelines import TOKENS, stable_diffusion
+from tests.pipelines import TOKENS, pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from tests.tiny import one_process
 from wherefrom import keyed
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.latents import encode_pictures
 from wherefrom.data.pictures import Pictures
-from wherefrom.diffusion import DiffusionModel
+from wherefrom.diffusion import DiffusionModel, sample
 from wherefrom.evaluation.ranking import order_of
 from wherefrom.losses import LossGrid
-from wherefrom.pipeline import load_model
+from wherefrom.pipeline import load_model, load_pipeline, model_from_pipeline
+from wherefrom.processes import sampling_scheduler
 from wherefrom.queries import generate
 from wherefrom.storage import Store
 from wherefrom.unlearning import UnlearningSettings, unlearn
@@ -31,6 +32,10 @@ PROMPTS = ["a big red square", "a small blue circle", "stripes"]
 KINDS: dict[str, Callable[[Path], Path]] = {
     "sd1": lambda folder: stable_diffusion(folder, 1),
     "sd2": lambda folder: stable_diffusion(folder, 2),
+    "sdxl": stable_diffusion_xl,
+    "pixart": pixart,
+    "sd3": stable_diffusion_3,
+    "sd3 without t5": lambda folder: stable_diffusion_3(folder, t5=False),
 }
 KEYS = keyed.hash_texts(["a", "b"])
 
@@ -63,7 +68,8 @@ def channels(model: DiffusionModel) -> int:
 def key_and_value(name: str, kind: str) -> bool:
     """Written out anew: what the papers move."""
     parts = name.split(".")
-    return len(parts) > 2 and parts[-3:-1] in (["attn2", "to_k"], ["attn2", "to_v"])
+    wanted = (["attn", "add_k_proj"], ["attn", "add_v_proj"])
+    return parts[-3:-1] in (wanted if kind.startswith("sd3") else (["attn2", "to_k"], ["attn2", "to_v"]))
 
 
 @pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
@@ -122,3 +128,33 @@ def test_the_captions_that_are_cut_are_counted(
     assert "2 of 3 captions are longer than the text encoder reads (77 tokens)" in caplog.text
     (manifest,) = tmp_path.glob("latents/*/manifest.json")
     assert '"captions_cut": 2' in manifest.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_own_pipeline_draws_the_same_picture(folders: dict[str, Path], kind: str) -> None:
+    pipeline: Any = load_pipeline(str(folders[kind]))
+    pipeline.set_progress_bar_config(disable=True)
+    model = model_from_pipeline(pipeline)
+    assert model.encoder is not None
+    flow = model.process.prediction == "flow"
+    if not flow:
+        pipeline.scheduler = sampling_scheduler(model.process)
+    prompt, text, shape = "a big red square", model.encoder.text, (channels(model), 4, 4)
+    null = text.encode([""])[0]
+    ours = sample(model, text.encode([prompt]), null, KEYS[:1], shape, 4, 3.0)
+    options = {"clean_caption": False} if kind == "pixart" else {}
+    start = keyed.normal(keyed.combine(101, KEYS[:1]), shape)
+    theirs = pipeline(
+        prompt,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=start,
+        output_type="latent",
+        height=8,
+        width=8,
+        **({"use_resolution_binning": False} if kind == "pixart" else {}),
+        **options,
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    other = sample(model, text.encode(["stripes"]), null, KEYS[:1], shape, 4, 3.0)
+    assert (ours - other).abs().max() > 0.01

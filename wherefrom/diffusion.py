@@ -1,25 +1,25 @@
-"""The diffusion model: forward process, training loss per example, and sampling from keyed noise.
+"""The diffusion model: training loss per example, and sampling from keyed noise.
 
 Shape letters: B = batch, C = latent channels, H and W = latent height and width, L = tokens, D = width of a token
-state.
+state. Where a network is told more of a caption than token states, L counts the rows below them too (`denoisers`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from wherefrom import keyed
+from wherefrom.denoisers import denoiser_of
 from wherefrom.parts import LatentEncoder, hash_tensors
+from wherefrom.processes import ForwardProcess as ForwardProcess
+from wherefrom.processes import sampling_scheduler as sampling_scheduler
 
-Prediction = Literal["epsilon", "v_prediction"]
 Output = Literal["loss", "square_output"]
 
 # Raised by hand when the numerics of training change: retrained models of another version are other models.
@@ -29,73 +29,18 @@ TRAINING_VERSION = 2
 _START, _STEP = 101, 102
 
 
-class ForwardProcess:
-    """x_t = √ᾱ_t x + √(1 - ᾱ_t) ε, and what the network is asked to say of it (AbU, section 3).
-
-    Args:
-        scheduler: A diffusers scheduler with `alphas_cumprod`; its configuration names the prediction type.
-
-    Raises:
-        ValueError: The scheduler is of another kind, or predicts something other than noise or velocity.
-    """
-
-    def __init__(self, scheduler: SchedulerMixin) -> None:
-        config: Any = scheduler.config
-        alphas = getattr(scheduler, "alphas_cumprod", None)
-        prediction = getattr(config, "prediction_type", None)
-        if alphas is None or prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"{type(scheduler).__name__} with prediction_type {prediction!r} is not supported: the loss needs "
-                "`alphas_cumprod` "
-                "and a prediction_type of 'epsilon' or 'v_prediction'."
-            )
-        self.config = dict(config)
-        self.prediction: Prediction = prediction
-        self.signal = alphas.double().sqrt()
-        self.spread = (1 - alphas.double()).sqrt()
-
-    @property
-    def steps(self) -> int:
-        """T, the number of timesteps."""
-        return len(self.signal)
-
-    def scales(self, latents: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1 - ᾱ_t), shaped to multiply the latents."""
-        shape = (-1,) + (1,) * (latents.dim() - 1)
-        index = timesteps.cpu()
-        return (
-            self.signal[index].to(latents.device, latents.dtype).reshape(shape),
-            self.spread[index].to(latents.device, latents.dtype).reshape(shape),
-        )
-
-    def noisy(
-        self, latents: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """x_t."""
-        signal, spread = self.scales(latents, timesteps)
-        return signal * latents + spread * noise
-
-    def target(
-        self, latents: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """ε, or v = √ᾱ_t ε - √(1 - ᾱ_t) x."""
-        if self.prediction == "epsilon":
-            return noise
-        signal, spread = self.scales(latents, timesteps)
-        return signal * noise - spread * latents
-
-
 class DiffusionModel:
     """A denoiser with its forward process and, where pictures and prompts come in, its encoder.
 
     Args:
-        denoiser: A diffusers `UNet2DConditionModel`, or any module called in the same way.
+        denoiser: A diffusers U-Net or transformer, or any module called like `UNet2DConditionModel`.
         process: The forward process that it was trained for.
         encoder: Frozen autoencoder and text encoder.
     """
 
     def __init__(self, denoiser: nn.Module, process: ForwardProcess, encoder: LatentEncoder | None = None) -> None:
         self.denoiser, self.process, self.encoder = denoiser, process, encoder
+        self.call = denoiser_of(denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -124,8 +69,16 @@ class DiffusionModel:
         self, noisy: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"], states: Float[Tensor, "b l d"]
     ) -> Float[Tensor, "b c h w"]:
         """The network's output for x_t."""
-        output: Tensor = self.denoiser(noisy, timesteps, encoder_hidden_states=states, return_dict=False)[0]
-        return output
+        return self.call(self.denoiser, noisy, self.process.times(timesteps), states)
+
+    def check(self, latent: Float[Tensor, "c h w"], states: Float[Tensor, "l d"]) -> None:
+        """Refuses latents and token states that are not the model's, before anything long.
+
+        Raises:
+            ValueError: Their shapes are not what the network takes.
+        """
+        channels, rows, columns = (int(side) for side in latent.shape)
+        self.call.check((channels, rows, columns), (int(states.shape[0]), int(states.shape[1])))
 
     def losses(
         self,
@@ -216,7 +169,7 @@ def sample(
     progress: Callable[[int, int], None] | None = None,
     watch: Callable[[int, Float[Tensor, "b c h w"]], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Draws latents by DDIM; `eta` = 1 with all timesteps is ancestral (DDPM) sampling.
+    """Draws latents by DDIM; `eta` = 1 with all timesteps is ancestral (DDPM) sampling. Flow matching: Euler's steps.
 
     The first noise and, where `eta` > 0, each step's noise are keyed, so two models draw from the same seeds.
 
@@ -231,33 +184,26 @@ def sample(
         eta: Share of the posterior's noise that each step adds back.
         progress: Called with (done, total) steps.
         watch: Called at each step with its timestep and the latents x̂₀ that it predicts.
+
+    Raises:
+        ValueError: `eta` is above 0 for a model of flow matching.
     """
-    scheduler = sampling_scheduler(model.process)
-    scheduler.set_timesteps(steps)
+    sampler = model.process.sampler(steps, eta)
     device, dtype = model.device, model.dtype
     latents = keyed.normal(keyed.combine(_START, keys), shape, dtype).to(device)
     conditions = states.to(device, dtype)
     if guidance != 1.0:
         conditions = torch.cat([conditions, null_states.to(device, dtype).expand_as(conditions)])
-    for index, timestep in enumerate(scheduler.timesteps.tolist()):
+    for index, (timestep, time) in enumerate(sampler.path):
         inputs = latents if guidance == 1.0 else torch.cat([latents, latents])
-        output = model.predict(inputs, torch.full((len(inputs),), timestep, device=device), conditions)
+        output = model.call(model.denoiser, inputs, torch.full((len(inputs),), time, device=device), conditions)
         if guidance != 1.0:
             with_prompt, without = output.chunk(2)
             output = without + guidance * (with_prompt - without)
         noise = keyed.normal(keyed.combine(_STEP, keys, index), shape, dtype).to(device) if eta > 0 else None
-        stepped: Any = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise)
-        latents = stepped.prev_sample
+        latents, predicted = sampler.step(index, output, latents, noise)
         if watch is not None:
-            watch(timestep, stepped.pred_original_sample)
+            watch(timestep, predicted)
         if progress is not None:
             progress(index + 1, steps)
     return latents
-
-
-def sampling_scheduler(process: ForwardProcess) -> DDIMScheduler:
-    """The DDIM scheduler of a forward process: steps end at the last timestep, latents are not clipped to [-1, 1]."""
-    scheduler: DDIMScheduler = DDIMScheduler.from_config(
-        process.config, clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"
-    )
-    return scheduler

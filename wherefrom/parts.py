@@ -109,6 +109,9 @@ class CaptionEncoder:
         """Positions of the captions that are longer than what the model reads, so that their ends are lost."""
         return longer_than(self.tokenizer, captions, self.length)
 
+    def sized(self, size: tuple[int, int]) -> None:
+        """Nothing: the model is not told the pictures' (height, width)."""
+
     def identity(self) -> dict[str, Any]:
         """What decides the states: weights, tokenizer and length."""
         words = sorted(self.tokenizer.get_vocab().items())

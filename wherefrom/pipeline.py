@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import AutoModel
 
-from wherefrom.diffusion import DiffusionModel, ForwardProcess, sampling_scheduler
+from wherefrom.diffusion import DiffusionModel
 from wherefrom.parts import CaptionEncoder, LatentEncoder, freeze, resolve_path
+from wherefrom.processes import process_of, sampling_scheduler
+from wherefrom.prompts import PixArtPrompts, PromptEncoder, SD3Prompts, SDXLPrompts
 from wherefrom.storage import write_json
 
 TEXT_SOURCE = "text_encoder/source.json"
+_KINDS = (UNet2DConditionModel, PixArtTransformer2DModel, SD3Transformer2DModel)
+# Tokens that T5 reads, as diffusers' pipelines set it where nothing else is asked for.
+_ALPHA_TOKENS, _SIGMA_TOKENS, _T5_TOKENS = 120, 300, 256
 
 
 def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: torch.dtype = torch.float16) -> None:
@@ -31,10 +43,15 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
         dtype: Type of number of the saved weights.
 
     Raises:
-        ValueError: The model has no encoder.
+        ValueError: The model has no encoder, or is of a kind that can be read only.
     """
     if model.encoder is None:
         raise ValueError("A pipeline needs an encoder (autoencoder and text encoder); the model has none.")
+    if isinstance(model.encoder.text, PromptEncoder):
+        raise ValueError(
+            f"{type(model.denoiser).__name__} cannot be saved: only pipelines of Stable Diffusion 1 and 2 can. Save "
+            "the pipeline that it came from with diffusers."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     denoiser: Any = model.denoiser
     for name, part in (("unet", denoiser), ("vae", model.encoder.vae)):
@@ -77,6 +94,10 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     if source.is_file():
         text = AutoModel.from_pretrained(resolve_path(json.loads(source.read_text())["path"]))
         parts["text_encoder"] = text.to(dtype)
+    index = Path(path) / "model_index.json"
+    if index.is_file():  # a text encoder that was left out must be named, or the pipeline takes it for a damaged one
+        absent = [name for name, kind in json.loads(index.read_text()).items() if kind == [None, None]]
+        parts |= dict.fromkeys(name for name in absent if name.startswith(("text_encoder", "tokenizer")))
     return DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
 
 
@@ -84,19 +105,72 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     """The parts of a loaded pipeline as a `DiffusionModel`, frozen and in evaluation mode.
 
     Raises:
-        ValueError: The pipeline's denoiser is not a text-conditioned U-Net, or it has no autoencoder.
+        ValueError: The pipeline's network is of a kind that is not supported, cannot read captions or takes more than
+            noisy latents; or a part is missing.
     """
     parts = pipeline.components
-    unet, vae, text, tokenizer = (parts.get(name) for name in ("unet", "vae", "text_encoder", "tokenizer"))
-    if not isinstance(unet, UNet2DConditionModel) or vae is None or text is None or tokenizer is None:
-        raise ValueError(
-            f"{type(pipeline).__name__} is not supported: a UNet2DConditionModel, an autoencoder, a text encoder "
-            "and a tokenizer are needed; "
-            f"it has {', '.join(name for name, part in parts.items() if part is not None)}."
+    network, vae = parts.get("unet") or parts.get("transformer"), parts.get("vae")
+    kind = next((kind for kind in _KINDS if isinstance(network, kind)), None)
+    if kind is None or network is None or vae is None:
+        raise _unsupported(
+            pipeline,
+            "A U-Net of Stable Diffusion 1, 2 or XL, or a transformer of PixArt or Stable "
+            "Diffusion 3, and an autoencoder are needed",
         )
-    freeze(unet)
-    encoder = LatentEncoder(vae, CaptionEncoder(text, tokenizer, token_limit(text, tokenizer)))
-    return DiffusionModel(unet, ForwardProcess(parts["scheduler"]), encoder)
+    config: Any = network.config
+    if not any(key in name for name, _ in network.named_parameters() for key in (".attn2.", ".add_k_proj.")):
+        raise _unsupported(pipeline, "Its network has no cross-attention, so it cannot read captions")
+    if config.in_channels != vae.config.latent_channels:
+        raise _unsupported(
+            pipeline,
+            f"Its network takes {config.in_channels} channels and its autoencoder gives {vae.config.latent_channels}: "
+            "pipelines that edit or fill in pictures are no text-to-image models",
+        )
+    text = _prompt_encoder(pipeline, network, 2 ** (len(vae.config.block_out_channels) - 1))
+    return DiffusionModel(freeze(network), process_of(parts["scheduler"]), LatentEncoder(vae, text))
+
+
+def _prompt_encoder(pipeline: DiffusionPipeline, network: Any, reduction: int) -> CaptionEncoder:
+    """What turns captions into what the network is told."""
+    config: Any = network.config
+    size = (int(config.sample_size) * reduction,) * 2  # until the pictures' own is known
+    if isinstance(network, SD3Transformer2DModel):
+        suffixes = ["", "_2"] if pipeline.components.get("text_encoder_3") is None else ["", "_2", "_3"]
+        models, tokenizers = _text_parts(pipeline, suffixes)
+        lengths = [token_limit(*pair) for pair in zip(models[:2], tokenizers[:2], strict=True)]
+        lengths += [min(_T5_TOKENS, token_limit(*pair)) for pair in zip(models[2:], tokenizers[2:], strict=True)]
+        return SD3Prompts(models, tokenizers, lengths, config.joint_attention_dim, _T5_TOKENS)
+    if isinstance(network, PixArtTransformer2DModel):
+        models, tokenizers = _text_parts(pipeline, [""])
+        most = _SIGMA_TOKENS if isinstance(pipeline, PixArtSigmaPipeline) else _ALPHA_TOKENS
+        return PixArtPrompts(
+            models,
+            tokenizers,
+            [min(most, token_limit(models[0], tokenizers[0]))],
+            size if network.use_additional_conditions else None,
+        )
+    if config.addition_embed_type == "text_time":
+        models, tokenizers = _text_parts(pipeline, ["", "_2"])
+        lengths = [token_limit(*pair) for pair in zip(models, tokenizers, strict=True)]
+        zero = bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", True))
+        return SDXLPrompts(models, tokenizers, lengths, size, zero)
+    (model,), (tokenizer,) = _text_parts(pipeline, [""])
+    return CaptionEncoder(model, tokenizer, token_limit(model, tokenizer))
+
+
+def _text_parts(pipeline: DiffusionPipeline, suffixes: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    """Text encoders and tokenizers of a pipeline, none of which may be missing."""
+    names = [f"{part}{suffix}" for suffix in suffixes for part in ("text_encoder", "tokenizer")]
+    missing = [name for name in names if pipeline.components.get(name) is None]
+    if missing:
+        raise _unsupported(pipeline, f"It is missing its {' and '.join(missing)}")
+    found = [pipeline.components[name] for name in names]
+    return found[::2], found[1::2]
+
+
+def _unsupported(pipeline: DiffusionPipeline, why: str) -> ValueError:
+    there = ", ".join(name for name, part in pipeline.components.items() if part is not None)
+    return ValueError(f"{type(pipeline).__name__} is not supported: {why}; it has {there}.")
 
 
 def token_limit(text: Any, tokenizer: Any) -> int:

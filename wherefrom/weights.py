@@ -7,15 +7,25 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 Subset = Literal["cross_attention_kv", "cross_attention", "attention", "all"]
 
-# Names as in diffusers: attn1 is self-attention, attn2 the cross-attention to the text.
-_RULES: Mapping[str, Callable[[str], bool]] = {
+# Names as in diffusers' U-Nets and PixArt: attn1 is self-attention, attn2 the cross-attention to the text.
+_CROSS: Mapping[str, Callable[[str], bool]] = {
     "cross_attention_kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
     "cross_attention": lambda name: ".attn2." in name,
     "attention": lambda name: ".attn1." in name or ".attn2." in name,
+    "all": lambda name: True,
+}
+# Stable Diffusion 3 attends to picture and text at once: `add_…` and `to_add_out` are the text's side. Its attn2 is
+# self-attention of the picture (in version 3.5).
+_TEXT_SIDE = (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj.", ".attn.to_add_out.", ".attn.norm_added_")
+_JOINT: Mapping[str, Callable[[str], bool]] = {
+    "cross_attention_kv": lambda name: ".attn.add_k_proj." in name or ".attn.add_v_proj." in name,
+    "cross_attention": lambda name: any(part in name for part in _TEXT_SIDE),
+    "attention": lambda name: ".attn." in name or ".attn2." in name,
     "all": lambda name: True,
 }
 
@@ -23,12 +33,15 @@ _RULES: Mapping[str, Callable[[str], bool]] = {
 def select_weights(denoiser: nn.Module, subset: Subset) -> dict[str, nn.Parameter]:
     """The parameters of a subset by name, in the model's order.
 
+    A layer that an adapter wraps (LoRA, by peft) counts with its own weight and the adapter's.
+
     Raises:
         ValueError: The subset is unknown, or the model has no such weights.
     """
-    if subset not in _RULES:
-        raise ValueError(f"Unknown weights {subset!r}; choose from {', '.join(_RULES)}.")
-    chosen = {name: parameter for name, parameter in denoiser.named_parameters() if _RULES[subset](f".{name}")}
+    if subset not in _CROSS:
+        raise ValueError(f"Unknown weights {subset!r}; choose from {', '.join(_CROSS)}.")
+    belongs = (_JOINT if isinstance(denoiser, SD3Transformer2DModel) else _CROSS)[subset]
+    chosen = {name: parameter for name, parameter in denoiser.named_parameters() if belongs(f".{name}")}
     if not chosen:
         raise ValueError(f"{type(denoiser).__name__} has no weights of the subset {subset!r}; 'all' always has some.")
     return chosen

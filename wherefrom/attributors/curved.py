@@ -133,6 +133,7 @@ class CurvedAttributor(Attributor):
         """
         if model is None or data.latents is None:
             raise ValueError(f"{type(self).__name__} needs a model and the latents of its training pictures.")
+        model.check(data.latents.latents[0, 0], data.latents.null_states)
         self._ready = (model, data.latents, data.held_out_latents, store, runner)
         started = time.monotonic()
         self.curvature = self._make_curvature(model, data.latents, store, runner, say)

@@ -122,6 +122,7 @@ class ProjectedGradients(Attributor):
         """Projects the gradients of all pictures, once per model."""
         if model is None or data.latents is None:
             raise ValueError(f"{self.method} needs a model and the latents of its training pictures.")
+        model.check(data.latents.latents[0, 0], data.latents.null_states)
         members = [model, *load_ensemble(model, self.ensemble, self.weights)]
         self._ready = (data.latents, runner)
         self.models = [self.differentiated(each) for each in members]

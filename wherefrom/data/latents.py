@@ -36,7 +36,8 @@ class LatentSet:
     Attributes:
         pictures: The pictures that were encoded, in the same order.
         latents: Scaled latents of each picture and of its mirror image, shape (N, 2, C, H, W).
-        states: Token states of each caption, shape (N, K, L, D).
+        states: Token states of each caption, shape (N, K, L, D); where the model is told more of a caption, the rest is
+            in rows below them (`wherefrom.denoisers`).
         null_states: Token states of the empty caption, shape (L, D).
         fingerprint: Hash of everything that decides the values.
         mapped: Whether latents and states are read from disk where they are used.
@@ -143,6 +144,8 @@ def encode_pictures(
         ValueError: A value is too large for float16.
         StorageError: The store could not be written; finished batches are kept.
     """
+    height, width = (int(side) for side in pictures.pixels.shape[1:3])
+    encoder.text.sized((height, width))
     identity = {
         "pictures": pictures.fingerprint,
         "ids": identity_hash({"ids": list(pictures.ids)}),
