@@ -16,6 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import AutoModel
 
 from wherefrom.diffusion import DiffusionModel
@@ -98,7 +99,11 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     if index.is_file():  # a text encoder that was left out must be named, or the pipeline takes it for a damaged one
         absent = [name for name, kind in json.loads(index.read_text()).items() if kind == [None, None]]
         parts |= dict.fromkeys(name for name in absent if name.startswith(("text_encoder", "tokenizer")))
-    return DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
+    network = _network(pipeline)
+    if isinstance(network, nn.Module):
+        network.to(dtype)  # some transformers stay in single precision whatever is asked for
+    return pipeline
 
 
 def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
@@ -109,7 +114,7 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
             noisy latents; or a part is missing.
     """
     parts = pipeline.components
-    network, vae = parts.get("unet") or parts.get("transformer"), parts.get("vae")
+    network, vae = _network(pipeline), parts.get("vae")
     kind = next((kind for kind in _KINDS if isinstance(network, kind)), None)
     if kind is None or network is None or vae is None:
         raise _unsupported(
@@ -128,6 +133,12 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
         )
     text = _prompt_encoder(pipeline, network, 2 ** (len(vae.config.block_out_channels) - 1))
     return DiffusionModel(freeze(network), process_of(parts["scheduler"]), LatentEncoder(vae, text))
+
+
+def _network(pipeline: DiffusionPipeline) -> Any:
+    """The part that denoises."""
+    parts = pipeline.components
+    return parts["unet"] if parts.get("unet") is not None else parts.get("transformer")
 
 
 def _prompt_encoder(pipeline: DiffusionPipeline, network: Any, reduction: int) -> CaptionEncoder:
