@@ -81,12 +81,14 @@ def read_shard(
     """
     sample: ShardSample | None = None
     finished: set[str] = set()
-    offset = 0
+    offset, length = 0, path.stat().st_size
     try:
         # A stream reads forwards only, from disk or a slow mount, and cannot be sent back by a header.
         with tarfile.open(path, "r|", bufsize=1 << 20) as tar:
             for member in tar:
                 offset = tar.offset
+                if member.size < 0 or offset > length + _BLOCK:  # tarfile would walk to wherever the header points
+                    raise tarfile.ReadError(f"{member.name[:_LONGEST_KEY]!a} cannot have {member.size:,} bytes")
                 if member.isdir():
                     continue
                 reason = _refusal(member)
@@ -118,7 +120,7 @@ def read_shard(
     if sample is not None:
         yield sample
     if damage:
-        yield Problem(path.name, DAMAGED, f"{damage}, at or after byte {offset:,} of {path.stat().st_size:,}")
+        yield Problem(path.name, DAMAGED, f"{damage}, at or after byte {offset:,} of {length:,}")
 
 
 def _ends_well(path: Path, offset: int) -> bool:
