@@ -19,6 +19,8 @@ from wherefrom.denoisers import denoiser_of
 from wherefrom.parts import LatentEncoder, hash_tensors
 from wherefrom.processes import ForwardProcess as ForwardProcess
 from wherefrom.processes import sampling_scheduler as sampling_scheduler
+from wherefrom.storage import identity_hash
+from wherefrom.weights import adapter_scales
 
 Output = Literal["loss", "square_output"]
 
@@ -63,7 +65,9 @@ class DiffusionModel:
     def fingerprint(self) -> str:
         """Hash of the weights and of the forward process: two models with the same one give the same losses."""
         process = f"{self.process.prediction}/{hash_tensors({'signal': self.process.signal})}"
-        return f"{hash_tensors(self.denoiser.state_dict())}/{process}"
+        scales = adapter_scales(self.denoiser)
+        adapters = f"/{identity_hash(scales)}" if scales else ""
+        return f"{hash_tensors(self.denoiser.state_dict())}/{process}{adapters}"
 
     def predict(
         self, noisy: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"], states: Float[Tensor, "b l d"]

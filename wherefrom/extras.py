@@ -28,3 +28,22 @@ def require_faiss() -> ModuleType:
         if error.name != "faiss":
             raise
         raise ImportError(f"This needs FAISS, which is not installed: {_CHOICE}.", name="faiss") from error
+
+
+def require_peft(why: str) -> ModuleType:
+    """The module `peft`, which wraps layers with adapters.
+
+    Args:
+        why: What needs it.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        return importlib.import_module("peft")
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError(
+            f"{why} needs peft, which is not installed: pip install 'wherefrom[lora]'.", name="peft"
+        ) from error

@@ -20,12 +20,14 @@ from torch import nn
 from transformers import AutoModel
 
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.extras import require_peft
 from wherefrom.parts import CaptionEncoder, LatentEncoder, freeze, resolve_path
 from wherefrom.processes import process_of, sampling_scheduler
 from wherefrom.prompts import PixArtPrompts, PromptEncoder, SD3Prompts, SDXLPrompts
 from wherefrom.storage import write_json
 
 TEXT_SOURCE = "text_encoder/source.json"
+LORA = "pytorch_lora_weights.safetensors"
 _KINDS = (UNet2DConditionModel, PixArtTransformer2DModel, SD3Transformer2DModel)
 # Tokens that T5 reads, as diffusers' pipelines set it where nothing else is asked for.
 _ALPHA_TOKENS, _SIGMA_TOKENS, _T5_TOKENS = 120, 300, 256
@@ -86,11 +88,17 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Loads a diffusers pipeline from a folder or a hub id.
 
+    Where a folder holds `pytorch_lora_weights.safetensors`, as diffusers' training scripts and `save_lora_weights`
+    write it, that adapter is loaded too.
+
     Raises:
+        ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
         ValueError: The path is neither a folder nor a hub id.
     """
-    source = Path(path) / TEXT_SOURCE
+    source, lora = Path(path) / TEXT_SOURCE, Path(path) / LORA
+    if lora.is_file():
+        require_peft(f"The adapter {lora}")
     parts: dict[str, Any] = {}
     if source.is_file():
         text = AutoModel.from_pretrained(resolve_path(json.loads(source.read_text())["path"]))
@@ -101,6 +109,9 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
         parts |= dict.fromkeys(name for name in absent if name.startswith(("text_encoder", "tokenizer")))
     pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
     network = _network(pipeline)
+    if lora.is_file():
+        loadable: Any = pipeline
+        loadable.load_lora_weights(path, weight_name=LORA)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
     return pipeline
@@ -194,6 +205,7 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`.
 
     Raises:
+        ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
         ValueError: The path is neither a folder nor a hub id, or the pipeline is of a kind that is not supported.
     """

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-Subset = Literal["cross_attention_kv", "cross_attention", "attention", "all"]
+Subset = Literal["cross_attention_kv", "cross_attention", "attention", "all", "adapter"]
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a weight belongs to a LoRA adapter, by peft's names."""
+    return ".lora_" in name
+
 
 # Names as in diffusers' U-Nets and PixArt: attn1 is self-attention, attn2 the cross-attention to the text.
 _CROSS: Mapping[str, Callable[[str], bool]] = {
@@ -18,6 +24,7 @@ _CROSS: Mapping[str, Callable[[str], bool]] = {
     "cross_attention": lambda name: ".attn2." in name,
     "attention": lambda name: ".attn1." in name or ".attn2." in name,
     "all": lambda name: True,
+    "adapter": _of_adapter,
 }
 # Stable Diffusion 3 attends to picture and text at once: `add_…` and `to_add_out` are the text's side. Its attn2 is
 # self-attention of the picture (in version 3.5).
@@ -27,13 +34,15 @@ _JOINT: Mapping[str, Callable[[str], bool]] = {
     "cross_attention": lambda name: any(part in name for part in _TEXT_SIDE),
     "attention": lambda name: ".attn." in name or ".attn2." in name,
     "all": lambda name: True,
+    "adapter": _of_adapter,
 }
 
 
 def select_weights(denoiser: nn.Module, subset: Subset) -> dict[str, nn.Parameter]:
     """The parameters of a subset by name, in the model's order.
 
-    A layer that an adapter wraps (LoRA, by peft) counts with its own weight and the adapter's.
+    A layer that an adapter wraps (LoRA, by peft) counts with its own weight and the adapter's; `adapter` takes the
+    adapters' weights alone, wherever they are: those that were trained.
 
     Raises:
         ValueError: The subset is unknown, or the model has no such weights.
@@ -45,6 +54,17 @@ def select_weights(denoiser: nn.Module, subset: Subset) -> dict[str, nn.Paramete
     if not chosen:
         raise ValueError(f"{type(denoiser).__name__} has no weights of the subset {subset!r}; 'all' always has some.")
     return chosen
+
+
+def adapter_scales(denoiser: nn.Module) -> dict[str, float]:
+    """How strongly each wrapped layer's adapters count, which no weight says."""
+    scales: dict[str, float] = {}
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "lora_A"):
+            layer: Any = module
+            active = () if layer.disable_adapters else layer.active_adapters
+            scales |= {f"{name}.{each}": float(layer.scaling[each]) for each in active if each in layer.scaling}
+    return scales
 
 
 @torch.no_grad()
