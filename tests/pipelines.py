@@ -193,11 +193,11 @@ def pixart(folder: Path, **parts: Any) -> Path:
     return folder
 
 
-def stable_diffusion_3(folder: Path, t5: bool = True, **parts: Any) -> Path:
-    """Stable Diffusion 3: flow matching, two CLIPs and T5, which may be left out."""
+def sd3_transformer(**changes: Any) -> SD3Transformer2DModel:
+    """Stable Diffusion 3's transformer of two blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformer = SD3Transformer2DModel(
+        return SD3Transformer2DModel(
             sample_size=4,
             patch_size=2,
             in_channels=4,
@@ -209,7 +209,12 @@ def stable_diffusion_3(folder: Path, t5: bool = True, **parts: Any) -> Path:
             caption_projection_dim=16,
             pooled_projection_dim=16,
             pos_embed_max_size=8,
+            **changes,
         )
+
+
+def stable_diffusion_3(folder: Path, t5: bool = True, **parts: Any) -> Path:
+    """Stable Diffusion 3: flow matching, two CLIPs and T5, which may be left out."""
     pipeline = StableDiffusion3Pipeline(
         **{
             "vae": tiny_vae_of(4),
@@ -219,7 +224,7 @@ def stable_diffusion_3(folder: Path, t5: bool = True, **parts: Any) -> Path:
             "tokenizer": clip_tokenizer(),
             "tokenizer_2": clip_tokenizer("!"),
             "tokenizer_3": t5_tokenizer() if t5 else None,
-            "transformer": transformer,
+            "transformer": sd3_transformer(),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
             **parts,
         }

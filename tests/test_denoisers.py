@@ -21,10 +21,13 @@ from tests.pipelines import (
     tiny_vae_of,
     unet_with,
 )
+from wherefrom.data.latents import encode_pictures
+from wherefrom.data.pictures import Pictures
 from wherefrom.denoisers import pack, unpack, unpack_masked
 from wherefrom.diffusion import DiffusionModel, sample
 from wherefrom.pipeline import load_model, load_pipeline, model_from_pipeline, save_pipeline
 from wherefrom.processes import FlowProcess, process_of
+from wherefrom.storage import Store
 
 PROMPTS = ["a big red square", ""]
 TIMES = torch.tensor([0, 400])
@@ -256,3 +259,18 @@ def test_what_can_only_be_read_is_not_saved(tmp_path: Path) -> None:
     model = load_model(str(stable_diffusion_xl(tmp_path / "xl")))
     with pytest.raises(ValueError, match="UNet2DConditionModel cannot be saved"):
         save_pipeline(tmp_path / "again", model, "nowhere")
+
+
+def test_the_size_that_sdxl_is_told_is_the_pictures(tmp_path: Path) -> None:
+    encoder = load_model(str(stable_diffusion_xl(tmp_path / "xl"))).encoder
+    assert encoder is not None
+    before = encoder.text.encode(["red"])
+    assert unpack(before, 16)[1][0, 10:].tolist() == [8, 8, 0, 0, 8, 8]
+    identity = encoder.identity()
+    random = np.random.default_rng(0).integers(0, 255, (2, 16, 24, 3), dtype=np.uint8)
+    train = Pictures(("a", "b"), (("red",), ("blue",)), random, {"license": ("", "")}, "wide")
+    states = encode_pictures(train, encoder, Store(tmp_path / "store")).states[:, 0]
+    tokens, extra = unpack(states, 16)
+    assert extra[:, 10:].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+    assert torch.equal(tokens[:1], unpack(before, 16)[0])
+    assert encoder.identity() != identity

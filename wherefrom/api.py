@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
 from wherefrom.attributors.base import Say, silent
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
-from wherefrom.data.latents import encode_pictures
+from wherefrom.data.latents import encode_pictures, report_cut
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.pipeline import model_from_pipeline
 from wherefrom.queries import QueryPicture, QueryRegion, read_query, read_regions, with_regions
@@ -45,7 +45,7 @@ def attribute_pictures(
     """Scores every picture of a captioned folder for each (picture file, prompt).
 
     Args:
-        pipeline: A loaded diffusers text-to-image pipeline with a U-Net.
+        pipeline: A loaded diffusers text-to-image pipeline of a kind that `model_from_pipeline` reads.
         folder: The training pictures, in Hugging Face's `imagefolder` layout. Pictures of its validation split,
             which the model was never trained on, are the null of the p-values; a folder without one
             has no null.
@@ -62,6 +62,7 @@ def attribute_pictures(
     runner, kept = Runner.current(), Store(store)
     model = model_from_pipeline(pipeline).to(runner.device)
     assert model.encoder is not None
+    report_cut(model.encoder.text, [prompt for _, prompt in pictures], "prompts")
     size = picture_size(model)
     parts = read_regions(regions, [file for file, _ in pictures], (size, size))
     queries = [

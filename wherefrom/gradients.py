@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -44,6 +45,12 @@ def _layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Tensor:
     return _over_positions(grads * normalised, len(module.normalized_shape))
 
 
+def _rms_norm(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
+    settings: Any = module
+    scale = torch.rsqrt(inputs.square().mean(dim=-1, keepdim=True) + settings.eps)
+    return _over_positions(grads * inputs * scale, 1)
+
+
 def _channels_first_bias(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
     return grads.flatten(2).sum(dim=2) if grads.dim() > 2 else grads
 
@@ -67,6 +74,7 @@ _RULES: Mapping[type[nn.Module], Mapping[str, _PerSample]] = {
     nn.Conv2d: {"weight": _convolution, "bias": _channels_first_bias},
     nn.GroupNorm: {"weight": _group_norm, "bias": _channels_first_bias},
     nn.LayerNorm: {"weight": _layer_norm, "bias": _layer_norm_bias},
+    RMSNorm: {"weight": _rms_norm},
 }
 
 
@@ -78,8 +86,8 @@ def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
     if rules is None or parameter not in rules or grouped:
         raise ValueError(
             f"No per-sample gradient for {name} ({type(module).__name__}): linear layers, ungrouped zero-padded "
-            "convolutions, group and layer "
-            "norms have one. Choose a weight subset without it."
+            "convolutions, group, layer "
+            "and root-mean-square norms have one. Choose a weight subset without it."
         )
     chosen: _PerSample = rules[parameter]
     return chosen
