@@ -52,6 +52,7 @@ def test_ids_captions_licences_and_pixels(folder: Path, told: Told, coco: Callab
     ids = sorted(image["id"] for image in told["images"])
     assert pictures.ids == tuple(map(str, ids))
     assert sorted(pictures.ids) != list(pictures.ids), "numbers are not sorted as text"
+    assert ids != [image["id"] for image in told["images"]], "nor is the file in their order"
     names = {entry["id"]: entry["name"] for entry in LICENSES}
     images = {image["id"]: image for image in told["images"]}
     for row, image in enumerate(ids):
