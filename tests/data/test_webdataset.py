@@ -16,10 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import evaluate
 from datamodules import LAION
 from tests.data.worlds import add_member, make_shards, picture, sample_of
+from tests.tiny import attribution_config
 from wherefrom.data import webdataset
 from wherefrom.data.decoding import Problem, Sample, share_out
+from wherefrom.data.image_folder import split_pictures
 from wherefrom.data.pictures import Pictures
 from wherefrom.data.shards import DAMAGED, LARGE, REFUSED, ShardSample, read_shard
 from wherefrom.data.webdataset import (
@@ -384,3 +387,28 @@ def test_data_module(tmp_path: Path, folder: Path, keys: list[list[str]]) -> Non
     data.setup()
     assert sorted(data.train_pictures.ids + data.validation_pictures.ids) == every[:30]
     assert len(data.validation_pictures) > 0
+
+
+def test_the_pipeline_attributes_to_shards_and_trusts_no_caption(tmp_path: Path, folder: Path) -> None:
+    keys = [f"00000{index:04d}" for index in range(12)]
+    hostile = b"<script>alert(1)</script> ../../etc/passwd"
+    write(
+        folder,
+        plain(
+            [part for key in keys for part in ((f"{key}.jpg", picture(int(key), (16, 12))), (f"{key}.txt", hostile))]
+        ),
+        keys,
+    )
+    data = {
+        "class_path": "LAION",
+        "init_args": {"folder": str(folder), "options": {"size": 8}, "validation_share": 0.3},
+    }
+    config = attribution_config(tmp_path, "run", data=data, attributor={"class_path": "PixelSimilarity"})
+    evaluate.main(["attribute", "-c", str(config)])
+    ranked = set(pq.read_table(tmp_path / "run" / "ranking.parquet")["image"].to_pylist())
+    train, held_out = split_pictures(build_laion(Store(tmp_path / "store"), folder, SMALL), 0.3)
+    assert ranked == set(train.ids)
+    assert sorted([*train.ids, *held_out.ids]) == keys
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script>alert" not in page
