@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import evaluate
 from tests.pipelines import TOKENS, pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from tests.tiny import one_process
+from tests.tiny import attribution_config, one_process
 from wherefrom import keyed
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.latents import encode_pictures
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel, sample
-from wherefrom.evaluation.ranking import order_of
+from wherefrom.evaluation.ranking import order_of, read_ranking
 from wherefrom.losses import LossGrid
 from wherefrom.pipeline import load_model, load_pipeline, model_from_pipeline
 from wherefrom.processes import sampling_scheduler
@@ -158,3 +160,19 @@ def test_diffusers_own_pipeline_draws_the_same_picture(folders: dict[str, Path],
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     other = sample(model, text.encode(["stripes"]), null, KEYS[:1], shape, 4, 3.0)
     assert (ours - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_the_command_line_attributes(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    config = attribution_config(tmp_path, count=4, model=str(folders[kind]))
+    settings = json.loads(config.read_text())
+    settings["attributor"]["init_args"] |= {
+        "weights": "cross_attention_kv",
+        "unlearning": {"draws": 8, "measure_draws": 8, "rise": 1e-3},
+    }
+    config.write_text(json.dumps(settings))
+    evaluate.main(["attribute", "-c", str(config)])
+    ((ids, scores),) = read_ranking(tmp_path / "run").values()
+    assert len(ids) == 4
+    assert len(np.unique(scores)) == 4
+    assert (tmp_path / "run" / "report.html").exists()
