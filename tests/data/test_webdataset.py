@@ -18,13 +18,13 @@ from PIL import Image
 
 import evaluate
 from datamodules import LAION
-from tests.data.worlds import add_member, make_shards, picture, sample_of
+from tests.data.worlds import make_shards, picture, plain, sample_of, write_shard, write_table
 from tests.tiny import attribution_config
 from wherefrom.data import webdataset
 from wherefrom.data.decoding import Problem, Sample, share_out
 from wherefrom.data.image_folder import split_pictures
 from wherefrom.data.pictures import Pictures
-from wherefrom.data.shards import DAMAGED, LARGE, REFUSED, ShardSample, read_shard
+from wherefrom.data.shards import DAMAGED, LARGE, REFUSED
 from wherefrom.data.webdataset import (
     LOST,
     NO_CAPTION,
@@ -53,24 +53,6 @@ def build(tmp_path: Path, folder: Path, store: str = "store", subset: Any = None
 def problems(tmp_path: Path, store: str = "store") -> list[Problem]:
     (made,) = (path for path in (tmp_path / store / "laion").iterdir() if path.suffix != ".partial")
     return [Problem(*each) for each in read_manifest(made)["problems"]]
-
-
-def table(folder: Path, shard: str, keys: list[str], **columns: list[Any]) -> None:
-    pq.write_table(pa.table({"key": keys, "url": ["u"] * len(keys), **columns}), folder / f"{shard}.parquet")
-
-
-def write(folder: Path, members: list[tuple[str, bytes, dict[str, Any]]], keys: list[str]) -> Path:
-    """A shard of these members, and a table of these keys."""
-    folder.mkdir(exist_ok=True)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for name, content, fields in members:
-            add_member(tar, name, content, **fields)
-    table(folder, "00000", keys)
-    return folder / "00000.tar"
-
-
-def plain(members: list[tuple[str, bytes]]) -> list[tuple[str, bytes, dict[str, Any]]]:
-    return [(name, content, {}) for name, content in members]
 
 
 def test_keys_captions_columns_and_pixels(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
@@ -133,39 +115,6 @@ def make(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", [509])
-def test_a_cut_at_any_byte_gives_a_beginning_of_the_samples(folder: Path, keys: list[list[str]], step: int) -> None:
-    path = folder / "00000.tar"
-    content = path.read_bytes()
-    (folder / "cut").mkdir()
-    cut = folder / "cut" / "00000.tar"
-    whole = [sample for sample in read_shard(path) if isinstance(sample, ShardSample)]
-    end = content.rstrip(b"\0")
-    for at in range(1, len(end), step):
-        cut.write_bytes(content[:at])
-        found = list(read_shard(cut))
-        assert isinstance(found[-1], Problem)
-        assert found[-1].kind == DAMAGED
-        samples = [sample for sample in found[:-1] if isinstance(sample, ShardSample)]
-        assert samples[:-1] == whole[: max(len(samples) - 1, 0)]
-        if samples:  # the last may lack members, but has none that is cut
-            expected = whole[len(samples) - 1]
-            assert samples[-1].members.items() <= expected.members.items()
-
-
-def test_damage_in_the_middle_is_not_taken_for_the_end(folder: Path, keys: list[list[str]]) -> None:
-    path = folder / "00001.tar"
-    with tarfile.open(path) as tar:
-        third = next(member for member in tar if member.name.startswith("000010003"))
-    content = bytearray(path.read_bytes())
-    content[third.offset : third.offset + 512] = b"\xa5" * 512
-    path.write_bytes(content)
-    found = list(read_shard(path))
-    assert [sample.key for sample in found if isinstance(sample, ShardSample)] == keys[1][:3]
-    assert isinstance(found[-1], Problem)
-    assert found[-1].kind == DAMAGED
-
-
 def test_broken_members_are_counted_by_name(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +138,7 @@ def test_broken_members_are_counted_by_name(
         *[("last.JPG", good), ("last.txt", text), ("last.npy", b"x")],
     ]
     names = dict.fromkeys(name.partition(".")[0] for name, _ in members)
-    write(folder, plain(members), [*names, "gone"])
+    write_shard(folder, plain(members), [*names, "gone"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     with caplog.at_level(logging.WARNING):
         pictures = build(tmp_path, folder, largest_member=5000)
@@ -209,55 +158,6 @@ def test_broken_members_are_counted_by_name(
     }
     assert "4 pictures are used; left out were 4 pictures that cannot be decoded: '00000.tar: cut'" in caplog.text
     assert "decompression bomb" in next(each.detail for each in problems(tmp_path) if each.name.endswith("warned"))
-
-
-@pytest.mark.parametrize(
-    ("name", "fields", "reason"),
-    [
-        ("/etc/cron.d/x.jpg", {}, "leads out"),
-        ("../x.jpg", {}, "leads out"),
-        ("a/../../x.jpg", {}, "leads out"),
-        ("a\\..\\x.jpg", {}, "leads out"),
-        ("C:/x.jpg", {}, "leads out"),
-        ("x.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0}, "plain file"),
-        ("x.jpg", {"type": tarfile.LNKTYPE, "linkname": "ok.jpg", "size": 0}, "plain file"),
-        ("x.jpg", {"type": tarfile.CHRTYPE, "size": 0}, "plain file"),
-        ("x.jpg", {"type": tarfile.FIFOTYPE, "size": 0}, "plain file"),
-        ("x\ny.jpg", {}, "is not one"),
-        ("x\udcff.jpg", {}, "is not one"),
-        ("x" * 300 + ".jpg", {}, "is not one"),
-        (".jpg", {}, "no key"),
-    ],
-)
-def test_tricks_are_refused_and_counted(
-    tmp_path: Path, folder: Path, name: str, fields: dict[str, Any], reason: str
-) -> None:
-    good = [("ok.jpg", picture(0, (16, 12))), ("ok.txt", b"a caption")]
-    shard = write(folder, [*plain(good), (name, good[0][1], fields), *plain([("y.jpg", b""), ("y.txt", b"x")])], ["ok"])
-    before = set(tmp_path.rglob("*"))
-    found = list(read_shard(shard))
-    (problem,) = (each for each in found if isinstance(each, Problem))
-    assert problem.kind == REFUSED
-    assert reason in problem.detail
-    assert problem.name.isprintable()
-    assert [each.key for each in found if isinstance(each, ShardSample)] == ["ok", "y"]
-    assert set(tmp_path.rglob("*")) == before
-    assert build(tmp_path, folder).ids == ("ok",)
-
-
-@pytest.mark.parametrize("size", [2**20, 2**40, 2**62, -(2**20)])
-def test_a_size_that_a_header_invents_is_not_believed(folder: Path, size: int) -> None:
-    shard = write(folder, plain([("ok.jpg", picture(0, (16, 12))), ("ok.txt", b"x")]), ["ok"])
-    with tarfile.open(shard) as tar:
-        text = tar.getmember("ok.txt")
-    invented = tarfile.TarInfo("ok.txt")
-    invented.size = size
-    content = bytearray(shard.read_bytes())
-    content[text.offset_data - 512 : text.offset_data] = invented.tobuf(tarfile.GNU_FORMAT)
-    shard.write_bytes(content)
-    found = list(read_shard(shard))
-    assert [each.kind for each in found if isinstance(each, Problem)] == [DAMAGED]
-    assert [list(each.members) for each in found if isinstance(each, ShardSample)] == [["jpg"]]
 
 
 def test_an_empty_shard_is_an_error(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
@@ -283,7 +183,7 @@ def test_bad_folders_and_tables_are_refused_before_anything_is_decoded(
         build(tmp_path, folder, subset=["no", keys[0][0]])
     with pytest.raises(ValueError, match=r"and name at least one"):
         build(tmp_path, folder, subset=[])
-    table(folder, "00002", keys[1])
+    write_table(folder, "00002", keys[1])
     with pytest.raises(ValueError, match=r"10 image ids occur more than once: '000010000'"):
         build(tmp_path, folder)
     (folder / "00002.parquet").write_bytes(b"x")
@@ -299,7 +199,7 @@ def test_bad_folders_and_tables_are_refused_before_anything_is_decoded(
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path, folder: Path) -> None:
-    write(folder, plain([("a.jpg", b"x"), ("a.txt", b"x")]), ["a"])
+    write_shard(folder, plain([("a.jpg", b"x"), ("a.txt", b"x")]), ["a"])
     with pytest.raises(ValueError, match=r"None of the pictures can be used: 1 pictures that cannot be decoded"):
         build(tmp_path, folder)
 
@@ -392,7 +292,7 @@ def test_data_module(tmp_path: Path, folder: Path, keys: list[list[str]]) -> Non
 def test_the_pipeline_attributes_to_shards_and_trusts_no_caption(tmp_path: Path, folder: Path) -> None:
     keys = [f"00000{index:04d}" for index in range(12)]
     hostile = b"<script>alert(1)</script> ../../etc/passwd"
-    write(
+    write_shard(
         folder,
         plain(
             [part for key in keys for part in ((f"{key}.jpg", picture(int(key), (16, 12))), (f"{key}.txt", hostile))]

@@ -113,3 +113,21 @@ def make_shards(folder: Path, shards: int = 4, count: int = 10) -> list[list[str
         pq.write_table(pa.table(rows), folder / f"{shard:05d}.parquet")
         (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": count + 1, "successes": count}))
     return keys
+
+
+def write_table(folder: Path, shard: str, keys: list[str], **columns: list[Any]) -> None:
+    pq.write_table(pa.table({"key": keys, "url": ["u"] * len(keys), **columns}), folder / f"{shard}.parquet")
+
+
+def write_shard(folder: Path, members: list[tuple[str, bytes, dict[str, Any]]], keys: list[str]) -> Path:
+    """A shard of these members, and a table of these keys."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for name, content, fields in members:
+            add_member(tar, name, content, **fields)
+    write_table(folder, "00000", keys)
+    return folder / "00000.tar"
+
+
+def plain(members: list[tuple[str, bytes]]) -> list[tuple[str, bytes, dict[str, Any]]]:
+    return [(name, content, {}) for name, content in members]
