@@ -5,7 +5,7 @@ Shape letters: N = pictures, F = flips (the picture, its mirror image), K = capt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -130,20 +130,27 @@ class LossPass:
     @torch.no_grad()
     def step(self, positions: range) -> None:
         """Measures the pictures at these positions."""
-        per_picture = len(self.flip)
-        measured = []
-        for start in range(0, len(positions) * per_picture, self.batch_size):
-            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_picture))
-            picture, item = positions.start + flat // per_picture, flat % per_picture
-            measured.append(self._measure(picture, item))
+        measured = [self._measure(picture, item) for picture, item in self.batches(positions)]
         losses = torch.cat(measured).reshape(len(positions), *self.losses.shape[1:])
-        if not torch.isfinite(losses).all():
-            worst = positions.start + int((~torch.isfinite(losses)).flatten(1).any(dim=1).nonzero()[0])
-            raise ValueError(
-                f"The loss of picture {self.data.ids[worst]!r} is not finite: check the model's weights and the "
-                "unlearning step."
-            )
+        self.check_finite("loss", positions, losses, "the model's weights and the unlearning step")
         self.losses[positions.start : positions.stop] = losses
+
+    def batches(self, positions: range) -> Iterator[tuple[Int64[Tensor, "b"], Int64[Tensor, "b"]]]:
+        """All (picture, item of the grid) pairs of these pictures, some at a time."""
+        items = len(self.flip)
+        for start in range(0, len(positions) * items, self.batch_size):
+            flat = torch.arange(start, min(start + self.batch_size, len(positions) * items))
+            yield positions.start + flat // items, flat % items
+
+    def check_finite(self, what: str, positions: range, values: Float[Tensor, "b ..."], suspects: str) -> None:
+        """Refuses what is not finite.
+
+        Raises:
+            ValueError: Names the first picture that has a number that is not.
+        """
+        if not torch.isfinite(values).all():
+            worst = positions.start + int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0])
+            raise ValueError(f"The {what} of picture {self.data.ids[worst]!r} is not finite: check {suspects}.")
 
     def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
         return self.item_losses(picture, item).cpu()

@@ -71,16 +71,15 @@ class TokenGradients:
         losses, model = self.losses, self.losses.model
         flips, captions, items = losses.shape[0], losses.shape[1], len(losses.flip)
         sums: dict[str, Tensor] = {}
-        for start in range(0, len(positions) * items, losses.batch_size):
-            flat = torch.arange(start, min(start + losses.batch_size, len(positions) * items))
-            picture, item = flat // items, flat % items
-            row = ((picture * flips + losses.flip[item]) * captions + losses.caption[item]).to(model.device)
+        for picture, item in losses.batches(positions):
+            of_flip = (picture - positions.start) * flips + losses.flip[item]
+            row = (of_flip * captions + losses.caption[item]).to(model.device)
             with torch.enable_grad(), PerSampleGradients(model.denoiser, self.names) as tap:
-                each = losses.item_losses(positions.start + picture, item)
+                each = losses.item_losses(picture, item)
                 if self.weights is not None:
                     each = each * self.weights[item].to(each)
                 found = tap.by_layer(each)
-            states = losses.data.states[positions.start + picture, losses.caption[item]]
+            states = losses.data.states[picture, losses.caption[item]]
             for layer in self.layers:
                 ((inputs, gradients),) = found[layer]
                 self._check(layer, inputs, states)
@@ -91,9 +90,7 @@ class TokenGradients:
         # (pictures, flips, captions, tokens, outputs of all layers side by side)
         whole = torch.cat([sums[layer] for layer in self.layers], dim=2)
         rows = whole.reshape(len(positions), flips, -1).cpu()
-        if not bool(rows.isfinite().all()):
-            worst = positions.start + int((~rows.isfinite()).flatten(1).any(dim=1).nonzero()[0])
-            raise ValueError(f"The gradient of picture {losses.data.ids[worst]!r} is not finite: check the weights.")
+        losses.check_finite("gradient", positions, rows, "the model's weights")
         return self._packed(rows)
 
     @staticmethod

@@ -69,26 +69,20 @@ class PictureFeatures:
 
     def _part(self, part: range) -> Tensor:
         features = self.compress(self.gradients(part)).reshape(len(part), self.flips, -1)
-        if not torch.isfinite(features).all():
-            worst = part.start + int((~torch.isfinite(features)).flatten(1).any(dim=1).nonzero()[0])
-            raise ValueError(
-                f"The gradient of picture {self.losses.data.ids[worst]!r} is not finite: check the model's weights."
-            )
+        self.losses.check_finite("gradient", part, features, "the model's weights")
         return features.cpu()
 
     def gradients(self, part: range) -> dict[str, Tensor]:
         """The mean gradient of each picture and flip, one a row."""
-        items, device, batch_size = len(self.losses.flip), self.model.device, self.losses.batch_size
+        items, device = len(self.losses.flip), self.model.device
         means = {
             name: torch.zeros(len(part) * self.flips, size, dtype=self.dtype, device=device)
             for name, size in self.sizes.items()
         }
-        for start in range(0, len(part) * items, batch_size):
-            flat = torch.arange(start, min(start + batch_size, len(part) * items))
-            picture, item = flat // items, flat % items
-            row = (picture * self.flips + self.losses.flip[item]).to(device)
+        for picture, item in self.losses.batches(part):
+            row = ((picture - part.start) * self.flips + self.losses.flip[item]).to(device)
             with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
-                losses = self.losses.item_losses(part.start + picture, item)
+                losses = self.losses.item_losses(picture, item)
                 if self.weights is not None:
                     losses = losses * self.weights[item].to(losses)
                 for name, gradients in tap.per_sample(losses):
