@@ -72,9 +72,10 @@ class Compression:
         """What decides the rows."""
         if self.keep in ("factors", "eigenbasis"):
             return {"keep": self.keep, "dimension": self.dimension}
-        return {"keep": self.keep, "dimension": self.dimension, "projection": self._projection().identity()}
+        return {"keep": self.keep, "dimension": self.dimension, "projection": self.projection().identity()}
 
-    def _projection(self) -> Projection:
+    def projection(self) -> Projection:
+        """The random projection, where one is asked for."""
         assert self.dimension is not None
         assert self.keep in ("rademacher", "sparse")
         return Projection(self.dimension, self.seed, self.keep)
@@ -209,12 +210,14 @@ class BankMaker:
             "curvature": dict(curvature_identity),
             "of": training.fingerprint,
         }
-        squares = self._squares(training)
-        # (pictures, flip, captions, timesteps, draws): the length at each timestep.
-        lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
-        weights = 1 / lengths if spread and bool((lengths > 0).all()) else torch.ones_like(lengths)
-        self.timestep_weights: Float[Tensor, "t"] = weights / weights.mean()
-        self.compress = None if compression.keep == "factors" else self._compress(compression, squares.coordinates)
+        chosen = compression.keep == "eigenbasis"
+        squares = self._squares(training) if spread or chosen else None
+        self.timestep_weights = None if squares is None or not spread else _weights_of(squares)
+        self.compress: Compress | None = None
+        if squares is not None and chosen:
+            self.compress = self._cut(largest(squares.coordinates, compression.dimension))
+        elif compression.keep != "factors":
+            self.compress = self._project(compression.projection())
         self.identity = {
             **self.settings,
             "compression": compression.identity(),
@@ -236,22 +239,17 @@ class BankMaker:
             progress=self.progress,
         )
 
-    def _compress(self, compression: Compression, coordinates: Mapping[str, Tensor]) -> Compress:
-        dtype = self._dtype
-        if compression.keep in ("rademacher", "sparse"):
-            projection = compression._projection()
+    def _project(self, projection: Projection) -> Compress:
+        def project(gradients: Mapping[str, Tensor]) -> Tensor:
+            return projection.project(self.curvature.whiten(gradients)).to(self._dtype)
 
-            def project(gradients: Mapping[str, Tensor]) -> Tensor:
-                return projection.project(self.curvature.whiten(gradients)).to(dtype)
+        return project
 
-            return project
-        kept = largest(coordinates, compression.dimension)
-
+    def _cut(self, kept: Mapping[str, Int64[Tensor, "k"]]) -> Compress:
         def cut(gradients: Mapping[str, Tensor]) -> Tensor:
             white = self.curvature.whiten(gradients)
-            return torch.cat([white[name][:, where.to(white[name].device)] for name, where in kept.items()], dim=1).to(
-                dtype
-            )
+            parts = [white[name][:, where.to(white[name].device)] for name, where in kept.items()]
+            return torch.cat(parts, dim=1).to(self._dtype)
 
         return cut
 
@@ -272,8 +270,9 @@ class BankMaker:
     def make(self, data: LatentSet) -> Bank | TokenBank:
         """The bank of these pictures, from the store if it is there."""
         losses = LossPass(self.model, data, self.grid, self.batch_size)
-        steps = self.grid.steps(self.model.process.steps)
-        weights = self.timestep_weights[torch.searchsorted(steps, losses.timestep)]
+        weights = self.timestep_weights
+        if weights is not None:
+            weights = weights[torch.searchsorted(self.grid.steps(self.model.process.steps), losses.timestep)]
         if self.compress is None:
             rows = self._rows(TokenGradients(losses, self.names, weights, self.half).rows, data)
             return TokenBank(rows, data, tuple(self.names), self.curvature)
@@ -289,6 +288,16 @@ class BankMaker:
             self.runner,
             progress=self.progress,
         )
+
+
+def _weights_of(squares: SquaredPass) -> Float[Tensor, "t"] | None:
+    """Weights of mean 1, of each timestep by its gradients' root mean square length; None where one has no length."""
+    # The losses' dimensions are pictures, flips, captions, timesteps and draws.
+    lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
+    if not bool((lengths > 0).all()):
+        return None
+    weights: Tensor = 1 / lengths
+    return weights / weights.mean()
 
 
 def largest(coordinates: Mapping[str, Float[Tensor, "m"]], count: int | None) -> dict[str, Int64[Tensor, "k"]]:
