@@ -107,18 +107,10 @@ class EKFAC(Curvature):
         Raises:
             ValueError: A parameter is missing on either side or has another shape, or a step is not finite.
         """
-        steps: dict[str, Tensor] = {}
-        rest = {}
-        for name, gradient in gradients.items():
-            owner, _, kind = name.rpartition(".")
-            factors = self.layers.get(owner)
-            if factors is None or (kind == "bias" and not factors.bias):
-                rest[name] = gradient
-            elif kind == "weight":
-                steps |= self._layer_step(owner, factors, gradients)
-            elif f"{owner}.weight" not in gradients:
-                raise ValueError(_BOTH.format(owner))
-        steps |= self.diagonal.precondition(rest)
+        owners, rest = self._split(gradients)
+        steps = self.diagonal.precondition(rest)
+        for owner in owners:
+            steps |= self._layer_step(owner, self.layers[owner], gradients)
         for name, step in steps.items():
             if not torch.isfinite(step).all():
                 raise ValueError(
@@ -132,26 +124,37 @@ class EKFAC(Curvature):
         Raises:
             ValueError: A parameter is missing on either side or has another shape, or a coordinate is not finite.
         """
-        found, rest = {}, {}
-        for name, rows in gradients.items():
+        owners, rest = self._split(gradients)
+        found = self.diagonal.whiten(rest)
+        for owner in owners:
+            factors, name = self.layers[owner], f"{owner}.weight"
+            rows, (outputs, inputs) = gradients[name], factors.eigenvalues.shape
+            if rows.shape[1] != outputs * (inputs - factors.bias):
+                raise ValueError(_SHAPES.format(owner, (outputs, inputs), f"{rows.shape[1]} numbers"))
+            matrices = rows.unflatten(1, (outputs, -1))
+            if factors.bias:
+                matrices = torch.cat([matrices, gradients[f"{owner}.bias"][:, :, None]], dim=2)
+            found[name] = finite_rows(name, factors.whiten(matrices, self.damping).flatten(1))
+        return found
+
+    def _split(self, gradients: Mapping[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
+        """Layers with factors, whose gradients are all there, and the other gradients.
+
+        Raises:
+            ValueError: Weight or bias is missing where the factors are of both.
+        """
+        owners, rest = [], {}
+        for name, gradient in gradients.items():
             owner, _, kind = name.rpartition(".")
             factors = self.layers.get(owner)
             if factors is None or (kind == "bias" and not factors.bias):
-                rest[name] = rows
-            elif kind == "weight":
-                bias = gradients.get(f"{owner}.bias")
-                outputs, inputs = factors.eigenvalues.shape
-                if rows.shape[1] != outputs * (inputs - factors.bias):
-                    raise ValueError(_SHAPES.format(owner, (outputs, inputs), f"{rows.shape[1]} numbers"))
-                matrices = rows.unflatten(1, (outputs, -1))
-                if factors.bias:
-                    if bias is None:
-                        raise ValueError(_BOTH.format(owner))
-                    matrices = torch.cat([matrices, bias[:, :, None]], dim=2)
-                found[name] = finite_rows(name, factors.whiten(matrices, self.damping).flatten(1))
-            elif f"{owner}.weight" not in gradients:
+                rest[name] = gradient
+                continue
+            if factors.bias and not {f"{owner}.weight", f"{owner}.bias"} <= set(gradients):
                 raise ValueError(_BOTH.format(owner))
-        return found | self.diagonal.whiten(rest)
+            if kind == "weight":
+                owners.append(owner)
+        return owners, rest
 
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Parameters with neither factors nor a diagonal, and what makes up one matrix with them but is not there."""
@@ -167,12 +170,10 @@ class EKFAC(Curvature):
         return missing
 
     def _layer_step(self, owner: str, factors: KroneckerFactors, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weight, bias = gradients[f"{owner}.weight"], gradients.get(f"{owner}.bias")
+        weight = gradients[f"{owner}.weight"]
         matrix = weight.flatten(1)
         if factors.bias:
-            if bias is None:
-                raise ValueError(_BOTH.format(owner))
-            matrix = torch.cat([matrix, bias[:, None]], dim=1)
+            matrix = torch.cat([matrix, gradients[f"{owner}.bias"][:, None]], dim=1)
         if matrix.shape != factors.eigenvalues.shape:
             raise ValueError(_SHAPES.format(owner, tuple(factors.eigenvalues.shape), tuple(matrix.shape)))
         step = factors.precondition(matrix, self.damping)
