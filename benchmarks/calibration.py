@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from wherefrom.evaluation.calibration import CalibrationSettings, assess, calibrate
 from wherefrom.evaluation.concentration import concentration
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.similarity import similarities
 from wherefrom.keyed import hash_text
 from wherefrom.ranker import load_ranker
@@ -36,10 +37,7 @@ def concentrations(scores: Float[NDArray[np.floating], "q m"]) -> dict[str, list
     each = [concentration(row, TOPS) for row in scores]
     numbers = {f"share of the first {k}": [one.shares[k] for one in each] for k in TOPS}
     numbers["effective pictures"] = [one.effective for one in each]
-    return {
-        name: [float(np.nanmean(values)), float(np.nanstd(values, ddof=1) / np.isfinite(values).sum() ** 0.5)]
-        for name, values in numbers.items()
-    }
+    return {name: list(estimate(np.array(values))) for name, values in numbers.items()}
 
 
 def split(queries: Sequence[str], count: int, seed: int) -> tuple[list[int], list[int]]:

@@ -31,9 +31,10 @@ from lightning_modules.runs import load_methods, shapes, training_data_of
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor
 from wherefrom.attributors.base import Say, silent
-from wherefrom.changes import changes, estimate
+from wherefrom.changes import changes
 from wherefrom.data.copies import Copies
 from wherefrom.evaluation.foresight import foresight
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.progress import Console
 from wherefrom.queries import QuerySource, generate
 from wherefrom.reattribution import AFTER, Reattribution, whole_ranking

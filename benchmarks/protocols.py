@@ -22,8 +22,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from wherefrom.changes import estimate, or_nan
+from wherefrom.changes import or_nan
 from wherefrom.counterfactual import FLOOR, RESULT
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.removal import RANDOM
 
 Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # K -> method -> query -> ΔL own

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import train
 from wherefrom.evaluation.halves import shuffled_halves
-from wherefrom.evaluation.metrics import MeanAveragePrecision, top_of
+from wherefrom.evaluation.metrics import MeanAveragePrecision, estimate, top_of
 from wherefrom.evaluation.retrieval import DEPTHS, Depth
 from wherefrom.evaluation.similarity import similarities
 from wherefrom.ranker import load_ranker
@@ -189,8 +189,8 @@ def line(name: str, records: Sequence[dict[str, Any]], count: int) -> str:
     """A row of the table."""
     cells = []
     for k in records[0]["ap"]:
-        values = np.mean([record["ap"][k] for record in records], axis=0)
-        cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) / len(values) ** 0.5:.3f}")
+        mean, error = estimate(np.mean([record["ap"][k] for record in records], axis=0))
+        cells.append(f"{mean:.3f} ± {error:.3f}")
     alone = records[0].get("alone", {})
     cells += [f"{np.mean([record['alone'][half] for record in records]):.3f}" for half in alone] or ["–", "–"]
     milliseconds = float(np.mean([record["ms"] for record in records]))

@@ -116,13 +116,9 @@ class LearningToRank(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(block.queries))
         return loss
 
-    def embed(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
-        """Embeddings of many rows, a part at a time."""
-        return torch.cat([self.ranker.embed(part.to(self.device)) for part in features.split(self.rows)])
-
     def on_validation_epoch_start(self) -> None:
         """Embeds the training pictures once for all queries."""
-        self.images = self.embed(self.data.training_features())
+        self.images = self.ranker.embed_all(self.data.training_features(), self.rows)
 
     def validation_step(self, batch: RankedQueries) -> Predictions:
         """Logs the loss of all pairs that the teacher scored; callbacks judge the ranking."""

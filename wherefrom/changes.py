@@ -50,14 +50,6 @@ def by_method(removals: Sequence[Removal]) -> list[list[Removal]]:
     return list(found.values())
 
 
-def estimate(values: Float[NDArray[np.float64], "q"]) -> tuple[float, float]:
-    """Mean and standard error of what is a number."""
-    known = values[np.isfinite(values)]
-    if len(known) == 0:
-        return float("nan"), float("nan")
-    return float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
-
-
 def or_none(values: Sequence[float] | Float[NDArray[np.float64], "q"]) -> list[float | None]:
     """Numbers as JSON has them: null where there is none."""
     return [float(value) if np.isfinite(value) else None for value in values]

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from wherefrom.attributors.base import Scores
-from wherefrom.changes import KINDS, Measured, by_method, changes, effects, estimate, or_none
+from wherefrom.changes import KINDS, Measured, by_method, changes, effects, or_none
 from wherefrom.comparison import Cost
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.removal import (
     RANDOM,
     Effect,

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.changes import Measured, by_method, effects, estimate, or_none
+from wherefrom.changes import Measured, by_method, effects, or_none
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.removal import Removal, top_of_ranking
 from wherefrom.reattribution import Reattribution
 from wherefrom.retraining import Retrain

@@ -16,9 +16,10 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.changes import estimate, or_nan
+from wherefrom.changes import or_nan
 from wherefrom.comparison import Cost
 from wherefrom.counterfactual import FLOOR, PICTURES, RESULT, Row, as_table
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.removal import RANDOM, Effect
 from wherefrom.judge_sections import STYLE, sections, table
 from wherefrom.markup import Markup, tag

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from wherefrom.attributors.base import Scores
-from wherefrom.evaluation.metrics import LinearDatamodelingScore
+from wherefrom.evaluation.metrics import LinearDatamodelingScore, estimate
 from wherefrom.keyed import hash_text
 from wherefrom.retraining import Retrain
 from wherefrom.storage import write_json
@@ -143,8 +143,7 @@ def _score(method: str, values: Float[Tensor, "q"]) -> Score:
     numbers = values.double().numpy()
     drawn = np.random.default_rng(0).choice(numbers, (_DRAWS, len(numbers))).mean(axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    error = float(numbers.std(ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else float("nan")
-    return Score(method, float(numbers.mean()), error, float(low), float(high), len(numbers))
+    return Score(method, *estimate(numbers), float(low), float(high), len(numbers))
 
 
 def as_table(scores: Sequence[Score]) -> str:

@@ -7,8 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -83,6 +85,28 @@ class Ranker(nn.Module):
         if features.shape[-1] != self.inputs:
             raise ValueError(f"The ranker takes {self.inputs} features, given {features.shape[-1]}.")
         return F.normalize(self.mlp(features), dim=-1)
+
+    @torch.no_grad()
+    def embed_all(
+        self, features: Float[Tensor, "n d"] | Float[NDArray[np.floating[Any]], "n d"], rows: int = 4096
+    ) -> Float[Tensor, "n e"]:
+        """Embeddings without dropout, so many rows at a time, on the ranker's device.
+
+        Args:
+            features: Those of all encoders side by side; may be mapped from disk.
+            rows: Rows at a time. Their number may change the last digits: one by one, a row's do not depend on others.
+
+        Raises:
+            ValueError: The features have another width.
+        """
+        training = self.training
+        self.eval()
+        try:
+            blocks = (features[start : start + rows] for start in range(0, max(len(features), 1), rows))
+            tensors = (block if isinstance(block, Tensor) else torch.from_numpy(np.array(block)) for block in blocks)
+            return torch.cat([self.embed(each.to(self.scale.device, self.scale.dtype)) for each in tensors])
+        finally:
+            self.train(training)
 
     def logits(self, cosines: Tensor) -> Tensor:
         """What the sigmoid turns into a normalised rank, 0 the most influential."""

@@ -12,10 +12,11 @@ from PIL import Image
 
 from wherefrom.attribution import attribute, run_identity
 from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, silent
-from wherefrom.changes import estimate, or_none
+from wherefrom.changes import or_none
 from wherefrom.comparison import Cost
 from wherefrom.data.pictures import Pictures, keep_indices
 from wherefrom.evaluation.foresight import Foresight, foresight
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.ranking import read_ranking
 from wherefrom.evaluation.removal import Removal
 from wherefrom.progress import duration

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.changes import Measured, effects, estimate, or_none
+from wherefrom.changes import Measured, effects, or_none
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.removal import Removal, plan_removals, top_of_ranking
 
 _PARTS = ("first", "second", "both", "synergy")

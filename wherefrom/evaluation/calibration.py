@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.similarity import similarities
 from wherefrom.keyed import hash_text
 from wherefrom.ranker import Ranker
@@ -338,13 +339,14 @@ def assess(
         some = here.any(axis=1)
         each = (inside & here).sum(axis=1)[some] / here.sum(axis=1)[some]
         by_bin.append(float(each.mean()) if len(each) else float("nan"))
+    (spearman, spearman_error), (coverage, coverage_error) = estimate(correlations), estimate(coverages)
     return Assessment(
         rmse=float(np.sqrt(np.square(found.values - scores).mean())),
         spread=float(scores.std()),
-        spearman=float(correlations.mean()),
-        spearman_error=_error(correlations),
-        coverage=float(coverages.mean()),
-        coverage_error=_error(coverages),
+        spearman=spearman,
+        spearman_error=spearman_error,
+        coverage=coverage,
+        coverage_error=coverage_error,
         coverage_by_bin=tuple(by_bin),
         count=len(queries),
     )
@@ -354,7 +356,3 @@ def _spearman(estimates: NDArray[np.float64], scores: NDArray[np.float64]) -> fl
     if np.ptp(estimates) == 0 or np.ptp(scores) == 0:
         return 0.0
     return float(spearmanr(estimates, scores).statistic)
-
-
-def _error(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.evaluation.metrics import MeanAveragePrecision, QueryMean
+from wherefrom.evaluation.metrics import MeanAveragePrecision, estimate
 from wherefrom.evaluation.retrieval import Depth
 from wherefrom.evaluation.similarity import similarities
 from wherefrom.keyed import hash_text
@@ -108,9 +108,4 @@ def _average_precisions(teacher: TeacherSet, ranker: Ranker, features: Features,
 
 
 def _shuffled(found: Float[Tensor, "q"], whole: Float[Tensor, "q"]) -> Shuffled:
-    means = []
-    for values in (found, whole - found):
-        metric = QueryMean()
-        metric.update(values)
-        means.append({key: value.item() for key, value in metric.compute().items()})
-    return Shuffled(means[0]["mean"], means[0]["error"], means[1]["mean"], means[1]["error"], int(means[0]["count"]))
+    return Shuffled(*estimate(found.numpy()), *estimate((whole - found).numpy()), len(found))

@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.regression import spearman_corrcoef
+
+
+def estimate(values: Float[NDArray[np.float64], "q"]) -> tuple[float, float]:
+    """Mean and standard error of what is a number."""
+    known = values[np.isfinite(values)]
+    if len(known) == 0:
+        return float("nan"), float("nan")
+    return float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
 
 
 class QueryMean(Metric):

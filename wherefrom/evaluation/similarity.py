@@ -6,30 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int32
 from numpy.typing import NDArray
-from torch import Tensor
 
 from wherefrom.ranker import Ranker
 from wherefrom.teacher import Features
 
 _BLOCK = 4096
-
-
-@torch.no_grad()
-def embed(ranker: Ranker, features: Float[NDArray[np.floating], "n d"]) -> Float[Tensor, "n e"]:
-    """Unit vectors of all rows, without dropout, on the ranker's device; features may be mapped from disk.
-
-    Raises:
-        ValueError: The features have another width.
-    """
-    training, scale = ranker.training, ranker.scale
-    ranker.eval()
-    try:
-        blocks = [features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK)]
-        return torch.cat(
-            [ranker.embed(torch.tensor(block, dtype=scale.dtype, device=scale.device)) for block in blocks]
-        )
-    finally:
-        ranker.train(training)
 
 
 def similarities(
@@ -45,7 +26,7 @@ def similarities(
     Raises:
         ValueError: The features have another width.
     """
-    images, queries = embed(ranker, features.training), embed(ranker, features.queries)
+    images, queries = (ranker.embed_all(side, _BLOCK) for side in (features.training, features.queries))
     if rows is None:
         return (queries @ images.T).double().cpu().numpy()
     found = np.empty(rows.shape)

@@ -95,7 +95,6 @@ def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) ->
     return found
 
 
-@torch.no_grad()
 def embed(
     ranker: Ranker, features: Float[Tensor, "n d"], names: Sequence[str], alone: bool = True
 ) -> Float[NDArray[np.float32], "n e"]:
@@ -115,13 +114,7 @@ def embed(
             f"The ranker takes {ranker.inputs} features, but {' and '.join(names)} give {features.shape[1]}: the "
             "encoders are not those that it was trained with."
         )
-    device, training = ranker.scale.device, ranker.training
-    ranker.eval()
-    try:
-        rows = features.float().to(device)
-        found = torch.cat([ranker.embed(row) for row in rows.split(1)]) if alone and len(rows) else ranker.embed(rows)
-    finally:
-        ranker.train(training)
+    found = ranker.embed_all(features, 1 if alone else max(len(features), 1))
     vectors: NDArray[np.float32] = found.float().cpu().numpy()
     return vectors
 
