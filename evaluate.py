@@ -12,7 +12,6 @@ python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # ranking
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from lightning_modules.runs import Devices, load_methods, prepare, prepare_trial
 from wherefrom import attributors, counterfactual, lds
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, TrainingData
+from wherefrom.command import mistakes_in_one_line
 from wherefrom.comparison import compare
 from wherefrom.counterfactual import judge
 from wherefrom.curation import Captions, curate
@@ -250,7 +250,7 @@ def main(args: Sequence[str] | None = None) -> None:
     config = root.parse_args(args)
     torch.set_float32_matmul_precision("high")
     initialised = root.instantiate(config)
-    try:
+    with mistakes_in_one_line(called_from_python=args is not None):
         runs = {
             "attribute": run_attribute,
             "compare": run_compare,
@@ -261,11 +261,6 @@ def main(args: Sequence[str] | None = None) -> None:
             "curate": run_curate,
         }
         runs[initialised.subcommand](initialised[initialised.subcommand])
-    except (ValueError, OSError) as error:
-        if args is not None:
-            raise  # called from Python: the caller handles it
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

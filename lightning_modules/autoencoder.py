@@ -13,6 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lightning_modules.schedule import stepped_per_batch
 from wherefrom import keyed
 from wherefrom.data.stream import NOISE, PixelBatch
 
@@ -128,9 +129,7 @@ class Autoencoder(LightningModule):
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
         """The injected optimizer, with the injected schedule stepped per batch."""
         optimizer = self.optimizer(parameter for parameter in self.vae.parameters() if parameter.requires_grad)
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return stepped_per_batch(optimizer, self.scheduler)
 
     def on_train_end(self) -> None:
         """Sets the scaling factor to one over the latents' spread (a decoder alone keeps its own), and saves."""

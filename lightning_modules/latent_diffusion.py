@@ -13,6 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lightning_modules.schedule import stepped_per_batch
 from wherefrom import keyed
 from wherefrom.data.stream import NOISE, LatentBatch
 from wherefrom.diffusion import TRAINING_VERSION, DiffusionModel, ForwardProcess
@@ -146,9 +147,7 @@ class LatentDiffusion(LightningModule):
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
         """The injected optimizer, with the injected schedule stepped per batch."""
         optimizer = self.optimizer(self.unet.parameters())
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return stepped_per_batch(optimizer, self.scheduler)
 
     def on_train_end(self) -> None:
         """Saves the averaged model as a pipeline, and beside it what was measured."""

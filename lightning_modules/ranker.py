@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from datamodules.teacher_rankings import RankedQueries, TeacherRankings
+from lightning_modules.schedule import stepped_per_batch
 from wherefrom.pair_blocks import PairBlock
 from wherefrom.ranker import Ranker, load_ranker, save_ranker
 from wherefrom.ranking_losses import BinaryCrossEntropy, RankingLoss
@@ -137,9 +138,7 @@ class LearningToRank(LightningModule):
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
         """The injected optimizer, with the injected schedule stepped per block."""
         optimizer = self.optimizer(self.parameters())
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return stepped_per_batch(optimizer, self.scheduler)
 
     def on_train_end(self) -> None:
         """Saves the ranker, with what it was trained on."""

@@ -20,7 +20,7 @@ from wherefrom.attributors.among import AmongNearest
 from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, silent
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.features import ImageEncoder, TextEncoder, caption_features, image_features
+from wherefrom.features import ImageEncoder, TextEncoder, picture_features, query_features
 from wherefrom.keyed import hash_text
 from wherefrom.passes import Progress
 from wherefrom.progress import duration
@@ -282,10 +282,7 @@ def _features(
     results: Sequence[Scores], pictures: Pictures, encoder: Encoder, store: Store, progress: Progress | None
 ) -> Features:
     queries = [scores.query for scores in results]
-    if isinstance(encoder, ImageEncoder):
-        training = image_features(pictures, encoder, store, progress)
-        drawn = encoder.encode_images(np.stack([query.pixels for query in queries]))
-    else:
-        training = caption_features([several[0] for several in pictures.captions], encoder, store, progress)
-        drawn = encoder.encode_texts([query.prompt for query in queries])
+    training = picture_features(pictures, encoder, store, progress)
+    pixels = np.stack([query.pixels for query in queries])
+    drawn = query_features(pixels, [query.prompt for query in queries], encoder)
     return Features(np.asarray(training.to(torch.float32)), np.asarray(drawn.to(torch.float32)))

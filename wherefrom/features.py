@@ -265,6 +265,28 @@ def caption_features(
     return _kept("caption_features", identity, len(captions), encode, store, progress)
 
 
+def picture_features(
+    pictures: Pictures,
+    encoder: ImageEncoder | TextEncoder,
+    store: Store,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "n d"]:
+    """Vectors of the pictures themselves, or of their first captions: what the encoder takes.
+
+    Raises:
+        StorageError: The store could not be written.
+    """
+    if isinstance(encoder, ImageEncoder):
+        return image_features(pictures, encoder, store, progress)
+    first = [captions[0] if captions else "" for captions in pictures.captions]
+    return caption_features(first, encoder, store, progress)
+
+
+def query_features(pixels: Pixels, prompts: Sequence[str], encoder: ImageEncoder | TextEncoder) -> Float[Tensor, "q d"]:
+    """Vectors of queries' pictures, or of their prompts: what the encoder takes."""
+    return encoder.encode_images(pixels) if isinstance(encoder, ImageEncoder) else encoder.encode_texts(prompts)
+
+
 def _kept(
     kind: str,
     identity: Mapping[str, Any],

@@ -19,7 +19,7 @@ from torch import Tensor
 from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.features import ImageEncoder, TextEncoder, caption_features, image_features
+from wherefrom.features import ImageEncoder, TextEncoder, picture_features, query_features
 from wherefrom.index import Embeddings, Hits, Index, build_index, embed, embed_training_set, ranker_identity, rows_of
 from wherefrom.index.embeddings import cosines
 from wherefrom.ranker import load_ranker
@@ -123,27 +123,18 @@ class Fast(Attributor):
         }
 
     def _embeddings(self, pictures: Pictures, store: Store, runner: Runner) -> Embeddings:
-        first = [captions[0] if captions else "" for captions in pictures.captions]
-        features = [
-            image_features(pictures, encoder, store, self.progress)
-            if isinstance(encoder, ImageEncoder)
-            else caption_features(first, encoder, store, self.progress)
-            for encoder in self.encoders.values()
-        ]
+        features = [picture_features(pictures, each, store, self.progress) for each in self.encoders.values()]
         training = self._training(pictures)
         return embed_training_set(self.ranker, self.names, features, training, store, runner, self.progress)
 
     def embed_queries(self, queries: Sequence[Query]) -> Embeddings:
         """Unit vectors of queries; each is made alone, so that none depends on its company."""
-        rows = [torch.cat([self._encode(encoder, query) for encoder in self.encoders.values()], 1) for query in queries]
+        rows = [
+            torch.cat([query_features(query.pixels[None], [query.prompt], each) for each in self.encoders.values()], 1)
+            for query in queries
+        ]
         features: Float[Tensor, "q d"] = torch.cat(rows) if rows else torch.empty(0, self.ranker.inputs)
         return Embeddings(embed(self.ranker, features, self.names), self.ranker_identity)
-
-    @staticmethod
-    def _encode(encoder: ImageEncoder | TextEncoder, query: Query) -> Float[Tensor, "1 d"]:
-        if isinstance(encoder, ImageEncoder):
-            return encoder.encode_images(query.pixels[None])
-        return encoder.encode_texts([query.prompt])
 
     def search(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """The k most influential pictures of each query, by the index.

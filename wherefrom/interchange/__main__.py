@@ -9,7 +9,6 @@ python -m wherefrom.interchange pickle influence_0.pkl influence_0.npz       # a
 from __future__ import annotations
 
 import argparse
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wherefrom.command import mistakes_in_one_line
 from wherefrom.interchange.fastgda import (
     features_of_width,
     read_fastgda_ranker,
@@ -120,13 +120,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "to-fastgda-ranker": convert_back,
         "pickle": convert_pickle,
     }[options.command]
-    try:
+    with mistakes_in_one_line(called_from_python=args is not None):
         run(options)
-    except (ValueError, OSError) as error:
-        if args is not None:
-            raise  # called from Python: the caller handles it
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":
