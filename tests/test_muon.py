@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
-from wherefrom.muon import MuonAdamW
+from wherefrom.muon import MuonAdamW, orthogonalise
 from wherefrom.schedules import WarmupStableDecay
 
 
@@ -46,9 +46,34 @@ def test_it_is_muon_for_matrices_and_adamw_for_the_rest() -> None:
         muon.step()
         adamw.step()
     expected[0].weight.data = kernel.data.reshape(16, 4, 3, 3)
-    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(found, wanted)
+    start = network()
+    for layer in (0, 2):  # torch orthogonalises in bfloat16
+        moved = expected[layer].weight - start[layer].weight
+        assert moved.square().mean().sqrt() > 2e-3
+        assert (model[layer].weight - expected[layer].weight).norm() < 0.08 * moved.norm()
+    for found, wanted in zip((model[0].bias, *model[3].parameters()), rest, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=1e-4)
     assert not torch.allclose(model[3].weight, network()[3].weight)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 6), (6, 11), (6, 12), (6, 80)])
+def test_orthogonalising_is_the_iteration_on_each_matrix_alone(rows: int, columns: int) -> None:
+    stacked = torch.randn(3, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = orthogonalise(stacked)
+    for matrix, result in zip(stacked, found, strict=True):
+        x = matrix / matrix.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        torch.testing.assert_close(result, x)
+        assert torch.linalg.svdvals(result).sub(1).abs().max() < 0.35
+    torch.testing.assert_close(orthogonalise(stacked.float()).double(), found, rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_of_another_optimizer_is_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="not one that MuonAdamW wrote"):
+        MuonAdamW(model.parameters()).load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
 
 
 def test_the_memory_format_of_kernels_does_not_matter() -> None:
@@ -57,8 +82,7 @@ def test_the_memory_format_of_kernels_does_not_matter() -> None:
     take_steps(last, MuonAdamW(last.parameters(), lr=0.01), range(4))
     assert last[0].weight.is_contiguous(memory_format=torch.channels_last)
     for found, wanted in zip(last.parameters(), model.parameters(), strict=True):
-        # Muon orthogonalises in bfloat16, where the order of a sum shows.
-        torch.testing.assert_close(found, wanted, rtol=0.05, atol=2e-3)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_state_is_gone_on_with_and_a_schedule_is_followed() -> None:

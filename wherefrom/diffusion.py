@@ -25,7 +25,7 @@ from wherefrom.weights import adapter_scales
 Output = Literal["loss", "square_output"]
 
 # Raised by hand when the numerics of training change: retrained models of another version are other models.
-TRAINING_VERSION = 2
+TRAINING_VERSION = 3
 
 # Salts of the sampler's draws.
 _START, _STEP = 101, 102
