@@ -80,10 +80,11 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _step_matrices(self, lr: float) -> None:
-        moved = [each for each in self._matrices if each.grad is not None]
-        if not moved:
+        pairs = [(each, each.grad) for each in self._matrices if each.grad is not None]
+        if not pairs:
             return
-        grads = [each.grad for each in moved]
+        moved: list[Tensor] = [weight for weight, _ in pairs]
+        grads: list[Tensor] = [gradient for _, gradient in pairs]
         for each in moved:
             if "momentum" not in self.state[each]:
                 self.state[each]["momentum"] = torch.zeros_like(each)
@@ -135,7 +136,8 @@ def orthogonalise(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n
     Args:
         matrices: At most as many rows as columns.
     """
-    x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=SMALLEST_NORM)
+    norms: Tensor = torch.linalg.matrix_norm(matrices, keepdim=True)
+    x = matrices / norms.clamp(min=SMALLEST_NORM)
     if x.shape[-1] < 2 * x.shape[-2]:
         for _ in range(ITERATIONS):
             gram = x @ x.mT
