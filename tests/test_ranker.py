@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ RANDOM = torch.Generator().manual_seed(0)
 FEATURES = torch.randn(37, 5, generator=RANDOM)
 
 
-def made(**sizes: float) -> Ranker:
+def made(**sizes: Any) -> Ranker:
     torch.manual_seed(3)
     ranker = Ranker(5, **{"width": 6, "hidden": 2, "outputs": 4, **sizes})
     with torch.no_grad():  # biases and scale start at round numbers
@@ -40,6 +41,33 @@ def test_logits_are_those_of_the_formula() -> None:
     expected = embed(queries) @ embed(images).T * state["scale"] + state["bias"]
     torch.testing.assert_close(ranker(queries, images).detach(), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ranker.embed(images).detach(), embed(images), rtol=1e-10, atol=1e-12)
+
+
+def test_parts_make_the_embedding_blind_to_the_scale_of_an_encoder() -> None:
+    ranker = made(parts=(2, 3)).double()
+    features = FEATURES.double()
+    scaled = features * torch.tensor([100.0, 100.0, 0.01, 0.01, 0.01])
+    torch.testing.assert_close(ranker.embed(scaled), ranker.embed(features))
+    plain = made().double()
+    assert not torch.allclose(plain.embed(scaled), plain.embed(features), atol=0.1)
+    rows = [F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in features.split((2, 3), dim=1)]
+    torch.testing.assert_close(ranker.embed(features), plain.embed(torch.cat(rows, dim=1)))
+    with pytest.raises(ValueError, match=r"parts \[2, 2\] must sum to its inputs, 5"):
+        Ranker(5, parts=(2, 2))
+
+
+def test_with_a_skip_it_starts_at_the_untuned_features() -> None:
+    torch.manual_seed(0)
+    ranker = Ranker(5, width=6, outputs=5, parts=(2, 3), skip=True).double().eval()
+    first, second = (F.normalize(part, dim=1) for part in FEATURES.double().split((2, 3), dim=1))
+    embedded = ranker.embed(FEATURES.double())
+    torch.testing.assert_close(embedded @ embedded.T, (first @ first.T + second @ second.T) / 2, rtol=0, atol=1e-6)
+    trained = made(parts=(2, 3), skip=True).double()
+    state, rows = trained.state_dict(), torch.cat([first * 2**0.5, second * 3**0.5], dim=1)
+    plain = made().double()
+    plain.load_state_dict({name: value for name, value in state.items() if name != "skip.weight"})
+    expected = F.normalize(plain.mlp(rows) + rows @ state["skip.weight"].T, dim=1)
+    torch.testing.assert_close(trained.embed(FEATURES.double()), expected)
 
 
 def test_it_starts_as_the_paper_says() -> None:

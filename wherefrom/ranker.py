@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -52,22 +53,53 @@ class Ranker(nn.Module):
         hidden: Number of hidden layers.
         outputs: Width of the embedding.
         dropout: Share of hidden activations that training drops.
+        parts: Widths of each encoder's features, in their order; each part is brought to a root mean square of 1, or
+            the encoder of the largest numbers is all that the ranker sees. Without, features are taken as they are, as
+            the papers take them.
+        skip: Add a linear map of the features to what the layers make of them, whose last layer then begins at zero:
+            training begins at (a random projection of) the untuned features, each encoder's at one length, in place of
+            an embedding that knows nothing. Ours, not the papers'.
 
     Raises:
-        ValueError: A size is not positive, or the dropout not a share.
+        ValueError: A size is not positive, the dropout not a share, or the parts are not the inputs.
     """
 
     def __init__(
-        self, inputs: int, width: int = 768, hidden: int = 3, outputs: int = 768, dropout: float = 0.1
+        self,
+        inputs: int,
+        width: int = 768,
+        hidden: int = 3,
+        outputs: int = 768,
+        dropout: float = 0.1,
+        parts: Sequence[int] = (),
+        skip: bool = False,
     ) -> None:
         super().__init__()
-        if min(inputs, width, outputs) < 1 or hidden < 0 or not 0 <= dropout < 1:
+        if min(inputs, width, outputs, *parts) < 1 or hidden < 0 or not 0 <= dropout < 1:
             raise ValueError(
-                "A ranker needs positive sizes and a dropout from 0 to below 1; given "
-                f"inputs {inputs}, width {width}, hidden {hidden}, outputs {outputs}, dropout {dropout}."
+                "A ranker needs positive sizes and a dropout from 0 to below 1; given inputs "
+                f"{inputs}, width {width}, hidden {hidden}, outputs {outputs}, parts {[*parts]}, dropout {dropout}."
             )
-        self.sizes = {"inputs": inputs, "width": width, "hidden": hidden, "outputs": outputs, "dropout": dropout}
+        if parts and sum(parts) != inputs:
+            raise ValueError(f"The ranker's parts {[*parts]} must sum to its inputs, {inputs}.")
+        self.sizes: dict[str, Any] = {
+            "inputs": inputs,
+            "width": width,
+            "hidden": hidden,
+            "outputs": outputs,
+            "dropout": dropout,
+        }
+        self.sizes |= {"parts": [*parts]} if parts else {}
+        self.sizes |= {"skip": True} if skip else {}
+        self.parts = tuple(parts)
         self.mlp = _MLP(inputs, width, hidden, outputs, dropout)
+        self.skip = nn.Linear(inputs, outputs, bias=False) if skip else None
+        if self.skip is not None:
+            nn.init.orthogonal_(self.skip.weight)
+            with torch.no_grad():  # each encoder counts as much at the start, however wide it is
+                for columns in self.skip.weight.split(self.parts or (inputs,), dim=1):
+                    columns /= math.sqrt(columns.shape[1])
+            nn.init.zeros_(self.mlp.output_layer.weight)
         self.scale = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.zeros(1))
 
@@ -84,7 +116,12 @@ class Ranker(nn.Module):
         """
         if features.shape[-1] != self.inputs:
             raise ValueError(f"The ranker takes {self.inputs} features, given {features.shape[-1]}.")
-        return F.normalize(self.mlp(features), dim=-1)
+        if self.parts:
+            rows = features.split(self.parts, dim=-1)
+            scaled = [F.normalize(part, dim=-1) * math.sqrt(part.shape[-1]) for part in rows]
+            features = torch.cat(scaled, dim=-1)
+        embedded = self.mlp(features)
+        return F.normalize(embedded if self.skip is None else embedded + self.skip(features), dim=-1)
 
     @torch.no_grad()
     def embed_all(
