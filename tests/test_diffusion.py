@@ -8,13 +8,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from tests.tiny import LENGTH, moved_copy, text_folder, tiny_encoder, tiny_model, tiny_pipeline, tiny_process
 from wherefrom import keyed
 from wherefrom.diffusion import DiffusionModel, ForwardProcess, sample
 from wherefrom.pipeline import load_model, load_pipeline, model_from_pipeline, save_pipeline
+from wherefrom.processes import FlowProcess
 
 START, STEP = 101, 102  # the salts of the sampler's draws
 SHAPE = (4, 4, 4)
@@ -134,6 +141,17 @@ def test_the_fingerprint_is_that_of_weights_and_process() -> None:
     }
     assert len(prints) == 4 + 1
     assert tiny_model().fingerprint() == model.fingerprint()
+
+
+def test_a_fingerprint_is_the_same_on_machines_that_round_differently() -> None:
+    model, scheduler = tiny_model(), DDPMScheduler(prediction_type="v_prediction")
+    expected = DiffusionModel(model.denoiser, ForwardProcess(scheduler)).fingerprint()
+    scheduler.alphas_cumprod = torch.nextafter(scheduler.alphas_cumprod, torch.ones(()))
+    assert DiffusionModel(model.denoiser, ForwardProcess(scheduler)).fingerprint() == expected
+    others = [PNDMScheduler(prediction_type="v_prediction"), DDIMScheduler(prediction_type="v_prediction")]
+    assert {DiffusionModel(model.denoiser, ForwardProcess(each)).fingerprint() for each in others} == {expected}
+    flows = [FlowProcess(FlowMatchEulerDiscreteScheduler(shift=shift)) for shift in (1.0, 3.0)]
+    assert len({DiffusionModel(model.denoiser, each).fingerprint() for each in flows}) == 2
 
 
 def test_a_pipeline_comes_back_from_its_folder(tmp_path: Path) -> None:

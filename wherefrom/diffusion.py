@@ -64,7 +64,7 @@ class DiffusionModel:
 
     def fingerprint(self) -> str:
         """Hash of the weights and of the forward process: two models with the same one give the same losses."""
-        process = f"{self.process.prediction}/{hash_tensors({'signal': self.process.signal})}"
+        process = f"{self.process.prediction}/{identity_hash(self.process.identity())}"
         scales = adapter_scales(self.denoiser)
         adapters = f"/{identity_hash(scales)}" if scales else ""
         return f"{hash_tensors(self.denoiser.state_dict())}/{process}{adapters}"

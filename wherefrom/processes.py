@@ -15,6 +15,16 @@ from torch import Tensor
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
 _OTHER_FLOWS = (*_OTHER_SIGMAS, "invert_sigmas", "shift_terminal", "stochastic_sampling")
+# What a scheduler's noise levels are computed from.
+_DECIDING = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+_DECIDING_FLOW = ("num_train_timesteps", "shift")
 
 
 class Step(NamedTuple):
@@ -39,6 +49,8 @@ class ForwardProcess:
         ValueError: The scheduler is of another kind, or predicts something other than noise or velocity.
     """
 
+    deciding: tuple[str, ...] = _DECIDING
+
     def __init__(self, scheduler: SchedulerMixin) -> None:
         config: Any = scheduler.config
         alphas = getattr(scheduler, "alphas_cumprod", None)
@@ -58,6 +70,14 @@ class ForwardProcess:
     def steps(self) -> int:
         """T, the number of timesteps."""
         return len(self.signal)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the process: settings, not the levels computed from them, whose last digits machines differ in.
+
+        Schedulers that say nothing of a setting and those that leave it off describe the same process.
+        """
+        settings = {name: self.config.get(name) or None for name in self.deciding}
+        return {"prediction": self.prediction, **settings}
 
     def scales(self, latents: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor]:
         """The factors of x and of ε in x_t, shaped to multiply the latents."""
@@ -105,6 +125,8 @@ class FlowProcess(ForwardProcess):
     Raises:
         ValueError: The scheduler is of another kind, or spaces its levels in another way than by a fixed shift.
     """
+
+    deciding = _DECIDING_FLOW
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
