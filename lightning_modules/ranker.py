@@ -37,7 +37,11 @@ class LearningToRank(LightningModule):
         scheduler: Makes the learning-rate schedule, stepped per block.
         scale: Where the ranker's scale begins. The papers begin at 1, from where it must change its sign before near
             means influential; a ranker may instead settle there, with the influential pictures far (ours did, on
-            planted rankings: mAP below chance). So ours begins at -1.
+            planted rankings: mAP below chance). From -1 the cosines must spread over all of [-1, 1] to say anything,
+            which tears apart what the features knew of the nearest pictures. So ours begins at -10.
+        bias: Where its bias begins.
+        scale_lr: Learning rate of these two numbers, which have far to go where the embedding has not; None gives them
+            the optimizer's.
         save_to: Folder to which the trained ranker is saved.
         init_from: A ranker's folder whose weights to start from (not a run to go on with: that is `ckpt_path`).
         rows: Training pictures embedded at a time for validation.
@@ -52,7 +56,9 @@ class LearningToRank(LightningModule):
         loss: RankingLoss | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,  # its default rate, 1e-3, is the paper's
         scheduler: LRSchedulerCallable | None = None,
-        scale: float = -1.0,
+        scale: float = -10.0,
+        bias: float = 0.0,
+        scale_lr: float | None = 1e-2,
         save_to: str | None = None,
         init_from: str | None = None,
         rows: int = 8192,
@@ -60,9 +66,10 @@ class LearningToRank(LightningModule):
         super().__init__()
         self.ranker, self.loss = ranker, loss if loss is not None else BinaryCrossEntropy()
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.save_to, self.init_from, self.rows = save_to, init_from, rows
+        self.scale_lr, self.save_to, self.init_from, self.rows = scale_lr, save_to, init_from, rows
         self.start_features: list[str] | None = None
         torch.nn.init.constant_(ranker.scale, scale)
+        torch.nn.init.constant_(ranker.bias, bias)
         if init_from is not None:
             start, self.start_features = load_ranker(Path(init_from))
             if start.sizes != ranker.sizes:
@@ -137,7 +144,10 @@ class LearningToRank(LightningModule):
 
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
         """The injected optimizer, with the injected schedule stepped per block."""
-        optimizer = self.optimizer(self.parameters())
+        numbers = [self.ranker.scale, self.ranker.bias]
+        others = [each for each in self.parameters() if all(each is not number for number in numbers)]
+        own = {} if self.scale_lr is None else {"lr": self.scale_lr}
+        optimizer = self.optimizer([{"params": others}, {"params": numbers, **own}])
         return stepped_per_batch(optimizer, self.scheduler)
 
     def on_train_end(self) -> None:
