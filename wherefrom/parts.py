@@ -93,17 +93,16 @@ class CaptionEncoder:
     @torch.no_grad()
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> Float[Tensor, "n l d"]:
         """Token states of each caption, on the CPU."""
-        states = []
-        for start in range(0, len(captions), batch_size):
-            tokens = self.tokenizer(
-                list(captions[start : start + batch_size]),
-                padding="max_length",
-                truncation=True,
-                max_length=self.length,
-                return_tensors="pt",
-            )
-            states.append(self.model(tokens.input_ids.to(self.device))[0].cpu())
-        return torch.cat(states)
+        starts = range(0, len(captions), batch_size)
+        return torch.cat([self.states(captions[start : start + batch_size]).cpu() for start in starts])
+
+    def states(self, captions: Sequence[str]) -> Float[Tensor, "n l d"]:
+        """Token states of a few captions, where the model is; gradients reach what of it asks for them."""
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        states: Tensor = self.model(tokens.input_ids.to(self.device))[0]
+        return states
 
     def cut(self, captions: Sequence[str]) -> list[int]:
         """Positions of the captions that are longer than what the model reads, so that their ends are lost."""

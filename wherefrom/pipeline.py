@@ -19,6 +19,7 @@ from diffusers import (
 from torch import nn
 from transformers import AutoModel
 
+from wherefrom.customized import base_of, customize, read_customization
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.extras import require_peft
 from wherefrom.parts import CaptionEncoder, LatentEncoder, freeze, resolve_path
@@ -202,11 +203,45 @@ def token_limit(text: Any, tokenizer: Any) -> int:
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
-    """`model_from_pipeline` of `load_pipeline`.
+    """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
 
     Raises:
+        FileNotFoundError: A customized model's folder lacks a file.
         ImportError: There is an adapter, but peft is not installed.
+        OSError: There is no pipeline at that path.
+        ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, or a
+            customized model does not belong to its base.
+    """
+    base = base_of(Path(path))
+    if base is not None:
+        return load_customized(base, path, dtype)
+    return model_from_pipeline(load_pipeline(path, dtype))
+
+
+def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+    """The base model with the weights and new words of a customized one; see `wherefrom.customized`.
+
+    Args:
+        base: Path or hub id of the base model.
+        folder: Holds the weights and the new words, in the papers' layout or in diffusers'.
+        dtype: Type of number.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        OSError: There is no base model.
+        ValueError: One of weights and words is missing or damaged, or does not belong to the base.
+    """
+    customization = read_customization(folder)  # before the base, which may be large
+    return customize(load_model(base, dtype), customization)
+
+
+def encoder_of_pipeline(path: str) -> LatentEncoder:
+    """Autoencoder and text encoder of a pipeline, for data modules that name it in YAML.
+
+    Raises:
         OSError: There is no pipeline at that path.
         ValueError: The path is neither a folder nor a hub id, or the pipeline is of a kind that is not supported.
     """
-    return model_from_pipeline(load_pipeline(path, dtype))
+    encoder = load_model(path).encoder
+    assert encoder is not None
+    return encoder

@@ -1,0 +1,127 @@
+"""A few exemplars of a new word, beside pictures that keep the model's other words what they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.image_folder import ImageFolder
+from datamodules.pictures import VALIDATION_VISITS, KeyedLoader, PicturesDataModule
+from wherefrom import keyed
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
+from wherefrom.data.latents import LatentSet, LatentVisits
+from wherefrom.data.pictures import Pictures
+from wherefrom.data.stream import CAPTION, KeyedBatches, Visit, VisitDataset
+from wherefrom.keyed import hash_texts
+from wherefrom.parts import LatentEncoder
+
+
+class ExemplarBatch(NamedTuple):
+    """Exemplars with their captions as words: what these mean changes while the new one is learned."""
+
+    keys: Int64[Tensor, "b"]
+    times: Float[Tensor, "b"]
+    latents: Float[Tensor, "b c h w"]
+    captions: list[str]
+
+
+class ExemplarVisits(Dataset[ExemplarBatch]):
+    """Batches of exemplars: flip and caption are keyed by (seed, id, visit).
+
+    Args:
+        data: The exemplars.
+        seed: Seed of these draws.
+        flip_share: Probability of the mirror image.
+    """
+
+    def __init__(self, data: LatentSet, seed: int, flip_share: float) -> None:
+        self.visits = LatentVisits(data, seed, flip_share, caption_dropout=0.0)
+
+    def __len__(self) -> int:
+        return len(self.visits)
+
+    def __getitems__(self, visits: list[Visit]) -> ExemplarBatch:
+        """The batch of these visits."""
+        batch, captions, pictures = self.visits.__getitems__(visits), [], self.visits.data.pictures
+        for visit, luck in zip(visits, keyed.uniform(keyed.combine(CAPTION, batch.keys))[:, 0].tolist(), strict=True):
+            several = pictures.captions[visit.position]
+            captions.append(several[int(luck * len(several))])
+        return ExemplarBatch(batch.keys, batch.times, batch.latents, captions)
+
+
+class Exemplars(ImageFolder):
+    """Exemplars of a new word, in Hugging Face's `imagefolder` layout, and what they are learned beside.
+
+    Args:
+        folder: The exemplars, with captions that hold the new word, such as "photo of <new1> cat".
+        prior: Other captioned pictures, whose loss keeps the model from forgetting them (prior preservation); its
+            `batch_size` says how many each step sees. Without an encoder of its own it is given this one's.
+        options: See `ImageFolder`.
+        encoder: See `PicturesDataModule`.
+        store: See `PicturesDataModule`.
+        batch_size: See `PicturesDataModule`.
+        seed: See `PicturesDataModule`; the prior's too.
+        exclude: See `PicturesDataModule`.
+        flip_share: See `PicturesDataModule`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        prior: PicturesDataModule | None = None,
+        options: ImageFolderOptions = ImageFolderOptions(),
+        encoder: LatentEncoder | None = None,
+        store: str = "cache",
+        batch_size: int = 1,
+        seed: int = 0,
+        exclude: list[str] | str | None = None,
+        flip_share: float = 0.5,
+    ) -> None:
+        super().__init__(folder, options, 0.0, encoder, store, batch_size, seed, exclude, flip_share, 0.0)
+        self.prior = prior
+        if encoder is None:
+            raise ValueError("Exemplars are learned from their latents: give the base model's encoder.")
+        if prior is not None:
+            prior.seed = seed
+            if prior.encoder is None:
+                prior.encoder = encoder
+
+    def load(self) -> tuple[Pictures, Pictures]:
+        """The exemplars, and none other: what is held out is only their noise."""
+        pictures = build_image_folder(self.store, self.folder, self.options)
+        return pictures, pictures
+
+    def prepare_data(self) -> None:
+        """Builds pictures and latents of both."""
+        super().prepare_data()
+        if self.prior is not None:
+            self.prior.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens what `prepare_data` left."""
+        super().setup(stage)
+        if self.prior is not None:
+            self.prior.trainer = self.trainer
+            self.prior.setup(stage)
+
+    def visits(self, pictures: Pictures, latents: LatentSet | None, training: bool) -> VisitDataset:
+        """Exemplars with their captions as words."""
+        assert latents is not None
+        return ExemplarVisits(latents, self.seed, self.flip_share)
+
+    def val_dataloader(self) -> KeyedLoader:
+        """The exemplars once more, each visited `VALIDATION_VISITS` times with noise that training does not see."""
+        data = ExemplarVisits(self.train_latents, self.seed + 1, 0.0)
+        steps = -(-len(self.train_pictures) * VALIDATION_VISITS // self.batch_size)
+        keys = hash_texts(list(self.train_pictures.ids))
+        trainer = self.trainer
+        place = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return KeyedLoader(data, KeyedBatches(keys, self.seed + 1, self.batch_size, steps, 0, *place))
+
+    def train_dataloader(self) -> Any:
+        """Both streams, step by step."""
+        own = super().train_dataloader()
+        return {"exemplars": own} if self.prior is None else {"exemplars": own, "prior": self.prior.train_dataloader()}
