@@ -43,6 +43,7 @@ from wherefrom.teacher import QUERIES, TeacherSet, read_teacher_set
 EXPERIMENT, RESULT = "configs/experiment/emoji_ranker.yaml", Path("results/emoji/ranker_table.json")
 TRAIN, TEST = Path("runs/emoji_1k_teacher"), Path("runs/emoji_1k_teacher_test")
 BOTH = ("efficientnet", "minilm")
+CANDIDATES = 0.1  # K, as a share of the training pictures
 RATE = "model.init_args.optimizer.init_args.lr"
 
 
@@ -120,6 +121,7 @@ def train_one(variant: Variant, seed: int, folder: Path, steps: int) -> None:
         "data.init_args.folder": str(folder_of(variant)),
         "data.init_args.features": list(variant.features),
         "data.init_args.seed": seed,
+        "data.init_args.first": round(CANDIDATES * len(read_teacher_set(folder_of(variant), []).images)),
         "model.init_args.ranker.init_args.inputs": sum(widths),
         "model.init_args.ranker.init_args.parts": widths,
         "model.init_args.save_to": str(folder / "ranker"),

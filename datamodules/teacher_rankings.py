@@ -93,6 +93,8 @@ class TeacherRankings(LightningDataModule):
         queries: Train on this many of the others; more of them contain fewer. None takes all.
         candidates: Train on this many of the pictures that the teacher scored for a query, chosen uniformly; None
             takes all.
+        first: Train as if the teacher had scored only this many pictures of a query, those that it ranks first: K where
+            a cheap teacher scored all. None takes all.
         block_queries: Queries of a block.
         block_images: Training pictures of a block.
         outside: Share of pictures that the teacher did not score; see `BlockSampler`.
@@ -108,6 +110,7 @@ class TeacherRankings(LightningDataModule):
         validation_share: float = 0.1,
         queries: int | None = None,
         candidates: int | None = None,
+        first: int | None = None,
         block_queries: int = 256,
         block_images: int = 512,
         outside: float = 0.1,
@@ -118,6 +121,7 @@ class TeacherRankings(LightningDataModule):
         self.folder, self.features = Path(folder), features
         self.validation_folder = None if validation_folder is None else Path(validation_folder)
         self.validation_share, self.queries, self.candidates = validation_share, queries, candidates
+        self.first = first
         self.block_queries, self.block_images, self.outside = block_queries, block_images, outside
         self.seed, self.split_seed = seed, split_seed
 
@@ -135,6 +139,7 @@ class TeacherRankings(LightningDataModule):
                     "most as many, at least 1, or leave it out to take all."
                 )
             train = train.of_queries(sorted(keyed_order(train.queries, _FEWER, self.seed)[: self.queries]))
+        train = train if self.first is None else train.first(self.first)
         self.train_set, self.validation_set = train, validation
         self.device_pairs = TeacherPairs.of(train, train.concatenated(self.features), self.candidates, self.seed)
         held_out = TeacherPairs.of(validation, validation.concatenated(self.features))

@@ -265,6 +265,12 @@ def test_splits_are_by_query_and_nested(folder: Path) -> None:
     assert made(split_seed=1).validation_set.queries != whole.validation_set.queries
     assert made(queries=7, seed=1).train_set.queries != fewest.train_set.queries
     assert made(candidates=11).device_pairs.used == 11
+    first = made(first=9)
+    np.testing.assert_array_equal(first.device_pairs.rows, whole.device_pairs.rows[:, :9])
+    assert (first.device_pairs.used, first.device_pairs.outside) == (9, 71)
+    assert first.validation_pairs.used == 80  # what is measured against stays whole
+    with pytest.raises(ValueError, match="scored 80 pictures a query; its first 81 were asked for"):
+        made(first=81)
     for queries in (0, 271):
         with pytest.raises(ValueError, match=f"queries is {queries}, but .*whole leaves 270 to train on"):
             made(queries=queries)

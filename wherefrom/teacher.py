@@ -126,6 +126,18 @@ class TeacherSet:
             features={name: replace(both, queries=both.queries[chosen]) for name, both in self.features.items()},
         )
 
+    def first(self, count: int) -> TeacherSet:
+        """The set as if the teacher had scored only the pictures that it ranks first, so many for each query.
+
+        Raises:
+            ValueError: It scored fewer.
+        """
+        if not 1 <= count <= self.rows.shape[1]:
+            raise ValueError(
+                f"The teacher scored {self.rows.shape[1]} pictures a query; its first {count} were asked for."
+            )
+        return replace(self, rows=self.rows[:, :count], scores=self.scores[:, :count])
+
     def concatenated(self, names: Sequence[str]) -> Features:
         """Features of several encoders side by side.
 
