@@ -8,11 +8,13 @@ python evaluate.py counterfactual -c EXPERIMENT  # train again without what each
 python evaluate.py lds -c EXPERIMENT             # train on random halves
 python evaluate.py report --output RUN           # the judge's page and curves once more
 python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # rankings that a fast ranker learns from
+python evaluate.py customized -c EXPERIMENT      # find what models were customized on, among other pictures
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lightning import LightningDataModule
 
 import datamodules  # noqa: F401  so that YAML may use short class names
 from lightning_modules.runs import Devices, load_methods, prepare, prepare_trial, shapes
-from wherefrom import attributors, counterfactual, lds
+from wherefrom import attributors, counterfactual, customized_benchmark, customized_tasks, lds
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, TrainingData
 from wherefrom.command import mistakes_in_one_line
@@ -78,6 +80,19 @@ def parser() -> ArgumentParser:
     retrieval_parser.add_argument(
         "--k", type=list[float], default=list(retrieval.DEPTHS), help="numbers, or below 1 shares of the training set"
     )
+    customized_parser = run_parser(customized_benchmark.benchmark.__doc__)
+    customized_parser.add_argument("--tasks", type=list[str], required=True, help="AbU's task list, or AbC's files")
+    customized_parser.add_argument("--root", type=str, required=True, help="what the tasks' paths are relative to")
+    customized_parser.add_argument(
+        "--styles", type=list[str], default=[], help="test cases whose models learned styles"
+    )
+    customized_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
+    customized_parser.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
+    customized_parser.add_argument(
+        "--words", type=list[customized_benchmark.Words], default=["with"], help="V* in the prompts: with, without"
+    )
+    customized_parser.add_argument("--k", type=int, default=10, help="of Recall@k")
+    customized_parser.add_argument("--limit", type=int | None, help="only the first so many models of each test case")
     report_parser = ArgumentParser(description=write_judge_report.__doc__)
     report_parser.add_argument(
         "--output", type=str, required=True, help="the run folder of `evaluate.py counterfactual`"
@@ -91,6 +106,7 @@ def parser() -> ArgumentParser:
     commands.add_subcommand("attribute", attribute_parser)
     commands.add_subcommand("compare", compare_parser)
     commands.add_subcommand("retrieval", retrieval_parser)
+    commands.add_subcommand("customized", customized_parser)
     return root
 
 
@@ -217,6 +233,36 @@ def run_lds(config: Any) -> None:
     print(lds.as_table(linear_datamodeling_scores(Path(config.output), trial.rankings, trial.sweep, halves)))
 
 
+def run_customized(config: Any) -> None:
+    """`evaluate.py customized`."""
+    if config.queries.prompts or config.queries.pictures:
+        raise ValueError(
+            "evaluate.py customized takes its queries from the tasks: leave queries.prompts and pictures out."
+        )
+    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    tasks = customized_tasks.read_all([Path(file) for file in config.tasks], Path(config.root), config.limit)
+    run = prepare(config, methods.values(), with_queries=False)
+    for method in methods.values():
+        method.progress = run.console.progress
+    lines = customized_benchmark.benchmark(
+        Path(config.output),
+        tasks,
+        config.styles,
+        methods,
+        config.model,
+        run.model,
+        replace(run.data, held_out=None, held_out_latents=None),
+        run.store,
+        run.runner,
+        config.words,
+        config.k,
+        config.report,
+        run.console.say,
+    )
+    if run.runner.is_main:
+        print(customized_benchmark.as_table(lines, config.k))
+
+
 def run_curate(config: Any) -> None:
     """`evaluate.py curate`."""
     if config.queries.prompts or config.queries.pictures:
@@ -259,6 +305,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "lds": run_lds,
             "report": run_report,
             "curate": run_curate,
+            "customized": run_customized,
         }
         runs[initialised.subcommand](initialised[initialised.subcommand])
 

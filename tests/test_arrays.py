@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wherefrom import arrays
-from wherefrom.arrays import GrowingArray, RowView, map_array, take_rows
+from wherefrom.arrays import GrowingArray, JoinedRows, RowView, join_rows, map_array, take_rows
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = np.random.default_rng(0).normal(size=(23, 2, 3)).astype(np.float32)
@@ -131,3 +131,48 @@ def test_stretches_are_shared_and_much_is_not_copied(tmp_path: Path, monkeypatch
     again = take_rows(much, np.array([3, 0, 2], dtype=np.intp))
     np.testing.assert_array_equal(np.asarray(again), NUMBERS[ROWS][[3, 0, 2]])
     assert isinstance(take_rows(NUMBERS, ROWS[:3]), np.ndarray)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_joined_rows_are_read_as_one_array(kind: str) -> None:
+    both = np.random.default_rng(0).normal(size=(9, 2, 3)).astype(np.float16)
+    make = torch.from_numpy if kind == "tensor" else np.asarray
+    view = RowView(make(both[::-1].copy()), np.arange(8, 3, -1))  # the first five rows, from elsewhere
+    joined, whole = JoinedRows(view, make(both[5:].astype(np.float32))), make(both)
+    rows, other = torch.tensor([8, 0, 5, 4, 0, -1]), torch.tensor([0, 1, 1, 0, 0, 1])
+    keys = [
+        rows,
+        rows.numpy(),
+        (rows, other),
+        (rows, 1),
+        (rows, slice(None), 2),
+        slice(2, 7),
+        (slice(3, 8), 1),
+        (slice(None), slice(0, 1)),
+        (slice(None), 1),
+        4,
+        -1,
+        (6, 1),
+        torch.tensor([1, 2]),
+        torch.tensor([], dtype=torch.long),
+    ]
+    for key in keys:
+        found, expected = joined[key], whole[key]
+        assert found.dtype == whole.dtype
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    assert (len(joined), joined.shape, joined.nbytes, joined.itemsize) == (9, (9, 2, 3), both.nbytes, 2)
+    np.testing.assert_array_equal(np.asarray(take_rows(joined, np.array([7, 1, 6]))), both[[7, 1, 6]])
+    with pytest.raises(IndexError):
+        joined[9]
+
+
+def test_few_rows_are_copied_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = torch.arange(6.0).reshape(3, 2), torch.ones(1, 2, dtype=torch.float64)
+    copied = join_rows(first, second)
+    assert isinstance(copied, torch.Tensor)
+    assert copied.dtype == torch.float32
+    monkeypatch.setattr("wherefrom.arrays._LAZY_FROM", 8)
+    lazy = join_rows(first, second)
+    assert isinstance(lazy, JoinedRows)
+    np.testing.assert_array_equal(np.asarray(lazy), np.asarray(copied))
+    np.testing.assert_array_equal(join_rows(first.numpy()[:0], second.numpy()), second.numpy())

@@ -183,6 +183,85 @@ def take_rows(array: Any, rows: NDArray[np.intp]) -> Any:
     return array[torch.from_numpy(rows) if isinstance(array, Tensor) else rows]
 
 
+class JoinedRows:
+    """Rows of one array and then of another, read where they are used, as the first's type of number.
+
+    It is indexed as one array of both; whole rows (`[:]`, `[:, 0]`) stay joined.
+
+    Args:
+        first: A tensor, a NumPy array, or a view of some rows of one.
+        second: Another with rows of the same shape.
+    """
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array that holds all these rows."""
+        return (len(self), *(int(extent) for extent in self.first.shape[1:]))
+
+    @property
+    def dtype(self) -> Any:
+        """Type of its numbers."""
+        return self.first.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return int(self.first[:1].nbytes) // max(int(np.prod(self.shape[1:], dtype=np.int64)), 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of these rows."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, key: Any) -> Any:
+        head, *rest = key if isinstance(key, tuple) else (key,)
+        if isinstance(head, slice):
+            if head == slice(None):
+                return JoinedRows(self.first[(head, *rest)], self.second[(head, *rest)])
+            return self[np.arange(*head.indices(len(self)))][(slice(None), *rest)]
+        rows = np.asarray(head)
+        if rows.ndim == 0:
+            row, before = range(len(self))[int(rows)], len(self.first)
+            return self.first[(row, *rest)] if row < before else self._alike(self.second[(row - before, *rest)])
+        rows = np.where(rows < 0, rows + len(self), rows)
+        found, places = [], []
+        for side, start, mine in (
+            (self.first, 0, rows < len(self.first)),
+            (self.second, len(self.first), rows >= len(self.first)),
+        ):
+            others = [each[mine] if isinstance(each, np.ndarray) else each for each in map(_as_index, rest)]
+            found.append(self._alike(side[(rows[mine] - start, *others)]))
+            places.append(np.flatnonzero(mine))
+        back = np.argsort(np.concatenate(places))
+        return torch.cat(found)[back] if isinstance(found[0], Tensor) else np.concatenate(found)[back]
+
+    def _alike(self, values: Any) -> Any:
+        return values.to(self.dtype) if isinstance(values, Tensor) else np.asarray(values, dtype=self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[np.arange(len(self))], dtype=dtype)
+
+
+def _as_index(index: Any) -> Any:
+    """Index arrays as NumPy's; numbers and slices as they are."""
+    return np.asarray(index) if isinstance(index, Tensor | np.ndarray) and index.ndim else index
+
+
+def join_rows(first: Any, second: Any) -> Any:
+    """The rows of both: copied where they are few, else read from where they are."""
+    if len(first) * first[:1].nbytes >= _LAZY_FROM:
+        return JoinedRows(first, second)
+    if isinstance(first, Tensor):
+        return torch.cat([first, torch.as_tensor(second).to(first.dtype)])
+    return np.concatenate([np.asarray(first), np.asarray(second, dtype=first.dtype)])
+
+
 def announce_size(say: Callable[[str], None], what: str, size: int, folder: Path) -> None:
     """Says how much something will take on disk before it is made, and how much is free."""
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())

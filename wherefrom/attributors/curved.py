@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.attributors.base import Attributor, Need, Query, Say, TrainingData
+from wherefrom.attributors.base import Attributor, Need, Query, Say, TrainingData, silent
 from wherefrom.curvature import (
     Curvature,
     FisherSettings,
@@ -107,6 +107,22 @@ class CurvedAttributor(Attributor):
         self.fisher, self.damping, self.layers_per_pass = fisher, damping, layers_per_pass
         self.fisher_path, self.curvature_from = fisher_path, curvature_from
         self._ready: tuple[DiffusionModel, LatentSet, LatentSet | None, Store, Runner] | None = None
+        self._taken: Curvature | None = None
+
+    def take_curvature(
+        self, model: DiffusionModel, data: TrainingData, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Makes the curvature on this model and data, and uses it from now on, whatever model is attributed.
+
+        For models customized from one base, whose curvature serves them all (AbU, section 5.2).
+
+        Raises:
+            ValueError: There are no latents, or the curvature cannot be made.
+        """
+        if data.latents is None:
+            raise ValueError(f"{type(self).__name__} takes curvature over latents; there are none.")
+        self._taken = self._make_curvature(model, data.latents, store, runner, say)
+        self.curvature_from = f"{model.fingerprint()} over {data.latents.fingerprint}"
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
@@ -162,11 +178,14 @@ class CurvedAttributor(Attributor):
         """Forward passes that the curvature costs; a backward pass counts as two."""
         assert data.latents is not None
         passes = {"identity": 0, "diagonal": 1, "ekfac": 2}[self.form]
-        return 0 if self.fisher_path is not None else 3 * passes * len(data.latents) * self.fisher.per_picture
+        made = self.fisher_path is not None or self._taken is not None
+        return 0 if made else 3 * passes * len(data.latents) * self.fisher.per_picture
 
     def _make_curvature(
         self, model: DiffusionModel, data: LatentSet, store: Store, runner: Runner, say: Say
     ) -> Curvature:
+        if self._taken is not None:
+            return self._taken
         if self.form == "identity":
             return Identity()
         names = list(select_weights(model.denoiser, self.weights))

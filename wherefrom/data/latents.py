@@ -15,8 +15,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wherefrom import keyed
-from wherefrom.arrays import GrowingArray, RowView, announce_size, map_array, take_rows, write_array
-from wherefrom.data.pictures import Pictures, keep_indices
+from wherefrom.arrays import (
+    GrowingArray,
+    JoinedRows,
+    RowView,
+    announce_size,
+    join_rows,
+    map_array,
+    take_rows,
+    write_array,
+)
+from wherefrom.data.pictures import Pictures, joined_pictures, keep_indices
 from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, to_float, visit_keys, visit_times
 from wherefrom.parts import CaptionEncoder, LatentEncoder
 from wherefrom.storage import Store, identity_hash
@@ -44,8 +53,8 @@ class LatentSet:
     """
 
     pictures: Pictures
-    latents: Float[Tensor, "n 2 c h w"] | RowView
-    states: Float[Tensor, "n k l d"] | RowView
+    latents: Float[Tensor, "n 2 c h w"] | RowView | JoinedRows
+    states: Float[Tensor, "n k l d"] | RowView | JoinedRows
     null_states: Float[Tensor, "l d"]
     fingerprint: str
     mapped: bool = False
@@ -93,6 +102,25 @@ class LatentSet:
             ValueError: An id is not in the set.
         """
         return self.subset(keep_indices(self.ids, exclude)) if exclude else self
+
+
+def joined(first: LatentSet, second: LatentSet) -> LatentSet:
+    """Both sets as one; what is on disk stays there. The empty caption is the first's.
+
+    Raises:
+        ValueError: An id is in both, or shapes differ.
+    """
+    for what, one, other in (("Latents", first.latents, second.latents), ("States", first.states, second.states)):
+        if one.shape[1:] != other.shape[1:]:
+            raise ValueError(f"{what} of shape {tuple(one.shape[1:])} and {tuple(other.shape[1:])} cannot be one set.")
+    return LatentSet(
+        joined_pictures(first.pictures, second.pictures),
+        join_rows(first.latents, second.latents),
+        join_rows(first.states, second.states),
+        first.null_states,
+        identity_hash({"of": [first.fingerprint, second.fingerprint]}),
+        first.mapped,
+    )
 
 
 def _silent(message: str) -> None:

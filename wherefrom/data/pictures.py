@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 
-from wherefrom.arrays import RowView, take_rows
-from wherefrom.storage import read_manifest, replacing
+from wherefrom.arrays import JoinedRows, RowView, join_rows, take_rows
+from wherefrom.storage import identity_hash, read_manifest, replacing
 
 TABLE = "pictures.parquet"
 PIXELS = "pixels.npy"
@@ -34,7 +34,7 @@ class Pictures:
 
     ids: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
-    pixels: UInt8[NDArray[np.uint8], "n h w 3"] | RowView
+    pixels: UInt8[NDArray[np.uint8], "n h w 3"] | RowView | JoinedRows
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -61,6 +61,25 @@ class Pictures:
     def where(self, column: str, value: str) -> Pictures:
         """The pictures whose column has this value."""
         return self.subset([index for index, found in enumerate(self.columns[column]) if found == value])
+
+
+def joined_pictures(first: Pictures, second: Pictures) -> Pictures:
+    """The pictures of both; those of the first may stay on disk.
+
+    Raises:
+        ValueError: An id is in both, sizes or numbers of captions differ, or a column is in one only.
+    """
+    if first.pixels.shape[1:] != second.pixels.shape[1:]:
+        raise ValueError(f"Pictures of {first.pixels.shape[1:]} and of {second.pixels.shape[1:]} cannot be one set.")
+    if set(first.columns) != set(second.columns):
+        raise ValueError(f"Columns differ: {sorted(first.columns)} and {sorted(second.columns)}.")
+    return Pictures(
+        first.ids + second.ids,
+        first.captions + second.captions,
+        join_rows(first.pixels, second.pixels),
+        {name: column + second.columns[name] for name, column in first.columns.items()},
+        identity_hash({"of": [first.fingerprint, second.fingerprint], "ids": [*first.ids, *second.ids]}),
+    )
 
 
 def check_unique(ids: Iterable[str]) -> None:
