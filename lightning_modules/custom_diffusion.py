@@ -116,9 +116,10 @@ class CustomDiffusion(LightningModule):
         self.log("val/exemplars", losses.mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
 
     def _exemplar_losses(self, batch: ExemplarBatch) -> Tensor:
+        distinct = sorted(set(batch.captions))  # often there is one: each is read once
         with learned_word(self.text[0], self.number, self.embedding):
-            states = self.text[0].states(batch.captions)
-        return self._losses(batch, states)
+            states = self.text[0].states(distinct)
+        return self._losses(batch, states[[distinct.index(caption) for caption in batch.captions]])
 
     def _losses(self, batch: ExemplarBatch | LatentBatch, states: Tensor) -> Tensor:
         """One loss per example; timestep and noise depend only on the visit's key."""
