@@ -7,28 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
 from jaxtyping import Float, Int64
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.schedule import stepped_per_batch
 from wherefrom import keyed
 from wherefrom.data.stream import NOISE, LatentBatch
-from wherefrom.diffusion import TRAINING_VERSION, DiffusionModel, ForwardProcess
+from wherefrom.diffusion import TRAINING_VERSION, DiffusionModel
 from wherefrom.pipeline import save_pipeline
+from wherefrom.processes import process_of
 from wherefrom.storage import write_json
 
 
 class LatentDiffusion(LightningModule):
-    """A U-Net that learns to denoise latents, with an exponential moving average of its weights.
+    """A network that learns to denoise latents, with an exponential moving average of its weights.
 
     Autoencoder and text encoder are frozen parts of the data module, not submodules of what is trained or averaged.
 
     Args:
-        unet: The denoiser.
-        noise_scheduler: Forward process and prediction type.
+        unet: The denoiser: a U-Net, or a transformer.
+        noise_scheduler: Forward process and prediction type; diffusers' Euler scheduler stands for flow matching.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule, stepped per batch.
         ema_decay: Decay of the average per step (it grows from 0 in the first steps).
@@ -36,11 +42,11 @@ class LatentDiffusion(LightningModule):
             the picture is never weighted by more than γ. At little noise most of the velocity loss cannot be learned
             and would drown the rest; the argument is that of Min-SNR weighting (Hang et al. 2023), but noisy timesteps
             keep their whole weight. None weights all alike. Held-out losses are never weighted.
-        compile: Compile the U-Net.
+        compile: Compile the denoiser.
         channels_last: Keep convolution weights channels-last, which is faster on many devices.
         save_to: Folder to which the averaged model is saved as a diffusers pipeline.
         text_source: Where that pipeline's text encoder comes from.
-        init_from: A `diffusers` U-Net folder whose weights to start from (not a run to go on with: that is
+        init_from: A `diffusers` folder of such a network, whose weights to start from (not a run to go on with: that is
             `ckpt_path`).
 
     Raises:
@@ -49,8 +55,8 @@ class LatentDiffusion(LightningModule):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        noise_scheduler: DDPMScheduler,
+        unet: UNet2DConditionModel | PixArtTransformer2DModel,
+        noise_scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
@@ -64,9 +70,9 @@ class LatentDiffusion(LightningModule):
         super().__init__()
         self.unet = unet.to(memory_format=torch.channels_last) if channels_last else unet
         if init_from is not None:
-            unet.load_state_dict(UNet2DConditionModel.from_pretrained(init_from).float().state_dict())
+            unet.load_state_dict(type(unet).from_pretrained(init_from).float().state_dict())
         self.ema = copy.deepcopy(unet).requires_grad_(False).eval()
-        self.process = ForwardProcess(noise_scheduler)
+        self.process = process_of(noise_scheduler)
         self.optimizer, self.scheduler, self.ema_decay = optimizer, scheduler, ema_decay
         if max_snr_weight is not None and not (max_snr_weight > 0 and self.process.prediction == "v_prediction"):
             raise ValueError(
@@ -89,7 +95,7 @@ class LatentDiffusion(LightningModule):
         noise_share = self.process.spread[timesteps.cpu()].square()
         return (self.max_snr_weight * noise_share).clamp(max=1.0).to(timesteps.device)
 
-    def losses(self, unet: UNet2DConditionModel, batch: LatentBatch) -> Float[Tensor, "b"]:
+    def losses(self, unet: nn.Module, batch: LatentBatch) -> Float[Tensor, "b"]:
         """One loss per example; timestep and noise depend only on the visit's key."""
         timesteps = self.timesteps(batch)
         noise = keyed.normal(keyed.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype)

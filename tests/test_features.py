@@ -1,5 +1,7 @@
 """Frozen feature encoders and their cache."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from wherefrom.data.emoji import STYLES, _draw, _files
-from wherefrom.data.pictures import Pictures
+from wherefrom.data.pictures import Pictures, joined_pictures
 from wherefrom.data.stream import to_float
 from wherefrom.features import (
     EfficientNetLite0Encoder,
@@ -216,6 +218,21 @@ class TestCache:
         assert torch.equal(image_features(reordered, encoder, store), first.flip(0))
         encoder.model.scale.data.fill_(2.0)
         assert torch.allclose(image_features(data, encoder, store), 2 * first)
+
+    def test_what_is_known_of_a_part_of_joined_pictures_is_found_again(self, tmp_path) -> None:
+        encoder, store = Counting(Affine(), side=8), Store(tmp_path)
+        known, new = pictures(5), pictures(7).subset([5, 6])
+        image_features(known, encoder, store)
+        both = joined_pictures(known, new)
+        found = image_features(both, encoder, store)
+        assert encoder.done == 7
+        assert torch.allclose(found, EfficientNetLite0Encoder(Affine(), side=8).encode_images(pictures(7).pixels))
+        # Other pixels under a fingerprint of their own are no longer what was joined.
+        changed = replace(both, pixels=pictures(7).pixels[:, ::-1], fingerprint="upside down")
+        assert changed.parts == (changed,)
+        upside_down = EfficientNetLite0Encoder(Affine(), side=8).encode_images(changed.pixels)
+        assert torch.allclose(image_features(changed, encoder, store), upside_down)
+        assert both.subset([6, 0]).parts[0].ids == ("p/6", "p/0")
 
     def test_captions_too(self, tmp_path, bert) -> None:
         captions = ["fox", "a red house"]

@@ -237,6 +237,9 @@ def image_features(
     Raises:
         StorageError: The store could not be written.
     """
+    parts = pictures.parts
+    if len(parts) > 1:
+        return torch.cat([image_features(part, encoder, store, progress) for part in parts])
     identity = {
         "pictures": pictures.fingerprint,
         "ids": identity_hash({"ids": list(pictures.ids)}),

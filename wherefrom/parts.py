@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, PixArtTransformer2DModel, UNet2DConditionModel
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -191,3 +191,8 @@ def autoencoder_from_config(config: dict[str, Any]) -> AutoencoderKL:
 def unet_from_config(config: dict[str, Any]) -> UNet2DConditionModel:
     """A new `UNet2DConditionModel` from its diffusers configuration."""
     return UNet2DConditionModel.from_config(config)
+
+
+def transformer_from_config(config: dict[str, Any]) -> PixArtTransformer2DModel:
+    """A new `PixArtTransformer2DModel` from its diffusers configuration."""
+    return PixArtTransformer2DModel.from_config(config)

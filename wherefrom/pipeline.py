@@ -23,13 +23,27 @@ from wherefrom.customized import base_of, customize, read_customization
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.extras import require_peft
 from wherefrom.parts import CaptionEncoder, LatentEncoder, freeze, resolve_path
-from wherefrom.processes import process_of, sampling_scheduler
+from wherefrom.processes import pipeline_scheduler, process_of
 from wherefrom.prompts import PixArtPrompts, PromptEncoder, SD3Prompts, SDXLPrompts
 from wherefrom.storage import write_json
 
 TEXT_SOURCE = "text_encoder/source.json"
 LORA = "pytorch_lora_weights.safetensors"
 _KINDS = (UNet2DConditionModel, PixArtTransformer2DModel, SD3Transformer2DModel)
+# What can be saved, by the network's class: the pipeline's class, the network's name in it, and what it has no use for.
+_SAVED: dict[type[nn.Module], tuple[str, str, dict[str, Any]]] = {
+    UNet2DConditionModel: (
+        "StableDiffusionPipeline",
+        "unet",
+        {
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+        },
+    ),
+    PixArtTransformer2DModel: ("PixArtAlphaPipeline", "transformer", {}),
+}
 # Tokens that T5 reads, as diffusers' pipelines set it where nothing else is asked for.
 _ALPHA_TOKENS, _SIGMA_TOKENS, _T5_TOKENS = 120, 300, 256
 
@@ -51,36 +65,37 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
     """
     if model.encoder is None:
         raise ValueError("A pipeline needs an encoder (autoencoder and text encoder); the model has none.")
-    if isinstance(model.encoder.text, PromptEncoder):
-        raise ValueError(
-            f"{type(model.denoiser).__name__} cannot be saved: only pipelines of Stable Diffusion 1 and 2 can. Save "
-            "the pipeline that it came from with diffusers."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
     denoiser: Any = model.denoiser
-    for name, part in (("unet", denoiser), ("vae", model.encoder.vae)):
+    saved = next((saved for kind, saved in _SAVED.items() if isinstance(denoiser, kind)), None)
+    if saved is None or isinstance(model.encoder.text, SDXLPrompts):
+        raise ValueError(
+            f"{type(denoiser).__name__} cannot be saved: only models of one text encoder can, U-Nets as in Stable "
+            "Diffusion 1 and 2 and transformers of PixArt. Save the pipeline that it came from with diffusers."
+        )
+    pipeline, name, others = saved
+    folder.mkdir(parents=True, exist_ok=True)
+    for part_name, part in ((name, denoiser), ("vae", model.encoder.vae)):
         rounded = type(part).from_config(part.config)
         rounded.load_state_dict(part.state_dict())
-        rounded.to(dtype).save_pretrained(folder / name)
-    sampling_scheduler(model.process).save_pretrained(folder / "scheduler")
-    tokenizer = model.encoder.text.tokenizer
-    tokenizer.model_max_length = model.encoder.text.length
+        rounded.to(dtype).save_pretrained(folder / part_name)
+    scheduler = pipeline_scheduler(model.process)
+    scheduler.save_pretrained(folder / "scheduler")
+    text = model.encoder.text
+    tokenizer, text_model = text.tokenizer, text.models[0] if isinstance(text, PromptEncoder) else text.model
+    tokenizer.model_max_length = text.length
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "text_encoder").mkdir(exist_ok=True)
     write_json(folder / TEXT_SOURCE, {"path": text_source})
     write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": pipeline,
             "_diffusers_version": diffusers.__version__,
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", type(model.encoder.text.model).__name__],
+            **others,
+            "scheduler": ["diffusers", type(scheduler).__name__],
+            "text_encoder": ["transformers", type(text_model).__name__],
             "tokenizer": ["transformers", type(tokenizer).__name__],
-            "unet": ["diffusers", "UNet2DConditionModel"],
+            name: ["diffusers", type(denoiser).__name__],
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )

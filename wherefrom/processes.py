@@ -255,3 +255,11 @@ def sampling_scheduler(process: ForwardProcess) -> DDIMScheduler:
         process.config, clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"
     )
     return scheduler
+
+
+def pipeline_scheduler(process: ForwardProcess) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """The scheduler that a pipeline of a forward process samples with."""
+    if isinstance(process, FlowProcess):
+        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(process.config)
+        return scheduler
+    return sampling_scheduler(process)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from wherefrom.denoisers import pack
-from wherefrom.parts import CaptionEncoder, hash_tensors, longer_than
+from wherefrom.parts import CaptionEncoder, hash_tensors, longer_than, resolve_path
 
 
 class PromptEncoder(CaptionEncoder):
@@ -153,6 +153,17 @@ class PixArtPrompts(PromptEncoder):
             sizes = torch.tensor([height, width, height / width]).to(states).expand(len(captions), -1)
             extra = torch.cat([extra, sizes], dim=1)
         return pack(states, extra)
+
+
+def masked_captions(path: str, length: int) -> PixArtPrompts:
+    """What a small transformer of PixArt's class is told, by any text encoder.
+
+    Args:
+        path: Folder, hub id or `package:NAME/FOLDER` of text encoder and tokenizer.
+        length: Tokens per caption.
+    """
+    folder = resolve_path(path)
+    return PixArtPrompts([AutoModel.from_pretrained(folder)], [AutoTokenizer.from_pretrained(folder)], [length])
 
 
 class SD3Prompts(PromptEncoder):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny import one_process
 from wherefrom.attributors import Attributor, CaptionSimilarity, PixelSimilarity, Query, Random, Scores, TrainingData
-from wherefrom.data.pictures import Pictures
+from wherefrom.data.pictures import Pictures, joined_pictures
 from wherefrom.storage import Store
 
 SIZE = 6
@@ -134,6 +134,15 @@ def test_caption_similarity_takes_the_emoji_worlds_encoder_by_default(tmp_path: 
     scores = score(fitted(CaptionSimilarity(), tmp_path))
     reds = [caption[0].startswith("red") for caption in TRAIN.captions]
     assert min(scores.scores[reds]) > max(scores.scores[np.logical_not(reds)])
+
+
+@pytest.mark.parametrize("attributor", [PixelSimilarity(), CaptionSimilarity(Letters())])
+def test_joined_pictures_score_as_one_set(tmp_path: Path, attributor: Attributor) -> None:
+    whole = score(fitted(attributor, tmp_path)).scores
+    again = type(attributor)(**({} if isinstance(attributor, PixelSimilarity) else {"encoder": Letters()}))
+    both = joined_pictures(TRAIN.subset([0, 1, 2]), TRAIN.subset([3, 4, 5, 6]))
+    again.fit(TrainingData(both, held_out=HELD_OUT), None, Store(tmp_path), one_process())
+    np.testing.assert_allclose(score(again).scores, whole, rtol=1e-12)
 
 
 def test_random_scores_are_keyed(tmp_path: Path) -> None:

@@ -92,11 +92,15 @@ class PixelSimilarity(_NoModel):
         return {"method": "pixel similarity", "size": self.size}
 
     def prepare(self, pictures: Pictures) -> None:
-        """Makes the pictures' vectors; those of an earlier `fit` go, since each part of a set has its own."""
-        self._vectors.clear()
+        """Makes the pictures' vectors; those of an earlier `fit` go, but for parts that both sets have."""
+        kept = {(part.fingerprint, part.ids) for part in pictures.parts}
+        self._vectors = {key: vectors for key, vectors in self._vectors.items() if key in kept}
         self._of(pictures)
 
     def _of(self, pictures: Pictures) -> Float[Tensor, "n d"]:
+        parts = pictures.parts
+        if len(parts) > 1:
+            return torch.cat([self._of(part) for part in parts])
         key = pictures.fingerprint, pictures.ids
         if key not in self._vectors:
             self._vectors[key] = self.vectors(np.asarray(pictures.pixels))
@@ -155,6 +159,9 @@ class ImageSimilarity(Attributor):
 
     def _features(self, pictures: Pictures, store: Store) -> Float[Tensor, "n 2 d"]:
         """Unit vectors of the pictures and of their mirror images."""
+        parts = pictures.parts
+        if len(parts) > 1:
+            return torch.cat([self._features(part, store) for part in parts])
         mirrored = replace(
             pictures,
             pixels=np.asarray(pictures.pixels)[:, :, ::-1],
@@ -204,6 +211,9 @@ class CaptionSimilarity(_NoModel):
 
     def _of(self, pictures: Pictures) -> Float[Tensor, "n k d"]:
         """Unit vectors of the captions."""
+        parts = pictures.parts
+        if len(parts) > 1:
+            return torch.cat([self._of(part) for part in parts])
         if pictures.captions not in self._vectors:
             flat = self.encoder.encode_texts([caption for several in pictures.captions for caption in several])
             self._vectors[pictures.captions] = F.normalize(flat.double(), dim=1).unflatten(0, (len(pictures), -1))

@@ -30,6 +30,7 @@ class Pictures:
         pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of some rows of what is.
         columns: Further columns, one string a picture: `license` always, and groups such as `author`, `style`.
         fingerprint: Hash of ids, captions and pixels; part of the identity of whatever is made from them.
+        joined_from: What these were joined from, where they were; see `parts`.
     """
 
     ids: tuple[str, ...]
@@ -37,6 +38,7 @@ class Pictures:
     pixels: UInt8[NDArray[np.uint8], "n h w 3"] | RowView | JoinedRows
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fingerprint: str = ""
+    joined_from: tuple[Pictures, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,6 +48,13 @@ class Pictures:
         counts = {len(captions) for captions in self.captions}
         if len(counts) > 1:
             raise ValueError(f"Pictures must have equally many captions each; found {sorted(counts)}.")
+
+    @property
+    def parts(self) -> tuple[Pictures, ...]:
+        """What these are the concatenation of, so that what was made of a part is found again; else themselves."""
+        if self.joined_from and self.fingerprint == _joined_fingerprint(self.joined_from):
+            return tuple(part for each in self.joined_from for part in each.parts)
+        return (self,)
 
     def subset(self, indices: Sequence[int] | NDArray[np.intp]) -> Pictures:
         """The pictures at these positions, in this order."""
@@ -78,7 +87,14 @@ def joined_pictures(first: Pictures, second: Pictures) -> Pictures:
         first.captions + second.captions,
         join_rows(first.pixels, second.pixels),
         {name: column + second.columns[name] for name, column in first.columns.items()},
-        identity_hash({"of": [first.fingerprint, second.fingerprint], "ids": [*first.ids, *second.ids]}),
+        _joined_fingerprint((first, second)),
+        (first, second),
+    )
+
+
+def _joined_fingerprint(parts: Sequence[Pictures]) -> str:
+    return identity_hash(
+        {"of": [part.fingerprint for part in parts], "ids": [name for part in parts for name in part.ids]}
     )
 
 
