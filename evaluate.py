@@ -9,10 +9,12 @@ python evaluate.py lds -c EXPERIMENT             # train on random halves
 python evaluate.py report --output RUN           # the judge's page and curves once more
 python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # rankings that a fast ranker learns from
 python evaluate.py customized -c EXPERIMENT      # find what models were customized on, among other pictures
+python evaluate.py budget COMMAND …              # what any of these would take, or `fit …` of train.py
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +26,12 @@ from jsonargparse.typing import Path_fr
 from lightning import LightningDataModule
 
 import datamodules  # noqa: F401  so that YAML may use short class names
+from lightning_modules import budget
 from lightning_modules.runs import Devices, load_methods, prepare, prepare_trial, shapes
 from wherefrom import attributors, counterfactual, customized_benchmark, customized_tasks, lds
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, TrainingData
+from wherefrom.budget import as_table
 from wherefrom.command import mistakes_in_one_line
 from wherefrom.comparison import compare
 from wherefrom.counterfactual import judge
@@ -45,6 +49,8 @@ from wherefrom.workers import Workers
 
 __all__ = ["attributors", "main"]
 
+TRIALS = ("counterfactual", "lds")
+BUDGETED = ("attribute", "compare", "curate", "customized", *TRIALS)
 SETTINGS = "values that replace those of the files in every method that has them, such as {grid.timesteps: 5}"
 
 
@@ -290,8 +296,37 @@ def run_curate(config: Any) -> None:
     )
 
 
+def run_budget(words: Sequence[str]) -> None:
+    """`evaluate.py budget COMMAND …`: prints what the command would take, at rates measured on this machine.
+
+    Raises:
+        ValueError: The command has no budget.
+    """
+    if not words or words[0] not in (*BUDGETED, "fit"):
+        raise ValueError(
+            f"budget stands before a command with all its words, one of {', '.join(BUDGETED)} or (of train.py) fit; "
+            f"given {' '.join(words) or 'nothing'!r}."
+        )
+    command, output, devices = words[0], Path(), 1
+    if command == "fit":
+        stages = budget.of_fit(words[1:])
+    else:
+        root = parser()
+        config = root.instantiate(root.parse_args(list(words)))[command]
+        stages = (budget.of_trials if command in TRIALS else budget.of_queries)(command, config)
+        output, told = Path(config.output), config.trainer
+        devices = told.num_nodes * (told.devices if isinstance(told.devices, int) else 1)
+    print(as_table(stages, devices))
+    print(f"\nmeasured on one device, shared by {devices}; what the store holds is not made again; {room(output)}")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one line, not a traceback."""
+    words = sys.argv[1:] if args is None else list(args)
+    if words[:1] == ["budget"]:
+        with mistakes_in_one_line(called_from_python=args is not None):
+            run_budget(words[1:])
+        return
     root = parser()
     config = root.parse_args(args)
     torch.set_float32_matmul_precision("high")

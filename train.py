@@ -14,8 +14,13 @@ import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
 
 
-def main(args: ArgsType = None) -> LightningCLI:
-    """Runs the command line and returns it with its trainer, model and data."""
+def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
+    """Runs the command line and returns it with its trainer, model and data.
+
+    Args:
+        args: Words of the command line; None takes the program's.
+        run: False makes trainer, model and data only; the words then begin after the subcommand.
+    """
     return LightningCLI(
         LightningModule,
         LightningDataModule,
@@ -26,6 +31,7 @@ def main(args: ArgsType = None) -> LightningCLI:
         save_config_callback=callbacks.LogConfig,
         parser_kwargs={"parser_mode": "omegaconf"},
         args=args,
+        run=run,
     )
 
 

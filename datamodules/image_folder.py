@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.pictures import PicturesDataModule
-from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, split_pictures
+from datamodules.pictures import SAMPLE, Census, PicturesDataModule
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_pictures
+from wherefrom.data.image_metadata import read_rows
 from wherefrom.data.pictures import Pictures
 from wherefrom.parts import LatentEncoder
 
@@ -41,6 +42,21 @@ class ImageFolder(PicturesDataModule):
     ) -> None:
         super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
         self.folder, self.options, self.validation_share = Path(folder), options, validation_share
+
+    def census(self) -> Census:
+        """Counts the metadata's pictures; none is decoded but the few that are timed."""
+        rows = read_rows(self.folder, self.options.caption, self.options.columns)
+        splits = [row.split for row in rows]
+        held_out = splits.count("validation") or round(self.validation_share * len(rows))
+        training = splits.count("train") if "validation" in splits else len(rows) - held_out
+
+        def decode() -> int:
+            for row in rows[:SAMPLE]:
+                draw(self.folder / row.name, self.options.size)
+            return len(rows[:SAMPLE])
+
+        height, width = draw(self.folder / rows[0].name, self.options.size).shape[:2]
+        return Census(training, held_out, (height, width), len(rows[0].captions), decode)
 
     def load(self) -> tuple[Pictures, Pictures]:
         """The training pictures and the held-out ones."""

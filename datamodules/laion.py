@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
-from datamodules.pictures import PicturesDataModule
+from datamodules.pictures import SAMPLE, Census, PicturesDataModule
+from wherefrom.data.decoding import Sample
 from wherefrom.data.image_folder import split_pictures
 from wherefrom.data.pictures import Pictures, read_ids
-from wherefrom.data.webdataset import ShardOptions, build_laion
+from wherefrom.data.webdataset import ShardOptions, build_laion, decode_shard, plan_shards
 from wherefrom.parts import LatentEncoder
 
 
@@ -47,6 +49,20 @@ class LAION(PicturesDataModule):
         super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
         self.folder, self.options, self.half = Path(folder), options, half
         self.subset, self.validation_share = subset, validation_share
+
+    def census(self) -> Census:
+        """Counts what the shards' tables name; what is broken in the shards is found only when they are decoded."""
+        shards = plan_shards(
+            self.folder, self.options, None if self.subset is None else read_ids(self.subset, "subset")
+        )
+        total, side = sum(shards.counts), self.options.size
+        held_out = round(self.validation_share * total)
+
+        def decode() -> int:
+            found = islice(decode_shard(shards.paths[0], self.options, shards.subset), SAMPLE)
+            return sum(isinstance(each, Sample) for each in found)
+
+        return Census(total - held_out, held_out, (side, side), 1, decode)
 
     def load(self) -> tuple[Pictures, Pictures]:
         """The training pictures and the held-out ones."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datamodules.pictures import PicturesDataModule
+from datamodules.pictures import SAMPLE, Census, PicturesDataModule
 from wherefrom.data.cached_latents import read_cached_latents
+from wherefrom.data.image_folder import draw
 from wherefrom.data.latents import LatentSet
-from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions
+from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions, select
 from wherefrom.data.pictures import Pictures, read_ids
 from wherefrom.parts import LatentEncoder
 
@@ -73,6 +74,23 @@ class MSCOCO(PicturesDataModule):
         """The training pictures and the held-out ones."""
         train, validation = (self._split(split) for split in self.subsets)
         return train, validation
+
+    def census(self) -> Census:
+        """Counts the captions files' pictures; none is decoded but the few that are timed."""
+        counts, first = [], []
+        for split, subset in self.subsets.items():
+            images = read_captions(self.folder / CAPTIONS.format(split=split), self.options.captions)
+            images = images if subset is None else select(images, read_ids(subset, "subset"))
+            counts.append(len(images))
+            first.append(images[:SAMPLE])
+
+        def decode() -> int:
+            for image in first[0]:
+                draw(self.folder / "train2017" / image.file_name, self.options.size)
+            return len(first[0])
+
+        side = self.options.size
+        return Census(counts[0], counts[1], (side, side), self.options.captions, decode)
 
     def _split(self, split: str) -> Pictures:
         subset = self.subsets[split]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from wherefrom.parts import LatentEncoder
 from wherefrom.progress import Console
 from wherefrom.storage import Store
 
+SAMPLE = 16  # pictures that are decoded to see how long that takes
 VALIDATION_VISITS = 8  # timesteps and noise draws per held-out picture
 
 
@@ -43,6 +45,25 @@ class KeyedLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing: see the class."""
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a data set will be, told before it is decoded.
+
+    Attributes:
+        training: Training pictures, before `exclude`.
+        held_out: Held-out pictures.
+        size: (height, width) in pixels.
+        captions: Captions of each picture.
+        decode: Reads a few pictures as the data set will and says how many, to be timed; None where all are read.
+    """
+
+    training: int
+    held_out: int
+    size: tuple[int, int]
+    captions: int
+    decode: Callable[[], int] | None = None
 
 
 class PicturesDataModule(LightningDataModule):
@@ -86,6 +107,12 @@ class PicturesDataModule(LightningDataModule):
     def load(self) -> tuple[Pictures, Pictures]:
         """The training pictures and the held-out ones, before `exclude`."""
         raise TypeError(f"{type(self).__name__} does not say where its pictures come from.")
+
+    def census(self) -> Census:
+        """How many pictures there will be; here they are read, subclasses whose pictures take long count them only."""
+        train, held_out = self.load()
+        height, width = (int(side) for side in train.pixels.shape[1:3])
+        return Census(len(train), len(held_out), (height, width), len(train.captions[0]))
 
     def latents_of(self, pictures: Pictures, training: bool) -> LatentSet:
         """Latents and caption states of the training pictures or of the held-out ones, before `exclude`."""

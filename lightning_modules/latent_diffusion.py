@@ -22,6 +22,7 @@ from lightning_modules.schedule import stepped_per_batch
 from wherefrom import keyed
 from wherefrom.data.stream import NOISE, LatentBatch
 from wherefrom.diffusion import TRAINING_VERSION, DiffusionModel
+from wherefrom.parts import LatentEncoder
 from wherefrom.pipeline import save_pipeline
 from wherefrom.processes import process_of
 from wherefrom.storage import write_json
@@ -142,8 +143,11 @@ class LatentDiffusion(LightningModule):
 
     def model(self) -> DiffusionModel:
         """The averaged model, with the data module's encoder where there is one."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return DiffusionModel(self.ema, self.process, getattr(datamodule, "encoder", None))
+        return self.model_of(getattr(getattr(self.trainer, "datamodule", None), "encoder", None))
+
+    def model_of(self, encoder: LatentEncoder | None) -> DiffusionModel:
+        """The averaged model with an encoder."""
+        return DiffusionModel(self.ema, self.process, encoder)
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""

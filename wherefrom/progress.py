@@ -52,21 +52,39 @@ class Console:
             self._bar = None
 
 
-def forward_rate(model: DiffusionModel, data: LatentSet, batch_size: int = 128, batches: int = 3) -> float:
-    """Forward passes a second, measured on the training latents (the first batch is not counted)."""
-    rows = torch.arange(batch_size) % len(data)
+def forward_rate(model: DiffusionModel, data: LatentSet, batch_size: int = 128, enough: float = 0.3) -> float:
+    """Forward passes a second, measured on the training latents.
+
+    Batches grow to `batch_size`, or until one takes long enough to be measured, so that large models on slow machines
+    are not asked for more than a few passes.
+
+    Args:
+        model: The model.
+        data: The training set.
+        batch_size: The largest batch.
+        enough: Seconds that a batch must take to be measured.
+    """
+    size, seconds = 1, 0.0
+    _time_batch(model, data, size)  # the first pass also sets things up
+    while True:
+        seconds = _time_batch(model, data, size)
+        if seconds >= enough or size >= batch_size:
+            break
+        size = min(batch_size, 4 * size)
+    repeats = 1 if seconds >= enough else 3
+    return repeats * size / sum(_time_batch(model, data, size) for _ in range(repeats))
+
+
+def _time_batch(model: DiffusionModel, data: LatentSet, size: int) -> float:
+    rows = torch.arange(size) % len(data)
     latents = data.latents[rows, 0].to(model.device, model.dtype)
     states = data.states[rows, 0].to(model.device, model.dtype)
     noise = keyed.normal(keyed.combine(rows), latents.shape[1:], model.dtype).to(model.device)
-    timesteps = (torch.arange(batch_size) * model.process.steps // batch_size).to(model.device)
-    started = 0.0
+    timesteps = (torch.arange(size) * model.process.steps // size).to(model.device)
+    started = time.perf_counter()
     with torch.no_grad():
-        for batch in range(batches + 1):
-            losses = model.losses(latents, states, timesteps, noise)
-            float(losses.sum())  # waits for the device
-            if batch == 0:
-                started = time.perf_counter()
-    return batches * batch_size / (time.perf_counter() - started)
+        float(model.losses(latents, states, timesteps, noise).sum())  # waits for the device
+    return time.perf_counter() - started
 
 
 def duration(seconds: float) -> str:
