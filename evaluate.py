@@ -58,6 +58,9 @@ def parser() -> ArgumentParser:
     """The command line."""
     attribute_parser = run_parser(attribute.__doc__)
     attribute_parser.add_subclass_arguments(Attributor, "attributor", required=True)
+    attribute_parser.add_argument(
+        "--cut", type=int | None, help="rank only the first so many; all scores go to parquet parts beside the ranking"
+    )
     compare_parser = run_parser(compare.__doc__)
     compare_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
     compare_parser.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
@@ -181,6 +184,7 @@ def run_attribute(config: Any) -> None:
         run.runner,
         config.report,
         run.console.say,
+        config.cut,
     )
     run.console.say(f"report: {output / 'report.html'}   ranking: {output / 'ranking.parquet'}")
     run.console.say(f"peak resident memory: {peak_memory() / 2**30:.2f} GiB")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -29,6 +31,7 @@ from wherefrom.data.image_folder import build_image_folder
 from wherefrom.data.pictures import Pictures
 from wherefrom.evaluation.null import p_values
 from wherefrom.evaluation.ranking import read_ranking
+from wherefrom.evaluation.score_table import ScoreTable
 from wherefrom.pipeline import load_model
 from wherefrom.queries import generate
 from wherefrom.query_page import ReportOptions
@@ -130,6 +133,23 @@ def test_a_second_call_scores_nothing_again(run: Path, folder: Path) -> None:
     assert (files(run / "scores"), files(folder / "store")) == before
     assert len(before[0]) == 2
     assert (run / "ranking.parquet").read_bytes() == ranking
+
+
+def test_a_cut_ranking_names_the_first_and_keeps_the_scores_of_all(run: Path, folder: Path) -> None:
+    shutil.copytree(run, folder / "cut")
+    queries = {"prompts": ["a big red square", "blue circle"], "sampling_steps": 2}
+    cut = attributed(folder, "cut", "--cut", "3", queries=queries)
+    whole, table = pq.read_table(run / "ranking.parquet"), ScoreTable(cut / "scores_of_all")
+    first = whole.filter(pc.less_equal(whole["rank"], 3))
+    assert pq.read_table(cut / "ranking.parquet").equals(first), "p-values too"
+    for query, (ids, scores) in read_ranking(run).items():
+        found, best = table.top(query, len(ids))
+        assert found == ids
+        np.testing.assert_array_equal(best, scores)
+    with pytest.raises(ValueError, match="Attribute without a cut"):
+        evaluate.main(
+            ["retrieval", "--teacher", str(cut), "--rankings", f"run={run}", "--output", str(folder / "retrieval")]
+        )
 
 
 def test_what_is_missing_of_a_run_is_made_again(run: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -21,11 +22,13 @@ from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.null import p_values
 from wherefrom.evaluation.ranking import write_parts, write_ranking
 from wherefrom.evaluation.representation import excess, loss_of, typical_losses
+from wherefrom.evaluation.score_table import PART_ROWS, ScoreTable
 from wherefrom.query_page import ReportOptions, page_of
 from wherefrom.report import write_report
 from wherefrom.runner import Runner
 from wherefrom.storage import MANIFEST, Store, check_identity, identity_hash, read_manifest, replacing, write_manifest
 
+TABLE = "scores_of_all"
 _PART = "part "  # before a part's name in a file of scores
 
 
@@ -61,6 +64,7 @@ def attribute(
     runner: Runner,
     options: ReportOptions | None = ReportOptions(),
     say: Say = silent,
+    cut: int | None = None,
 ) -> list[Scores]:
     """Attributes the queries and leaves ranking, manifest, pictures and report in the folder.
 
@@ -76,6 +80,8 @@ def attribute(
         runner: This process's place.
         options: What the page shows; None makes no page, nor any picture of a query.
         say: Is told what is being done.
+        cut: The ranking names only the first so many pictures of each query; the scores of all are in parts below
+            `scores_of_all` (`ScoreTable`). For training sets too large for one table.
 
     Raises:
         ArtifactMismatchError: The folder holds a run with other settings.
@@ -116,7 +122,7 @@ def attribute(
             say(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
     results = [finished[query.name] for query in queries]
     if runner.is_main:
-        _write_results(folder, results, data, options, identity, attributor)
+        _write_results(folder, results, data, options, identity, attributor, cut)
     runner.barrier()
     return results
 
@@ -174,10 +180,15 @@ def _write_results(
     options: ReportOptions | None,
     identity: Mapping[str, Any],
     attributor: Attributor,
+    cut: int | None,
 ) -> None:
-    rankings = {scores.query.name: (scores.ids, scores.scores) for scores in results}
+    rankings: dict[str, tuple[Sequence[str], Any]] = {each.query.name: (each.ids, each.scores) for each in results}
+    if cut is not None:
+        table = write_table(folder / TABLE, results)
+        rankings = {name: table.top(name, cut) for name in rankings}
     with_null = all(len(scores.null) for scores in results)
-    tail = {scores.query.name: p_values(scores.scores, scores.null) for scores in results} if with_null else None
+    nulls = {scores.query.name: scores.null for scores in results}
+    tail = {name: p_values(kept, nulls[name]) for name, (_, kept) in rankings.items()} if with_null else None
     write_ranking(folder, rankings, tail)
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
@@ -187,9 +198,20 @@ def _write_results(
         folder,
         identity,
         complete=True,
-        cut=None,
+        cut=cut,
         facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
     )
+
+
+def write_table(folder: Path, results: Sequence[Scores]) -> ScoreTable:
+    """All scores of all queries in parts, which hold one stretch of the pictures each."""
+    ids = results[0].ids
+    assert all(scores.ids == ids for scores in results)
+    table = ScoreTable(folder, [scores.query.name for scores in results])
+    for number, start in enumerate(range(0, len(ids), PART_ROWS)):
+        rows = slice(start, start + PART_ROWS)
+        table.write(number, ids[rows], np.stack([scores.scores[rows] for scores in results]))
+    return table
 
 
 def _write_page(
