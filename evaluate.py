@@ -15,8 +15,8 @@ python evaluate.py budget COMMAND …              # what any of these would tak
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from lightning_modules import budget
 from lightning_modules.runs import Devices, load_methods, prepare, prepare_trial, shapes
 from wherefrom import attributors, counterfactual, customized_benchmark, customized_tasks, lds
 from wherefrom.attribution import attribute
-from wherefrom.attributors import Attributor, TrainingData
+from wherefrom.attributors import Attributor, Scores, TrainingData
 from wherefrom.budget import as_table
 from wherefrom.command import mistakes_in_one_line
 from wherefrom.comparison import compare
 from wherefrom.counterfactual import judge
 from wherefrom.curation import Captions, curate
+from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation import retrieval
 from wherefrom.features import ImageEncoder, TextEncoder
@@ -45,6 +46,8 @@ from wherefrom.progress import Console, duration, forward_rate, peak_memory, roo
 from wherefrom.protocol import Protocol
 from wherefrom.queries import QuerySource
 from wherefrom.query_page import ReportOptions
+from wherefrom.storage import Store
+from wherefrom.tracking import Tracking, track
 from wherefrom.workers import Workers
 
 __all__ = ["attributors", "main"]
@@ -52,6 +55,23 @@ __all__ = ["attributors", "main"]
 TRIALS = ("counterfactual", "lds")
 BUDGETED = ("attribute", "compare", "curate", "customized", *TRIALS)
 SETTINGS = "values that replace those of the files in every method that has them, such as {grid.timesteps: 5}"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command leaves for wandb to know.
+
+    Attributes:
+        store: What it found or made on its way.
+        results: Scores of its queries.
+        pictures: The training pictures.
+        is_main: Whether this process tells.
+    """
+
+    store: Store | None = None
+    results: Sequence[Scores] = ()
+    pictures: Pictures | None = None
+    is_main: bool = True
 
 
 def parser() -> ArgumentParser:
@@ -130,6 +150,7 @@ def run_parser(description: str | None, with_model: bool = True, required: bool 
     made.add_class_arguments(QuerySource, "queries")
     made.add_class_arguments(ReportOptions, "report")
     made.add_class_arguments(Devices, "trainer")
+    made.add_class_arguments(Tracking, "wandb")
     made.add_argument("--output", type=str, required=True, help="the run folder")
     made.add_argument("--store", type=str, default="cache", help="folder for what is computed once")
     return made
@@ -168,13 +189,13 @@ def announce(
     )
 
 
-def run_attribute(config: Any) -> None:
+def run_attribute(config: Any) -> Done:
     """`evaluate.py attribute`."""
     run, output = prepare(config, [config.attributor]), Path(config.output)
     if run.runner.is_main:
         announce(run.console, config.attributor, run.data, run.model, len(run.queries), output)
     config.attributor.progress = run.console.progress
-    attribute(
+    results = attribute(
         output,
         config.attributor,
         run.data,
@@ -188,9 +209,10 @@ def run_attribute(config: Any) -> None:
     )
     run.console.say(f"report: {output / 'report.html'}   ranking: {output / 'ranking.parquet'}")
     run.console.say(f"peak resident memory: {peak_memory() / 2**30:.2f} GiB")
+    return Done(run.store, results, run.data.pictures, run.runner.is_main)
 
 
-def run_compare(config: Any) -> None:
+def run_compare(config: Any) -> Done:
     """`evaluate.py compare`."""
     methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
     run, output = prepare(config, methods.values()), Path(config.output)
@@ -201,9 +223,10 @@ def run_compare(config: Any) -> None:
         method.progress = run.console.progress
     compare(output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.say)
     run.console.say(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
+    return Done(run.store, is_main=run.runner.is_main)
 
 
-def run_retrieval(config: Any) -> None:
+def run_retrieval(config: Any) -> Done:
     """`evaluate.py retrieval`."""
     output = Path(config.output)
     methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
@@ -216,18 +239,20 @@ def run_retrieval(config: Any) -> None:
             output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.say
         )
         if not run.runner.is_main:
-            return
+            return Done(is_main=False)
     ceiling = None if config.ceiling is None else Path(config.ceiling)
     print(retrieval.as_table(retrieval.retrieval(output, Path(config.teacher), folders, ceiling, config.k)))
+    return Done()
 
 
-def run_counterfactual(config: Any) -> None:
+def run_counterfactual(config: Any) -> Done:
     """`evaluate.py counterfactual`."""
     protocol: Protocol = config.protocol
     trial = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
     rows = judge(Path(config.output), trial.rankings, trial.sweep, protocol, trial.again, trial.costs)
     print(counterfactual.as_table(rows, trial.costs))
     write_judge_report(Path(config.output))
+    return Done()
 
 
 def run_report(config: Any) -> None:
@@ -236,14 +261,15 @@ def run_report(config: Any) -> None:
         print(path)
 
 
-def run_lds(config: Any) -> None:
+def run_lds(config: Any) -> Done:
     """`evaluate.py lds`."""
     halves: Halves = config.halves
     trial = prepare_trial(config, halves.seed, config.timesteps)
     print(lds.as_table(linear_datamodeling_scores(Path(config.output), trial.rankings, trial.sweep, halves)))
+    return Done()
 
 
-def run_customized(config: Any) -> None:
+def run_customized(config: Any) -> Done:
     """`evaluate.py customized`."""
     if config.queries.prompts or config.queries.pictures:
         raise ValueError(
@@ -271,9 +297,10 @@ def run_customized(config: Any) -> None:
     )
     if run.runner.is_main:
         print(customized_benchmark.as_table(lines, config.k))
+    return Done(run.store, is_main=run.runner.is_main)
 
 
-def run_curate(config: Any) -> None:
+def run_curate(config: Any) -> Done:
     """`evaluate.py curate`."""
     if config.queries.prompts or config.queries.pictures:
         raise ValueError("evaluate.py curate draws its queries from captions: leave queries.prompts and pictures out.")
@@ -298,6 +325,7 @@ def run_curate(config: Any) -> None:
         run.console.say,
         run.console.progress if alone else None,
     )
+    return Done(run.store, is_main=run.runner.is_main)
 
 
 def run_budget(words: Sequence[str]) -> None:
@@ -336,7 +364,7 @@ def main(args: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     initialised = root.instantiate(config)
     with mistakes_in_one_line(called_from_python=args is not None):
-        runs = {
+        runs: dict[str, Callable[[Any], Done | None]] = {
             "attribute": run_attribute,
             "compare": run_compare,
             "retrieval": run_retrieval,
@@ -346,7 +374,11 @@ def main(args: Sequence[str] | None = None) -> None:
             "curate": run_curate,
             "customized": run_customized,
         }
-        runs[initialised.subcommand](initialised[initialised.subcommand])
+        command, settings = initialised.subcommand, initialised[initialised.subcommand]
+        done = runs[command](settings)
+        if done is not None and done.is_main:
+            told = config[command].as_dict()
+            track(settings.wandb, command, Path(settings.output), told, done.store, done.results, done.pictures)
 
 
 if __name__ == "__main__":

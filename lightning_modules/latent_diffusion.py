@@ -81,7 +81,7 @@ class LatentDiffusion(LightningModule):
                 f"'v_prediction' (it is {self.process.prediction!r}); leave it out to weight all timesteps alike."
             )
         self.max_snr_weight = max_snr_weight
-        self.save_to, self.text_source = save_to, text_source
+        self.save_to, self.text_source, self.init_from = save_to, text_source, init_from
         if compile:
             self.unet.compile()
 

@@ -178,10 +178,14 @@ class Store:
 
     Args:
         root: Where the artifacts live; made if it is missing.
+
+    Attributes:
+        touched: Folders of the artifacts that were found or made so far -> whether they were made: a run's lineage.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self.touched: dict[Path, bool] = {}
 
     def path(self, kind: str, identity: Identity) -> Path:
         """Where the artifact with this identity is or will be."""
@@ -193,6 +197,7 @@ class Store:
         if not (folder / MANIFEST).exists():
             return None
         check_identity(folder, identity)
+        self.touched.setdefault(folder, False)
         return folder
 
     def partial(self, kind: str, identity: Identity) -> Path:
@@ -242,4 +247,5 @@ class Store:
             if folder.exists():
                 shutil.rmtree(folder)
             partial.replace(folder)
+        self.touched[folder] = True
         return folder
