@@ -35,7 +35,7 @@ def sizes_of(data: PicturesDataModule) -> tuple[Sizes, float]:
 
 def of_queries(command: str, config: Any) -> list[Stage]:
     """The stages of `attribute`, `compare`, `curate` and `customized`."""
-    model = load_model(config.model)
+    model = config.trainer.accelerate(load_model(config.model))
     stages, data, rate = _begun(config.data, model)
     if command == "customized":
         from wherefrom import customized_tasks

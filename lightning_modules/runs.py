@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
@@ -35,12 +35,22 @@ class Devices:
         devices: How many on each machine.
         num_nodes: How many machines.
         strategy: `auto` or `ddp`.
+        precision: `32`, or `bf16` for gradients in bfloat16; losses stay in float32 (see `DiffusionModel`).
+        compile: Compile the network for passes without gradients.
+        gradient_checkpointing: Compute activations again in backward passes, which takes less memory and more time.
     """
 
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1
     strategy: str = "auto"
+    precision: Literal["32", "bf16"] = "32"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+    def accelerate(self, model: DiffusionModel) -> DiffusionModel:
+        """Sets the model's options."""
+        return model.accelerate(self.precision == "bf16", self.compile, self.gradient_checkpointing)
 
 
 def load_methods(
@@ -112,7 +122,7 @@ def prepare(config: Any, methods: Iterable[Attributor], with_queries: bool = Tru
     fabric.launch()
     runner = Runner.current(fabric.device)
     console = Console(runner.is_main)
-    model = load_model(config.model).to(fabric.device)
+    model = devices.accelerate(load_model(config.model).to(fabric.device))
     data_module: PicturesDataModule = config.data
     data_module.store = store = Store(config.store)
     console.say("pictures, latents and captions")

@@ -142,7 +142,9 @@ class PerSampleGradients:
         grads = torch.autograd.grad(losses.sum(), [output for _, _, output in calls])
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (owner, inputs, _), grad in zip(calls, grads, strict=True):
-            found.setdefault(owner, []).append((inputs, grad))
+            layer, rules = self._layers[owner]
+            dtype = layer.get_parameter(next(iter(rules))).dtype  # under autocast both are of fewer bits
+            found.setdefault(owner, []).append((inputs.to(dtype), grad.to(dtype)))
         return found
 
     def of_layer(
