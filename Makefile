@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-table train test check
+.PHONY: help setup demo demo-table train test check docs
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -47,3 +47,6 @@ check: setup ## format, lint, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: setup ## build the API reference in build/docs from the docstrings
+	$(RUN) docs/reference.py build/docs
