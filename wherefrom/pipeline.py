@@ -57,7 +57,8 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
     Args:
         folder: Where to save.
         model: The model; its encoder must be set. Its weights are rounded to `dtype` in place of a copy on disk only.
-        text_source: Path, hub id or `package:NAME/FOLDER` of the text encoder.
+        text_source: Path, hub id (or a folder of one: `OWNER/NAME/FOLDER`) or `package:NAME/FOLDER` of the text
+            encoder.
         dtype: Type of number of the saved weights.
 
     Raises:
@@ -117,8 +118,7 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
         require_peft(f"The adapter {lora}")
     parts: dict[str, Any] = {}
     if source.is_file():
-        text = AutoModel.from_pretrained(resolve_path(json.loads(source.read_text())["path"]))
-        parts["text_encoder"] = text.to(dtype)
+        parts["text_encoder"] = _text_encoder(json.loads(source.read_text())["path"]).to(dtype)
     index = Path(path) / "model_index.json"
     if index.is_file():  # a text encoder that was left out must be named, or the pipeline takes it for a damaged one
         absent = [name for name, kind in json.loads(index.read_text()).items() if kind == [None, None]]
@@ -131,6 +131,17 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
     return pipeline
+
+
+def _text_encoder(path: str) -> nn.Module:
+    """A text encoder from a folder, `package:NAME/FOLDER`, a hub id, or a folder of a hub id (`OWNER/NAME/FOLDER`)."""
+    resolved = resolve_path(path)
+    parts = resolved.split("/")
+    if len(parts) > 2 and not Path(resolved).exists() and parts[0]:
+        found: nn.Module = AutoModel.from_pretrained("/".join(parts[:2]), subfolder="/".join(parts[2:]))
+    else:
+        found = AutoModel.from_pretrained(resolved)
+    return found
 
 
 def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
