@@ -90,7 +90,7 @@ def variants() -> dict[str, Variant]:
         found[f"loss: {loss.__name__}"] = Variant(
             options={"model.init_args.loss": f"{loss.__module__}.{loss.__name__}"}
         )
-    for share in (0.0, 0.2, 0.5):
+    for share in (0.0, 0.1, 0.2, 0.8):
         found[f"outside {share:g}"] = Variant(options={"data.init_args.outside": share})
     for outputs in (64, 128, 256):
         found[f"{outputs} outputs"] = Variant(options={f"{ranker}.outputs": outputs})

@@ -133,6 +133,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         content = small("", yaml.safe_load(text))
         if "recipe" in content:
             content.pop("model", None)  # it was trained in more steps than one
+            content["methods"] = content["methods"][:2]  # `emoji_comparison` runs all
         copy = root / "configs" / file.relative_to(ROOT / "configs")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(json.dumps(content))  # JSON is YAML
