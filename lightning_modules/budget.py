@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 import train
 from datamodules.pictures import PicturesDataModule
+from lightning_modules.autoencoder import Autoencoder
+from lightning_modules.latent_diffusion import LatentDiffusion
 from lightning_modules.runs import load_methods
 from wherefrom.attributors import TrainingData
 from wherefrom.budget import Sizes, Stage, drawing, encoding, features, method, timed
@@ -127,22 +129,20 @@ def _training(words: Sequence[str]) -> tuple[list[Stage], float, Any]:
     module, data = cli.model, cli.datamodule
     if hasattr(module, "save_to"):
         module.save_to = None  # nothing is kept of what is tried here
-    if not isinstance(data, PicturesDataModule):
-        return [], _real_steps(module, data), cli
+    if not isinstance(data, PicturesDataModule) or not isinstance(module, Autoencoder | LatentDiffusion):
+        return [], _real_steps(module, data, cli.trainer.max_steps), cli
     stages: list[Stage] = []
     sizes, decode_s = sizes_of(data)
-    if data.encoder is None:
+    if isinstance(module, Autoencoder):
         count = sizes.training + sizes.held_out
         stages.append(Stage(f"read {count:,} pictures", count * decode_s))
         batch: Any = PixelBatch(torch.arange(data.batch_size), torch.zeros(data.batch_size, 3, *sizes.size))
-    elif hasattr(module, "model_of"):
+    else:
         stages, blank = encoding(module.model_of(data.encoder), sizes, decode_s)
         assert blank.latents is not None
         rows = torch.arange(data.batch_size) % sizes.training
         latents, states = blank.latents.latents[rows, 0], blank.latents.states[rows, 0]
         batch = LatentBatch(torch.arange(data.batch_size), torch.rand(data.batch_size), latents, states)
-    else:
-        return [], _real_steps(module, data), cli
     first, step_s = _steps(module, batch)
     return [*stages, Stage("the first step, which may compile", first)], step_s, cli
 
@@ -163,21 +163,22 @@ def _steps(module: LightningModule, batch: Any) -> tuple[float, float]:
 
 
 class _Clock(Callback):
-    """When each batch of a training ended."""
+    """Notes when each batch of a training ended, and ends it after a few."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Notes the time."""
         self.ends.append(time.perf_counter())
+        trainer.should_stop = len(self.ends) > _STEPS
 
 
-def _real_steps(module: LightningModule, data: LightningDataModule) -> float:
+def _real_steps(module: LightningModule, data: LightningDataModule, steps: int) -> float:
     """Seconds of a step of a training on its real data."""
     clock = _Clock()
     trainer = Trainer(
-        max_steps=1 + _STEPS,
+        max_steps=steps,
         accelerator="cpu",
         callbacks=[clock],
         logger=False,
