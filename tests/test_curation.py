@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def test_it_holds_what_the_teacher_says(model: DiffusionModel, data: TrainingDat
     assert np.array_equal(read.rows, found.rows)
     assert np.array_equal(read.scores, found.scores)
     assert read.identity["teacher"] == influence().identity()
+
+
+def test_a_set_kept_without_features_gets_them_again(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:
+    found = made(tmp_path / "set", model, data, block_size=2)
+    shutil.rmtree(tmp_path / "set" / "features")
+    again = made(tmp_path / "set", model, data, block_size=2)
+    assert np.array_equal(again.rows, found.rows)
+    assert np.array_equal(again.scores, found.scores)
+    for side in ("training", "queries"):
+        assert np.array_equal(getattr(again.features["lengths"], side), getattr(found.features["lengths"], side))
+        assert (tmp_path / "set" / "features" / f"lengths.{side}.npy").exists()
 
 
 def test_only_candidates_are_scored(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from wherefrom.queries import QuerySource, generate
 from wherefrom.runner import Runner, best_device
 from wherefrom.storage import MANIFEST, Store, check_identity, identity_hash, write_manifest
 from wherefrom.sweep import Engine, in_process
-from wherefrom.teacher import Features, TeacherSet, read_teacher_set, write_teacher_set
+from wherefrom.teacher import QUERIES, Features, TeacherSet, has_features, read_teacher_set, write_teacher_set
 
 Encoder = ImageEncoder | TextEncoder
 BLOCKS = "blocks"
@@ -159,7 +159,7 @@ def curate(
     say: Say = silent,
     progress: Progress | None = None,
 ) -> TeacherSet:
-    """Makes a teacher set, or goes on with one.
+    """Makes a teacher set, or goes on with one; a finished one that was kept without its features gets them again.
 
     Args:
         folder: Where it goes.
@@ -207,18 +207,30 @@ def curate(
         "features": {name: encoder.identity() for name, encoder in features.items()},
         "block_size": block_size,
     }
+    blocks = [
+        Block(number, tuple(prompts[start : start + block_size]))
+        for number, start in enumerate(range(0, len(prompts), block_size))
+    ]
     if (folder / MANIFEST).exists():
         check_identity(folder, identity)
-        return read_teacher_set(folder)
+        if all(has_features(folder, name) for name in features):
+            return read_teacher_set(folder)
+        say(f"{folder} has its rankings but not its features: they are made now")
+        drawing = TeacherWork(folder, method, data, model, source, shape, store, runner)
+        drawn = [query for block in blocks for query in drawing.queries(block)]
+        teacher_set = read_teacher_set(folder, [])
+        if tuple(query.name for query in drawn) != teacher_set.queries:
+            raise ValueError(f"The queries in {folder / QUERIES} are not those that these settings draw.")
+        made = {name: _features(drawn, data.pictures, encoder, store, progress) for name, encoder in features.items()}
+        teacher_set = replace(teacher_set, features=made)
+        if runner is None or runner.is_main:
+            write_teacher_set(folder, teacher_set)
+        return teacher_set
     blocks_folder = folder / BLOCKS
     if (blocks_folder / MANIFEST).exists():
         check_identity(blocks_folder, identity)
     elif runner is None or runner.is_main:
         write_manifest(blocks_folder, identity)
-    blocks = [
-        Block(number, tuple(prompts[start : start + block_size]))
-        for number, start in enumerate(range(0, len(prompts), block_size))
-    ]
     say(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training pictures scored for each")
     alone = TrainingData(data.pictures, data.latents)  # a teacher set has no use for scores of held-out pictures
     work = TeacherWork(folder, method, alone, model, source, shape, store, runner, progress)
@@ -266,6 +278,7 @@ def _teacher_set(
     row_of = {name: row for row, name in enumerate(pictures.ids)}
     # What a method among the nearest did not score comes after everything that it did.
     tops = [scores.top(scored) for scores in results]
+    queries = [scores.query for scores in results]
     return TeacherSet(
         pictures.ids,
         tuple(several[0] for several in pictures.captions),
@@ -273,15 +286,14 @@ def _teacher_set(
         tuple(scores.query.prompt for scores in results),
         np.array([[row_of[name] for name, _ in top] for top in tops], dtype=np.int32),
         np.array([[value for _, value in top] for top in tops], dtype=np.float32),
-        {name: _features(results, pictures, encoder, store, progress) for name, encoder in features.items()},
+        {name: _features(queries, pictures, encoder, store, progress) for name, encoder in features.items()},
         identity,
     )
 
 
 def _features(
-    results: Sequence[Scores], pictures: Pictures, encoder: Encoder, store: Store, progress: Progress | None
+    queries: Sequence[Query], pictures: Pictures, encoder: Encoder, store: Store, progress: Progress | None
 ) -> Features:
-    queries = [scores.query for scores in results]
     training = picture_features(pictures, encoder, store, progress)
     pixels = np.stack([query.pixels for query in queries])
     drawn = query_features(pixels, [query.prompt for query in queries], encoder)

@@ -222,6 +222,11 @@ def read_teacher_set(folder: Path, features: Sequence[str] | None = None) -> Tea
         raise ValueError(f"The teacher set {folder} cannot be used: {error}") from error
 
 
+def has_features(folder: Path, name: str) -> bool:
+    """Whether a teacher set has an encoder's features: they are large and made again in minutes, unlike rankings."""
+    return all(_features_file(folder, name, part).exists() for part in ("training", "queries"))
+
+
 _QUERY_COLUMNS = ("query", "prompt", "images", "scores")
 
 
