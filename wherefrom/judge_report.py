@@ -70,7 +70,8 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
     assumption = (
         "One retraining leaves out the pictures of all queries of a pool. Own: changes of the queries whose pictures "
         "went; others: of the same queries where only the pictures of other queries went. Own minus others assumes "
-        "that the pictures of other queries do to a query what they do to any. Band: as many pictures left out at "
+        "that the pictures of other queries do to a query what they do to any. Where one pool takes all queries, "
+        "others are queries that nothing was left out for, on the same models. Band: as many pictures left out at "
         "random. Dashed: another seed, with all pictures. Error bars are standard errors over queries."
         + (
             " Seconds a query are without what a method makes once for a model; stored is all that it left."

@@ -66,6 +66,10 @@ def test_own_minus_others_by_hand() -> None:
     assert effect.difference.tolist() == [3.0, 1.5, 6.0]
     alone = effect_of([Removal("abu", 1, ("a",), ("1",))], [{"a": 5.0}])
     assert np.isnan(alone.difference).all()
+    # One pool takes both queries; d and e are measured, and nothing was left out for them.
+    pooled = effect_of([Removal("abu", 1, ("a", "b"), ("1",))], [{"a": 5.0, "b": 2.0, "d": 1.0, "e": 0.0}])
+    assert pooled.others.tolist() == [0.5, 0.5]
+    assert pooled.difference.tolist() == [4.5, 1.5]
     with pytest.raises(ValueError, match="Query 'c' was not measured after a removal by abu"):
         effect_of(removals, [changes[0], {"a": 1.0, "b": 1.0}])
 

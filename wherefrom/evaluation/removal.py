@@ -164,7 +164,9 @@ class Effect:
     Attributes:
         queries: The queries.
         own: Mean change where the query's own pictures were left out.
-        others: Mean change where only those of other queries were; NaN where there was no such retraining.
+        others: Mean change where only those of other queries were. Where one pool takes all queries there is no such
+            retraining: then the mean change, on the same models, of the queries that nothing was left out for; NaN
+            without such queries.
     """
 
     queries: tuple[str, ...]
@@ -188,16 +190,18 @@ def effect_of(removals: Sequence[Removal], changes: Sequence[Mapping[str, float]
         ValueError: A query was not measured after a removal.
     """
     queries = tuple(sorted({query for removal in removals for query in removal.queries}))
+    bystanders = sorted(set.intersection(*map(set, changes)) - set(queries)) if changes else []
     own: list[float] = []
     others: list[float] = []
     for query in queries:
         missing = [removal for removal, change in zip(removals, changes, strict=True) if query not in change]
         if missing:
             raise ValueError(f"Query {query!r} was not measured after a removal by {missing[0].method}.")
-        pairs = [(query in removal.queries, change[query]) for removal, change in zip(removals, changes, strict=True)]
-        for wanted, found in ((True, own), (False, others)):
-            values = [change for mine, change in pairs if mine is wanted]
-            found.append(float(np.mean(values)) if values else float("nan"))
+        pairs = [(query in removal.queries, change) for removal, change in zip(removals, changes, strict=True)]
+        own.append(float(np.mean([change[query] for mine, change in pairs if mine])))
+        left = [change[query] for mine, change in pairs if not mine]
+        left = left or [change[bystander] for _, change in pairs for bystander in bystanders]
+        others.append(float(np.mean(left)) if left else float("nan"))
     return Effect(queries, np.array(own), np.array(others))
 
 
