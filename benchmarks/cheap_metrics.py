@@ -1,6 +1,6 @@
 """Do cheap metrics predict the expensive one? Retrieval of the teacher's first pictures against retraining.
 
-    python -m benchmarks.ranker_table
+    python -m benchmarks.ranker_table --seeds 1
     python -m benchmarks.cheap_metrics
 
 Takes rankers and untuned features of `results/emoji/ranker_table.json`, has the judge of emoji-1k train without the
@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 
 import evaluate
 from benchmarks.ranker_table import RESULT as TABLE
-from benchmarks.ranker_table import Variant, variants
+from benchmarks.ranker_table import Variant, train_one, variants
 from wherefrom.evaluation.metrics import estimate
 from wherefrom.storage import identity_hash, write_json
 
@@ -41,21 +41,19 @@ CHOSEN = ("bce", "1 encoder: efficientnet", "1 encoder: minilm", "all as publish
 POOL, SAMPLES = 20, 2000  # all queries of the judge in one pool
 
 
-def method_file(name: str, variant: Variant, table: Path, folder: Path) -> Path:
-    """The configuration of a line of the table as a method.
-
-    Raises:
-        SystemExit: Its ranker is not there.
-    """
+def method_file(name: str, variant: Variant, options: argparse.Namespace) -> Path:
+    """The configuration of a line of the table as a method; its ranker is trained if the table did not leave it."""
     if name in UNTUNED:
         return Path("configs/attributor") / f"{UNTUNED[name]}.yaml"
-    ranker = table / identity_hash({"variant": name, "seed": 0}) / "ranker"
-    if not ranker.exists():
-        raise SystemExit(f"{ranker} is missing: python -m benchmarks.ranker_table --seeds 1 --variants '{name}'")
+    place = options.table / identity_hash({"variant": name, "seed": 0})
+    if not (place / "ranker").exists():
+        print(f"{name}: training", flush=True)
+        train_one(variant, 0, place, options.steps)
     encoders = {each: ENCODERS[each] for each in variant.features}
-    path = folder / f"{slug(name)}.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"class_path": "Fast", "init_args": {"ranker": str(ranker.resolve()), "encoders": encoders}})
+    path = options.output / f"{slug(name)}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ranker = str((place / "ranker").resolve())
+    write_json(path, {"class_path": "Fast", "init_args": {"ranker": ranker, "encoders": encoders}})
     return path
 
 
@@ -115,7 +113,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/cheap_metrics"))
     options = parser.parse_args()
     table = json.loads(TABLE.read_text())["rows"]
-    chosen = {name: method_file(name, variants()[name], options.table, options.output) for name in options.variants}
+    chosen = {name: method_file(name, variants()[name], options) for name in options.variants}
     result = judge({name: file for name, file in chosen.items() if file.stem != "caption"}, options.k, options.output)
     rises = np.array([rises_of(result, slug(name)) for name in chosen])
     found: dict[str, Any] = {}
