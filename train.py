@@ -6,6 +6,8 @@ python train.py fit -c configs/experiment/emoji_diffusion.yaml --ckpt_path runs/
 
 from __future__ import annotations
 
+import warnings
+
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
@@ -21,18 +23,21 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         args: Words of the command line; None takes the program's.
         run: False makes trainer, model and data only; the words then begin after the subcommand.
     """
-    return LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        save_config_callback=callbacks.LogConfig,
-        parser_kwargs={"parser_mode": "omegaconf"},
-        args=args,
-        run=run,
-    )
+    with warnings.catch_warnings():
+        # Lightning suspects a mistake wherever a process with a command line of its own gives arguments, as sweeps do.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+        return LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=callbacks.LogConfig,
+            parser_kwargs={"parser_mode": "omegaconf"},
+            args=args,
+            run=run,
+        )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ from wherefrom.storage import hash_file
 _NOT_DECIDING = ("save_to", "text_source", "init_from")
 _DECIDING_DATA = ("batch_size", "flip_share", "caption_dropout")
 _DECIDING_TRAINER = ("max_steps", "gradient_clip_val", "gradient_clip_algorithm", "precision")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what Lightning says at the start of each fit (devices, seeds, tips) out of a sweep's own lines."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
 
 
 class Recipe:
@@ -100,7 +115,8 @@ class Recipe:
             if done.returncode:
                 raise ValueError(f"Training in {folder} ended with exit status {done.returncode}; see above.")
         else:
-            train.main(arguments)
+            with _quiet():
+                train.main(arguments)
             if wandb.run is not None:
                 wandb.finish()  # or the next training of this process would be logged as the same run
         shutil.rmtree(checkpoints, ignore_errors=True)
