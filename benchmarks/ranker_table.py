@@ -94,6 +94,8 @@ def variants() -> dict[str, Variant]:
         found[f"outside {share:g}"] = Variant(options={"data.init_args.outside": share})
     for outputs in (64, 128, 256):
         found[f"{outputs} outputs"] = Variant(options={f"{ranker}.outputs": outputs})
+    small = {"width": 256, "hidden": 1, "outputs": 128}
+    found["small"] = Variant(options={f"{ranker}.{size}": number for size, number in small.items()})
     for queries in (30, 75, 150):
         found[f"{queries} queries"] = Variant(options={"data.init_args.queries": queries})
     for teacher in ("looks", "bank", "trak", "ensemble"):
