@@ -37,7 +37,7 @@ ENCODERS = {
 }
 # The methods that search by features as they are.
 UNTUNED = {"untuned: efficientnet": "efficientnet", "untuned: minilm": "caption"}
-CHOSEN = ("bce", "1 encoder: efficientnet", "1 encoder: minilm", "all as published", "no skip", "30 queries")
+CHOSEN = ("bce", "1 encoder: efficientnet", "1 encoder: minilm", "no skip", "30 queries")
 POOL, SAMPLES = 20, 2000  # all queries of the judge in one pool
 
 

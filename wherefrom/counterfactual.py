@@ -258,7 +258,7 @@ def as_table(rows: Sequence[Row], costs: Mapping[str, Cost] = NO_COSTS) -> str:
         for values in (row.loss.own, row.loss.others, row.loss.difference, row.mse.own, row.similarity.own):
             mean, error = estimate(values)
             # One pool of all queries has the same others for each of them: no spread, but for rounding.
-            spread = f" ± {error:.1g}" if not error <= 1e-9 * abs(mean) else ""
+            spread = f" ± {error:.2g}" if not error <= 1e-9 * abs(mean) else ""
             cells.append(f"{mean:.3g}{spread}" if np.isfinite(mean) else "–")
         if with_ladder:
             cells.append("–" if row.equivalent is None else "{:,.0f} ({:,.0f} to {:,.0f})".format(*row.equivalent))

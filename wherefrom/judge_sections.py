@@ -51,7 +51,7 @@ def number(estimate: Sequence[float | None]) -> str:
     mean, error = estimate
     if mean is None:
         return "–"
-    return f"{mean:.3g}" if error is None else f"{mean:.3g} ± {error:.1g}"
+    return f"{mean:.3g}" if error is None else f"{mean:.3g} ± {error:.2g}"
 
 
 def _groups(groups: Sequence[Stored]) -> list[Markup]:
