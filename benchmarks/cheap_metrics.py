@@ -112,17 +112,20 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/cheap_metrics"))
     options = parser.parse_args()
+    if len(options.variants) < 3:
+        raise SystemExit("A correlation over rankers needs at least three of them.")
     table = json.loads(TABLE.read_text())["rows"]
     chosen = {name: method_file(name, variants()[name], options) for name in options.variants}
     result = judge({name: file for name, file in chosen.items() if file.stem != "caption"}, options.k, options.output)
     rises = np.array([rises_of(result, slug(name)) for name in chosen])
+    depths = sorted(table[options.variants[0]]["0"]["ap"], key=int)
     found: dict[str, Any] = {}
-    print(f"\n| ranker | {' | '.join(f'mAP({depth})' for depth in table['bce']['0']['ap'])} | ΔL own − others |")
-    print(f"|---{'|---' * (1 + len(table['bce']['0']['ap']))}|")
+    print(f"\n| ranker | {' | '.join(f'mAP({depth})' for depth in depths)} | ΔL own − others |")
+    print(f"|---{'|---' * (1 + len(depths))}|")
     for name, rise in zip(chosen, rises, strict=True):
-        cells = [table[name]["0"]["ap"][depth] for depth in table[name]["0"]["ap"]] + [rise]
+        cells = [table[name]["0"]["ap"][depth] for depth in depths] + [rise]
         print(f"| {name} | {' | '.join('{:.3f} ± {:.3f}'.format(*estimate(np.array(each))) for each in cells)} |")
-    for depth in table["bce"]["0"]["ap"]:
+    for depth in depths:
         precisions = np.array([table[name]["0"]["ap"][depth] for name in chosen])
         found[depth] = correlations(precisions, rises, seed=0)
         print("mAP({}) and ΔL: Spearman correlation {:.2f} ({:.2f} to {:.2f})".format(depth, *found[depth]))
