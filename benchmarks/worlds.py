@@ -224,7 +224,13 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
             *told,
             *asked,
         ),
-        *("--attributor", "configs/attributor/fast.yaml", "--attributor.init_args.ranker", output / "ranker", *store),
+        *(
+            "--attributor",
+            "configs/attributor/fast_trained.yaml",
+            "--attributor.init_args.ranker",
+            output / "ranker",
+            *store,
+        ),
         *("--output", output / "fast", "--trainer.accelerator", "cpu"),
     )
     rankings = [read_ranking(output / each) for each in ("one", "two", "fast")]
