@@ -8,6 +8,7 @@ python evaluate.py counterfactual -c EXPERIMENT  # train again without what each
 python evaluate.py lds -c EXPERIMENT             # train on random halves
 python evaluate.py report --output RUN           # the judge's page and curves once more
 python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # rankings that a fast ranker learns from
+python evaluate.py calibrate --ranker R --teacher T --output F  # what a ranker's similarities say of influence
 python evaluate.py customized -c EXPERIMENT      # find what models were customized on, among other pictures
 python evaluate.py budget COMMAND …              # what any of these would take, or `fit …` of train.py
 """
@@ -30,19 +31,19 @@ from lightning_modules import budget
 from lightning_modules.runs import Devices, load_methods, prepare, prepare_trial, shapes
 from wherefrom import attributors, counterfactual, customized_benchmark, customized_tasks, lds
 from wherefrom.attribution import attribute
-from wherefrom.attributors import Attributor, Scores, TrainingData
+from wherefrom.attributors import Attributor, Scores
 from wherefrom.budget import as_table
 from wherefrom.command import mistakes_in_one_line
 from wherefrom.comparison import compare
 from wherefrom.counterfactual import judge
 from wherefrom.curation import Captions, curate
 from wherefrom.data.pictures import Pictures
-from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation import retrieval
+from wherefrom.evaluation.calibration import CalibrationSettings, calibrate_ranker
 from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
-from wherefrom.progress import Console, duration, forward_rate, peak_memory, room
+from wherefrom.progress import announce, peak_memory, room
 from wherefrom.protocol import Protocol
 from wherefrom.queries import QuerySource
 from wherefrom.query_page import ReportOptions
@@ -122,6 +123,11 @@ def parser() -> ArgumentParser:
     )
     customized_parser.add_argument("--k", type=int, default=10, help="of Recall@k")
     customized_parser.add_argument("--limit", type=int | None, help="only the first so many models of each test case")
+    calibrate_parser = ArgumentParser(description=calibrate_ranker.__doc__)
+    calibrate_parser.add_argument("--ranker", type=Path, required=True, help="the ranker's folder")
+    calibrate_parser.add_argument("--teacher", type=Path, required=True, help="a teacher set of held-out queries")
+    calibrate_parser.add_argument("--output", type=Path, required=True, help="where the calibration goes")
+    calibrate_parser.add_class_arguments(CalibrationSettings, "settings")
     report_parser = ArgumentParser(description=write_judge_report.__doc__)
     report_parser.add_argument(
         "--output", type=str, required=True, help="the run folder of `evaluate.py counterfactual`"
@@ -132,6 +138,7 @@ def parser() -> ArgumentParser:
     commands.add_subcommand("lds", lds_parser)
     commands.add_subcommand("report", report_parser)
     commands.add_subcommand("curate", curate_parser)
+    commands.add_subcommand("calibrate", calibrate_parser)
     commands.add_subcommand("attribute", attribute_parser)
     commands.add_subcommand("compare", compare_parser)
     commands.add_subcommand("retrieval", retrieval_parser)
@@ -172,21 +179,6 @@ def trial_parser(description: str | None) -> ArgumentParser:
     made.add_subclass_arguments(ImageEncoder, "similarity", required=False)
     made.add_argument("--measurements", type=str, help="the table that a sweep resumes from")
     return made
-
-
-def announce(
-    console: Console, attributor: Attributor, data: TrainingData, model: DiffusionModel, queries: int, output: Path
-) -> None:
-    """Prints time, memory and disk before anything long starts."""
-    work = attributor.work(data, queries)
-    if work.per_query == 0 or data.latents is None:
-        return
-    rate = forward_rate(model, data.latents)
-    console.say(
-        f"estimate at {rate:,.0f} forward passes a second: {duration(work.once / rate)} once for this model, then "
-        f"{duration(work.per_query / rate)} for each of {queries} queries; {work.disk / 2**20:,.0f} MiB on disk, about "
-        f"{(work.memory + peak_memory()) / 2**30:.1f} GiB of memory; {room(output)}"
-    )
 
 
 def run_attribute(config: Any) -> Done:
@@ -253,6 +245,12 @@ def run_counterfactual(config: Any) -> Done:
     print(counterfactual.as_table(rows, trial.costs))
     write_judge_report(Path(config.output))
     return Done()
+
+
+def run_calibrate(config: Any) -> None:
+    """`evaluate.py calibrate`."""
+    found = calibrate_ranker(config.output, config.ranker, config.teacher, config.settings)
+    print(f"calibrated on {len(found.queries)} queries, {len(found.low)} bins of similarity: {config.output}")
 
 
 def run_report(config: Any) -> None:
@@ -372,6 +370,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "lds": run_lds,
             "report": run_report,
             "curate": run_curate,
+            "calibrate": run_calibrate,
             "customized": run_customized,
         }
         command, settings = initialised.subcommand, initialised[initialised.subcommand]

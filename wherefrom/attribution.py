@@ -19,6 +19,7 @@ from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingD
 from wherefrom.attributors.curved import as_latent
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.evaluation.estimates import Estimates
 from wherefrom.evaluation.null import p_values
 from wherefrom.evaluation.ranking import write_parts, write_ranking
 from wherefrom.evaluation.representation import excess, loss_of, typical_losses
@@ -29,7 +30,7 @@ from wherefrom.runner import Runner
 from wherefrom.storage import MANIFEST, Store, check_identity, identity_hash, read_manifest, replacing, write_manifest
 
 TABLE = "scores_of_all"
-_PART = "part "  # before a part's name in a file of scores
+_PART, _ESTIMATE = "part ", "estimate "  # before the name of a part, or of an end of an estimate, in a file of scores
 
 
 def run_identity(
@@ -155,6 +156,7 @@ def _write_scores(folder: Path, scores: Scores) -> None:
     with replacing(_scores_file(folder, scores.query)) as temporary:
         arrays = {"scores": scores.scores, "null": scores.null}
         arrays |= {_PART + name: values for name, values in scores.parts.items()}
+        arrays |= {} if scores.estimates is None else {_ESTIMATE + n: v for n, v in vars(scores.estimates).items()}
         save_file(arrays, temporary, {"facts": facts, "parts": json.dumps(list(scores.parts))})
 
 
@@ -170,7 +172,9 @@ def _read_scores(folder: Path, query: Query, pictures: Pictures) -> Scores | Non
         names: list[str] = json.loads(metadata["parts"])
     arrays = load_file(path)
     parts = {name: arrays[_PART + name] for name in names}
-    return Scores(query, pictures.ids, arrays["scores"], arrays["null"], facts, parts)
+    estimated = {name.removeprefix(_ESTIMATE): values for name, values in arrays.items() if name.startswith(_ESTIMATE)}
+    estimates = Estimates(**estimated) if estimated else None
+    return Scores(query, pictures.ids, arrays["scores"], arrays["null"], facts, parts, estimates)
 
 
 def _write_results(
@@ -189,7 +193,10 @@ def _write_results(
     with_null = all(len(scores.null) for scores in results)
     nulls = {scores.query.name: scores.null for scores in results}
     tail = {name: p_values(kept, nulls[name]) for name, (_, kept) in rankings.items()} if with_null else None
-    write_ranking(folder, rankings, tail)
+    estimates = {
+        scores.query.name: (scores.ids, scores.estimates) for scores in results if scores.estimates is not None
+    }
+    write_ranking(folder, rankings, tail, estimates or None)
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     if options is not None:

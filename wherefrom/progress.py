@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -19,6 +19,9 @@ from tqdm import tqdm
 from wherefrom import keyed
 from wherefrom.data.latents import LatentSet
 from wherefrom.diffusion import DiffusionModel
+
+if TYPE_CHECKING:  # attributors show their progress by this module
+    from wherefrom.attributors.base import Attributor, TrainingData
 
 
 class Console:
@@ -104,3 +107,18 @@ def room(folder: Path) -> str:
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     return f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB of disk are free"
+
+
+def announce(
+    console: Console, attributor: Attributor, data: TrainingData, model: DiffusionModel, queries: int, output: Path
+) -> None:
+    """Prints time, memory and disk before anything long starts."""
+    work = attributor.work(data, queries)
+    if work.per_query == 0 or data.latents is None:
+        return
+    rate = forward_rate(model, data.latents)
+    console.say(
+        f"estimate at {rate:,.0f} forward passes a second: {duration(work.once / rate)} once for this model, then "
+        f"{duration(work.per_query / rate)} for each of {queries} queries; {work.disk / 2**20:,.0f} MiB on disk, about "
+        f"{(work.memory + peak_memory()) / 2**30:.1f} GiB of memory; {room(output)}"
+    )

@@ -62,6 +62,12 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
     where = {name: index for index, name in enumerate(pictures.ids)}
     tail = p_values(scores.scores, scores.null) if len(scores.null) else None
 
+    def influence(position: int) -> tuple[float, float, float] | None:
+        if scores.estimates is None:
+            return None
+        each = scores.estimates
+        return float(each.values[position]), float(each.low[position]), float(each.high[position])
+
     def ranked(
         values: Float[NDArray[np.float64], "n"], count: int, chances: Float[NDArray[np.float64], "n"] | None = None
     ) -> list[RankedPicture]:
@@ -78,6 +84,7 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
                     caption=pictures.captions[index][0],
                     license=pictures.columns.get("license", ("unknown",) * len(pictures))[index],
                     groups={column: pictures.columns[column][index] for column in columns},
+                    influence=influence(int(position)),
                 )
             )
         return found
@@ -121,6 +128,13 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
     for name, label in (("unlearning_s", "Unlearning"), ("losses_s", "Losses after it")):
         if name in scores.facts:
             facts[label] = f"{scores.facts[name]:.1f} s"
+    for count in (1, 10, 100):
+        if f"influence_of_first_{count}" in scores.facts:
+            facts[f"Influence of the first {count}"] = (
+                f"{scores.facts[f'influence_of_first_{count}']:.0%} of all, estimated"
+            )
+    if "effective_pictures" in scores.facts:
+        facts["Concentrated as on"] = f"{scores.facts['effective_pictures']:.1f} equal pictures, estimated"
     flatness = flatness_of(scores.scores)
     if flatness > _FLAT:
         notes.append(

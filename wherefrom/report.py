@@ -40,6 +40,7 @@ class RankedPicture:
         caption: Its caption.
         license: Its licence, as its data set states it.
         groups: Column -> value, such as author and style.
+        influence: Estimated influence and the ends of its interval, where a calibrated method says it.
     """
 
     id: str
@@ -50,6 +51,7 @@ class RankedPicture:
     caption: str
     license: str
     groups: Mapping[str, str]
+    influence: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,14 @@ def _p_value(p: float | None) -> str:
     return "p = 0" if p == 0 else f"p = {p:.{2 if p >= 0.1 else 3 if p >= 1e-3 else 4}f}"
 
 
+def _influence(found: tuple[float, float, float] | None) -> Markup:
+    if found is None:
+        return Markup()
+    write = _score_format(number for number in found if math.isfinite(number))
+    value, low, high = (write(number) if math.isfinite(number) else "−∞" if number < 0 else "∞" for number in found)
+    return tag("p", f"influence {value} ({low} to {high})", class_="p")
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.{1 if 0 < share < 0.0995 else 0}f}{_THIN}%"
 
@@ -151,6 +161,7 @@ def _card(picture: RankedPicture, score: str) -> Markup:
         tag("div", picture_tag(picture.pixels, _CARD, alt), class_="frame"),
         tag("p", tag("b", str(picture.rank), class_="rank"), tag("span", score, class_="score"), class_="numbers"),
         tag("p", _p_value(picture.p_value), class_="p"),
+        _influence(picture.influence),
         tag(
             "p",
             foreign(caption, _CAPTION) if caption else "(no caption)",
@@ -286,6 +297,8 @@ _LEGEND = {
     "layout), or from one caption of each training picture alone, where they were asked for.",
     "p-value": "How often a picture that the model was never trained on scores at least as high for the same generated "
     "picture. It holds for one picture at a time: of 1,000 pictures without any influence, about 10 have p ≤ 0.01.",
+    "Influence": "What the slow method would say that the fast one learned from, in its unit: an estimate, and an "
+    "interval that holds what it would say as often as was asked for when it was calibrated.",
     "Shares": "A group's part of the positive influence (score above the median of all training pictures) of the "
     "highest-ranked pictures. Bar: the share. Line with two ends: its interval, from drawing the training pictures "
     "anew. Tick: the group's share of the training pictures, where a method that knows nothing would put the bar.",

@@ -13,12 +13,16 @@ from torch.nn import functional as F
 
 import evaluate
 from tests.tiny import attribution_config, one_process, tiny_clip, tiny_ranker
+from wherefrom.attribution import attribute
 from wherefrom.attributors import Fast, Query, TrainingData
 from wherefrom.data.pictures import Pictures
+from wherefrom.evaluation.calibration import calibrate_ranker, load_calibration
+from wherefrom.evaluation.concentration import concentration
 from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.ranker import Ranker, save_ranker
 from wherefrom.regions import Region
-from wherefrom.storage import Store
+from wherefrom.storage import ArtifactMismatchError, Store
+from wherefrom.teacher import Features, TeacherSet, write_teacher_set
 
 COUNT = 30
 
@@ -178,6 +182,78 @@ def test_a_region_is_refused(tmp_path: Path) -> None:
     part = Query(query.id, query.prompt, query.pixels, region=Region("box", np.ones((4, 4), dtype=bool)))
     with pytest.raises(ValueError, match="cannot attribute a region"):
         fitted(tmp_path).search([part], 1)
+
+
+def held_out_set(folder: Path, method: Fast, count: int = 60) -> Path:
+    """A teacher that says what the cosines say, and a little else."""
+    random = np.random.default_rng(3)
+    asked = queries(count)
+    cosines = np.stack([scores.scores for scores in method.score(asked)])
+    order = np.argsort(-cosines, axis=1).astype(np.int32)
+    taught = np.exp(3 * np.take_along_axis(cosines, order, axis=1)) + 0.1 * random.normal(size=cosines.shape)
+    features = {
+        name: Features(
+            encode([first for first, _ in pictures().captions], pictures().pixels),
+            encode([query.prompt for query in asked], np.stack([query.pixels for query in asked])),
+        )
+        for name, encode in (
+            ("lengths", lambda texts, _: Lengths().encode_texts(texts).numpy()),
+            ("colours", lambda _, pixels: Colours().encode_images(pixels).numpy()),
+        )
+    }
+    prompts = tuple(query.prompt for query in asked)
+    names = tuple(query.id for query in asked)
+    captions = tuple(first for first, _ in pictures().captions)
+    identity = {"teacher": "planted"}
+    taught_set = TeacherSet(
+        pictures().ids, captions, names, prompts, order, taught.astype(np.float32), features, identity
+    )
+    write_teacher_set(folder, taught_set)
+    return folder
+
+
+def test_a_calibration_says_influence_and_how_concentrated_it_is(tmp_path: Path) -> None:
+    plain = fitted(tmp_path)
+    teacher, kept = held_out_set(tmp_path / "teacher", plain), tmp_path / "calibration"
+    words = ("--ranker", str(tmp_path / "ranker"), "--teacher", str(teacher), "--output", str(kept))
+    evaluate.main(["calibrate", *words, "--settings.confidence", "0.8"])
+    method = fitted(tmp_path, calibration=str(kept))
+    assert plain.identity() == {key: value for key, value in method.identity().items() if key != "calibration"}
+    curve = load_calibration(kept, method.ranker, ["lengths", "colours"])
+    assert curve.settings.confidence == 0.8
+    for before, after in zip(plain.score(queries()), method.score(queries()), strict=True):
+        assert before.estimates is None
+        assert after.scores.tolist() == before.scores.tolist()
+        assert after.estimates is not None
+        assert after.estimates.values.tolist() == curve.estimate(after.scores).values.tolist()
+        assert (after.estimates.low <= after.estimates.high).all()
+        found = concentration(after.estimates.values)
+        assert after.facts["influence_of_first_10"] == found.shares[10]
+        assert after.facts["effective_pictures"] == found.effective
+    data, store = TrainingData(pictures()), Store(tmp_path / "store")
+    runs = [attribute(tmp_path / "run", method, data, None, queries(), store, one_process()) for _ in range(2)]
+    assert runs[1][0].estimates is not None, "read from what the first run kept"
+    table = pq.read_table(tmp_path / "run" / "ranking.parquet").to_pydict()
+    by_picture = dict(zip(pictures().ids, runs[0][0].estimates.values.tolist(), strict=True))
+    rows = [row for row, query in enumerate(table["query"]) if query == "q0"]
+    assert [table["estimate"][row] for row in rows] == [by_picture[table["image"][row]] for row in rows]
+    assert all(table["low"][row] <= table["high"][row] for row in rows)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count('<p class="p">influence ') == 3 * 20
+    assert "Influence of the first 10" in page
+
+
+def test_a_calibration_on_what_the_ranker_learned_from_is_refused(tmp_path: Path) -> None:
+    method = fitted(tmp_path)
+    teacher = held_out_set(tmp_path / "teacher", method)
+    save_ranker(
+        tmp_path / "taught", method.ranker, ["lengths", "colours"], training={"teacher": {"teacher": "planted"}}
+    )
+    with pytest.raises(ValueError, match="on queries that it knows it would look too sure"):
+        calibrate_ranker(tmp_path / "calibration", tmp_path / "taught", teacher)
+    calibrate_ranker(tmp_path / "calibration", tmp_path / "ranker", teacher)
+    with pytest.raises(ArtifactMismatchError, match="is the calibration of another ranker"):
+        fast(tmp_path / "other", scale=-3.0, calibration=str(tmp_path / "calibration"))
 
 
 def test_through_the_command_line(tmp_path: Path) -> None:

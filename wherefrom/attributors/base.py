@@ -15,6 +15,7 @@ from torch import Tensor
 from wherefrom.data.latents import LatentSet
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel, Trajectory
+from wherefrom.evaluation.estimates import Estimates
 from wherefrom.evaluation.ranking import order_of
 from wherefrom.passes import Progress
 from wherefrom.regions import Region
@@ -79,6 +80,7 @@ class Scores:
         null: Scores of pictures never trained on, by the same method.
         facts: What else was measured, by name (split-half reliability, α, rise, seconds …).
         parts: The same scores from a part of what they were measured on, by its name (a band of timesteps, a caption).
+        estimates: What a calibrated fast method says of each picture's influence, in its teacher's unit.
     """
 
     query: Query
@@ -87,6 +89,7 @@ class Scores:
     null: Float[NDArray[np.float64], "m"]
     facts: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, Float[NDArray[np.float64], "n"]] = field(default_factory=dict)
+    estimates: Estimates | None = None
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """The (id, score) pairs of the most influential pictures, the first first."""

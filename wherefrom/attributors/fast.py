@@ -19,12 +19,15 @@ from torch import Tensor
 from wherefrom.attributors.base import Attributor, Need, Query, Say, Scores, TrainingData, Work, silent
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.evaluation.calibration import load_calibration
+from wherefrom.evaluation.concentration import concentration
+from wherefrom.evaluation.estimates import Estimates
 from wherefrom.features import ImageEncoder, TextEncoder, picture_features, query_features
 from wherefrom.index import Embeddings, Hits, Index, build_index, embed, embed_training_set, ranker_identity, rows_of
 from wherefrom.index.embeddings import cosines
 from wherefrom.ranker import load_ranker
 from wherefrom.runner import Runner
-from wherefrom.storage import Store, identity_hash
+from wherefrom.storage import Store, identity_hash, read_manifest
 
 
 class Fast(Attributor):
@@ -39,10 +42,13 @@ class Fast(Attributor):
         search: FAISS's search settings, such as `nprobe=32`.
         mmap: Leave the index on disk and read what a query needs.
         gpu: Search on the first GPU.
+        calibration: Folder that `evaluate.py calibrate` left: scores then come with estimates of influence, in the
+            teacher's unit, with intervals, and queries with how concentrated it is. The order stays that of cosines.
 
     Raises:
-        FileNotFoundError: The folder holds no ranker.
-        ValueError: It cannot be served by cosine, or the encoders are not those that it was trained with.
+        FileNotFoundError: A folder holds no ranker, or no calibration.
+        ValueError: It cannot be served by cosine, the encoders are not those that it was trained with, or the
+            calibration is another ranker's.
     """
 
     requires: frozenset[Need] = frozenset({"features", "prompt"})
@@ -55,6 +61,7 @@ class Fast(Attributor):
         search: str = "",
         mmap: bool = True,
         gpu: bool = False,
+        calibration: str | None = None,
     ) -> None:
         self.ranker, self.names = load_ranker(Path(ranker))
         self.ranker_identity = ranker_identity(self.ranker, self.names)
@@ -65,12 +72,15 @@ class Fast(Attributor):
             )
         self.encoders = {name: encoders[name] for name in self.names}
         self.factory, self.settings, self.mmap, self.gpu = index, search, mmap, gpu
+        place = None if calibration is None else Path(calibration)
+        self.calibration = None if place is None else load_calibration(place, self.ranker, self.names)
+        self._calibrated = {} if place is None else {"calibration": read_manifest(place)["curve"]}
         self._ready: tuple[Pictures, Embeddings, Index, Embeddings | None] | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
         encoders = {name: encoder.identity() for name, encoder in self.encoders.items()}
-        return {"method": "fast attribution", "ranker": self.ranker_identity, "encoders": encoders}
+        return {"method": "fast attribution", "ranker": self.ranker_identity, "encoders": encoders, **self._calibrated}
 
     def work(self, data: TrainingData, queries: int) -> Work:
         """Bytes of embeddings and of an index that keeps them as they are; passes of a model it needs none."""
@@ -155,4 +165,19 @@ class Fast(Attributor):
         for query in queries:
             vector: NDArray[np.float32] = self.embed_queries([query]).vectors[0]
             scores = cosines(vectors, vector)
-            yield Scores(query, ids, scores, np.empty(0) if null is None else cosines(null.vectors, vector))
+            estimates = None if self.calibration is None else self.calibration.estimate(scores)
+            yield Scores(
+                query,
+                ids,
+                scores,
+                np.empty(0) if null is None else cosines(null.vectors, vector),
+                {} if estimates is None else _concentration(estimates),
+                estimates=estimates,
+            )
+
+
+def _concentration(estimates: Estimates) -> dict[str, float]:
+    """How concentrated a query's influence is, as facts of its scores."""
+    found = concentration(estimates.values)
+    shares = {f"influence_of_first_{count}": share for count, share in found.shares.items()}
+    return {**shares, "effective_pictures": found.effective}

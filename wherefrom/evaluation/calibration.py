@@ -28,10 +28,11 @@ from safetensors.numpy import load_file, save_file
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
+from wherefrom.evaluation.estimates import Estimates
 from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.similarity import similarities
 from wherefrom.keyed import hash_text
-from wherefrom.ranker import Ranker
+from wherefrom.ranker import Ranker, load_ranker
 from wherefrom.storage import (
     ArtifactMismatchError,
     Identity,
@@ -41,7 +42,7 @@ from wherefrom.storage import (
     replacing,
     write_manifest,
 )
-from wherefrom.teacher import TeacherSet
+from wherefrom.teacher import TeacherSet, read_teacher_set
 
 CURVE = "calibration.safetensors"
 
@@ -73,21 +74,6 @@ class CalibrationSettings:
         """Queries with pictures in a bin, below which its interval is the whole line."""
         tail = (1 - self.confidence) / 2
         return math.ceil((1 - tail) / tail - 1e-9)
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """What is said of pictures' influence, in the teacher's unit.
-
-    Attributes:
-        values: The estimates.
-        low: Lower ends of their intervals; minus infinity where too few queries had such similar pictures.
-        high: Upper ends.
-    """
-
-    values: Float[NDArray[np.float64], "..."]
-    low: Float[NDArray[np.float64], "..."]
-    high: Float[NDArray[np.float64], "..."]
 
 
 @dataclass(frozen=True)
@@ -230,6 +216,36 @@ def calibrate(
     """
     cosines = similarities(ranker, teacher.concatenated(features), teacher.rows)
     return fit_calibration(cosines, teacher.scores, teacher.queries, settings)
+
+
+def calibrate_ranker(
+    folder: Path, ranker: Path, teacher: Path, settings: CalibrationSettings = CalibrationSettings()
+) -> Calibration:
+    """Calibrates a saved ranker on a teacher set of held-out queries, and keeps the calibration.
+
+    Args:
+        folder: Where it goes.
+        ranker: The ranker's folder.
+        teacher: The teacher set's.
+        settings: How.
+
+    Raises:
+        ValueError: The ranker learned from this very teacher set, whose queries would make it look too sure, it takes
+            other features, or there are too few queries.
+        FileNotFoundError: There is no ranker or no teacher set.
+        StorageError: A file could not be written.
+    """
+    network, features = load_ranker(ranker)
+    held_out = read_teacher_set(teacher, features)
+    learned_from = read_manifest(ranker).get("training", {}).get("teacher")
+    if learned_from is not None and learned_from == json.loads(canonical_json(held_out.identity)):
+        raise ValueError(
+            f"The ranker {ranker} learned from the teacher set {teacher}: on queries that it knows it would look too "
+            "sure. Curate others (captions.skip leaves out those that were used)."
+        )
+    found = calibrate(held_out, network, features, settings)
+    save_calibration(folder, found, calibration_identity(network, features, held_out.identity))
+    return found
 
 
 def save_calibration(folder: Path, calibration: Calibration, identity: Identity) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
+from wherefrom.evaluation.estimates import Estimates
 from wherefrom.storage import replacing
 
 RANKING, PARTS = "ranking.parquet", "parts.parquet"
@@ -79,6 +80,7 @@ def write_ranking(
     folder: Path,
     rankings: Mapping[str, tuple[Sequence[str], Float[NDArray[np.float64], "n"]]],
     p_values: Mapping[str, Float[NDArray[np.float64], "n"]] | None = None,
+    estimates: Mapping[str, tuple[Sequence[str], Estimates]] | None = None,
 ) -> None:
     """Writes the rankings of several queries.
 
@@ -86,6 +88,7 @@ def write_ranking(
         folder: Where `ranking.parquet` goes.
         rankings: Query id -> (image ids, scores).
         p_values: Query id -> p-values in the same order, as a further column.
+        estimates: Query id -> (image ids, estimates of their influence), as the columns estimate, low and high.
 
     Raises:
         StorageError: The file could not be written.
@@ -102,6 +105,12 @@ def write_ranking(
         }
         if p_values is not None:
             columns["p_value"] = pa.array(p_values[query][order], pa.float64())
+        if estimates is not None:
+            known, found = estimates[query]
+            place = {name: index for index, name in enumerate(known)}
+            rows = [place[ids[index]] for index in order]
+            for name, values in (("estimate", found.values), ("low", found.low), ("high", found.high)):
+                columns[name] = pa.array(values[rows], pa.float64())
         parts.append(pa.table(columns))
     with replacing(folder / RANKING) as temporary:
         pq.write_table(pa.concat_tables(parts), temporary)
