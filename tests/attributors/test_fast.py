@@ -132,6 +132,10 @@ def test_what_was_taken_down_is_not_found_after_a_restart(tmp_path: Path) -> Non
     method.index.remove(best)
     again = fitted(tmp_path)
     assert again.search(queries(1), 1)[0].images != best
+    (scores,) = again.score(queries(1))
+    assert scores.scores[scores.ids.index(best[0])] == -2
+    assert scores.top(COUNT)[-1][0] == best[0]
+    assert scores.top(1)[0][0] == again.search(queries(1), 1)[0].images[0]
     with pytest.raises(ValueError, match="between 1 and the 29"):
         again.search(queries(1), COUNT)
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.index.made import RANKER, brute_force, built, embeddings, names, opened, same, table, unit
 from wherefrom.index import Embeddings, Index, make_rows
+from wherefrom.index.__main__ import main
 from wherefrom.storage import write_manifest
 
 COUNT = 700
@@ -324,3 +325,32 @@ class TestRefusals:
         else:
             with pytest.raises(ValueError, match=r"no GPU here: .*wherefrom\[gpu\]"):
                 opened(folder, gpu=True)
+
+
+class TestCommandLine:
+    def test_take_downs_are_kept_and_listed(
+        self, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = copy_of(store, tmp_path / "index", "Flat")
+        (best,) = opened(folder).search(embeddings(QUERIES[:1]), 3)
+        listed = tmp_path / "take_downs.txt"
+        listed.write_text(f"{best.images[1]}\n\nnot there\n")
+        main(["remove", str(folder), best.images[0], "--file", str(listed)])
+        printed = capsys.readouterr().out
+        assert "not in the index, and kept out from now on: not there" in printed
+        assert f"{COUNT - 2} pictures can be found; 3 were taken down" in printed
+        assert opened(folder).search(embeddings(QUERIES[:1]), 1)[0].images == (best.images[2],)
+        main(["removed", str(folder)])
+        assert capsys.readouterr().out.split("\n")[:-1] == sorted([*best.images[:2], "not there"])
+        main(["restore", str(folder), "not there"])
+        assert "2 were taken down" in capsys.readouterr().out
+
+    def test_mistakes_change_nothing(self, store: Path, tmp_path: Path) -> None:
+        folder = copy_of(store, tmp_path / "index", "Flat")
+        with pytest.raises(ValueError, match="No picture is named"):
+            main(["remove", str(folder)])
+        with pytest.raises(ValueError, match="was not taken down"):
+            main(["restore", str(folder), IDS[0]])
+        with pytest.raises(FileNotFoundError):
+            main(["remove", str(tmp_path / "nothing"), IDS[0]])
+        assert not opened(folder).removed

@@ -29,6 +29,8 @@ from wherefrom.ranker import load_ranker
 from wherefrom.runner import Runner
 from wherefrom.storage import Store, identity_hash, read_manifest
 
+TAKEN_DOWN = -2.0  # below any cosine
+
 
 class Fast(Attributor):
     """Cosine of a learned ranker's embeddings; `search` finds the first pictures in an index.
@@ -157,14 +159,19 @@ class Fast(Attributor):
         return index.search(self.embed_queries(queries), k)
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time: exact cosines with all training pictures, whatever the index."""
-        pictures, embeddings, _, null = self._fitted()
+        """One query at a time: exact cosines with all training pictures, whatever the index.
+
+        Pictures that were taken down from the index come after all others, at `TAKEN_DOWN`.
+        """
+        pictures, embeddings, index, null = self._fitted()
         chosen = self.positions(pictures.ids, candidates)
         ids = tuple(pictures.ids[index] for index in chosen)
         vectors = embeddings.vectors if candidates is None else embeddings.vectors[np.asarray(chosen, dtype=np.intp)]
+        gone = np.isin(np.asarray(ids), list(index.removed))
         for query in queries:
             vector: NDArray[np.float32] = self.embed_queries([query]).vectors[0]
             scores = cosines(vectors, vector)
+            scores[gone] = TAKEN_DOWN
             estimates = None if self.calibration is None else self.calibration.estimate(scores)
             yield Scores(
                 query,
