@@ -34,7 +34,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "facebook/dinov2-with-registers-large": tiny_vision_transformer(root / "dinov2", registers=2),
         "path/to/training_map.safetensors": feature_map,
         "path/to/synthesized_map.safetensors": feature_map,
-        "weights/emoji_1k_ranker": tiny_ranker(root / "ranker", {"efficientnet": 1280, "minilm": 384}),
+        "runs/emoji_ranker/ranker": tiny_ranker(root / "ranker", {"efficientnet": 1280, "minilm": 384}),
     }
 
 
