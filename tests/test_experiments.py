@@ -115,7 +115,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K": tiny_clip(root / "clip"),
         "facebook/dino-vitb16": tiny_vision_transformer(root / "dino"),
         "facebook/dinov2-with-registers-large": tiny_vision_transformer(root / "dinov2", registers=2),
-        "weights/emoji_1k_ranker": tiny_ranker(root / "ranker", {"efficientnet": 1280, "minilm": 384}),
+        "runs/emoji_ranker/ranker": tiny_ranker(root / "ranker", {"efficientnet": 1280, "minilm": 384}),
         "CompVis/stable-diffusion-v1-4": stable_diffusion(root / "sd1", 1),
         "stabilityai/stable-diffusion-2-base": stable_diffusion(root / "sd2", 2),
         "path/to/pipeline": tiny_pipeline(root / "pipeline"),
