@@ -3,7 +3,7 @@
 Fast Data Attribution, section 4.3. From Python, with a trained ranker and features of all training pictures:
 
     ranker, names = load_ranker(Path("weights/emoji_1k_ranker"))
-    features = [image_features(pictures, encoders[name], store) for name in names]
+    features = [picture_features(pictures, encoders[name], store) for name in names]
     training = {"pictures": pictures.fingerprint}
     embeddings = embed_training_set(ranker, names, features, training, store, runner)
     folder = build_index(store, runner, rows_of(pictures), embeddings, training, "IVF4096,PQ64", "nprobe=32")
