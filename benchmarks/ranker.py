@@ -16,10 +16,10 @@ the processor's, so that other work on the machine does not count; with one thre
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from wherefrom.evaluation.metrics import MeanAveragePrecision
 from wherefrom.pair_blocks import BlockSampler, TeacherPairs
 from wherefrom.ranker import Ranker
 from wherefrom.ranking_losses import BinaryCrossEntropy
+from wherefrom.storage import write_json
 from wherefrom.teacher import Features, TeacherSet
 
 
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--run-seconds", type=float, default=5.0)
     parser.add_argument("--seconds", type=float, default=120.0, help="of training, each side; 0 leaves the curves out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results/ranker.json"))
     options = parser.parse_args()
     teacher = planted(options)
     parts = [
@@ -251,7 +253,8 @@ def main() -> None:
     for share in (0.8, 0.9, 0.95, 1.0):
         rows, blocks = (reached(curves[side], share * level) for side in ("rows", "blocks"))
         print(f"  {share:.0%}: rows {rows:.1f}, blocks {blocks:.1f}: {rows / blocks:.1f} times sooner")
-    print(json.dumps({"rates": rates, "curves": curves}))
+    sizes = {name: value for name, value in vars(options).items() if name != "output"}
+    write_json(options.output, {"command": "python -m benchmarks.ranker", **sizes, "rates": rates, "curves": curves})
 
 
 if __name__ == "__main__":
