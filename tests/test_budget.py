@@ -15,7 +15,7 @@ from datamodules import LAION, MSCOCO, ImageFolder
 from lightning_modules.budget import _removals, sizes_of
 from tests.data.worlds import make_coco, make_shards
 from tests.tiny import attribution_config, tiny_folder, tiny_model, tiny_pipeline, training_config
-from wherefrom.attributors import AttributionByUnlearning
+from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.budget import Sizes, Stage, as_table, blank_latents, blank_pictures, encoding, method
 from wherefrom.counterfactual import plan
 from wherefrom.data.latents import encode_pictures
@@ -49,7 +49,7 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     module.encoder = model.encoder
     module.prepare_data()
     module.setup()
-    real = evaluate.TrainingData(
+    real = TrainingData(
         module.train_pictures, module.train_latents, module.validation_pictures, module.validation_latents
     )
     _, blank = encoding(model, *sizes_of(module))
