@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from scipy.stats import spearmanr
 
 import evaluate
 from benchmarks.ranker_table import RESULT as TABLE
-from benchmarks.ranker_table import Variant, train_one, variants
+from benchmarks.ranker_table import Variant, place_of, train_one, variants
 from wherefrom.evaluation.metrics import estimate
-from wherefrom.storage import identity_hash, write_json
+from wherefrom.storage import write_json
 
 RESULT = Path("results/emoji/cheap_metrics.json")
 JUDGE = "configs/experiment/emoji_1k_judge.yaml"
@@ -45,7 +45,7 @@ def method_file(name: str, variant: Variant, options: argparse.Namespace) -> Pat
     """The configuration of a line of the table as a method; its ranker is trained if the table did not leave it."""
     if name in UNTUNED:
         return Path("configs/attributor") / f"{UNTUNED[name]}.yaml"
-    place = options.table / identity_hash({"variant": name, "seed": 0})
+    place = place_of(options.table, name, 0)
     if not (place / "ranker").exists():
         print(f"{name}: training", flush=True)
         train_one(variant, 0, place, options.steps)
@@ -84,10 +84,10 @@ def rises_of(result: Mapping[str, Any], method: str) -> list[float]:
     return [own - others for own, others in zip(row["loss"]["own"], row["loss"]["others"], strict=True)]
 
 
-def judge(files: Mapping[str, Path], k: int, output: Path) -> dict[str, Any]:
+def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
     """What the judge says of the methods; the caption's ranking decides the pool, as everywhere."""
     words = {
-        "methods": json.dumps(["configs/attributor/caption.yaml", *map(str, files.values())]),
+        "methods": json.dumps(["configs/attributor/caption.yaml", *map(str, files)]),
         "settings": "{}",
         "protocol.ks": f"[{k}]",
         "protocol.pools": f"[{POOL}]",
@@ -107,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=[*UNTUNED, *CHOSEN])
     parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400, help="of a ranker's training, as in the table")
     parser.add_argument(
         "--table", type=Path, default=Path("runs/ranker_table"), help="where the table left its rankers"
     )
@@ -116,7 +117,7 @@ def main() -> None:
         raise SystemExit("A correlation over rankers needs at least three of them.")
     table = json.loads(TABLE.read_text())["rows"]
     chosen = {name: method_file(name, variants()[name], options) for name in options.variants}
-    result = judge({name: file for name, file in chosen.items() if file.stem != "caption"}, options.k, options.output)
+    result = judge([file for file in chosen.values() if file.stem != "caption"], options.k, options.output)
     rises = np.array([rises_of(result, slug(name)) for name in chosen])
     depths = sorted(table[options.variants[0]]["0"]["ap"], key=int)
     found: dict[str, Any] = {}

@@ -126,15 +126,16 @@ def planted(file: str | Path, copies: Copies | int, store: Store, output: Path, 
     if "copies" not in settings:
         raise ValueError(f"{file} trains on {config['data']['class_path']}, which cannot plant copies; Emoji can.")
     if isinstance(copies, int):
-        whole = _module(config["data"], store).train_pictures
+        whole = data_module(config["data"], store).train_pictures
         copies = Copies([whole.ids[index] for index in choose(whole, copies, seed)], count, seed)
     settings["copies"] = asdict(copies)
     with replacing(output / "recipe.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config))
-    return World(Recipe(output / "recipe.yaml", store.root), _module(config["data"], store))
+    return World(Recipe(output / "recipe.yaml", store.root), data_module(config["data"], store))
 
 
-def _module(config: Mapping[str, Any], store: Store) -> PicturesDataModule:
+def data_module(config: Mapping[str, Any], store: Store) -> PicturesDataModule:
+    """A recipe's data module, set up in a store."""
     made = ArgumentParser()
     made.add_subclass_arguments(LightningDataModule, "data", required=True)
     module: PicturesDataModule = made.instantiate(made.parse_object({"data": config})).data

@@ -114,6 +114,11 @@ def folder_of(variant: Variant) -> Path:
     return TRAIN.with_name(f"{TRAIN.name}_{variant.teacher}") if variant.teacher else TRAIN
 
 
+def place_of(output: Path, name: str, seed: int) -> Path:
+    """Where a variant of a seed is trained; its ranker is in `ranker`."""
+    return output / identity_hash({"variant": name, "seed": seed})
+
+
 def written(value: Any) -> str:
     """As the command line reads it."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -198,7 +203,7 @@ def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: a
     folder = None
     record: dict[str, Any] = {}
     if variant.options is not None:
-        place = options.output / identity_hash({"variant": name, "seed": seed})
+        place = place_of(options.output, name, seed)
         shutil.rmtree(place, ignore_errors=True)
         started = time.monotonic()
         train_one(variant, seed, place, options.steps)

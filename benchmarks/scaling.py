@@ -179,13 +179,11 @@ def fit(folder: Path, output: Path, widths: tuple[int, int], base: bool, picture
     data = {
         "class_path": "ImageFolder",
         "init_args": {
-            **{
-                "folder": str(folder),
-                "options": {"size": SIZE},
-                "validation_share": 0.0,
-                "store": str(output / "cache"),
-            },
-            **{"batch_size": BATCH, "flip_share": 0.0},
+            "folder": str(folder),
+            "options": {"size": SIZE},
+            "store": str(output / "cache"),
+            "batch_size": BATCH,
+            "flip_share": 0.0,
             "encoder": {"class_path": "wherefrom.parts.LatentEncoder", "init_args": encoder},
         },
     }
@@ -301,8 +299,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULT)
     options = parser.parse_args()
     settings = {
-        **{"grid.timesteps": options.timesteps, "grid.flips": False},
-        **{"unlearning.draws": options.draws, "fisher.visits": 1},
+        "grid.timesteps": options.timesteps,
+        "grid.flips": False,
+        "unlearning.draws": options.draws,
+        "fisher.visits": 1,
     }
     kept = json.loads(options.results.read_text())["rows"] if options.results.exists() else {}
     whole = options.output / "drawings"
@@ -328,10 +328,10 @@ def main() -> None:
         if not made.exists():
             write_json(made, {"seconds": time.monotonic() - started, "threads": os.environ.get("OMP_NUM_THREADS")})
         kept[name] = {
-            **{"asked": asked, "training": json.loads(made.read_text())},
+            "asked": asked,
+            "training": json.loads(made.read_text()),
             **measure(model, folder, output, prompts, settings),
         }
-        options.results.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.results, {"command": "python -m benchmarks.scaling", "rows": kept})
     print(table(kept))
     print(f"\n{len(prompts)} prompts of the smallest set; ranks: median (mean ± standard error), 0 is first")

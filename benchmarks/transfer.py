@@ -22,13 +22,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 import evaluate
+from benchmarks.near_duplicates import data_module
 from benchmarks.ranker_table import BOTH, TRAIN, Variant, average_precisions, cosines_of, teacher_matrix, train_one
-from datamodules import Emoji
 from lightning_modules.recipe import Recipe
-from lightning_modules.runs import training_data
-from wherefrom.data.emoji import EmojiOptions
 from wherefrom.evaluation.metrics import estimate
-from wherefrom.pipeline import load_model
 from wherefrom.retraining import PIPELINE, Retrain, Retrains
 from wherefrom.storage import Store, write_json
 from wherefrom.teacher import TeacherSet, read_teacher_set
@@ -41,10 +38,7 @@ BANK = "configs/attributor/influence_bank_quick.yaml"
 def second_model(seed: int, store: Store) -> Path:
     """The pipeline of another seed, trained now if the store has none."""
     recipe = Recipe(RECIPE, store.root)
-    # The settings of configs/data/emoji_1k.yaml that decide the pictures.
-    module = Emoji(EmojiOptions(concepts=(0.0, 0.32)), store=str(store.root))
-    latents = training_data(module, load_model(FIRST)).latents
-    assert latents is not None
+    latents = data_module(recipe.config["data"], store).train_latents
     retrains = Retrains(store, recipe.identity(), latents.ids, latents.fingerprint, recipe.train)
     retrains.model(Retrain((), seed))
     return store.root / "retrain" / retrains.name(Retrain((), seed)) / PIPELINE
