@@ -114,6 +114,11 @@ def folder_of(variant: Variant) -> Path:
     return TRAIN.with_name(f"{TRAIN.name}_{variant.teacher}") if variant.teacher else TRAIN
 
 
+def teacher_hash(variant: Variant) -> str:
+    """Says which rankings a variant learns from: another set of the same name makes another ranker."""
+    return hash_file(folder_of(variant) / QUERIES)
+
+
 def place_of(output: Path, name: str, seed: int) -> Path:
     """Where a variant of a seed is trained; its ranker is in `ranker`."""
     return output / identity_hash({"variant": name, "seed": seed})
@@ -206,6 +211,7 @@ def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: a
         place = place_of(options.output, name, seed)
         shutil.rmtree(place, ignore_errors=True)
         started = time.monotonic()
+        record["teacher"] = teacher_hash(variant)
         train_one(variant, seed, place, options.steps)
         folder, record["train_s"] = place / "ranker", time.monotonic() - started
         ranker, features = load_ranker(folder)
@@ -255,10 +261,13 @@ def main() -> None:
         if variant.options is not None and not (folder_of(variant) / QUERIES).exists():
             skipped.append(f"{name} is skipped: there is no teacher set in {folder_of(variant)}")
             continue
+        kept = rows.setdefault(name, {})
+        if variant.options is not None and any(row["teacher"] != teacher_hash(variant) for row in kept.values()):
+            kept.clear()
         for seed in range(options.seeds if variant.options is not None else 1):
-            if str(seed) not in rows.setdefault(name, {}):
+            if str(seed) not in kept:
                 print(f"{name}, seed {seed}", flush=True)
-                rows[name][str(seed)] = measure(name, variant, seed, test, options)
+                kept[str(seed)] = measure(name, variant, seed, test, options)
                 write_json(
                     RESULT,
                     {

@@ -86,6 +86,22 @@ def test_each_timestep_is_divided_by_its_gradients_length(model: DiffusionModel,
     assert not np.allclose(found.scores, plain.scores, rtol=1e-3)
 
 
+def test_the_second_order_grows_as_the_square_of_the_first(model: DiffusionModel, tmp_path: Path) -> None:
+    upright = {"grid": LossGrid(timesteps=3, flips=False)}
+    (first,) = run(bank(**upright), model, tmp_path)
+    attributor = bank(**upright, second_order=0.4)
+    (found,) = run(attributor, model, tmp_path)
+    spread = first.scores.std()
+    np.testing.assert_allclose(found.scores, first.scores + 0.4 * first.scores**2 / spread, rtol=1e-9)
+    np.testing.assert_allclose(found.null, first.null + 0.4 * first.null**2 / spread, rtol=1e-9)
+    (few,) = attributor.score([QUERY], [TRAIN.ids[7], TRAIN.ids[2]])
+    np.testing.assert_allclose(few.scores, found.scores[[7, 2]], rtol=1e-9)
+    (mirrored,) = run(bank(), model, tmp_path)
+    (corrected,) = run(bank(second_order=0.4), model, tmp_path)
+    assert np.all(corrected.scores > mirrored.scores)
+    assert attributor.identity() != bank(**upright).identity()
+
+
 def test_the_more_numbers_are_kept_the_closer_are_the_scores(model: DiffusionModel, tmp_path: Path) -> None:
     (whole,) = run(bank(), model, tmp_path)
     for keep in ("eigenbasis", "rademacher"):
@@ -142,6 +158,8 @@ def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
         next(iter(bank().score([QUERY])))
     with pytest.raises(ValueError, match="draws must be at least 1; given 0"):
         bank(draws=0)
+    with pytest.raises(ValueError, match="second_order must be at least 0 and finite; given -1"):
+        bank(second_order=-1.0)
     with pytest.raises(ValueError, match="Unknown compression 'first'"):
         Compression("first", 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="A sparse projection needs a dimension"):

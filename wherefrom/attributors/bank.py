@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
 
 from wherefrom.attributors.base import Query, Say, Scores, TrainingData, Work, silent
 from wherefrom.attributors.curved import CurvedAttributor, Form
@@ -28,7 +31,10 @@ class InfluenceBank(CurvedAttributor):
 
     It is `InfluenceFunction` but for what the compression cuts off, and for timestep weights, which cannot depend on
     the query. The first-order score misjudges the pictures that are nearest to a query, whose losses are most curved:
-    let an exact method score the first and last pictures again (`AmongNearest` with `tails: both`).
+    it often puts the query's own picture last. Either let an exact method score the first and last pictures again
+    (`AmongNearest` with `tails: both`), or correct the score: a step δ changes a picture's loss by gᵀδ + ½ δᵀHδ, and
+    where the model has learned a picture its Hessian is about its own Fisher information, which makes the second term
+    grow as (gᵀδ)². Large scores of either sign then come first.
 
     Args:
         weights: Which weights' gradients count.
@@ -45,6 +51,8 @@ class InfluenceBank(CurvedAttributor):
         half: Keep the rows in half precision.
         batch_size: Samples at a time; does not change the result.
         seed: Seed of the query's draws.
+        second_order: c in the corrected score s + c · s² / σ, where σ is the standard deviation of the query's scores
+            over the training set; 0 is the first order. How large c should be is not known beforehand: tune it.
         timestep_weights: `equal` takes the plain mean over timesteps; `spread` divides each timestep's gradients by
             their root mean square length after whitening, over 256 training pictures.
 
@@ -69,6 +77,7 @@ class InfluenceBank(CurvedAttributor):
         batch_size: int = 64,
         seed: int = 0,
         timestep_weights: TimestepWeights = "spread",
+        second_order: float = 0.0,
     ) -> None:
         super().__init__(
             weights,
@@ -86,7 +95,10 @@ class InfluenceBank(CurvedAttributor):
         )
         if draws < 1:
             raise ValueError(f"draws must be at least 1; given {draws}.")
+        if not (math.isfinite(second_order) and second_order >= 0):
+            raise ValueError(f"second_order must be at least 0 and finite; given {second_order}.")
         self.draws, self.compression, self.half, self.seed = draws, compression, half, seed
+        self.second_order = second_order
         self._banks: tuple[Bank | TokenBank, Bank | TokenBank | None] | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -97,6 +109,7 @@ class InfluenceBank(CurvedAttributor):
             "seed": self.seed,
             "half": self.half,
             "compression": self.compression.identity(),
+            **({"second_order": self.second_order} if self.second_order else {}),
             **super().identity(),
         }
 
@@ -156,16 +169,21 @@ class InfluenceBank(CurvedAttributor):
                     parameters, 0, self.draws
                 )
             gradient_s = time.monotonic() - started
-            scores = self._by_flip(bank, gradients)[chosen] / len(data)
+            first_order = bank.influence(gradients) / len(data)
+            spread = float(first_order.std(correction=0))
+            scores = self._corrected(first_order, spread)[chosen]
             yield Scores(
                 query,
                 tuple(data.ids[position] for position in chosen),
                 scores,
-                np.zeros(0) if null is None else self._by_flip(null, gradients) / len(data),
+                np.zeros(0) if null is None else self._corrected(null.influence(gradients) / len(data), spread),
                 {"gradient_s": gradient_s, "product_s": time.monotonic() - started - gradient_s},
             )
 
-    def _by_flip(self, bank: Bank | TokenBank, gradients: dict[str, torch.Tensor]) -> np.ndarray:
-        by_flip = bank.influence(gradients)
+    def _corrected(self, first_order: Float[Tensor, "n f"], spread: float) -> Float[NDArray[np.float64], "n"]:
+        """A score for each picture, of the first-order scores of it and of its mirror image."""
+        by_flip = first_order
+        if self.second_order and spread > 0:  # all alike have nothing to correct
+            by_flip = first_order + self.second_order * first_order.square() / spread
         scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).numpy()
         return scores
