@@ -8,8 +8,9 @@ The base model is `weights/emoji`, which knows two styles. Ten models learn a th
 drawings of it, of other things for each model), ten learn one thing each (V* is the thing: its drawings in the held-out
 styles). Each then draws two pictures with V*, and each method is asked which of 2,000 training pictures and the
 exemplars made them. Everything is written in the released layouts below `runs/customized`, and attributed by
-`evaluate.py customized`, which goes on where it stopped. `--full`: twice as many models, 10 timesteps in place of 5 and
-mirror images, 2,000 draws in place of 500.
+`evaluate.py customized`, which goes on where it stopped. Unlearning takes 5 timesteps without mirror images, and 500
+draws, or 1,000 in 100 steps of 10. `--full`: twice as many models, 10 timesteps and mirror images, four times as many
+draws.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import resvg_py
+import yaml
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
@@ -248,6 +250,18 @@ def sheet(plans: Sequence[Plan], path: Path) -> None:
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
+def settings_of(file: Path, full: bool) -> dict[str, Any]:
+    """What is changed of a method's file: fewer draws and timesteps, for a method that unlearns."""
+    unlearning = yaml.safe_load(file.read_text()).get("init_args", {}).get("unlearning")
+    if unlearning is None:
+        return {}
+    several = unlearning["steps"] > 1
+    draws = {"unlearning.draws": (10 if several else 500) * (4 if full else 1)}
+    if several:  # each step's size is measured
+        draws["unlearning.measure_draws"] = 200 if full else 50
+    return {"grid.timesteps": 10 if full else 5, "grid.flips": full, **draws}
+
+
 def main() -> None:
     """Makes the models, asks the methods, prints and keeps the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,16 +281,11 @@ def main() -> None:
     make(plans, styles, options.steps)
     sheet(plans, ROOT / "sheet.png")
     print(f"look: {ROOT / 'sheet.png'}")
-    settings = {
-        "grid.timesteps": 10 if options.full else 5,
-        "grid.flips": options.full,
-        "unlearning.draws": 2000 if options.full else 500,
-    }
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     for name in options.methods:
         output = ROOT / "run" / ("full" if options.full else "quick")
         file = f"configs/attributor/{name}.yaml"
-        asked = [f"[{file}]", "--settings", json.dumps(settings if "unlearning:" in Path(file).read_text() else {})]
+        asked = [f"[{file}]", "--settings", json.dumps(settings_of(Path(file), options.full))]
         evaluate.main(
             [
                 *("customized", "-c", f"{EXPERIMENT}/emoji_customized_benchmark.yaml", "--methods", *asked),
