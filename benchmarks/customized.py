@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,7 @@ def make(plans: Sequence[Plan], styles: Mapping[str, Style], steps: int) -> None
         files = write_exemplars(each, styles, exemplars)
         if not (model / "customized.json").exists():
             print(f"{each.name}: model {number} of {len(plans)}", flush=True)
+            shutil.rmtree(model / "run", ignore_errors=True)  # of a training that was interrupted
             options = {
                 "data.init_args.folder": exemplars,
                 "model.init_args.start": each.start,

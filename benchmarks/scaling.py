@@ -3,7 +3,8 @@
     npm pack @iconify-json/{noto,noto-v1,emojione,emojione-v1,fxemoji,fluent-emoji-flat} @lobehub/fluent-emoji-3d \
         --pack-destination data/npm_styles
     python -m benchmarks.scaling --pictures 500 2000
-    python -m benchmarks.scaling --pictures 500 2000 6000 20000 --widths 24,32 48,64 96,128
+    python -m benchmarks.scaling --pictures 500 2000 6000 20000 --visits 16
+    python -m benchmarks.scaling --pictures 500 --widths 24,32 48,64 96,128
 
 Nine styles of emoji, skin tones included, in nested training sets: the concepts come in one order, each in all its
 styles. For each size a U-Net goes on from `weights/emoji_1k_base` (which has seen two of the styles, and none of the
@@ -212,6 +213,7 @@ def fit(folder: Path, output: Path, widths: tuple[int, int], base: bool, picture
         "trainer.callbacks": json.dumps([checkpoint]),
     }
     last = output / "checkpoints" / "last.ckpt"
+    (output / "config.yaml").unlink(missing_ok=True)  # Lightning writes it once more
     going_on = ["--ckpt_path", str(last)] if last.exists() else []
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     train.main(["fit", "-c", str(output / "experiment.yaml"), *words, *going_on])
@@ -316,8 +318,10 @@ def main() -> None:
     write_part(options.output / f"pictures_{smallest}", whole, smallest)
     prompts = choose_prompts(options.output / f"pictures_{smallest}", options.queries)
     for count, widths, base, visits in wanted:
-        name = f"{widths[0]}, {widths[1]} {'from the base' if base else 'from nothing'}, {count} pictures"
-        asked = {"visits": visits, "settings": settings, "prompts": prompts}
+        name = (
+            f"{widths[0]}, {widths[1]} {'from the base' if base else 'from nothing'}, {count} pictures, {visits} visits"
+        )
+        asked = {"settings": settings, "prompts": prompts}
         if kept.get(name, {}).get("asked") == asked:
             continue
         folder = options.output / f"pictures_{count}"
