@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn import functional as F
 
 import train
@@ -183,22 +182,22 @@ def cosines_of(
     return found, int(ranker.sizes["outputs"]), 1000 * (time.perf_counter() - started) / len(both.queries)
 
 
-def teacher_matrix(test: TeacherSet) -> Float[Tensor, "q n"]:
-    """The teacher's scores, in the order of the training pictures."""
+def matrix_of(test: TeacherSet) -> Float[NDArray[np.float64], "q n"]:
+    """Scores of a set that ranks all training pictures, in their order."""
     found = np.empty(test.rows.shape, dtype=np.float64)
     np.put_along_axis(found, test.rows.astype(np.int64), test.scores.astype(np.float64), axis=1)
-    return torch.from_numpy(found)
+    return found
 
 
 def average_precisions(
-    teacher: Float[Tensor, "q n"], cosines: Float[NDArray[np.float64], "q n"]
+    teacher: Float[NDArray[np.float64], "q n"], cosines: Float[NDArray[np.float64], "q n"]
 ) -> dict[str, list[float]]:
     """Each query's average precision, by k."""
     found = {}
     for share in DEPTHS:
         depth = Depth.of(share, teacher.shape[1])
         metric = MeanAveragePrecision()
-        metric.update(torch.from_numpy(cosines), top_of(teacher, depth.number))
+        metric.update(torch.from_numpy(cosines), top_of(torch.from_numpy(teacher), depth.number))
         found[str(depth.number)] = torch.cat(metric.values).tolist()
     return found
 
@@ -224,7 +223,7 @@ def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: a
                 if half != "nothing"
             }
     cosines, width, milliseconds = cosines_of(variant, test, folder)
-    record |= {"ap": average_precisions(teacher_matrix(test), cosines), "width": width, "ms": milliseconds}
+    record |= {"ap": average_precisions(matrix_of(test), cosines), "width": width, "ms": milliseconds}
     return record
 
 

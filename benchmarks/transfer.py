@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import evaluate
 from benchmarks.near_duplicates import data_module
-from benchmarks.ranker_table import BOTH, TRAIN, Variant, average_precisions, cosines_of, teacher_matrix, train_one
+from benchmarks.ranker_table import BOTH, TRAIN, Variant, average_precisions, cosines_of, matrix_of, train_one
 from lightning_modules.recipe import Recipe
 from wherefrom.evaluation.metrics import estimate
 from wherefrom.retraining import PIPELINE, Retrain, Retrains
@@ -53,7 +53,7 @@ def curate(model: str | Path, experiment: str, output: Path, *more: str) -> Teac
 
 def precisions(teacher: TeacherSet, cosines: Float[NDArray[np.float64], "q n"]) -> dict[str, list[float]]:
     """Each query's average precision, by k."""
-    return average_precisions(teacher_matrix(teacher), cosines)
+    return average_precisions(matrix_of(teacher), cosines)
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
         )
     rows = {"untuned: minilm": precisions(test, cosines_of(Variant(("minilm",), None), test, None)[0])}
     rows |= {title: precisions(test, cosines_of(Variant(BOTH), test, folder)[0]) for title, folder in rankers.items()}
-    rows["the first model's own rankings"] = precisions(test, teacher_matrix(tests[0]).double().numpy())
+    rows["the first model's own rankings"] = precisions(test, matrix_of(tests[0]))
     print(f"\n| ranking | {' | '.join(f'mAP({k})' for k in rows['untuned: minilm'])} |\n|---|---|---|---|---|")
     for title, found in rows.items():
         cells = ("{:.3f} ± {:.3f}".format(*estimate(np.array(values))) for values in found.values())
