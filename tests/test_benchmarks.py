@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import known_answers, method_table, rises
+from benchmarks import known_answers, method_table, rises, second_order
 from wherefrom.attributors import Query, Scores, TrainingData
 from wherefrom.data.pictures import Pictures
 
@@ -62,3 +62,21 @@ def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
     row = method_table.table({"abu": record}).splitlines()[-1]
     assert row.startswith("| abu | 1,200 | 50% ± 35% | 0.497 (0.497 ± 0.003) | 0.500 (0.500 ± 0.500) |")
     assert row.endswith("| 0.50 ± 0.50 | 0.50 |")
+
+
+def test_the_second_order_is_judged_by_where_it_puts_the_exact_first() -> None:
+    # Of 300 pictures the exact first is the bank's last for the first query, and the bank's first for the second.
+    exact = np.tile(np.linspace(1, 0, 300), (2, 1))
+    bank = exact.copy()
+    bank[0, 0] = -10
+    ids = [f"{place:03d}" for place in range(300)]
+    plain = second_order.measure(exact, second_order.corrected(bank, 0.0), ids, [10])
+    mended = second_order.measure(exact, second_order.corrected(bank, 1.0), ids, [10])
+    assert plain["first_is_first"] == [0, 1]
+    assert plain["first_is_among_the_last"] == [1, 0]
+    assert plain["recall"] == {"1": [0.5], "10": [0.95], "100": [0.1]}
+    assert plain["recall_both_tails"] == {"1": [1.0], "10": [0.55], "100": [0.055]}
+    assert mended["first_is_first"] == [1, 1]
+    assert mended["recall"] == {"1": [1.0], "10": [1.0], "100": [0.1]}
+    assert all(np.mean(each) == 1 for each in mended["ap"].values())
+    np.testing.assert_allclose(second_order.corrected(bank, 2.0)[1], bank[1] + 2 * bank[1] ** 2 / bank[1].std())
