@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.pipelines import pixart_transformer
 from tests.tiny import tiny_latents, tiny_model
 from wherefrom.gradients import PerSampleGradients
 
@@ -114,6 +115,30 @@ def test_every_weight_of_the_unet_gets_the_gradients_of_a_loop_over_single_sampl
         nn.LayerNorm,
     }
     assert_same(tapped(model.denoiser, losses), expected)
+
+
+def test_every_weight_of_a_pixart_transformer_gets_the_gradients_of_a_loop_over_single_samples() -> None:
+    network = random_weights(pixart_transformer())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.3)
+    latents, states = inputs_of((4, 4, 4)), inputs_of((3, 24))
+    timesteps, sizes = torch.tensor([3, 999, 400, 0, 650]), {"resolution": None, "aspect_ratio": None}
+
+    def losses(rows: slice) -> Tensor:
+        found = network(latents[rows], states[rows], timesteps[rows], added_cond_kwargs=sizes, return_dict=False)
+        return losses_of(found[0])
+
+    expected = loop(network, losses)
+    tables = [name for name in expected if name.endswith("scale_shift_table")]
+    assert tables == ["scale_shift_table", *(f"transformer_blocks.{block}.scale_shift_table" for block in (0, 1))]
+    assert all(float(expected[name].abs().max()) > 0.1 for name in tables)
+    assert_same(tapped(network, losses), expected)
+    table = network.get_parameter("transformer_blocks.1.scale_shift_table")
+    assert network.transformer_blocks[1].scale_shift_table is table
+    with pytest.raises(RuntimeError), PerSampleGradients(network, tables):
+        network(latents, states[:, :, :7], timesteps, added_cond_kwargs=sizes)
+    assert network.scale_shift_table is network.get_parameter("scale_shift_table")
 
 
 class Twice(nn.Module):

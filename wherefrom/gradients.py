@@ -3,7 +3,8 @@
 No whole-model gradient is stored.
 
 For a linear layer with input a and output gradient g of one sample, the weight's gradient is Σ_positions g aᵀ; a
-convolution is one over its unfolded patches; a normalisation's scale has Σ g x̂. Nothing here needs vmap.
+convolution is one over its unfolded patches; a normalisation's scale has Σ g x̂. A table that a transformer adds to each
+sample (`scale_shift_table` of PixArt's blocks) is replaced by a copy for each. Nothing here needs vmap.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.normalization import RMSNorm
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -78,7 +81,28 @@ _RULES: Mapping[type[nn.Module], Mapping[str, _PerSample]] = {
 }
 
 
+def _table(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
+    return grads
+
+
+class _Copies:
+    """Stands for a table while a forward pass reads it: `table[None]` has a row for each sample in place of one."""
+
+    def __init__(self, table: Tensor, samples: int) -> None:
+        self.rows = table.detach()[None].expand(samples, *table.shape).clone().requires_grad_()
+        self.device, self.dtype = table.device, table.dtype
+
+    def __getitem__(self, index: None) -> Tensor:
+        assert index is None, "a table is read as a whole"
+        return self.rows
+
+
+_TABLE, _WITH_TABLE = "scale_shift_table", (BasicTransformerBlock, PixArtTransformer2DModel)
+
+
 def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
+    if parameter == _TABLE and isinstance(module, _WITH_TABLE):
+        return _table
     rules: Any = next((rules for kind, rules in _RULES.items() if isinstance(module, kind)), None)
     grouped = isinstance(module, nn.Conv2d) and (
         module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
@@ -87,10 +111,14 @@ def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
         raise ValueError(
             f"No per-sample gradient for {name} ({type(module).__name__}): linear layers, ungrouped zero-padded "
             "convolutions, group, layer "
-            "and root-mean-square norms have one. Choose a weight subset without it."
+            "and root-mean-square norms, and PixArt's tables have one. Choose a weight subset without it."
         )
     chosen: _PerSample = rules[parameter]
     return chosen
+
+
+def _restore_table(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    vars(layer).pop(_TABLE, None)
 
 
 class PerSampleGradients:
@@ -116,8 +144,12 @@ class PerSampleGradients:
         self._handles: list[Any] = []
 
     def __enter__(self) -> PerSampleGradients:
-        for owner, (layer, _) in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(owner)))
+        for owner, (layer, rules) in self._layers.items():
+            if _TABLE in rules:
+                self._handles.append(layer.register_forward_pre_hook(self._copy_table(owner), with_kwargs=True))
+                self._handles.append(layer.register_forward_hook(_restore_table, always_call=True))
+            else:
+                self._handles.append(layer.register_forward_hook(self._hook(owner)))
         return self
 
     def __exit__(
@@ -135,6 +167,15 @@ class PerSampleGradients:
             self._calls.append((owner, inputs[0].detach(), output))
 
         return keep
+
+    def _copy_table(self, owner: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def copy(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            samples = next(len(each) for each in (*inputs, *named.values()) if isinstance(each, Tensor))
+            copies = _Copies(layer.get_parameter(_TABLE), samples)
+            vars(layer)[_TABLE] = copies  # found before the parameter, which `nn.Module.__getattr__` would give
+            self._calls.append((owner, copies.rows.detach(), copies.rows))
+
+        return copy
 
     def by_layer(self, losses: Float[Tensor, "b"]) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """(input, output gradient) of each layer's calls, by the layer's name, in the order of the forward pass."""
@@ -154,7 +195,8 @@ class PerSampleGradients:
         layer, rules = self._layers[owner]
         for parameter, rule in rules.items():
             parts = [rule(layer, inputs, grad) for inputs, grad in calls]
-            yield f"{owner}.{parameter}", parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+            name = f"{owner}.{parameter}" if owner else parameter
+            yield name, parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
     def per_sample(self, losses: Float[Tensor, "b"]) -> Iterator[tuple[str, Float[Tensor, "b ..."]]]:
         """Yields (parameter name, gradient of each sample's own loss), layer by layer."""
