@@ -260,7 +260,7 @@ def settings_of(file: Path, full: bool) -> dict[str, Any]:
     several = unlearning["steps"] > 1
     draws = {"unlearning.draws": (10 if several else 500) * (4 if full else 1)}
     if several:  # each step's size is measured
-        draws["unlearning.measure_draws"] = 200 if full else 50
+        draws["unlearning.measure_draws"] = 100 if full else 25
     return {"grid.timesteps": 10 if full else 5, "grid.flips": full, **draws}
 
 
