@@ -103,7 +103,7 @@ def variants() -> dict[str, Variant]:
     )
     for queries in (30, 75, 150):
         found[f"{queries} queries"] = Variant(options={"data.init_args.queries": queries})
-    for teacher in ("looks", "bank", "trak", "ensemble"):
+    for teacher in ("looks", "bank", "corrected", "trak", "ensemble"):
         found[f"teacher: {teacher}"] = Variant(teacher=teacher)
     return found
 
