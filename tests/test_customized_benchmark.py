@@ -246,7 +246,20 @@ def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tm
     base = str(root / "pipeline")
     words = ("with", "without")
     lines = benchmark(tmp_path / "run", tasks, [], {"abu": method}, base, model, data, store, one_process(), words)
-    assert [line.words for line in lines] == ["with", "without"]
+    assert [(line.method, line.words) for line in lines] == [
+        (method, word) for word in words for method in ("abu", "abu, by size")
+    ]
+    ranked: dict[str, list[float]] = {"abu": [], "abu, by size": []}
+    for table in sorted((tmp_path / "run").glob("*-with/abu/ranking.parquet")):
+        rows = pq.read_table(table).to_pylist()
+        for query in dict.fromkeys(row["query"] for row in rows):
+            own = {row["image"]: row["score"] for row in rows if row["query"] == query}
+            for name, by in (("abu", own), ("abu, by size", {image: abs(score) for image, score in own.items()})):
+                order = sorted(by, key=by.__getitem__, reverse=True)
+                places = [place for place, image in enumerate(order, start=1) if image.startswith("exemplar/")]
+                ranked[name].append(float(np.mean([(i + 1) / place for i, place in enumerate(places)])))
+    for line in lines[:2]:
+        assert line.precision[0] == pytest.approx(np.mean(ranked[line.method]), abs=1e-6)
     assert len({name for name, _ in seen}) == 2, "each customized model is unlearned"
     assert model.fingerprint() not in {name for name, _ in seen}
     own = made()

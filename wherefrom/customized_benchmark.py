@@ -31,6 +31,7 @@ from wherefrom.storage import Store, hash_file, identity_hash, replacing, write_
 
 RESULT, ROWS = "customized.json", "customized.parquet"
 Words = Literal["with", "without"]
+BY_SIZE = ", by size"  # of the change of a loss, whatever its sign
 _WORD = re.compile(r"<[^<>\s]+>")
 
 
@@ -159,7 +160,9 @@ def benchmark(
 ) -> list[Line]:
     """Attributes every picture of every model by every method; what is finished is not done again.
 
-    Curvature is the base model's, taken over the background once and used for all models, as in the papers.
+    Curvature is the base model's, taken over the background once and used for all models, as in the papers. Methods
+    whose scores are changes of a loss are also judged by the size of the change: exemplars share the new word, so that
+    what makes a model forget one can make it better at another.
 
     Args:
         folder: The run folder.
@@ -208,6 +211,9 @@ def benchmark(
                     place = folder / f"{hash_text(task.name):016x}-{each}" / name
                     results = attribute(place, method, data, model, queries, store, runner, options, say)
                     found += [find(scores, name, kind, task, each, k) for scores in results]
+                    if isinstance(method, CurvedAttributor):
+                        sizes = (replace(scores, scores=np.abs(scores.scores)) for scores in results)
+                        found += [find(scores, f"{name}{BY_SIZE}", kind, task, each, k) for scores in sizes]
     lines = summarise(found)
     if runner.is_main:
         with replacing(folder / ROWS) as temporary:
