@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric import Fabric
 
 from datamodules.pictures import PicturesDataModule
@@ -60,7 +60,8 @@ def load_methods(
 
     Args:
         files: Attributor files.
-        settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them.
+        settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them, also
+            in those that a method asks.
         strict: Refuse a setting that no method has.
 
     Raises:
@@ -69,20 +70,29 @@ def load_methods(
     made = ArgumentParser(parser_mode="omegaconf")
     made.add_subclass_arguments(Attributor, "attributor", required=True)
     methods: dict[str, Attributor] = {}
-    unused = set(settings or {})
+    settings = settings or {}
+    unused = set(settings)
     for file in files:
         if file.stem in methods:
             raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
         config = made.parse_args(["--attributor", str(file)])
-        init_args = config.attributor.get("init_args", {})
-        for name, value in (settings or {}).items():
-            if init_args.get(name) is not None:
-                init_args[name] = value
+        for init_args in _arguments(config.attributor):
+            for name in [name for name in settings if init_args.get(name) is not None]:
+                init_args[name] = settings[name]
                 unused.discard(name)
         methods[file.stem] = made.instantiate(config).attributor
     if strict and unused:
         raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
     return methods
+
+
+def _arguments(parsed: Any) -> Iterator[Namespace]:
+    """The arguments of parsed classes, and of those that they are given."""
+    for each in parsed if isinstance(parsed, list) else [parsed]:
+        if isinstance(each, Namespace) and "init_args" in each:
+            yield each.init_args
+            for value in vars(each.init_args).values():
+                yield from _arguments(value)
 
 
 def training_data(data: PicturesDataModule, model: DiffusionModel) -> TrainingData:

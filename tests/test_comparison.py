@@ -14,7 +14,17 @@ from scipy.stats import spearmanr
 import evaluate
 from lightning_modules import runs
 from tests.tiny import attribution_config, tiny_latents
-from wherefrom.attributors import InfluenceFunction, Query, Random, Scores, TrainingData
+from wherefrom.attributors import (
+    AmongNearest,
+    AttributionByUnlearning,
+    BySize,
+    InfluenceBank,
+    InfluenceFunction,
+    Query,
+    Random,
+    Scores,
+    TrainingData,
+)
 from wherefrom.comparison import compare, correlations, watched_memory
 from wherefrom.evaluation.ranking import read_ranking
 from wherefrom.runner import Runner
@@ -94,5 +104,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     changed = runs.load_methods(files, {"grid.timesteps": 3, "draws": 7}, strict=True)["influence"]
     assert isinstance(changed, InfluenceFunction)
     assert (changed.grid.timesteps, changed.draws) == (3, 7)
+    asking = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("abu_plus_bank", "abu_plus_by_size")]
+    nested = runs.load_methods(asking, {"grid.timesteps": 3, "unlearning.draws": 7}, strict=True)
+    assert isinstance(nested["abu_plus_bank"], AmongNearest)
+    assert isinstance(nested["abu_plus_by_size"], BySize)
+    for each in (nested["abu_plus_bank"].method, nested["abu_plus_bank"].nearest, nested["abu_plus_by_size"].method):
+        assert isinstance(each, AttributionByUnlearning | InfluenceBank)
+        assert each.grid.timesteps == 3
+        assert not isinstance(each, AttributionByUnlearning) or each.unlearning.draws == 7
     with pytest.raises(ValueError, match=r"settings: no method has 'grid.timestep'; the methods are random, influence"):
         runs.load_methods(files, {"grid.timestep": 3}, strict=True)

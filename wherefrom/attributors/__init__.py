@@ -4,6 +4,7 @@ from wherefrom.attributors.among import AmongNearest
 from wherefrom.attributors.bank import InfluenceBank
 from wherefrom.attributors.base import Attributor, Query, Scores, TrainingData
 from wherefrom.attributors.baselines import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
+from wherefrom.attributors.by_size import BySize
 from wherefrom.attributors.ensemble import RankEnsemble
 from wherefrom.attributors.fast import Fast
 from wherefrom.attributors.influence import InfluenceFunction
@@ -16,6 +17,7 @@ __all__ = [
     "AmongNearest",
     "AttributionByUnlearning",
     "Attributor",
+    "BySize",
     "CaptionSimilarity",
     "Fast",
     "ImageSimilarity",

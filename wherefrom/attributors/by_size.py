@@ -1,0 +1,57 @@
+"""The size of another method's scores, whatever their sign."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, Work, silent
+from wherefrom.diffusion import DiffusionModel
+from wherefrom.runner import Runner
+from wherefrom.storage import Store
+
+
+class BySize(Attributor):
+    """Ranks by |score|: pictures that a method says much about, for or against.
+
+    Scores that are changes of a loss have a sign. Pictures that share a caption or a new word are learned at each
+    other's expense: what makes a model forget one of them can make it better at the others, which then come last.
+
+    Args:
+        method: Whose scores.
+    """
+
+    def __init__(self, method: Attributor) -> None:
+        self.method = method
+        self.requires = method.requires
+        self.takes_regions = method.takes_regions
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        method = self.method.identity()
+        return {"method": f"{method['method']}, by size", "of": method}
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """Refuses what the method refuses."""
+        self.method.check(queries)
+
+    def work(self, data: TrainingData, queries: int) -> Work:
+        """The method's."""
+        return self.method.work(data, queries)
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Makes what the method needs."""
+        self.method.progress = self.progress
+        self.method.fit(data, model, store, runner, say)
+        self.fit_s = self.method.fit_s
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """The method's scores without their signs, parts and null alike."""
+        for found in self.method.score(queries, candidates):
+            parts = {name: np.abs(part) for name, part in found.parts.items()}
+            yield replace(found, scores=np.abs(found.scores), null=np.abs(found.null), parts=parts)
