@@ -4,7 +4,7 @@
         --pack-destination data/npm_styles
     python -m benchmarks.scaling --pictures 500 2000
     python -m benchmarks.scaling --pictures 500 2000 6000 20000 --visits 16
-    python -m benchmarks.scaling --pictures 500 --widths 24,32 48,64 96,128
+    python -m benchmarks.scaling --pictures 500 --widths 16,24 24,32 48,64
 
 Nine styles of emoji, skin tones included, in nested training sets: the concepts come in one order, each in all its
 styles. For each size a U-Net goes on from `weights/emoji_1k_base` (which has seen two of the styles, and none of the
