@@ -1,8 +1,8 @@
 """Can methods find what a model was customized on? Exemplars of twenty customized emoji models among 2,000 others.
 
     npm pack @iconify-json/{noto,noto-v1,emojione,fxemoji} --pack-destination data/npm
-    python -m benchmarks.customized --methods efficientnet caption pixel random abu_plus
-    python -m benchmarks.customized --methods abu_100_steps abu_sgd_100_steps abu_all_weights --full
+    python -m benchmarks.customized --methods efficientnet caption pixel random --words with without
+    python -m benchmarks.customized --methods abu_plus abu_plus_100_steps abu abu_100_steps abu_all_weights abu_sgd
 
 The base model is `weights/emoji`, which knows two styles. Ten models learn a third style each (V* is the style: ten
 drawings of it, of other things for each model), ten learn one thing each (V* is the thing: its drawings in the held-out
