@@ -93,9 +93,3 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(
         for name, gradient in zip(parameters, alone, strict=True):
             # Time embeddings and root-mean-square norms are computed in single precision.
             torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-8)
-
-
-def test_a_weight_without_a_rule_is_refused_before_anything_long() -> None:
-    network = pixart_transformer()
-    with pytest.raises(ValueError, match=r"No per-sample gradient for .*scale_shift_table"):
-        PerSampleGradients(network, list(select_weights(network, "all")))
