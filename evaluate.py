@@ -28,7 +28,7 @@ from lightning import LightningDataModule
 
 import datamodules  # noqa: F401  so that YAML may use short class names
 from lightning_modules import budget
-from lightning_modules.runs import Devices, load_methods, prepare, prepare_trial, shapes
+from lightning_modules.runs import Devices, prepare, prepare_trial, shapes
 from wherefrom import attributors, counterfactual, customized_benchmark, customized_tasks, lds
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor, Scores
@@ -43,6 +43,7 @@ from wherefrom.evaluation.calibration import CalibrationSettings, calibrate_rank
 from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
+from wherefrom.method_files import load_methods
 from wherefrom.progress import announce, peak_memory, room
 from wherefrom.protocol import Protocol
 from wherefrom.queries import QuerySource

@@ -27,13 +27,14 @@ from scipy.stats import spearmanr
 
 from benchmarks.known_answers import Case, cell, make_cases, ranks
 from datamodules import Emoji
-from lightning_modules.runs import load_methods, training_data
+from lightning_modules.runs import training_data
 from wherefrom.attribution import attribute
 from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
 from wherefrom.data.pictures import Pictures
 from wherefrom.diffusion import DiffusionModel
 from wherefrom.evaluation.alignment import rate
 from wherefrom.keyed import hash_text
+from wherefrom.method_files import load_methods
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console, duration
 from wherefrom.runner import Runner

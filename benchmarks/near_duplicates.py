@@ -27,7 +27,7 @@ from lightning import LightningDataModule
 from benchmarks.known_answers import choose
 from datamodules.pictures import PicturesDataModule
 from lightning_modules.recipe import Recipe
-from lightning_modules.runs import load_methods, shapes, training_data_of
+from lightning_modules.runs import shapes, training_data_of
 from wherefrom.attribution import attribute
 from wherefrom.attributors import Attributor
 from wherefrom.attributors.base import Say, silent
@@ -35,6 +35,7 @@ from wherefrom.changes import changes
 from wherefrom.data.copies import Copies
 from wherefrom.evaluation.foresight import foresight
 from wherefrom.evaluation.metrics import estimate
+from wherefrom.method_files import load_methods
 from wherefrom.progress import Console
 from wherefrom.queries import QuerySource, generate
 from wherefrom.reattribution import AFTER, Reattribution, whole_ranking

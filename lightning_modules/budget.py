@@ -17,11 +17,11 @@ import train
 from datamodules.pictures import PicturesDataModule
 from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.latent_diffusion import LatentDiffusion
-from lightning_modules.runs import load_methods
 from wherefrom.attributors import TrainingData
 from wherefrom.budget import Sizes, Stage, drawing, encoding, features, method, timed
 from wherefrom.data.stream import LatentBatch, PixelBatch
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.method_files import load_methods
 from wherefrom.pipeline import load_model
 from wherefrom.progress import forward_rate
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric import Fabric
 
 from datamodules.pictures import PicturesDataModule
@@ -16,6 +15,7 @@ from wherefrom import counterfactual
 from wherefrom.attributors import Attributor, Query, Scores, TrainingData
 from wherefrom.comparison import Cost, attribute_at_cost
 from wherefrom.diffusion import DiffusionModel
+from wherefrom.method_files import load_methods
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console
 from wherefrom.queries import QuerySource, make_queries
@@ -51,48 +51,6 @@ class Devices:
     def accelerate(self, model: DiffusionModel) -> DiffusionModel:
         """Sets the model's options."""
         return model.accelerate(self.precision == "bf16", self.compile, self.gradient_checkpointing)
-
-
-def load_methods(
-    files: Sequence[Path], settings: Mapping[str, Any] | None = None, strict: bool = False
-) -> dict[str, Attributor]:
-    """The attributors of these files, by the files' names.
-
-    Args:
-        files: Attributor files.
-        settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them, also
-            in those that a method asks.
-        strict: Refuse a setting that no method has.
-
-    Raises:
-        ValueError: Two files have the same name, or no method has a setting.
-    """
-    made = ArgumentParser(parser_mode="omegaconf")
-    made.add_subclass_arguments(Attributor, "attributor", required=True)
-    methods: dict[str, Attributor] = {}
-    settings = settings or {}
-    unused = set(settings)
-    for file in files:
-        if file.stem in methods:
-            raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
-        config = made.parse_args(["--attributor", str(file)])
-        for init_args in _arguments(config.attributor):
-            for name in [name for name in settings if init_args.get(name) is not None]:
-                init_args[name] = settings[name]
-                unused.discard(name)
-        methods[file.stem] = made.instantiate(config).attributor
-    if strict and unused:
-        raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
-    return methods
-
-
-def _arguments(parsed: Any) -> Iterator[Namespace]:
-    """The arguments of parsed classes, and of those that they are given."""
-    for each in parsed if isinstance(parsed, list) else [parsed]:
-        if isinstance(each, Namespace) and "init_args" in each:
-            yield each.init_args
-            for value in vars(each.init_args).values():
-                yield from _arguments(value)
 
 
 def training_data(data: PicturesDataModule, model: DiffusionModel) -> TrainingData:

@@ -12,7 +12,6 @@ import yaml
 from scipy.stats import spearmanr
 
 import evaluate
-from lightning_modules import runs
 from tests.tiny import attribution_config, tiny_latents
 from wherefrom.attributors import (
     AmongNearest,
@@ -27,6 +26,7 @@ from wherefrom.attributors import (
 )
 from wherefrom.comparison import compare, correlations, watched_memory
 from wherefrom.evaluation.ranking import read_ranking
+from wherefrom.method_files import load_methods
 from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
@@ -98,14 +98,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "random.yaml").write_text("class_path: Random\n")
     with pytest.raises(ValueError, match="Two attributor files are called 'random'"):
-        runs.load_methods([tmp_path / "a" / "random.yaml", tmp_path / "b" / "random.yaml"])
-    assert isinstance(runs.load_methods([tmp_path / "a" / "random.yaml"])["random"], Random)
+        load_methods([tmp_path / "a" / "random.yaml", tmp_path / "b" / "random.yaml"])
+    assert isinstance(load_methods([tmp_path / "a" / "random.yaml"])["random"], Random)
     files = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("random", "influence")]
-    changed = runs.load_methods(files, {"grid.timesteps": 3, "draws": 7}, strict=True)["influence"]
+    changed = load_methods(files, {"grid.timesteps": 3, "draws": 7}, strict=True)["influence"]
     assert isinstance(changed, InfluenceFunction)
     assert (changed.grid.timesteps, changed.draws) == (3, 7)
     asking = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("abu_plus_bank", "abu_plus_by_size")]
-    nested = runs.load_methods(asking, {"grid.timesteps": 3, "unlearning.draws": 7}, strict=True)
+    nested = load_methods(asking, {"grid.timesteps": 3, "unlearning.draws": 7}, strict=True)
     assert isinstance(nested["abu_plus_bank"], AmongNearest)
     assert isinstance(nested["abu_plus_by_size"], BySize)
     for each in (nested["abu_plus_bank"].method, nested["abu_plus_bank"].nearest, nested["abu_plus_by_size"].method):
@@ -113,4 +113,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         assert each.grid.timesteps == 3
         assert not isinstance(each, AttributionByUnlearning) or each.unlearning.draws == 7
     with pytest.raises(ValueError, match=r"settings: no method has 'grid.timestep'; the methods are random, influence"):
-        runs.load_methods(files, {"grid.timestep": 3}, strict=True)
+        load_methods(files, {"grid.timestep": 3}, strict=True)

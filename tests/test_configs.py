@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 import evaluate
 import train
-from lightning_modules import runs
 from tests.tiny import tiny_clip, tiny_ranker, tiny_vision_transformer
 from wherefrom.attributors import Attributor
+from wherefrom.method_files import load_methods
 
 ROOT = Path(__file__).parents[1]
 ATTRIBUTORS = sorted((ROOT / "configs" / "attributor").glob("*.yaml"))
@@ -66,7 +66,7 @@ def test_every_experiment_file_is_understood(path: Path, capsys: pytest.CaptureF
             files = [Path(file.absolute) for file in config.methods]
             assert [file.stem for file in files] == [Path(file).stem for file in content["methods"]]
             here = [file for file in files if not any(name in file.read_text() for name in ELSEWHERE)]
-            assert set(runs.load_methods(here, config.settings, strict=True)) == {file.stem for file in here}
+            assert set(load_methods(here, config.settings, strict=True)) == {file.stem for file in here}
     else:
         with pytest.raises(SystemExit) as ended:
             train.main(["fit", "-c", str(path), "--print_config"])

@@ -15,6 +15,7 @@ import torch
 
 from wherefrom.attribution import attribute
 from wherefrom.attributors.base import Attributor, Query, Say, Scores, TrainingData, silent
+from wherefrom.attributors.by_size import by_size
 from wherefrom.attributors.curved import CurvedAttributor
 from wherefrom.customized_tasks import Task, cases_of
 from wherefrom.data.image_folder import draw
@@ -212,8 +213,7 @@ def benchmark(
                     results = attribute(place, method, data, model, queries, store, runner, options, say)
                     found += [find(scores, name, kind, task, each, k) for scores in results]
                     if isinstance(method, CurvedAttributor):
-                        sizes = (replace(scores, scores=np.abs(scores.scores)) for scores in results)
-                        found += [find(scores, f"{name}{BY_SIZE}", kind, task, each, k) for scores in sizes]
+                        found += [find(by_size(scores), f"{name}{BY_SIZE}", kind, task, each, k) for scores in results]
     lines = summarise(found)
     if runner.is_main:
         with replacing(folder / ROWS) as temporary:

@@ -14,6 +14,12 @@ from wherefrom.runner import Runner
 from wherefrom.storage import Store
 
 
+def by_size(scores: Scores) -> Scores:
+    """Scores without their signs, parts and null alike."""
+    parts = {name: np.abs(part) for name, part in scores.parts.items()}
+    return replace(scores, scores=np.abs(scores.scores), null=np.abs(scores.null), parts=parts)
+
+
 class BySize(Attributor):
     """Ranks by |score|: pictures that a method says much about, for or against.
 
@@ -51,7 +57,5 @@ class BySize(Attributor):
         self.fit_s = self.method.fit_s
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """The method's scores without their signs, parts and null alike."""
-        for found in self.method.score(queries, candidates):
-            parts = {name: np.abs(part) for name, part in found.parts.items()}
-            yield replace(found, scores=np.abs(found.scores), null=np.abs(found.null), parts=parts)
+        """The method's scores without their signs."""
+        yield from map(by_size, self.method.score(queries, candidates))

@@ -1,0 +1,53 @@
+"""Methods from the files that describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from wherefrom.attributors import Attributor
+
+
+def load_methods(
+    files: Sequence[Path], settings: Mapping[str, Any] | None = None, strict: bool = False
+) -> dict[str, Attributor]:
+    """The attributors of these files, by the files' names.
+
+    Args:
+        files: Attributor files.
+        settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them, also
+            in those that a method asks.
+        strict: Refuse a setting that no method has.
+
+    Raises:
+        ValueError: Two files have the same name, or no method has a setting.
+    """
+    made = ArgumentParser(parser_mode="omegaconf")
+    made.add_subclass_arguments(Attributor, "attributor", required=True)
+    methods: dict[str, Attributor] = {}
+    settings = settings or {}
+    unused = set(settings)
+    for file in files:
+        if file.stem in methods:
+            raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
+        config = made.parse_args(["--attributor", str(file)])
+        for init_args in _arguments(config.attributor):
+            for name in [name for name in settings if init_args.get(name) is not None]:
+                init_args[name] = settings[name]
+                unused.discard(name)
+        methods[file.stem] = made.instantiate(config).attributor
+    if strict and unused:
+        raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
+    return methods
+
+
+def _arguments(parsed: Any) -> Iterator[Namespace]:
+    """The arguments of parsed classes, and of those that they are given."""
+    for each in parsed if isinstance(parsed, list) else [parsed]:
+        if isinstance(each, Namespace) and "init_args" in each:
+            yield each.init_args
+            for value in vars(each.init_args).values():
+                yield from _arguments(value)
