@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
 
 from wherefrom.attributors import Attributor
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 
 def load_methods(
@@ -25,6 +26,8 @@ def load_methods(
     Raises:
         ValueError: Two files have the same name, or no method has a setting.
     """
+    from jsonargparse import ArgumentParser  # comes with the command line; the library does without it
+
     made = ArgumentParser(parser_mode="omegaconf")
     made.add_subclass_arguments(Attributor, "attributor", required=True)
     methods: dict[str, Attributor] = {}
@@ -46,6 +49,8 @@ def load_methods(
 
 def _arguments(parsed: Any) -> Iterator[Namespace]:
     """The arguments of parsed classes, and of those that they are given."""
+    from jsonargparse import Namespace
+
     for each in parsed if isinstance(parsed, list) else [parsed]:
         if isinstance(each, Namespace) and "init_args" in each:
             yield each.init_args
