@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ from wherefrom.runner import Runner
 from wherefrom.storage import Store, write_json
 from wherefrom.unlearning import UnlearningSettings
 
-QUERIES = (1, 10, 100, 1000)
+QUERIES, TIMESTEPS = (1, 10, 100, 1000), 10
 RESULT = Path("results/emoji/teacher_costs.json")
 
 
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--model", default="weights/emoji_1k")
     parser.add_argument("--data", default="configs/data/emoji_1k.yaml")
     parser.add_argument("--queries", type=int, default=6)
-    parser.add_argument("--timesteps", type=int, default=10)
+    parser.add_argument("--timesteps", type=int, default=TIMESTEPS)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
     parser.add_argument("--keep", default="factors", help="how the bank keeps rows; see wherefrom.bank.Compression")
@@ -173,7 +174,7 @@ def main() -> None:
         for name, shares in by.items():
             print(f"| {top} | {name} | {' | '.join(f'{share:.2f}' for share in shares)} |")
     record = {
-        "command": "python -m benchmarks.teacher",
+        "command": " ".join(["python -m benchmarks.teacher", *sys.argv[1:]]),
         "settings": {name: str(value) for name, value in vars(options).items() if name != "output"},
         "training_pictures": len(ids),
         "seconds": {
@@ -191,7 +192,9 @@ def main() -> None:
         "candidates": candidates,
         "recall": recall,
     }
-    name = "_".join([Path(options.model).name, *([] if options.keep == "factors" else [options.keep])])
+    unusual = [options.keep] * (options.keep != "factors")
+    unusual += [f"{options.timesteps}_timesteps"] * (options.timesteps != TIMESTEPS)
+    name = "_".join([Path(options.model).name, *unusual])
     write_json(RESULT if name == "emoji_1k" else RESULT.with_stem(f"{RESULT.stem}_{name}"), record)
     console.say(f"gradient of one query: {duration(gradient)}")
 

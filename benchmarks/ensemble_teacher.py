@@ -1,0 +1,71 @@
+r"""A teacher set of several: their ranks averaged over the pictures that the first one scored.
+
+    python -m benchmarks.ensemble_teacher --sets runs/emoji_1k_teacher runs/emoji_1k_teacher_bank \
+        runs/emoji_1k_teacher_trak --output runs/emoji_1k_teacher_ensemble
+
+The same set as `evaluate.py curate --teacher` makes of a `RankEnsemble` of these teachers, without asking them again.
+All sets must be of the same queries and training set, and the others must have scored what the first did.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from wherefrom.evaluation.ranking import normalised_ranks, order_of
+from wherefrom.teacher import TeacherSet, read_teacher_set, write_teacher_set
+
+
+def ensemble(sets: Sequence[TeacherSet]) -> TeacherSet:
+    """The first set, with minus the mean of all sets' normalised ranks for scores.
+
+    Raises:
+        ValueError: There are fewer than two, or their training pictures, queries or scored pictures do not fit.
+    """
+    first = sets[0]
+    if len(sets) < 2:
+        raise ValueError(f"An ensemble needs at least two teacher sets; given {len(sets)}.")
+    for position, other in enumerate(sets[1:], start=2):
+        if other.images != first.images or other.queries != first.queries:
+            raise ValueError(f"Set {position} is not of the training pictures and queries of the first.")
+    rows, scores = np.empty_like(first.rows), np.empty_like(first.scores)
+    for place in range(len(first.queries)):
+        candidates = first.rows[place]
+        ids = [first.images[row] for row in candidates]
+        ranks = [normalised_ranks(ids, _scores_of(each, place, candidates)) for each in sets]
+        found = -np.mean(ranks, axis=0)
+        order = order_of(ids, found)
+        rows[place], scores[place] = candidates[order], found[order]
+    identity = {"method": "rank ensemble", "of": [dict(each.identity) for each in sets]}
+    return replace(first, rows=rows, scores=scores, identity=identity)
+
+
+def _scores_of(teacher: TeacherSet, place: int, candidates: NDArray[np.int32]) -> Float[NDArray[np.float64], "m"]:
+    by_row = np.full(len(teacher.images), np.nan)
+    by_row[teacher.rows[place]] = teacher.scores[place]
+    found = by_row[candidates]
+    if np.isnan(found).any():
+        missing = teacher.images[candidates[int(np.flatnonzero(np.isnan(found))[0])]]
+        raise ValueError(f"A set did not score {missing!r} for the query {teacher.queries[place]!r}; the first did.")
+    return found
+
+
+def main() -> None:
+    """Reads, averages and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=Path, nargs="+", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    found = ensemble([read_teacher_set(options.sets[0]), *(read_teacher_set(each, []) for each in options.sets[1:])])
+    write_teacher_set(options.output, found)
+    print(f"{len(found.queries)} queries, {found.rows.shape[1]} scored pictures each: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
