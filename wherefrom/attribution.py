@@ -34,9 +34,10 @@ _PART, _ESTIMATE = "part ", "estimate "  # before the name of a part, or of an e
 
 
 def run_identity(
-    attributor: Attributor, data: TrainingData, model: DiffusionModel | None, queries: Sequence[Query]
+    attributor: Attributor, data: TrainingData, model: DiffusionModel | None, queries: Sequence[Query], store: Store
 ) -> dict[str, Any]:
     """What must match for a run folder to be gone on with."""
+    gone = attributor.taken_down(data, store)
     return {
         "attributor": attributor.identity(),
         "model": None if model is None else model.fingerprint(),
@@ -46,6 +47,7 @@ def run_identity(
         if data.held_out is None
         else identity_hash({"of": data.held_out.fingerprint, "ids": list(data.held_out.ids)}),
         "queries": [_query_identity(query) for query in queries],
+        **({"taken_down": identity_hash({"ids": sorted(gone)})} if gone else {}),
     }
 
 
@@ -96,7 +98,7 @@ def attribute(
     if twice:
         raise ValueError(f"Two queries are called {twice[0]!r}: give each its own id, results are told apart by it.")
     attributor.check(queries)
-    identity = run_identity(attributor, data, model, queries)
+    identity = run_identity(attributor, data, model, queries, store)
     if (folder / MANIFEST).exists():
         check_identity(folder, identity)
     elif runner.is_main:

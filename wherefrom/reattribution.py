@@ -83,7 +83,7 @@ class Reattribution:
         """
         asked = [self.queries[query] for query in sorted(queries)]
         data, attributor = self.left(retrain), self.methods[method]
-        identity = run_identity(attributor, data, None, asked)
+        identity = run_identity(attributor, data, None, asked, self.store)
         place = self.place(method, retrain, identity["queries"])
         manifest = read_manifest(place) if (place / MANIFEST).exists() else {}
         if manifest.get("complete"):

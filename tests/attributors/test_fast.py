@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import evaluate
 from tests.tiny import attribution_config, one_process, tiny_clip, tiny_ranker
 from wherefrom.attribution import attribute
-from wherefrom.attributors import Fast, Query, TrainingData
+from wherefrom.attributors import AmongNearest, Attributor, Fast, Query, Random, RankEnsemble, Scores, TrainingData
 from wherefrom.data.pictures import Pictures
 from wherefrom.evaluation.calibration import calibrate_ranker, load_calibration
 from wherefrom.evaluation.concentration import concentration
@@ -138,6 +138,30 @@ def test_what_was_taken_down_is_not_found_after_a_restart(tmp_path: Path) -> Non
     assert scores.top(1)[0][0] == again.search(queries(1), 1)[0].images[0]
     with pytest.raises(ValueError, match="between 1 and the 29"):
         again.search(queries(1), COUNT)
+
+
+@pytest.mark.parametrize("around", ["nothing", "ensemble", "among"])
+def test_a_run_that_was_finished_before_a_take_down_is_not_shown_again(tmp_path: Path, around: str) -> None:
+    def run() -> list[Scores]:
+        method = fast(tmp_path)
+        attributors: dict[str, Attributor] = {
+            "nothing": method,
+            "ensemble": RankEnsemble([method, Random()]),
+            "among": AmongNearest(Random(), method, k=3),
+        }
+        store = Store(tmp_path / "store")
+        data = TrainingData(pictures())
+        return attribute(tmp_path / "run", attributors[around], data, None, queries(1), store, one_process(), None)
+
+    before = run()[0].scores.tolist()
+    assert run()[0].scores.tolist() == before
+    method = fitted(tmp_path)
+    gone = method.search(queries(1), 1)[0].images
+    method.index.remove(gone)
+    with pytest.raises(ArtifactMismatchError, match=r"taken_down: on disk None, asked for '.*'\n.*another folder"):
+        run()
+    method.index.restore(gone)
+    assert run()[0].scores.tolist() == before
 
 
 def test_identity_follows_ranker_and_encoders(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ class AmongNearest(Attributor):
             **({} if self.subsample is None else {"subsample": self.subsample}),
         }
 
+    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """What was taken down from either method."""
+        return self.method.taken_down(data, store) | self.nearest.taken_down(data, store)
+
     def check(self, queries: Sequence[Query]) -> None:
         """Refuses what either method refuses."""
         for each in (self.method, self.nearest):

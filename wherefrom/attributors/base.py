@@ -167,6 +167,10 @@ class Attributor(ABC):
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
 
+    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """Ids of training pictures that were taken down, which no ranking may name first any more; none by default."""
+        return frozenset()
+
     def check(self, queries: Sequence[Query]) -> None:
         """Refuses queries that the method cannot attribute, before anything long.
 

@@ -40,6 +40,10 @@ class BySize(Attributor):
         method = self.method.identity()
         return {"method": f"{method['method']}, by size", "of": method}
 
+    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """The method's."""
+        return self.method.taken_down(data, store)
+
     def check(self, queries: Sequence[Query]) -> None:
         """Refuses what the method refuses."""
         self.method.check(queries)

@@ -39,6 +39,10 @@ class RankEnsemble(Attributor):
         """The settings that decide the scores."""
         return {"method": "rank ensemble", "of": [method.identity() for method in self.methods]}
 
+    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """What was taken down from one of them."""
+        return frozenset().union(*(method.taken_down(data, store) for method in self.methods))
+
     def check(self, queries: Sequence[Query]) -> None:
         """Refuses what one of the methods refuses."""
         for method in self.methods:

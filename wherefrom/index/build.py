@@ -23,6 +23,30 @@ KIND = "index"
 _TRAINED, _GROWING = "trained.faiss", "growing.faiss"
 _BLOCK = 16384  # vectors added at a time
 _SAVE_EVERY_S = 600.0  # what is saved is the whole so far, which may be gigabytes
+_SAMPLE = 262_144
+
+
+def index_identity(
+    ranker: Mapping[str, Any],
+    training: Mapping[str, Any],
+    factory: str,
+    dimension: int,
+    seed: int = 0,
+    sample: int = _SAMPLE,
+    like: Path | None = None,
+    removed: Iterable[str] = (),
+) -> dict[str, Any]:
+    """By what the store finds an index again; see `build_index`."""
+    return {
+        "ranker": dict(ranker),
+        "training": dict(training),
+        "factory": factory,
+        "seed": seed,
+        "sample": sample,
+        "dimension": dimension,
+        "like": None if like is None else read_manifest(like)[STATE]["trained"],
+        "removed": identity_hash({"ids": sorted(set(removed))}),
+    }
 
 
 def build_index(
@@ -34,7 +58,7 @@ def build_index(
     factory: str = "Flat",
     search: str = "",
     seed: int = 0,
-    sample: int = 262_144,
+    sample: int = _SAMPLE,
     shard: int = 262_144,
     like: Path | None = None,
     removed: Iterable[str] = (),
@@ -69,16 +93,7 @@ def build_index(
     Engine.make(factory, dimension).configure(search)  # refused before anything long
     if like is not None:
         _check_like(like, embeddings, factory)
-    identity = {
-        "ranker": dict(embeddings.ranker),
-        "training": dict(training),
-        "factory": factory,
-        "seed": seed,
-        "sample": sample,
-        "dimension": dimension,
-        "like": None if like is None else read_manifest(like)[STATE]["trained"],
-        "removed": identity_hash({"ids": taken}),
-    }
+    identity = index_identity(embeddings.ranker, training, factory, dimension, seed, sample, like, taken)
     chosen = np.flatnonzero(~among(rows, taken))
     if not len(chosen):
         raise ValueError("All pictures were taken down, so there is nothing to index.")
