@@ -15,7 +15,7 @@ from datamodules import LAION, MSCOCO, ImageFolder
 from lightning_modules.budget import _removals, sizes_of
 from tests.data.worlds import make_coco, make_shards
 from tests.tiny import attribution_config, tiny_folder, tiny_model, tiny_pipeline, training_config
-from wherefrom.attributors import AttributionByUnlearning, TrainingData
+from wherefrom.attributors import AttributionByUnlearning, BySize, PixelSimilarity, RankEnsemble, TrainingData
 from wherefrom.budget import Sizes, Stage, as_table, blank_latents, blank_pictures, encoding, method
 from wherefrom.counterfactual import plan
 from wherefrom.data.latents import encode_pictures
@@ -62,6 +62,9 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     assert queries.times == 3
     few = method("abu", attributor, blank, 3, rate=10.0, candidates=4)
     assert few[0] == once, "what is made once is made of all pictures"
+    assert method("abu", BySize(attributor), blank, 3, rate=10.0, candidates=4) == few
+    both = method("both", RankEnsemble([attributor, PixelSimilarity()]), blank, 3, rate=10.0, candidates=4)
+    assert [stage.seconds for stage in both] == [few[0].seconds, few[1].seconds, 0, 0]
     losses = attributor.losses_of(blank)
     assert queries.seconds - few[1].seconds == pytest.approx(losses * (16 - 4) / (16 + 4) / 10)
 

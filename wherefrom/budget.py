@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wherefrom.attributors import Attributor, TrainingData
+from wherefrom.attributors import Attributor, BySize, RankEnsemble, TrainingData
 from wherefrom.attributors.among import AmongNearest
 from wherefrom.attributors.baselines import ImageSimilarity
 from wherefrom.attributors.fast import Fast
@@ -192,6 +192,11 @@ def method(
             *method(f"{name}, choosing", attributor.nearest, data, queries, rate),
             *method(name, attributor.method, data, queries, rate, attributor.k),
         ]
+    if isinstance(attributor, BySize):
+        return method(name, attributor.method, data, queries, rate, candidates)
+    if isinstance(attributor, RankEnsemble):
+        each = enumerate(attributor.methods, start=1)
+        return [stage for n, one in each for stage in method(f"{name}, {n}", one, data, queries, rate, candidates)]
     stages = []
     if isinstance(attributor, ImageSimilarity):
         stages.append(features(attributor.encoder, data, type(attributor.encoder).__name__, flips=2))
