@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tests.attributors.test_unlearning import HELD_OUT, QUERY, TRAIN
 from tests.tiny import moved_copy, one_process, tiny_encoder, tiny_model, tiny_pipeline
 from wherefrom import trak as module
-from wherefrom.attributors import TRAK, Scores, TrainingData
+from wherefrom.attributors import TRAK, Scores, TrainingData, projected
 from wherefrom.diffusion import DiffusionModel, SquareOutput
 from wherefrom.losses import LossGrid, LossPass
 from wherefrom.pipeline import TEXT_SOURCE, load_model, save_pipeline
@@ -62,7 +63,7 @@ def loop_features(model: DiffusionModel) -> Tensor:
 def test_it_equals_the_formula(model: DiffusionModel, tmp_path: Path, output: Any) -> None:
     each = SquareOutput(model) if output == "square_output" else model
     features = loop_features(each)
-    asked = trak(output=output).query_features(each, QUERY, one_process())[0]
+    asked = trak(output=output).query_features(each, [QUERY], one_process())[0][0]
     gram = features[:, 0].T @ features[:, 0]
     ridge = 0.01 * gram.trace() / P.dimension
     expected = features @ torch.linalg.inv(gram + ridge * torch.eye(P.dimension, dtype=torch.float64)) @ asked
@@ -83,7 +84,7 @@ def test_the_query_s_features_are_its_projected_gradient(model: DiffusionModel) 
     model.denoiser.requires_grad_(False)
     flat = torch.cat([value.flatten() for value in gradient.values()])
     matrix = torch.cat([P.rows(n, 0, v.numel(), torch.device("cpu"), torch.float64) for n, v in parameters.items()])
-    found = trak().query_features(model, QUERY, one_process())
+    (found,) = trak().query_features(model, [QUERY], one_process())
     torch.testing.assert_close(found[0], flat @ matrix / P.dimension**0.5)
 
 
@@ -97,6 +98,21 @@ def test_how_the_work_is_cut_changes_nothing(
     few = run(trak(), model, tmp_path / "a", [TRAIN.ids[4], TRAIN.ids[1]])
     assert few.ids == (TRAIN.ids[4], TRAIN.ids[1])
     np.testing.assert_array_equal(few.scores, expected.scores[[4, 1]])
+
+
+def test_queries_score_in_company_as_they_do_alone(
+    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projected, "_QUERIES_AT_A_TIME", 2)
+    assert QUERY.latent is not None
+    asked = [replace(QUERY, id=str(scale), latent=QUERY.latent * scale) for scale in (0.5, 1.0, 2.0)]
+    attributor = trak()
+    attributor.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path), one_process())
+    together, alone = list(attributor.score(asked)), [next(attributor.score([query])) for query in asked]
+    assert [scores.query.id for scores in together] == ["0.5", "1.0", "2.0"]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-6)
+    assert not np.allclose(together[0].scores, together[2].scores, rtol=1e-2)
 
 
 def test_an_ensemble_is_the_mean_of_its_models(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ class JourneyTRAK(ProjectedGradients):
         Raises:
             ValueError: `fit` has not run, or the query has no such trajectory.
         """
-        directions = self.directions(query)
+        (directions,) = self.directions([query])
         return self.query_steps(query), self.products(self.features, directions)
 
     def _trajectory(self, query: Query) -> Trajectory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,9 @@ from wherefrom.storage import Store
 from wherefrom.trak import Kernel, check_projection, check_ridge, in_double, project_each, project_pictures
 from wherefrom.unlearning import QueryLoss
 from wherefrom.weights import Subset, select_weights, trainable
+
+# Making the projection takes longer than a query's gradient; an interruption costs one block.
+_QUERIES_AT_A_TIME = 16
 
 
 class ProjectedGradients(Attributor):
@@ -143,16 +146,25 @@ class ProjectedGradients(Attributor):
             model, part, self.grid, names, self.projection, store, runner, self.batch_size, self.progress
         )
 
-    def query_features(self, model: DiffusionModel, query: Query, runner: Runner) -> Float[Tensor, "s d"]:
-        """φ_s(ẑ) of each step."""
+    def query_features(
+        self, model: DiffusionModel, queries: Sequence[Query], runner: Runner
+    ) -> list[Float[Tensor, "s d"]]:
+        """φ_s(ẑ) of each query's steps. The matrix is made once for as many gradients as memory holds."""
         parameters = select_weights(model.denoiser, self.weights)
-        loss = self.query_loss(model, query, runner)
-        with trainable(model.denoiser, parameters):
-            gradients = (loss.gradient(parameters, step, self.draws) for step in self.query_steps(query))
-            return project_each(self.projection, gradients)
+        steps = [self.query_steps(query) for query in queries]
 
-    def directions(self, query: Query) -> list[Float[Tensor, "s d"]]:
-        """(ΦᵀΦ + λI)⁻¹ φ_s(ẑ) of each step, for each model.
+        def gradients() -> Iterator[Mapping[str, Tensor]]:
+            for query, each in zip(queries, steps, strict=True):
+                loss = self.query_loss(model, query, runner)
+                for step in each:
+                    yield loss.gradient(parameters, step, self.draws)
+
+        with trainable(model.denoiser, parameters):
+            rows = project_each(self.projection, gradients())
+        return list(rows.split([len(each) for each in steps]))
+
+    def directions(self, queries: Sequence[Query]) -> list[list[Float[Tensor, "s d"]]]:
+        """(ΦᵀΦ + λI)⁻¹ φ_s(ẑ) of each query's steps, for each model.
 
         Raises:
             ValueError: `fit` has not run.
@@ -161,25 +173,30 @@ class ProjectedGradients(Attributor):
             raise ValueError("fit must run before score.")
         _, runner = self._ready
         pairs = zip(self.models, self.kernels, strict=True)
-        return [kernel.solve(self.query_features(each, query, runner).cpu()) for each, kernel in pairs]
+        by_model = [
+            [kernel.solve(rows.cpu()) for rows in self.query_features(each, queries, runner)] for each, kernel in pairs
+        ]
+        return [list(of_query) for of_query in zip(*by_model, strict=True)]
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time: its gradients, and an inner product with every picture."""
+        """A block of queries at a time: their gradients, and inner products with every picture."""
         if self._ready is None:
             raise ValueError("fit must run before score.")
         data, _ = self._ready
         chosen = self.positions(data.ids, candidates)
-        for query in queries:
+        ids = tuple(data.ids[position] for position in chosen)
+        for start in range(0, len(queries), _QUERIES_AT_A_TIME):
+            block = queries[start : start + _QUERIES_AT_A_TIME]
             started = time.monotonic()
-            directions = [each.sum(dim=0, keepdim=True) for each in self.directions(query)]
-            gradient_s = time.monotonic() - started
-            yield Scores(
-                query,
-                tuple(data.ids[position] for position in chosen),
-                self.products(self.features, directions)[0][chosen],
-                self.products(self.null, directions)[0] if self.null else np.zeros(0),
-                {"gradient_s": gradient_s, "query_s": time.monotonic() - started},
-            )
+            found = self.directions(block)
+            gradient_s = (time.monotonic() - started) / len(block)
+            for query, steps in zip(block, found, strict=True):
+                started = time.monotonic()
+                directions = [each.sum(dim=0, keepdim=True) for each in steps]
+                scores = self.products(self.features, directions)[0][chosen]
+                null = self.products(self.null, directions)[0] if self.null else np.zeros(0)
+                query_s = gradient_s + time.monotonic() - started
+                yield Scores(query, ids, scores, null, {"gradient_s": gradient_s, "query_s": query_s})
 
     def products(self, features: Sequence[Rows], directions: Sequence[Float[Tensor, "s d"]]) -> np.ndarray:
         """Scores of all pictures by each direction, shape (S, N): the mean over models, then the flips reduced."""
