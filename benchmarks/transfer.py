@@ -60,7 +60,7 @@ def main() -> None:
     """Trains, curates and measures what is missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="of the second model")
-    parser.add_argument("--queries", type=int, nargs="+", default=[30, 100], help="of the second model to learn from")
+    parser.add_argument("--queries", type=int, nargs="+", default=[30, 90], help="of the second model to learn from")
     parser.add_argument("--steps", type=int, default=400, help="of a ranker's training, as in the table of rankers")
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
     options = parser.parse_args()
@@ -71,7 +71,8 @@ def main() -> None:
     curate(FIRST, "emoji_1k_teacher", bank, *everything)
     name = f"seed_{options.seed}"
     of_second = TRAIN.with_name(f"{TRAIN.name}_{name}")
-    count = ("--captions.count", str(max(options.queries)))
+    # A tenth is held out: what is curated must leave as many as the largest number.
+    count = ("--captions.count", str(-(-10 * max(options.queries) // 9)))
     curate(second, "emoji_1k_teacher", of_second, *everything, *count)
     tests = [
         curate(model, "emoji_1k_teacher_test", options.output / f"test_{number}")
