@@ -1,7 +1,7 @@
 """How long a search takes, and what it finds of what an exact one finds.
 
     python -m benchmarks.search --sizes 100000 1000000
-    python -m benchmarks.search --sizes 10000000 --kinds manifold       (about 60 GB of disk, 24 GB of memory, hours)
+    python -m benchmarks.search --sizes 10000000 --kinds manifold    (35 GB of disk, 12 GB of memory, half an hour)
 
 Vectors of two kinds, unit length, 768 numbers, float16 on disk: `manifold`, of intrinsic dimension 50 (a Gaussian of 50
 numbers through tanh and two random matrices, and a little noise), as embeddings are; `random`, uniform on the sphere,
@@ -49,9 +49,10 @@ KINDS = ("manifold", "random")
 FACTORIES = {
     100_000: ["Flat", "HNSW32", "IVF1024,SQ8", "PCAR128,IVF1024,PQ64x4fsr,Refine(SQfp16)"],
     1_000_000: ["PCAR128,IVF1024,PQ64x4fsr,Refine(SQfp16)"],
-    10_000_000: ["PCAR128,IVF16384_HNSW32,PQ64x4fsr,Refine(SQ8)"],
+    # Codes of vectors, not of residuals (`fsr`): their tables are made once for a query, not for each list.
+    10_000_000: ["PCAR128,IVF4096,PQ64x4fs,Refine(SQ8)"],
 }
-SAMPLES = {100_000: 65_536, 1_000_000: 65_536, 10_000_000: 655_360}  # 40 vectors a list
+SAMPLES = {100_000: 65_536, 1_000_000: 65_536, 10_000_000: 655_360}  # at least 40 vectors a list
 
 
 def chunks(kind: str, count: int, seed: int = 0, of: str = "training") -> Iterator[NDArray[np.float16]]:
