@@ -115,7 +115,7 @@ class Fast(Attributor):
         """What was taken down from the index of these pictures, where there is one."""
         training, dimension = self._training(data.pictures), int(self.ranker.sizes["outputs"])
         folder = store.find(KIND, index_identity(self.ranker_identity, training, self.factory, dimension))
-        return frozenset() if folder is None else Index(folder, self.ranker_identity).removed
+        return frozenset() if folder is None else Index(folder, self.ranker_identity, verify=False).removed
 
     @property
     def index(self) -> Index:
