@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
-from numpy.typing import NDArray
 
 from wherefrom.evaluation.ranking import normalised_ranks, order_of
 from wherefrom.teacher import TeacherSet, read_teacher_set, write_teacher_set
@@ -35,25 +33,19 @@ def ensemble(sets: Sequence[TeacherSet]) -> TeacherSet:
         if other.images != first.images or other.queries != first.queries:
             raise ValueError(f"Set {position} is not of the training pictures and queries of the first.")
     rows, scores = np.empty_like(first.rows), np.empty_like(first.scores)
-    for place in range(len(first.queries)):
-        candidates = first.rows[place]
+    matrices = [each.by_picture() for each in sets]
+    for place, (query, candidates) in enumerate(zip(first.queries, first.rows, strict=True)):
         ids = [first.images[row] for row in candidates]
-        ranks = [normalised_ranks(ids, _scores_of(each, place, candidates)) for each in sets]
+        given = np.stack([matrix[place, candidates] for matrix in matrices])
+        if np.isnan(given).any():
+            missing = ids[int(np.flatnonzero(np.isnan(given).any(axis=0))[0])]
+            raise ValueError(f"A set did not score {missing!r} for the query {query!r}; the first did.")
+        ranks = [normalised_ranks(ids, scores_of) for scores_of in given]
         found = -np.mean(ranks, axis=0)
         order = order_of(ids, found)
         rows[place], scores[place] = candidates[order], found[order]
     identity = {"method": "rank ensemble", "of": [dict(each.identity) for each in sets]}
     return replace(first, rows=rows, scores=scores, identity=identity)
-
-
-def _scores_of(teacher: TeacherSet, place: int, candidates: NDArray[np.int32]) -> Float[NDArray[np.float64], "m"]:
-    by_row = np.full(len(teacher.images), np.nan)
-    by_row[teacher.rows[place]] = teacher.scores[place]
-    found = by_row[candidates]
-    if np.isnan(found).any():
-        missing = teacher.images[candidates[int(np.flatnonzero(np.isnan(found))[0])]]
-        raise ValueError(f"A set did not score {missing!r} for the query {teacher.queries[place]!r}; the first did.")
-    return found
 
 
 def main() -> None:

@@ -183,10 +183,16 @@ def cosines_of(
 
 
 def matrix_of(test: TeacherSet) -> Float[NDArray[np.float64], "q n"]:
-    """Scores of a set that ranks all training pictures, in their order."""
-    found = np.empty(test.rows.shape, dtype=np.float64)
-    np.put_along_axis(found, test.rows.astype(np.int64), test.scores.astype(np.float64), axis=1)
-    return found
+    """Scores of a set that ranks all training pictures, in their order.
+
+    Raises:
+        ValueError: It ranks only some of them.
+    """
+    if not test.is_whole:
+        raise ValueError(
+            f"A query has {test.rows.shape[1]} scores, but there are {len(test.images)} training pictures."
+        )
+    return test.by_picture()
 
 
 def average_precisions(

@@ -1,7 +1,7 @@
 """How long a search takes, and what it finds of what an exact one finds.
 
     python -m benchmarks.search --sizes 100000 1000000
-    python -m benchmarks.search --sizes 10000000 --kinds manifold    (35 GB of disk, 12 GB of memory, half an hour)
+    python -m benchmarks.search --sizes 10000000 --kinds manifold    (about 32 GB of disk, half an hour)
 
 Vectors of two kinds, unit length, 768 numbers, float16 on disk: `manifold`, of intrinsic dimension 50 (a Gaussian of 50
 numbers through tanh and two random matrices, and a little noise), as embeddings are; `random`, uniform on the sphere,

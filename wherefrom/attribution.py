@@ -87,7 +87,7 @@ def attribute(
             `scores_of_all` (`ScoreTable`). For training sets too large for one table.
 
     Raises:
-        ArtifactMismatchError: The folder holds a run with other settings.
+        ArtifactMismatchError: The folder holds a run with other settings, or pictures were taken down since.
         StorageError: The folder could not be written; finished queries are kept.
         ValueError: Two queries have the same name, or the method cannot attribute one; see the attributor.
     """

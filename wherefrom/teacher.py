@@ -114,6 +114,12 @@ class TeacherSet:
         """Whether every query's ranking is of the whole training set."""
         return bool(self.rows.shape[1] == len(self.images))
 
+    def by_picture(self) -> Float[NDArray[np.float64], "q n"]:
+        """The scores in the order of the training pictures; NaN where the teacher scored none."""
+        found = np.full((len(self.queries), len(self.images)), np.nan)
+        np.put_along_axis(found, self.rows.astype(np.int64), self.scores.astype(np.float64), axis=1)
+        return found
+
     def of_queries(self, positions: Sequence[int]) -> TeacherSet:
         """The set of some queries only."""
         chosen = np.asarray(positions, dtype=np.int64)

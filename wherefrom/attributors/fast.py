@@ -25,6 +25,7 @@ from wherefrom.evaluation.estimates import Estimates
 from wherefrom.features import ImageEncoder, TextEncoder, picture_features, query_features
 from wherefrom.index import Embeddings, Hits, Index, build_index, embed, embed_training_set, ranker_identity, rows_of
 from wherefrom.index.build import KIND, index_identity
+from wherefrom.index.contents import read_removed
 from wherefrom.index.embeddings import cosines
 from wherefrom.ranker import load_ranker
 from wherefrom.runner import Runner
@@ -115,7 +116,7 @@ class Fast(Attributor):
         """What was taken down from the index of these pictures, where there is one."""
         training, dimension = self._training(data.pictures), int(self.ranker.sizes["outputs"])
         folder = store.find(KIND, index_identity(self.ranker_identity, training, self.factory, dimension))
-        return frozenset() if folder is None else Index(folder, self.ranker_identity, verify=False).removed
+        return frozenset() if folder is None else frozenset(read_removed(folder, read_manifest(folder)))
 
     @property
     def index(self) -> Index:

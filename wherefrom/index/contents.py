@@ -31,6 +31,16 @@ FILES = {"index": "faiss", "rows": "parquet", "removed": "parquet"}
 _BLOCK = 65536  # vectors added at a time
 
 
+def read_removed(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Ids that were taken down, without opening the rest of the index.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    ids: list[str] = read_rows(folder / manifest[STATE]["names"]["removed"], (IMAGE,))[IMAGE].to_pylist()
+    return ids
+
+
 class Contents:
     """What an index holds, in memory: changed there, then written as a whole.
 
@@ -153,7 +163,7 @@ class Contents:
         paths = {kind: folder / name for kind, name in state["names"].items()}
         engine = Engine.read(paths["index"], mmap)
         rows = read_rows(paths["rows"], (KEY, IMAGE, CAPTIONS))
-        removed = read_rows(paths["removed"], (IMAGE,))[IMAGE].to_pylist()
+        removed = read_removed(folder, manifest)
         dimension = manifest["identity"]["dimension"]
         if engine.dimension != dimension or len(engine) < len(rows) or len(rows) != state["pictures"]:
             raise ValueError(
