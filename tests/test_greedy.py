@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from tests.judging import Judge, quick_influence, rankings
 from wherefrom.attributors import PixelSimilarity
 from wherefrom.counterfactual import judge as judge_by
-from wherefrom.evaluation.removal import plan_removals
-from wherefrom.greedy import remove_greedily
+from wherefrom.evaluation.removal import Removal, plan_removals
+from wherefrom.greedy import check_greedy, remove_greedily
 from wherefrom.judge_report import write_judge_report
 from wherefrom.protocol import Protocol
 from wherefrom.retraining import Retrain
@@ -89,6 +90,18 @@ def test_the_judge_says_its_plan_and_goes_on_after_an_interruption(judge: Judge,
     page = write_judge_report(tmp_path)[0].read_text()
     for title in ("Do effects add up?", "In rounds, or all at once?", "Who replaced them?"):
         assert title in page
+
+
+def test_rounds_that_could_take_too_much_are_refused_before_any_training(tmp_path: Path) -> None:
+    judge = Judge(tmp_path, {"influence": quick_influence()}, count=50)
+    first, *others = judge.first()["influence"]
+    alike = {"influence": [first, *(replace(each, scores=first.scores) for each in others)]}
+    judge.trained.clear()
+    with pytest.raises(ValueError, match="could leave out 6 of 50 pictures for a pool of 3 queries and K 2, more than"):
+        judge_by(tmp_path / "judged", alike, judge.sweep, Protocol(ks=[2], pools=[3], greedy=2), judge.again)
+    assert judge.trained == []
+    pool, ids = tuple(query.id for query in judge.queries), judge.data.pictures.ids
+    check_greedy([Removal("influence", 2, pool[:2], ids[:2]), Removal("influence", 6, pool[:1], ids[:6])], len(ids))
 
 
 def test_attributing_again_needs_to_be_told_how(judge: Judge, tmp_path: Path) -> None:

@@ -34,7 +34,14 @@ def further(folder: Path) -> None:
         "greedy": [{**common, "rounds": 2, "removed": [8.0, 7.0], "estimates": rounds}],
         "not_greedy": ["caption"],
         "after": [{**after, "after": IDS[1:], "foresight": {"spearman": 0.5, "share": 1.0, "chance": 0.1}}],
-        "foresight": [{**common, "queries": 1, "spearman": [0.5, None], "share": [1.0, None], "chance": [0.1, None]}],
+        "foresight": [
+            {**common, "queries": 1, "spearman": [0.5, None], "share": [1.0, None], "chance": [0.1, None]},
+            {
+                **{**common, "method": "caption", "queries": 2, "chance": [0.2, 0.0]},
+                **{"spearman": [0.4, 0.01], "share": [0.6, 0.02]},
+                **{"control_spearman": [0.5, 0.03], "control_share": [0.7, 0.04]},
+            },
+        ],
         "shown": dict.fromkeys(IDS, HOSTILE),
     }
     (folder / RESULT).write_text(json.dumps(result))
@@ -54,7 +61,9 @@ def test_the_page_shows_what_was_asked(tmp_path: Path) -> None:
     assert f"<td>2</td>{cells}" in html
     assert "<td>8 / 7</td><td>0.7 ± 0.07</td><td>0.5 ± 0.05</td><td>0.2 ± 0.03</td>" in html
     assert "Not for caption: a method that asks no model" in html
-    assert "<td>1</td><td>0.5</td><td>1</td><td>0.1</td>" in html
+    assert "<td>1</td><td>0.5</td><td>–</td><td>1</td><td>–</td><td>0.1</td>" in html, "judged by one seed"
+    cells = "".join(f"<td>{cell}</td>" for cell in ("0.4 ± 0.01", "0.5 ± 0.03", "0.6 ± 0.02", "0.7 ± 0.04"))
+    assert f"<td>2</td>{cells}" in html
     before, after = re.findall(r'<ol class="taken">(.*?)</ol>', html)
     assert before.count("<li") == 3
     assert before.count('<li class="gone">–<span><b>removed</b>') == 1, "its picture was deleted"

@@ -59,6 +59,26 @@ def test_what_is_left_is_ranked_as_by_a_method_fitted_by_hand(judge: Judge) -> N
     assert replacement.model == judge.retrains.name(retrain)
 
 
+def test_the_control_is_what_another_seed_says_of_what_is_left(judge: Judge) -> None:
+    first, query = rankings(judge.first()), judge.queries[2].id
+    for method, same in (("influence", False), ("pixel", True)):
+        gone = tuple(sorted(first[method][query][:3]))
+        removal = Removal(method, 3, (query,), gone)
+        (without,) = replacements(first[method], [removal], judge.again, seed=0)
+        (found,) = replacements(first[method], [removal], judge.again, seed=0, control=1)
+        assert without.control is None
+        assert found.foresight == without.foresight
+        left = [name for name in judge.again(method, Retrain((), 1), [query])[query] if name not in gone]
+        assert found.control == foresight(first[method][query], gone, left, 3)
+        assert (found.control.spearman == 1.0) == same, "pixels ask no model"
+        stored = foreseen([found])
+        assert (stored["control_spearman"][0], stored["control_share"][0]) == pytest.approx(
+            (found.control.spearman, found.control.share)
+        )
+        assert found.as_json()["control"]["spearman"] == found.control.spearman
+        assert "control_spearman" not in foreseen([without])
+
+
 def test_pixels_rank_what_is_left_as_before(judge: Judge) -> None:
     first, query = rankings(judge.first())["pixel"], judge.queries[0].id
     retrain = Retrain(tuple(first[query][:3]))
@@ -105,6 +125,9 @@ def test_the_plan_says_what_the_first_attributions_took() -> None:
     ]
     said = after_plan(removals, {"m": Cost(40.0, 0, 0)})
     assert said.startswith("after the models, 4 queries are attributed again, in 3 runs (about 2 min")
+    larger = [Removal("m", 2, ("a", "b"), ())]
+    said = after_plan([*removals, *larger], {}, control=True)
+    assert said == "after the models, 10 queries are attributed again, in 7 runs", "one control for both K"
 
 
 def test_means_are_over_the_queries(judge: Judge) -> None:

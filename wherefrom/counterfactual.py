@@ -26,7 +26,7 @@ from wherefrom.evaluation.removal import (
     random_removals,
     top_of_ranking,
 )
-from wherefrom.greedy import greedy_plan, remove_greedily
+from wherefrom.greedy import check_greedy, greedy_plan, remove_greedily
 from wherefrom.protocol import Protocol
 from wherefrom.reattribution import (
     Reattribution,
@@ -151,9 +151,10 @@ def judge(
     wanted += [Retrain(rung.ids, seed) for seed in seeds for rung in ladder]
     chosen = [covering(group, protocol.after) for group in own] if protocol.after else []
     if protocol.after:
-        sweep.say(after_plan([removal for group in chosen for removal in group], costs))
+        sweep.say(after_plan([removal for group in chosen for removal in group], costs, len(seeds) > 1))
     unmoved = [method for method in named if again and not again.asks_model(method)]
     if protocol.greedy:
+        check_greedy(rounds, len(ids))
         sweep.say(greedy_plan(rounds, protocol.greedy, len(seeds), unmoved))
     measured = sweep.measure(wanted)
     rows = [_row(group, measured, protocol) for group in by_method(removals)]
@@ -168,7 +169,7 @@ def judge(
     }
     write_json(folder / RESULT, result)
     if again is not None and protocol.after:
-        result |= _after(folder, chosen, named, again, seeds[0])
+        result |= _after(folder, chosen, named, again, seeds)
         write_json(folder / RESULT, result)
     if again is not None and protocol.greedy:
         found = remove_greedily(named, rounds, protocol.greedy, measured, sweep, again, seeds) if rounds else []
@@ -194,10 +195,10 @@ def _after(
     chosen: Sequence[Sequence[Removal]],
     named: Mapping[str, Mapping[str, Sequence[str]]],
     again: Reattribution,
-    seed: int,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Who replaced what the methods named, as `counterfactual.json` keeps it; the pictures go beside it."""
-    found = [replacements(named[group[0].method], group, again, seed) for group in chosen]
+    found = [replacements(named[group[0].method], group, again, *seeds[:2]) for group in chosen]
     shown = [name for each in found for one in each for name in (*one.before, *one.after)]
     return {
         "after": [one.as_json() for each in found for one in each],

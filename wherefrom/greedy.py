@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wherefrom.changes import Measured, by_method, effects, or_none
 from wherefrom.evaluation.metrics import estimate
-from wherefrom.evaluation.removal import Removal, top_of_ranking
+from wherefrom.evaluation.removal import MOST_REMOVED, Removal, top_of_ranking
 from wherefrom.reattribution import Reattribution
 from wherefrom.retraining import Retrain
 from wherefrom.sweep import Sweep
@@ -62,6 +62,25 @@ class Greedy:
             **{name: or_none(values) for name, values in numbers.items()},
             "estimates": {name: or_none(estimate(values)) for name, values in numbers.items()},
         }
+
+
+def check_greedy(at_once: Sequence[Removal], training: int) -> None:
+    """Refuses what could take away too much: rounds may find pictures that queries of a pool share less than at once.
+
+    Args:
+        at_once: The ordinary removals, of methods that ask a model.
+        training: Number of training pictures.
+
+    Raises:
+        ValueError: A pool of several queries could leave out more than a tenth of the training set.
+    """
+    for removal in at_once:
+        most = removal.k * len(removal.queries)
+        if len(removal.queries) > 1 and most > MOST_REMOVED * training:
+            raise ValueError(
+                f"Greedy removal could leave out {most} of {training} pictures for a pool of {len(removal.queries)} "
+                f"queries and K {removal.k}, more than {MOST_REMOVED:.0%}: choose a smaller pool or K."
+            )
 
 
 def greedy_plan(at_once: Sequence[Removal], rounds: int, seeds: int, unmoved: Sequence[str]) -> str:

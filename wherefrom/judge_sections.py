@@ -21,6 +21,14 @@ ol.taken li{width:5.5rem;font-size:.7rem;line-height:1.3;overflow-wrap:anywhere}
 ol.taken .gone img{opacity:.45}ol.taken .gone b{color:var(--tick)}
 """
 _SIDE = 64
+_NOTHING = (None, None)
+_FORESEEN = {
+    "spearman": "Spearman, before and after",
+    "control_spearman": "another seed: Spearman",
+    "share": "foreseen",
+    "control_share": "another seed: foreseen",
+    "chance": "by chance",
+}
 
 
 def sections(folder: Path, result: Stored) -> list[Markup]:
@@ -108,7 +116,7 @@ def _after(folder: Path, result: Stored) -> list[Markup]:
             foreign(each["method"]),
             str(each["k"]),
             str(each["queries"]),
-            *(number(each[name]) for name in ("spearman", "share", "chance")),
+            *(number(each.get(name, _NOTHING)) for name in _FORESEEN),
         ]
         for each in result["foresight"]
     ]
@@ -130,9 +138,10 @@ def _after(folder: Path, result: Stored) -> list[Markup]:
             "p",
             "The queries attributed again, under the model that was trained without the pictures of their pool, among "
             "those that are left. Foreseen: the share of the top K afterwards that stood in the K places directly "
-            "below what was removed; by chance: that of a random order.",
+            "below what was removed; by chance: that of a random order. Another seed: the same, had the model been "
+            "trained with all pictures and another seed; only what differs from it is the removal's doing.",
         ),
-        table(["method", "K", "n", "Spearman, before and after", "foreseen", "by chance"], lines),
+        table(["method", "K", "n", *_FORESEEN.values()], lines),
         tag("div", tag("table", head, *pictures, class_="judge replaced"), class_="scroll"),
     ]
 

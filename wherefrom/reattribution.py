@@ -27,6 +27,7 @@ from wherefrom.storage import MANIFEST, Store, check_identity, identity_hash, re
 
 AFTER, SHOWN = "after", "shown"  # folders: runs under retrained models, and the pictures that the judge's page shows
 _NUMBERS = ("spearman", "share", "chance")
+_UNDER_CONTROL = ("spearman", "share")
 TOP = 5  # pictures shown before and after
 
 
@@ -134,6 +135,8 @@ class Replacement:
         removed: Those of them that were left out.
         after: The first ids of the ranking under the retrained model.
         foresight: Whether the first ranking foresaw it.
+        control: The same, had the model only been trained with another seed: what both say beside the removal. None
+            without such a model.
     """
 
     method: str
@@ -144,12 +147,17 @@ class Replacement:
     removed: list[str]
     after: list[str]
     foresight: Foresight
+    control: Foresight | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Its parts by name."""
-        seen = self.foresight
-        numbers = dict(zip(_NUMBERS, or_none([seen.spearman, seen.share, seen.chance]), strict=True))
-        return {**vars(self), "foresight": numbers}
+        return {**vars(self), "foresight": _numbers(self.foresight), "control": _numbers(self.control)}
+
+
+def _numbers(seen: Foresight | None) -> dict[str, Any] | None:
+    if seen is None:
+        return None
+    return dict(zip(_NUMBERS, or_none([seen.spearman, seen.share, seen.chance]), strict=True))
 
 
 def covering(removals: Sequence[Removal], count: int) -> list[Removal]:
@@ -162,21 +170,28 @@ def covering(removals: Sequence[Removal], count: int) -> list[Removal]:
     return chosen
 
 
-def after_plan(chosen: Sequence[Removal], costs: Mapping[str, Cost]) -> str:
+def after_plan(chosen: Sequence[Removal], costs: Mapping[str, Cost], control: bool = False) -> str:
     """How much will be attributed again, and how long it takes as far as the first attributions say.
 
     Args:
         chosen: The removals after which that is done.
         costs: Method -> what it took for the same queries.
+        control: Whether that is done under another seed's model also; for several K it is done once.
     """
-    queries = sum(len(each.queries) for each in chosen)
-    seconds = sum(len(each.queries) * costs[each.method].seconds for each in chosen if each.method in costs)
+    runs = [(each.method, each.queries) for each in chosen]
+    runs += list(dict.fromkeys(runs)) if control else []
+    queries = sum(len(asked) for _, asked in runs)
+    seconds = sum(len(asked) * costs[method].seconds for method, asked in runs if method in costs)
     about = f" (about {duration(seconds)}, and what methods make once for each model)" if seconds > 0 else ""
-    return f"after the models, {queries} queries are attributed again, in {len(chosen)} runs{about}"
+    return f"after the models, {queries} queries are attributed again, in {len(runs)} runs{about}"
 
 
 def replacements(
-    rankings: Mapping[str, Sequence[str]], removals: Sequence[Removal], again: Reattribution, seed: int
+    rankings: Mapping[str, Sequence[str]],
+    removals: Sequence[Removal],
+    again: Reattribution,
+    seed: int,
+    control: int | None = None,
 ) -> list[Replacement]:
     """Attributes the queries of these removals again.
 
@@ -185,6 +200,7 @@ def replacements(
         removals: Removals of one method and K.
         again: Attributes under retrained models.
         seed: Seed of the retrained models.
+        control: Another seed, whose model with all pictures is asked also.
 
     Raises:
         ValueError: Training or attribution failed.
@@ -194,12 +210,17 @@ def replacements(
     for removal in removals:
         retrain, gone = Retrain(removal.ids, seed), set(removal.ids)
         name = again.retrains.name(retrain)
+        other = {} if control is None else again(removal.method, Retrain((), control), removal.queries)
         for query, after in sorted(again(removal.method, retrain, removal.queries).items()):
             first = rankings[query]
             before = list(first[:TOP])
             seen = foresight(first, gone, after, removal.k)
+            left = [each for each in other.get(query, ()) if each not in gone]
+            by_chance = foresight(first, gone, left, removal.k) if query in other else None
             removed = [each for each in before if each in gone]
-            found.append(Replacement(removal.method, removal.k, query, name, before, removed, after[:TOP], seen))
+            found.append(
+                Replacement(removal.method, removal.k, query, name, before, removed, after[:TOP], seen, by_chance)
+            )
     return found
 
 
@@ -208,6 +229,9 @@ def foreseen(found: Sequence[Replacement]) -> dict[str, Any]:
     numbers = {
         kind: or_none(estimate(np.array([getattr(each.foresight, kind) for each in found]))) for kind in _NUMBERS
     }
+    controls = [each.control for each in found if each.control is not None]
+    for kind in _UNDER_CONTROL if controls else ():
+        numbers[f"control_{kind}"] = or_none(estimate(np.array([getattr(each, kind) for each in controls])))
     return {"method": found[0].method, "k": found[0].k, "queries": len(found), **numbers}
 
 
