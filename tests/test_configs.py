@@ -17,7 +17,7 @@ from wherefrom.attributors import Attributor
 from wherefrom.method_files import load_methods
 
 ROOT = Path(__file__).parents[1]
-ATTRIBUTORS = sorted((ROOT / "configs" / "attributor").glob("*.yaml"))
+ATTRIBUTORS = sorted((ROOT / "configs" / "attributor").rglob("*.yaml"))
 ELSEWHERE = ("hf-hub:", "facebook/", "path/to/")  # `test_experiments` has stand-ins for them
 EXPERIMENTS = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
 
