@@ -56,7 +56,9 @@ __all__ = ["attributors", "main"]
 
 TRIALS = ("counterfactual", "lds")
 BUDGETED = ("attribute", "compare", "curate", "customized", *TRIALS)
-SETTINGS = "values that replace those of the files in every method that has them, such as {grid.timesteps: 5}"
+SETTINGS = (
+    "values that replace those of the files in all methods that have them, or in one: {draws: 5, influence/draws: 9}"
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 import evaluate
 from tests.tiny import attribution_config, tiny_latents
 from wherefrom.attributors import (
+    TRAK,
     AmongNearest,
     AttributionByUnlearning,
     BySize,
@@ -112,5 +113,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         assert isinstance(each, AttributionByUnlearning | InfluenceBank)
         assert each.grid.timesteps == 3
         assert not isinstance(each, AttributionByUnlearning) or each.unlearning.draws == 7
+    for own in ({"influence/draws": 9, "draws": 7}, {"draws": 7, "influence/draws": 9}):
+        made = load_methods([*files, ROOT / "configs" / "attributor" / "trak.yaml"], own, strict=True)
+        influence, trak = made["influence"], made["trak"]
+        assert isinstance(influence, InfluenceFunction)
+        assert isinstance(trak, TRAK)
+        assert (influence.draws, trak.draws) == (9, 7), "one method's own setting"
+    with pytest.raises(ValueError, match=r"settings: no method has 'random/draws'"):
+        load_methods(files, {"random/draws": 3}, strict=True)
     with pytest.raises(ValueError, match=r"settings: no method has 'grid.timestep'; the methods are random, influence"):
         load_methods(files, {"grid.timestep": 3}, strict=True)

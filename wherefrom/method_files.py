@@ -20,7 +20,7 @@ def load_methods(
     Args:
         files: Attributor files.
         settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them, also
-            in those that a method asks.
+            in those that a method asks; `influence/draws` is for the method of influence.yaml alone, and wins.
         strict: Refuse a setting that no method has.
 
     Raises:
@@ -37,10 +37,14 @@ def load_methods(
         if file.stem in methods:
             raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
         config = made.parse_args(["--attributor", str(file)])
+        # The method's own come last and replace the general ones.
+        meant = [(name, name) for name in settings if "/" not in name]
+        meant += [(name, name.removeprefix(f"{file.stem}/")) for name in settings if name.startswith(f"{file.stem}/")]
         for init_args in _arguments(config.attributor):
-            for name in [name for name in settings if init_args.get(name) is not None]:
-                init_args[name] = settings[name]
-                unused.discard(name)
+            for name, key in meant:
+                if init_args.get(key) is not None:
+                    init_args[key] = settings[name]
+                    unused.discard(name)
         methods[file.stem] = made.instantiate(config).attributor
     if strict and unused:
         raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
