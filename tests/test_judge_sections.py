@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-from tests.test_judge_report import HOSTILE, effect, judged
+from tests.test_judge_report import HOSTILE, effect, judged, row
 from wherefrom.counterfactual import RESULT
 from wherefrom.judge_report import CURVES, write_judge_report
-from wherefrom.judge_sections import number
+from wherefrom.judge_sections import number, paired
 from wherefrom.reattribution import shown_file
 
 IDS = ["old/1", "old/2", HOSTILE]
@@ -69,6 +69,32 @@ def test_the_page_shows_what_was_asked(tmp_path: Path) -> None:
     assert before.count('<li class="gone">–<span><b>removed</b>') == 1, "its picture was deleted"
     assert after.count("<img") == 2
     assert "removed" not in after
+
+
+def test_differences_are_taken_query_by_query(tmp_path: Path) -> None:
+    result, nothing = judged(tmp_path), effect(*[None] * 3, others=None)
+    pixel = {
+        **row("pixel", 4, 0.0),
+        "queries": ["a", "b", "c"],
+        "loss": effect(0.5, 0.9, 0.4, others=0.1),
+        "mse": nothing,
+        "similarity": nothing,
+    }
+    caption = {**pixel, "method": "caption", "queries": ["c", "b", "a"], "loss": effect(0.3, 0.6, 0.4, others=0.2)}
+    result["rows"] = [pixel, caption, {**pixel, "k": 2}, row("another seed", 0, 0.05)]
+    found = paired(result["rows"], 4)
+    values = [0.4 - 0.2, 0.8 - 0.4, 0.3 - 0.1]
+    assert found["pixel", "caption"] == pytest.approx((np.mean(values), np.std(values, ddof=1) / 3**0.5))
+    assert found["caption", "pixel"] == pytest.approx((-np.mean(values), np.std(values, ddof=1) / 3**0.5))
+    assert set(paired(result["rows"], 2)) == {("pixel", "pixel")}
+    (tmp_path / RESULT).write_text(json.dumps(result))
+    html = write_judge_report(tmp_path)[0].read_text()
+    assert "<th><bdi>pixel</bdi></th><td></td><td><b>0.267 ± 0.067</b></td></tr>" in html
+    assert "<th>K = 4</th><th><bdi>pixel</bdi></th><th><bdi>caption</bdi></th></tr>" in html
+    assert "<th>K = 2</th>" not in html, "nothing to compare with"
+    caption["loss"] = effect(0.3, 1.1, 0.4, others=0.2)
+    (tmp_path / RESULT).write_text(json.dumps(result))
+    assert "<td>0.1 ± 0.1</td>" in write_judge_report(tmp_path)[0].read_text()
 
 
 def test_effect_against_cost_is_one_more_panel(tmp_path: Path) -> None:

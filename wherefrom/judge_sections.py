@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from wherefrom.changes import or_nan
+from wherefrom.evaluation.metrics import estimate
 from wherefrom.markup import Markup, tag
 from wherefrom.reattribution import shown_file
 from wherefrom.report_pictures import foreign, picture_tag
@@ -42,6 +44,7 @@ def sections(folder: Path, result: Stored) -> list[Markup]:
         ValueError: A picture in the folder cannot be read.
     """
     return [
+        *_pairs(result["rows"]),
         *_groups(result.get("groups", [])),
         *_greedy(result.get("greedy", []), result.get("not_greedy", [])),
         *_after(folder, result),
@@ -60,6 +63,63 @@ def number(estimate: Sequence[float | None]) -> str:
     if mean is None:
         return "–"
     return f"{mean:.3g}" if error is None else f"{mean:.3g} ± {error:.2g}"
+
+
+def paired(rows: Sequence[Stored], k: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """Differences of ΔL own − others between the methods of one K, query by query: mean and standard error.
+
+    Args:
+        rows: The rows of `counterfactual.json`.
+        k: Which K.
+
+    Returns:
+        (method, other method) -> of the first minus the second, over the queries that both were judged on; NaN where
+        there are no such queries.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["k"] == k:
+            values = or_nan(row["loss"]["own"]) - or_nan(row["loss"]["others"])
+            found[row["method"]] = dict(zip(row["queries"], values.tolist(), strict=True))
+    return {
+        (first, second): estimate(np.array([mine[query] - theirs[query] for query in sorted({*mine} & {*theirs})]))
+        for first, mine in found.items()
+        for second, theirs in found.items()
+    }
+
+
+def _pairs(rows: Sequence[Stored]) -> list[Markup]:
+    parts: list[Markup] = []
+    for k in sorted({row["k"] for row in rows if row["k"]}):
+        methods = [row["method"] for row in rows if row["k"] == k]
+        found = paired(rows, k)
+        if len(methods) < 2 or not np.isfinite([mean for mean, _ in found.values()]).any():
+            continue
+        lines = []
+        for first in methods:
+            cells = [_difference(*found[first, second]) if first != second else "" for second in methods]
+            lines.append(tag("tr", tag("th", foreign(first)), *(tag("td", cell) for cell in cells)))
+        head = tag("tr", tag("th", f"K = {k}"), *(tag("th", foreign(method)) for method in methods))
+        parts.append(tag("div", tag("table", head, *lines, class_="judge"), class_="scroll"))
+    if not parts:
+        return []
+    return [
+        tag("h2", "Which differences hold?"),
+        tag(
+            "p",
+            "ΔL own − others of the row's method minus that of the column's, query by query. Queries differ more than "
+            "methods do, so these standard errors are smaller than those of the table above. Bold: more than two of "
+            "them; among many pairs some are so by chance.",
+        ),
+        *parts,
+    ]
+
+
+def _difference(mean: float, error: float) -> Markup | str:
+    if not np.isfinite(mean):
+        return "–"
+    text = number([mean, error if np.isfinite(error) else None])
+    return tag("b", text) if abs(mean) > 2 * error else text
 
 
 def _groups(groups: Sequence[Stored]) -> list[Markup]:
