@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -35,10 +36,13 @@ _PANELS = (
     ("mse", "own", "MSE of its picture"),
     ("similarity", "own", "similarity of its picture"),
 )
+# Twice ten, so that the house's eleven methods differ: the strong ones first.
+_COLOURS = [colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
 _MARKERS = "osD^vPX*"  # of each K, beside one another
 _STYLE = (
     STYLE
     + "table.judge td, table.judge th { padding: 0.2em 0.6em; text-align: right; } img.curves { max-width: 100%; }"
+    + "table.judge:not(.replaced) td { white-space: nowrap; }"
 )
 
 
@@ -134,6 +138,7 @@ def _curves(rows: list[Row], costs: Mapping[str, Cost]) -> NDArray[np.uint8]:
     figure = Figure(figsize=(4.2 * count, 3.8), dpi=100, layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, (kind, part, title) in zip(axes, shown, strict=False):
+        axis.set_prop_cycle(color=_COLOURS)
         _panel(axis, rows, kind, part)
         axis.set_title(title)
         axis.set_xlabel("pictures left out for each query (K)")
@@ -176,6 +181,7 @@ def _effect_against_cost(axis: Axes, rows: list[Row], costs: Mapping[str, Cost],
 
 
 def _panel(axis: Axes, rows: list[Row], kind: str, part: str) -> None:
+    own = [method for method in dict.fromkeys(row.method for row in rows) if method not in (FLOOR, RANDOM)]
     for method in dict.fromkeys(row.method for row in rows):
         mine = sorted((row for row in rows if row.method == method), key=lambda row: row.k)
         ks = np.array([row.k for row in mine], dtype=np.float64)
@@ -189,7 +195,9 @@ def _panel(axis: Axes, rows: list[Row], kind: str, part: str) -> None:
             means, errors = np.resize(means, len(wide)), np.nan_to_num(np.resize(errors, len(wide)))
             axis.fill_between(wide, means - errors, means + errors, color="lightgrey", label=RANDOM)
         else:
-            axis.errorbar(ks, means, np.nan_to_num(errors), marker="o", markersize=4, capsize=3, label=method)
+            # Side by side, so that error bars do not hide one another.
+            beside = ks * 1.2 ** ((own.index(method) - (len(own) - 1) / 2) / len(own))
+            axis.errorbar(beside, means, np.nan_to_num(errors), marker="o", markersize=4, capsize=3, label=method)
     axis.set_xscale("log")
     axis.set_xticks(sorted({row.k for row in rows if row.k}), [str(k) for k in sorted({r.k for r in rows if r.k})])
     axis.minorticks_off()
