@@ -1,0 +1,81 @@
+"""Where do the judge's methods put the two pictures that retraining feels most?
+
+    python evaluate.py counterfactual -c configs/experiment/emoji_1k_judge.yaml
+    python -m benchmarks.twins
+
+Each query of emoji-1k was drawn with a caption that a training picture has, its *own*, or that was held out; its *twin* is
+the same thing in the other style. Prints for each method of the judge's run how often it ranks each of the two among
+the first `--k` and among the last `--k` of all training pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.near_duplicates import data_module
+from wherefrom.counterfactual import RESULT as JUDGED
+from wherefrom.evaluation.ranking import read_ranking
+from wherefrom.storage import MANIFEST, Store, write_json
+
+RESULT = Path("results/emoji/twins.json")
+STYLE = ", "  # what stands between the thing and its style in a caption
+
+
+def twins(captions: Mapping[str, str], prompt: str) -> tuple[str | None, str | None]:
+    """Ids of a prompt's own picture and of the same thing in another style, where there are any.
+
+    Args:
+        captions: Id -> caption, of all training pictures.
+        prompt: The prompt.
+    """
+    thing = prompt.rpartition(STYLE)[0]
+    own = [name for name, caption in captions.items() if caption == prompt]
+    other = [name for name, caption in captions.items() if caption.rpartition(STYLE)[0] == thing and caption != prompt]
+    return min(own, default=None), min(other, default=None)
+
+
+def ranks(ranking: Sequence[str], wanted: Sequence[str | None]) -> list[int | None]:
+    """Places from 0 of these ids."""
+    return [None if name is None else ranking.index(name) for name in wanted]
+
+
+def shares(places: Sequence[int | None], count: int, k: int) -> dict[str, Any]:
+    """How many of those that there are stand among the first k and the last k of so many."""
+    there = [place for place in places if place is not None]
+    return {"n": len(there), "first": sum(p < k for p in there), "last": sum(p >= count - k for p in there)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints and writes the table."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--run", type=Path, default=Path("runs/emoji_1k_judge"), help="the judge's run folder")
+    made.add_argument("--data", type=Path, default=Path("configs/data/emoji_1k.yaml"))
+    made.add_argument("--k", type=int, default=5)
+    made.add_argument("--store", type=Path, default=Path("cache"))
+    made.add_argument("--results", type=Path, default=RESULT)
+    asked = made.parse_args(arguments)
+    prompts = json.loads((asked.run / JUDGED).read_text())["prompts"]
+    pictures = data_module(yaml.safe_load(asked.data.read_text()), Store(asked.store)).train_pictures
+    captions = {name: each[0] for name, each in zip(pictures.ids, pictures.captions, strict=True)}
+    found: dict[str, Any] = {}
+    for folder in sorted(path.parent for path in asked.run.glob(f"*/{MANIFEST}")):
+        rankings = {query: ids for query, (ids, _) in read_ranking(folder).items()}
+        pairs = [ranks(ids, twins(captions, prompts[query])) for query, ids in sorted(rankings.items())]
+        found[folder.name] = {"own": [own for own, _ in pairs], "twin": [twin for _, twin in pairs]}
+    print(f"| method | own picture: first {asked.k} | last {asked.k} | twin: first {asked.k} | last {asked.k} |")
+    print("|---|---|---|---|---|")
+    for method, each in found.items():
+        cells = [shares(each[kind], len(captions), asked.k) for kind in ("own", "twin")]
+        texts = [f"{cell[end]} of {cell['n']}" for cell in cells for end in ("first", "last")]
+        print(f"| {method} | {' | '.join(texts)} |")
+    write_json(asked.results, {"k": asked.k, "training_pictures": len(captions), "ranks": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""The two pictures of a query: found by caption, and counted at both ends of a ranking."""
+
+from __future__ import annotations
+
+from benchmarks.twins import ranks, shares, twins
+
+
+def test_own_picture_and_twin_are_found_by_caption() -> None:
+    captions = {
+        "a": "fox, red style",
+        "b": "fox, blue style",
+        "c": "fox face, blue style",
+        "d": "hen, in a hat, red style",
+    }
+    assert twins(captions, "fox, red style") == ("a", "b")
+    assert twins(captions, "fox face, red style") == (None, "c"), "held out"
+    assert twins(captions, "hen, up, red style") == ("d", None), "in one style only"
+    assert ranks(["c", "b", "a"], ["a", None, "c"]) == [2, None, 0]
+
+
+def test_both_ends_are_counted() -> None:
+    assert shares([0, 1, 2, 7, 8, 9, None], 10, 2) == {"n": 6, "first": 2, "last": 2}
