@@ -3,9 +3,10 @@
     python evaluate.py counterfactual -c configs/experiment/emoji_1k_judge.yaml
     python -m benchmarks.twins
 
-Each query of emoji-1k was drawn with a caption that a training picture has, its *own*, or that was held out; its *twin* is
-the same thing in the other style. Prints for each method of the judge's run how often it ranks each of the two among
-the first `--k` and among the last `--k` of all training pictures.
+Each query of emoji-1k was drawn with the caption of a training picture, its *own*, or with a held-out one; its *twin*
+is the same thing in the other style. Prints for each method of the judge's run how often it ranks each of the two
+among the first `--k` and among the last `--k` of all training pictures, and among the first by the size of its
+scores, whatever their sign.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from benchmarks.near_duplicates import data_module
@@ -24,6 +26,8 @@ from wherefrom.evaluation.ranking import read_ranking
 from wherefrom.storage import MANIFEST, Store, write_json
 
 RESULT = Path("results/emoji/twins.json")
+KINDS = ("own", "twin", "own by size", "twin by size")
+ENDS = {kind: ("first",) if kind.endswith("size") else ("first", "last") for kind in KINDS}
 STYLE = ", "  # what stands between the thing and its style in a caption
 
 
@@ -43,6 +47,11 @@ def twins(captions: Mapping[str, str], prompt: str) -> tuple[str | None, str | N
 def ranks(ranking: Sequence[str], wanted: Sequence[str | None]) -> list[int | None]:
     """Places from 0 of these ids."""
     return [None if name is None else ranking.index(name) for name in wanted]
+
+
+def by_size(ids: Sequence[str], scores: Sequence[float]) -> list[str]:
+    """The ids by the size of their scores, the largest first."""
+    return [ids[place] for place in np.argsort(-np.abs(np.asarray(scores)), kind="stable")]
 
 
 def shares(places: Sequence[int | None], count: int, k: int) -> dict[str, Any]:
@@ -65,14 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     captions = {name: each[0] for name, each in zip(pictures.ids, pictures.captions, strict=True)}
     found: dict[str, Any] = {}
     for folder in sorted(path.parent for path in asked.run.glob(f"*/{MANIFEST}")):
-        rankings = {query: ids for query, (ids, _) in read_ranking(folder).items()}
-        pairs = [ranks(ids, twins(captions, prompts[query])) for query, ids in sorted(rankings.items())]
-        found[folder.name] = {"own": [own for own, _ in pairs], "twin": [twin for _, twin in pairs]}
-    print(f"| method | own picture: first {asked.k} | last {asked.k} | twin: first {asked.k} | last {asked.k} |")
-    print("|---|---|---|---|---|")
+        found[folder.name] = {kind: [] for kind in KINDS}
+        for query, (ids, scores) in sorted(read_ranking(folder).items()):
+            pair = twins(captions, prompts[query])
+            places = (*ranks(ids, pair), *ranks(by_size(ids, scores), pair))
+            for kind, place in zip(KINDS, places, strict=True):
+                found[folder.name][kind].append(place)
+    titles = [f"{kind}: {end} {asked.k}" for kind in KINDS for end in ENDS[kind]]
+    print(f"| method | {' | '.join(titles)} |")
+    print("|---" * (len(titles) + 1) + "|")
     for method, each in found.items():
-        cells = [shares(each[kind], len(captions), asked.k) for kind in ("own", "twin")]
-        texts = [f"{cell[end]} of {cell['n']}" for cell in cells for end in ("first", "last")]
+        cells = {kind: shares(places, len(captions), asked.k) for kind, places in each.items()}
+        texts = [f"{cells[kind][end]} of {cells[kind]['n']}" for kind in KINDS for end in ENDS[kind]]
         print(f"| {method} | {' | '.join(texts)} |")
     write_json(asked.results, {"k": asked.k, "training_pictures": len(captions), "ranks": found})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.twins import ranks, shares, twins
+from benchmarks.twins import by_size, ranks, shares, twins
 
 
 def test_own_picture_and_twin_are_found_by_caption() -> None:
@@ -10,12 +10,16 @@ def test_own_picture_and_twin_are_found_by_caption() -> None:
         "a": "fox, red style",
         "b": "fox, blue style",
         "c": "fox face, blue style",
-        "d": "hen, in a hat, red style",
+        "d": "hen, up, red style",
     }
     assert twins(captions, "fox, red style") == ("a", "b")
     assert twins(captions, "fox face, red style") == (None, "c"), "held out"
     assert twins(captions, "hen, up, red style") == ("d", None), "in one style only"
     assert ranks(["c", "b", "a"], ["a", None, "c"]) == [2, None, 0]
+
+
+def test_size_forgets_the_sign() -> None:
+    assert by_size(["a", "b", "c", "d"], [2.0, 1.0, -1.0, -3.0]) == ["d", "a", "b", "c"]
 
 
 def test_both_ends_are_counted() -> None:
