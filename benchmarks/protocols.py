@@ -25,7 +25,6 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 from wherefrom.changes import or_nan
 from wherefrom.counterfactual import FLOOR, RESULT
 from wherefrom.evaluation.metrics import estimate
-from wherefrom.evaluation.removal import RANDOM
 
 Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # K -> method -> query -> ΔL own
 
@@ -58,7 +57,7 @@ class Agreement:
 
 
 def read_judged(path: Path) -> tuple[Judged, dict[str, str]]:
-    """What a judgement says of its methods, and the queries' prompts.
+    """What a judgement says of its methods, removal at random among them, and the queries' prompts.
 
     Args:
         path: A run folder of `evaluate.py counterfactual`, or its table of results.
@@ -71,7 +70,7 @@ def read_judged(path: Path) -> tuple[Judged, dict[str, str]]:
         stored: dict[str, Any] = json.loads(file.read_text())
         found: dict[int, dict[str, dict[str, float]]] = {}
         for row in stored["rows"]:
-            if row["method"] not in (RANDOM, FLOOR):
+            if row["method"] != FLOOR:
                 own = or_nan(row["loss"]["own"]).tolist()
                 found.setdefault(row["k"], {})[row["method"]] = dict(zip(row["queries"], own, strict=True))
         return found, stored["prompts"]
