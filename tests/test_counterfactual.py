@@ -246,6 +246,9 @@ def test_the_command_line_trains_on_halves(recipe_file: Path, folder: Path) -> N
     found = json.loads((folder / "halves" / "lds.json").read_text())
     assert [row["method"] for row in found["rows"]] == ["pixel", "another seed"]
     assert all(-1 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["count"] == 2 for row in found["rows"])
+    assert all(
+        np.mean(row["values"]) == pytest.approx(row["mean"]) and len(row["values"]) == 2 for row in found["rows"]
+    )
     manifests = [json.loads(path.read_text()) for path in retrained(folder / "store")]
     trained = [each["identity"] for each in manifests if each["identity"]["excluded_count"] == COUNT // 2]
     assert sorted(identity["seed"] for identity in trained) == [0, 0, 0, 0, 1, 1, 1]

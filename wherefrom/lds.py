@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from wherefrom.attributors.base import Scores
+from wherefrom.changes import or_none
 from wherefrom.evaluation.metrics import LinearDatamodelingScore, estimate
 from wherefrom.keyed import hash_text
 from wherefrom.retraining import Retrain
@@ -73,6 +74,7 @@ class Score:
         low: Lower end of its 95 % bootstrap interval over queries.
         high: Upper end.
         count: Queries.
+        values: Correlation of each query, in the order of `lds.json`'s queries; None where one side is constant.
     """
 
     method: str
@@ -81,6 +83,7 @@ class Score:
     low: float
     high: float
     count: int
+    values: tuple[float | None, ...]
 
 
 def linear_datamodeling_scores(
@@ -143,7 +146,7 @@ def _score(method: str, values: Float[Tensor, "q"]) -> Score:
     numbers = values.double().numpy()
     drawn = np.random.default_rng(0).choice(numbers, (_DRAWS, len(numbers))).mean(axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Score(method, *estimate(numbers), float(low), float(high), len(numbers))
+    return Score(method, *estimate(numbers), float(low), float(high), len(numbers), tuple(or_none(numbers)))
 
 
 def as_table(scores: Sequence[Score]) -> str:
