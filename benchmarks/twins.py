@@ -22,7 +22,7 @@ import yaml
 
 from benchmarks.near_duplicates import data_module
 from wherefrom.counterfactual import RESULT as JUDGED
-from wherefrom.evaluation.ranking import read_ranking
+from wherefrom.evaluation.ranking import order_of, read_ranking
 from wherefrom.storage import MANIFEST, Store, write_json
 
 RESULT = Path("results/emoji/twins.json")
@@ -51,7 +51,7 @@ def ranks(ranking: Sequence[str], wanted: Sequence[str | None]) -> list[int | No
 
 def by_size(ids: Sequence[str], scores: Sequence[float]) -> list[str]:
     """The ids by the size of their scores, the largest first."""
-    return [ids[place] for place in np.argsort(-np.abs(np.asarray(scores)), kind="stable")]
+    return [ids[place] for place in order_of(ids, np.abs(scores))]
 
 
 def shares(places: Sequence[int | None], count: int, k: int) -> dict[str, Any]:
