@@ -2,11 +2,13 @@
 
     python evaluate.py counterfactual -c configs/experiment/emoji_1k_judge.yaml
     python -m benchmarks.twins
+    python evaluate.py lds -c configs/experiment/emoji_1k_tuning.yaml
+    python -m benchmarks.twins --run runs/emoji_1k_tuning --results results/emoji/twins_tuning.json
 
 Each query of emoji-1k was drawn with the caption of a training picture, its *own*, or with a held-out one; its *twin*
 is the same thing in the other style. Prints for each method of the judge's run how often it ranks each of the two
 among the first `--k` and among the last `--k` of all training pictures, and among the first by the size of its
-scores, whatever their sign.
+scores, whatever their sign; the record names each query's ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import yaml
 from benchmarks.near_duplicates import data_module
 from wherefrom.counterfactual import RESULT as JUDGED
 from wherefrom.evaluation.ranking import order_of, read_ranking
+from wherefrom.lds import RESULT as CORRELATED
 from wherefrom.storage import MANIFEST, Store, write_json
 
 RESULT = Path("results/emoji/twins.json")
@@ -63,19 +66,25 @@ def shares(places: Sequence[int | None], count: int, k: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints and writes the table."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--run", type=Path, default=Path("runs/emoji_1k_judge"), help="the judge's run folder")
+    made.add_argument("--run", type=Path, default=Path("runs/emoji_1k_judge"), help="run folder of the judge or of lds")
     made.add_argument("--data", type=Path, default=Path("configs/data/emoji_1k.yaml"))
     made.add_argument("--k", type=int, default=5)
     made.add_argument("--store", type=Path, default=Path("cache"))
     made.add_argument("--results", type=Path, default=RESULT)
     asked = made.parse_args(arguments)
-    prompts = json.loads((asked.run / JUDGED).read_text())["prompts"]
+    result = next((asked.run / name for name in (JUDGED, CORRELATED) if (asked.run / name).exists()), None)
+    if result is None:
+        raise SystemExit(f"{asked.run} holds neither {JUDGED} nor {CORRELATED}: run evaluate.py, as above, first.")
+    prompts = json.loads(result.read_text())["prompts"]
     pictures = data_module(yaml.safe_load(asked.data.read_text()), Store(asked.store)).train_pictures
     captions = {name: each[0] for name, each in zip(pictures.ids, pictures.captions, strict=True)}
     found: dict[str, Any] = {}
+    queries: list[str] = []
     for folder in sorted(path.parent for path in asked.run.glob(f"*/{MANIFEST}")):
         found[folder.name] = {kind: [] for kind in KINDS}
-        for query, (ids, scores) in sorted(read_ranking(folder).items()):
+        rankings = sorted(read_ranking(folder).items())
+        queries = [prompts[query] for query, _ in rankings]  # the same of every method
+        for query, (ids, scores) in rankings:
             pair = twins(captions, prompts[query])
             places = (*ranks(ids, pair), *ranks(by_size(ids, scores), pair))
             for kind, place in zip(KINDS, places, strict=True):
@@ -87,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = {kind: shares(places, len(captions), asked.k) for kind, places in each.items()}
         texts = [f"{cells[kind][end]} of {cells[kind]['n']}" for kind in KINDS for end in ENDS[kind]]
         print(f"| {method} | {' | '.join(texts)} |")
-    write_json(asked.results, {"k": asked.k, "training_pictures": len(captions), "ranks": found})
+    write_json(asked.results, {"k": asked.k, "training_pictures": len(captions), "queries": queries, "ranks": found})
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ def linear_datamodeling_scores(
         again = np.mean([losses(halves.repeated, seed) for seed in seeds], axis=0)
         pairs = zip(whole[:, : halves.repeated], again, strict=True)
         found.append(_score("another seed", torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])))
-    write_json(folder / RESULT, {"halves": vars(halves), "queries": queries, "rows": [vars(score) for score in found]})
+    prompts = {query.id: query.prompt for query in sweep.panel.queries}
+    result = {"halves": vars(halves), "queries": queries, "prompts": prompts, "rows": [vars(score) for score in found]}
+    write_json(folder / RESULT, result)
     return found
 
 
