@@ -24,9 +24,9 @@ import yaml
 
 from benchmarks.near_duplicates import data_module
 from wherefrom.counterfactual import RESULT as JUDGED
-from wherefrom.evaluation.ranking import order_of, read_ranking
+from wherefrom.evaluation.ranking import RANKING, order_of, read_ranking
 from wherefrom.lds import RESULT as CORRELATED
-from wherefrom.storage import MANIFEST, Store, write_json
+from wherefrom.storage import Store, write_json
 
 RESULT = Path("results/emoji/twins.json")
 KINDS = ("own", "twin", "own by size", "twin by size")
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     captions = {name: each[0] for name, each in zip(pictures.ids, pictures.captions, strict=True)}
     found: dict[str, Any] = {}
     queries: list[str] = []
-    for folder in sorted(path.parent for path in asked.run.glob(f"*/{MANIFEST}")):
+    for folder in sorted(path.parent for path in asked.run.glob(f"*/{RANKING}")):
         found[folder.name] = {kind: [] for kind in KINDS}
         rankings = sorted(read_ranking(folder).items())
         queries = [prompts[query] for query, _ in rankings]  # the same of every method
