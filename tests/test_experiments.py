@@ -140,9 +140,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             chosen = [method for method in methods if method.endswith(few)]
             content["methods"] = chosen if len(chosen) == len(few) else methods[:2]
             stems = {Path(method).stem for method in content["methods"]}
-            own = {name: name.split("/")[0] for name in content.get("settings", {}) if "/" in name}
-            for name in [name for name, stem in own.items() if stem not in stems]:
-                del content["settings"][name]
+            if "settings" in content:
+                settings = content["settings"].items()
+                content["settings"] = {k: v for k, v in settings if "/" not in k or k.split("/")[0] in stems}
         copy = root / "configs" / file.relative_to(ROOT / "configs")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(json.dumps(content))  # JSON is YAML
