@@ -43,7 +43,7 @@ from wherefrom.evaluation.calibration import CalibrationSettings, calibrate_rank
 from wherefrom.features import ImageEncoder, TextEncoder
 from wherefrom.judge_report import write_judge_report
 from wherefrom.lds import Halves, linear_datamodeling_scores
-from wherefrom.method_files import load_methods
+from wherefrom.method_files import methods_of
 from wherefrom.progress import announce, peak_memory, room
 from wherefrom.protocol import Protocol
 from wherefrom.queries import QuerySource
@@ -209,7 +209,7 @@ def run_attribute(config: Any) -> Done:
 
 def run_compare(config: Any) -> Done:
     """`evaluate.py compare`."""
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    methods = methods_of(config)
     run, output = prepare(config, methods.values()), Path(config.output)
     for name, method in methods.items():
         if run.runner.is_main:
@@ -224,7 +224,7 @@ def run_compare(config: Any) -> Done:
 def run_retrieval(config: Any) -> Done:
     """`evaluate.py retrieval`."""
     output = Path(config.output)
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    methods = methods_of(config)
     folders = retrieval.named_folders([*config.rankings, *(f"{name}={output / name}" for name in methods)])
     if methods:
         if config.model is None or config.data is None:
@@ -276,7 +276,7 @@ def run_customized(config: Any) -> Done:
         raise ValueError(
             "evaluate.py customized takes its queries from the tasks: leave queries.prompts and pictures out."
         )
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    methods = methods_of(config)
     tasks = customized_tasks.read_all([Path(file) for file in config.tasks], Path(config.root), config.limit)
     run = prepare(config, methods.values(), with_queries=False)
     for method in methods.values():

@@ -21,7 +21,7 @@ from wherefrom.attributors import TrainingData
 from wherefrom.budget import Sizes, Stage, drawing, encoding, features, method, timed
 from wherefrom.data.stream import LatentBatch, PixelBatch
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.method_files import load_methods
+from wherefrom.method_files import methods_of
 from wherefrom.pipeline import load_model
 from wherefrom.progress import forward_rate
 
@@ -119,7 +119,7 @@ def _begun(data: PicturesDataModule, model: DiffusionModel) -> tuple[list[Stage]
 
 
 def _methods(config: Any, data: TrainingData, queries: int, rate: float) -> list[Stage]:
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    methods = methods_of(config)
     return [stage for name, each in methods.items() for stage in method(name, each, data, queries, rate)]
 
 

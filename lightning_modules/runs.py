@@ -15,7 +15,7 @@ from wherefrom import counterfactual
 from wherefrom.attributors import Attributor, Query, Scores, TrainingData
 from wherefrom.comparison import Cost, attribute_at_cost
 from wherefrom.diffusion import DiffusionModel
-from wherefrom.method_files import load_methods
+from wherefrom.method_files import methods_of
 from wherefrom.pipeline import load_model
 from wherefrom.progress import Console
 from wherefrom.queries import QuerySource, make_queries
@@ -129,7 +129,7 @@ class Trial:
 
 def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
     """Draws the queries from the model with all pictures, attributes them by every method, and plans the sweep."""
-    methods = load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    methods = methods_of(config)
     output, module = Path(config.output), config.data
     runner, console, store = Runner.current(), Console(), Store(config.store)
     recipe = Recipe(str(config.recipe.absolute), store.root)

@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 
+def methods_of(config: Any) -> dict[str, Attributor]:
+    """The methods that a command's `methods` and `settings` name.
+
+    Raises:
+        ValueError: As for `load_methods`, with every setting required to be some method's.
+    """
+    return load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+
+
 def load_methods(
     files: Sequence[Path], settings: Mapping[str, Any] | None = None, strict: bool = False
 ) -> dict[str, Attributor]:
