@@ -185,7 +185,8 @@ def ablation_table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What replaces the files' settings."""
-    return {
+    step = {} if options.rise is None else {"unlearning.rise": options.rise}
+    return step | {
         "grid.timesteps": options.timesteps,
         "unlearning.draws": options.draws,
         "draws": options.draws,
@@ -216,6 +217,9 @@ def main() -> None:
     arguments.add_argument("--timesteps", type=int, default=5)
     arguments.add_argument("--draws", type=int, default=1000)
     arguments.add_argument("--visits", type=int, default=2)
+    arguments.add_argument(
+        "--rise", type=float, help="by how much a step raises a query's loss; the methods' own by default"
+    )
     arguments.add_argument("--eta", type=float, default=1.0, help="noise that the sampler adds back; 0 is DDIM")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--ablation", action="store_true", help="the ablation of timesteps instead")
