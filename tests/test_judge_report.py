@@ -73,7 +73,7 @@ def test_the_page_shows_curves_table_and_pictures(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in html
     assert html.count("<tr>") == 1 + 4 + 1 + 2 + 1 + 2, "a line for each row, each of two methods and each query"
     assert re.search(
-        r"<td>pixel</td><td>4</td><td>8</td><td>2</td><td>0.45 ± 0.05</td>.*<td>30 \(20 to inf\)</td>", html
+        r"<td>pixel</td><td>4</td><td>8</td><td>2</td><td>0.45 ± 0.05</td><td>0</td>.*<td>30 \(20 to inf\)</td>", html
     )
     pictures = re.findall(r"<td>(<img[^>]*>|–)</td>", html.split("Pictures before")[1])
     assert [each == "–" for each in pictures] == [False, False, True] * 2, "what was deleted is left out"

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,8 @@ class Cost:
         seconds: Mean seconds a query, without what is made once. Not the median: a method that serves many queries by
             one pass has all its seconds before the first of them.
         memory: Largest resident memory of the process while it ran, in bytes.
-        stored: Bytes that it left on disk for each query, rankings and what it keeps.
+        stored: Bytes that answer these queries together: the run folder, and what the method made or found in the
+            store, whichever method made it.
     """
 
     seconds: float
@@ -163,28 +164,30 @@ def attribute_at_cost(
 
     The other processes say what it took by their own clock, and nothing of what is stored.
     """
-    before = _size(store.root, place) if runner.is_main else 0
+    before = _size(place)
+    # A store of its own tells what this method used, also where another has made or used it before.
+    own = Store(store.root)
     with watched_memory() as memory:
-        results = attribute(place, method, data, model, queries, store, runner, options, say)
+        results = attribute(place, method, data, model, queries, own, runner, options, say)
+    for artifact, made in own.touched.items():
+        store.touched[artifact] = store.touched.get(artifact, False) or made
     if not runner.is_main:
         return results, Cost(_seconds(results), memory[0], 0)
-    return results, _cost(place, results, memory[0], _size(store.root, place) - before)
+    now = Cost(_seconds(results), memory[0], _size(place, *own.touched))
+    return results, _cost(place, now, scored=_size(place) > before)
 
 
 def _seconds(results: Sequence[Scores]) -> float:
     return float(np.mean([scores.facts.get("seconds", float("nan")) for scores in results]))
 
 
-def _cost(place: Path, results: Sequence[Scores], memory: int, added: int) -> Cost:
+def _cost(place: Path, now: Cost, scored: bool) -> Cost:
     """The cost of this run, or of the parts that an interrupted one measured before, whichever is larger."""
-    seconds = _seconds(results)
+    cost = now
     if (place / COST).exists():
         earlier = Cost(**json.loads((place / COST).read_text()))
-        peak = max(memory, earlier.memory) if added > 0 else earlier.memory
-        cost = Cost(seconds, peak, max(added // len(results), earlier.stored))
-    else:
-        # A run that was finished before anybody watched has left its folder at least.
-        cost = Cost(seconds, memory, max(added, _size(place)) // len(results))
+        memory, stored = max(now.memory, earlier.memory), max(now.stored, earlier.stored)
+        cost = Cost(now.seconds, memory, stored) if scored else replace(earlier, seconds=now.seconds)
     write_json(place / COST, asdict(cost))
     return cost
 
@@ -200,7 +203,7 @@ def _write_tables(folder: Path, results: Mapping[str, Sequence[Scores]], costs: 
         "method": names,
         "seconds_per_query": [costs[name].seconds for name in names],
         "peak_memory_bytes": [costs[name].memory for name in names],
-        "stored_bytes_per_query": [costs[name].stored for name in names],
+        "stored_bytes": [costs[name].stored for name in names],
         "split_half_reliability": [_reliability(results[name]) for name in names],
     }
     with replacing(folder / METHODS) as temporary:
@@ -247,7 +250,7 @@ def _write_report(
             name,
             _number(costs[name].seconds),
             _number(costs[name].memory / 2**30),
-            _number(costs[name].stored / 2**20, 3),
+            _number(costs[name].stored / 2**20),
             _number(_reliability(results[name])),
         ]
         for name in names
@@ -261,7 +264,7 @@ def _write_report(
         _query_section(number, [results[name][number - 1] for name in names], names, pictures, where, options.top)
         for number in range(1, len(results[names[0]]) + 1)
     ]
-    cost_titles = ["method", "seconds a query", "peak memory, GiB", "stored a query, MiB", "split-half reliability"]
+    cost_titles = ["method", "seconds a query", "peak memory, GiB", "stored, MiB", "split-half reliability"]
     body = tag(
         "body",
         tag(
@@ -273,7 +276,8 @@ def _write_report(
         _rows(cost_titles, table),
         tag(
             "p",
-            "Seconds are means, without what a method makes once for a model. Stored: all that it left.",
+            "Seconds are means, without what a method makes once for a model. Stored: the rankings, and all that the "
+            "method keeps to make them.",
             class_="quiet",
         ),
         tag("h2", "How far they agree"),

@@ -248,24 +248,32 @@ def _floor(measured: Measured, protocol: Protocol) -> list[Row]:
 
 
 def as_table(rows: Sequence[Row], costs: Mapping[str, Cost] = NO_COSTS) -> str:
-    """The table in Markdown: means over queries ± standard errors, and what each method took where that is known."""
-    titles = ["method", "K", "left out", "n", "ΔL own", "ΔL others", "ΔL own − others", "MSE own", "similarity own"]
+    """The table in Markdown: means over queries ± standard errors, and what each method took where that is known.
+
+    Of the headline also the median, for a few queries may rise by ten times as much as the others.
+    """
+    titles = ["method", "K", "left out", "n", "ΔL own", "ΔL others", "ΔL own − others", "its median"]
+    titles += ["MSE own", "similarity own"]
     with_ladder = any(row.equivalent is not None for row in rows)
     titles += ["as many as so many at random"] * with_ladder
-    titles += ["seconds a query", "stored a query, MiB"] * bool(costs)
+    titles += ["seconds a query", "stored, MiB"] * bool(costs)
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [row.method, str(row.k), f"{row.removed:.0f}", str(len(row.loss.queries))]
-        for values in (row.loss.own, row.loss.others, row.loss.difference, row.mse.own, row.similarity.own):
+        difference = row.loss.difference
+        for values in (row.loss.own, row.loss.others, difference, row.mse.own, row.similarity.own):
             mean, error = estimate(values)
             # One pool of all queries has the same others for each of them: no spread, but for rounding.
             spread = f" ± {error:.2g}" if not error <= 1e-9 * abs(mean) else ""
             cells.append(f"{mean:.3g}{spread}" if np.isfinite(mean) else "–")
+            if values is difference:
+                known = values[np.isfinite(values)]
+                cells.append(f"{np.median(known):.3g}" if len(known) else "–")
         if with_ladder:
             cells.append("–" if row.equivalent is None else "{:,.0f} ({:,.0f} to {:,.0f})".format(*row.equivalent))
         if costs:
             cost = costs.get(row.method)
-            cells += ["–", "–"] if cost is None else [f"{cost.seconds:.3g}", f"{cost.stored / 2**20:.3f}"]
+            cells += ["–", "–"] if cost is None else [f"{cost.seconds:.3g}", f"{cost.stored / 2**20:.3g}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _PANELS = (
 # Twice ten, so that the house's eleven methods differ: the strong ones first.
 _COLOURS = [colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
 _MARKERS = "osD^vPX*"  # of each K, beside one another
+_STORED = (0.1, 1, 10, 100, 1_000)  # MiB, in the legend
 _STYLE = (
     STYLE
     + "table.judge td, table.judge th { padding: 0.2em 0.6em; text-align: right; } img.curves { max-width: 100%; }"
@@ -78,8 +80,8 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
         "others are queries that nothing was left out for, on the same models. Band: as many pictures left out at "
         "random. Dashed: another seed, with all pictures. Error bars are standard errors over queries."
         + (
-            " Seconds a query are without what a method makes once for a model; stored is all that it left."
-            * bool(costs)
+            " Seconds a query are without what a method makes once for a model; stored are the rankings and all that "
+            "the method keeps to make them." * bool(costs)
         )
     )
     body = tag(
@@ -164,20 +166,40 @@ def _dear(rows: list[Row], costs: Mapping[str, Cost]) -> list[Row]:
 
 
 def _effect_against_cost(axis: Axes, rows: list[Row], costs: Mapping[str, Cost], colours: Mapping[str, Any]) -> None:
-    """One point a method and K."""
+    """One point a method and K: where it stands says the seconds, how large it is the bytes."""
     marker = {k: _MARKERS[place % len(_MARKERS)] for place, k in enumerate(sorted({row.k for row in rows}))}
     for row in rows:
         mean, error = estimate(row.loss.difference)
-        style = {"marker": marker[row.k], "color": colours[row.method], "markersize": 6, "capsize": 3}
-        axis.errorbar([costs[row.method].seconds], [mean], [np.nan_to_num(error)], linestyle="none", **style)
+        cost = costs[row.method]
+        axis.errorbar(
+            [cost.seconds],
+            [mean],
+            [np.nan_to_num(error)],
+            marker=marker[row.k],
+            color=colours[row.method],
+            markersize=_width(cost.stored),
+            alpha=0.8,
+            capsize=3,
+            linestyle="none",
+        )
+    shapes = [(shape, 6.0, f"K = {k}") for k, shape in marker.items()]
+    largest = max(costs[row.method].stored for row in rows)
+    shown = [mebibytes for mebibytes in _STORED if mebibytes * 2**20 <= largest] or [_STORED[0]]
+    shapes += [(_MARKERS[0], _width(each * 2**20), f"{each:g} MiB stored") for each in shown]
     names = [
-        Line2D([], [], color="grey", linestyle="none", marker=shape, label=f"K = {k}") for k, shape in marker.items()
+        Line2D([], [], color="grey", linestyle="none", marker=shape, markersize=width, label=label)
+        for shape, width, label in shapes
     ]
-    axis.legend(handles=names, frameon=False, fontsize="small")
+    axis.legend(handles=names, frameon=False, fontsize="x-small", ncols=2)
     axis.set_xscale("log")
-    axis.margins(x=0.2)
+    axis.margins(x=0.2, y=0.3)
     axis.set_title("ΔL own − others against cost")
     axis.set_xlabel("seconds a query")
+
+
+def _width(stored: int) -> float:
+    """Of a point, in points of the page: 4 up to 0.1 MiB, 3 more for each factor of ten."""
+    return 4 + 3 * max(0.0, math.log10(max(stored, 1) / 2**20 / _STORED[0]))
 
 
 def _panel(axis: Axes, rows: list[Row], kind: str, part: str) -> None:
