@@ -14,7 +14,6 @@ from PIL import Image
 import evaluate
 from wherefrom.counterfactual import PICTURES, RESULT
 from wherefrom.judge_report import CURVES, PAGE, write_judge_report
-from wherefrom.retraining import Measurement
 from wherefrom.sweep import read_strip, write_strip
 
 HOSTILE = "<script>alert(1)</script>"
@@ -56,11 +55,7 @@ def judged(folder: Path) -> dict[str, Any]:
     (folder / RESULT).write_text(json.dumps(result))
     for name, level in (("whole", 0), ("without", 100)):
         pictures = {query: np.full((8, 8, 3), level + index, np.uint8) for index, query in enumerate(("a", "b"))}
-        measured = {
-            query: Measurement(0.0, np.zeros(1, np.float16), 0.0, picture=picture)
-            for query, picture in pictures.items()
-        }
-        write_strip(folder / PICTURES / f"{name}.png", measured)
+        write_strip(folder / PICTURES / f"{name}.png", pictures)
     return result
 
 

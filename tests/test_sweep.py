@@ -18,7 +18,7 @@ from lightning_modules.recipe import Recipe
 from tests.test_counterfactual import SOURCE, Sweep
 from tests.tiny import training_config
 from wherefrom.queries import generate
-from wherefrom.retraining import Panel, Retrain
+from wherefrom.retraining import Panel, Retrain, Retrains
 from wherefrom.storage import ArtifactMismatchError
 from wherefrom.sweep import Finished, Measurements, Work, in_process
 from wherefrom.sweep import Sweep as Sweeps
@@ -84,6 +84,25 @@ def test_a_model_that_fails_does_not_stop_the_others(sweep: Sweep, panel: Panel,
     assert sweep.trained[count:] == [wanted[1]], "only what failed is trained again"
     assert set(found) == set(wanted)
     assert "3 models, 2 of them measured before; 1 to train: about " in said[4]
+
+
+def test_a_run_finds_what_models_drew_before_it(sweep: Sweep, panel: Panel, recipe_file: Path, tmp_path: Path) -> None:
+    table, wanted = Measurements(tmp_path / "table.parquet"), without(sweep, 3)
+    Sweeps(sweep.retrains, panel, table).measure([wanted])
+    strip = f"{sweep.retrains.name(wanted)}.png"
+    kept = sweep.store.root / "drawn" / panel.name / strip
+
+    def brought(retrains: Retrains, folder: str, said: list[str]) -> Path:
+        Sweeps(retrains, panel, table, say=said.append, pictures=tmp_path / folder).measure([wanted])
+        return tmp_path / folder / strip
+
+    said: list[str] = []
+    first = brought(sweep.retrains, "first", said).read_bytes()
+    assert first == kept.read_bytes()
+    kept.unlink()
+    assert brought(sweep.retrains, "again", said).read_bytes() == first, "drawn again by the same weights"
+    assert said[1:] == [said[0], "drawing again by models that were measured before: 1"]
+    assert not brought(Sweep(recipe_file, tmp_path / "empty store").retrains, "gone", said).exists()
 
 
 def test_published_weights_are_used_instead_of_training(sweep: Sweep, recipe_file: Path, tmp_path: Path) -> None:

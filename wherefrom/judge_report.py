@@ -197,7 +197,7 @@ def _effect_against_cost(axis: Axes, rows: list[Row], costs: Mapping[str, Cost],
     axis.set_xlabel("seconds a query")
 
 
-def _width(stored: int) -> float:
+def _width(stored: float) -> float:
     """Of a point, in points of the page: 4 up to 0.1 MiB, 3 more for each factor of ten."""
     return 4 + 3 * max(0.0, math.log10(max(stored, 1) / 2**20 / _STORED[0]))
 

@@ -104,6 +104,10 @@ class Retrains:
         check_identity(folder, self.identity(retrain))
         self._published[self.name(retrain)] = folder
 
+    def has(self, retrain: Retrain) -> bool:
+        """Whether the trained weights are there."""
+        return self.name(retrain) in self._published or self.store.find("retrain", self.identity(retrain)) is not None
+
     def model(self, retrain: Retrain) -> DiffusionModel:
         """The trained model, trained now if it is not there.
 
@@ -214,21 +218,8 @@ class Panel:
         work = LossPass(model, self.data, self.grid, _BATCH)
         work.step(range(len(self.queries)))
         losses = work.losses.mean(dim=(1, 2, 4)).double().numpy()
-        source, shape = self.source, self.queries[0].latent
-        assert shape is not None
-        channels, rows, columns = (int(side) for side in shape.shape)
-        prompts = [query.prompt for query in self.queries]
-        drawn = generate(
-            model,
-            prompts,
-            source.seed,
-            (channels, rows, columns),
-            source.sampling_steps,
-            source.guidance,
-            source.eta,
-        )
-        pixels = np.stack([query.pixels for query in drawn])
-        similarity = np.full(len(drawn), np.nan)
+        pixels = self.draw(model)
+        similarity = np.full(len(pixels), np.nan)
         if self.encoder is not None:
             features = self.encoder.encode_images(pixels)
             assert self.features is not None
@@ -244,3 +235,19 @@ class Panel:
                 pixels[row],
             )
         return found
+
+    def draw(self, model: DiffusionModel) -> UInt8[NDArray[np.uint8], "q h w 3"]:
+        """What this model draws from the queries' noise, in their order."""
+        source, latent = self.source, self.queries[0].latent
+        assert latent is not None
+        channels, rows, columns = (int(side) for side in latent.shape)
+        drawn = generate(
+            model,
+            [query.prompt for query in self.queries],
+            source.seed,
+            (channels, rows, columns),
+            source.sampling_steps,
+            source.guidance,
+            source.eta,
+        )
+        return np.stack([query.pixels for query in drawn])

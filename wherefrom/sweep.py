@@ -6,6 +6,7 @@ alone, and weights may be deleted at any time.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,17 +154,14 @@ class Measurements:
                     pq.write_table(pa.concat_tables([*kept, rows]), temporary, compression="zstd")
 
 
-def write_strip(path: Path, measured: ByQuery) -> None:
+def write_strip(path: Path, drawn: Mapping[str, UInt8[NDArray[np.uint8], "h w 3"]]) -> None:
     """Writes what a model draws: the queries' pictures side by side, in the order of their ids.
 
     Raises:
         StorageError: The file could not be written.
     """
-    drawn = [measured[query].picture for query in sorted(measured)]
-    pictures = [picture for picture in drawn if picture is not None]
-    if len(pictures) == len(drawn):
-        with replacing(path) as temporary:
-            Image.fromarray(np.concatenate(pictures, axis=1)).save(temporary, "PNG")
+    with replacing(path) as temporary:
+        Image.fromarray(np.concatenate([drawn[query] for query in sorted(drawn)], axis=1)).save(temporary, "PNG")
 
 
 def read_strip(path: Path, queries: Sequence[str]) -> dict[str, UInt8[NDArray[np.uint8], "h w 3"]]:
@@ -235,10 +233,10 @@ class Sweep:
                 failed.append((retrain, result))
                 self.say(f"FAILED: {model}: {result}")
                 continue
+            drawn = {query: each.picture for query, each in result.measured.items() if each.picture is not None}
+            write_strip(self._strip(names[retrain]), drawn)
             self.table.add(names[retrain], retrain, self.panel.name, result)
             found[retrain] = result.measured
-            if self.pictures is not None:
-                write_strip(self.pictures / f"{names[retrain]}.png", result.measured)
             left = (time.monotonic() - started) / done * (len(waiting) - done)
             self.say(f"model {done} of {len(waiting)} ({model}): {duration(result.seconds)}; {duration(left)} to go")
         if failed:
@@ -248,7 +246,27 @@ class Sweep:
                 f"and the same command goes on from there. The first that failed, with seed {retrain.seed} and "
                 f"{len(retrain.exclude)} pictures left out ({names[retrain]}): {error}"
             ) from error
+        if self.pictures is not None:
+            self._bring(names, self.pictures)
         return found
+
+    def _strip(self, name: str) -> Path:
+        """What a model draws for this panel, in the store: a run that does not measure it finds it there."""
+        return self.retrains.store.root / "drawn" / self.panel.name / f"{name}.png"
+
+    def _bring(self, names: Mapping[Retrain, str], folder: Path) -> None:
+        """Puts what each model draws into a run's folder, as far as it was kept or the weights are still there."""
+        lost = [each for each, name in names.items() if not self._strip(name).exists() and self.retrains.has(each)]
+        if lost:
+            self.say(f"drawing again by models that were measured before: {len(lost)}")
+        for retrain in lost:
+            drawn = self.panel.draw(self.retrains.model(retrain).to(self.work.device or best_device()))
+            ids = [query.id for query in self.panel.queries]
+            write_strip(self._strip(names[retrain]), dict(zip(ids, drawn, strict=True)))
+        for name in names.values():
+            if self._strip(name).exists():
+                with replacing(folder / f"{name}.png") as temporary:
+                    shutil.copyfile(self._strip(name), temporary)
 
     def _plan(self, count: int, waiting: int, known: Mapping[str, Finished]) -> str:
         plan = f"{count} models, {count - waiting} of them measured before; {waiting} to train"
