@@ -56,9 +56,6 @@ __all__ = ["attributors", "main"]
 
 TRIALS = ("counterfactual", "lds")
 BUDGETED = ("attribute", "compare", "curate", "customized", *TRIALS)
-SETTINGS = (
-    "values that replace those of the files in all methods that have them, or in one: {draws: 5, influence/draws: 9}"
-)
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,7 @@ def parser() -> ArgumentParser:
         "--cut", type=int | None, help="rank only the first so many; all scores go to parquet parts beside the ranking"
     )
     compare_parser = run_parser(compare.__doc__)
-    compare_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
-    compare_parser.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
+    add_methods(compare_parser)
     counterfactual_parser = trial_parser(judge.__doc__)
     counterfactual_parser.add_class_arguments(Protocol, "protocol")
     lds_parser = trial_parser(linear_datamodeling_scores.__doc__)
@@ -108,8 +104,7 @@ def parser() -> ArgumentParser:
     )
     retrieval_parser.add_argument("--ceiling", type=str | None, help="the teacher's, other noise or another model seed")
     retrieval_parser.add_argument("--rankings", type=str, nargs="+", default=[], help="name=folder of what is measured")
-    retrieval_parser.add_argument("--methods", type=list[Path_fr], default=[], help="attributor files to run first")
-    retrieval_parser.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
+    add_methods(retrieval_parser, required=False)
     retrieval_parser.add_argument(
         "--k", type=list[float], default=list(retrieval.DEPTHS), help="numbers, or below 1 shares of the training set"
     )
@@ -119,8 +114,7 @@ def parser() -> ArgumentParser:
     customized_parser.add_argument(
         "--styles", type=list[str], default=[], help="test cases whose models learned styles"
     )
-    customized_parser.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
-    customized_parser.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
+    add_methods(customized_parser)
     customized_parser.add_argument(
         "--words", type=list[customized_benchmark.Words], default=["with"], help="V* in the prompts: with, without"
     )
@@ -166,6 +160,24 @@ def run_parser(description: str | None, with_model: bool = True, required: bool 
     return made
 
 
+def add_methods(made: ArgumentParser, required: bool = True) -> None:
+    """What names a command's methods."""
+    named = {"required": True} if required else {"default": []}
+    made.add_argument("--methods", type=list[Path_fr], help="attributor files", **named)
+    made.add_argument(
+        "--settings",
+        type=dict[str, Any],
+        default={},
+        help="replace the files' values in all methods that have them, or in one: {draws: 5, trak/draws: 9}",
+    )
+    made.add_argument(
+        "--variants",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help="further methods, each one of the files with settings of its own: {many_draws: {trak/draws: 90}}",
+    )
+
+
 def trial_parser(description: str | None) -> ArgumentParser:
     """What all judgements by retraining are told."""
     made = run_parser(description, with_model=False)
@@ -176,8 +188,7 @@ def trial_parser(description: str | None) -> ArgumentParser:
         "--also", type=list[str], default=[], help="prompts of further pictures that every model is measured on"
     )
     made.add_class_arguments(Workers, "workers")
-    made.add_argument("--methods", type=list[Path_fr], required=True, help="attributor files")
-    made.add_argument("--settings", type=dict[str, Any], default={}, help=SETTINGS)
+    add_methods(made)
     made.add_argument("--recipe", type=Path_fr, required=True, help="an experiment file of train.py fit")
     made.add_subclass_arguments(ImageEncoder, "similarity", required=False)
     made.add_argument("--measurements", type=str, help="the table that a sweep resumes from")

@@ -125,3 +125,35 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         load_methods(files, {"random/draws": 3}, strict=True)
     with pytest.raises(ValueError, match=r"settings: no method has 'grid.timestep'; the methods are random, influence"):
         load_methods(files, {"grid.timestep": 3}, strict=True)
+
+
+def test_a_variant_is_one_of_the_methods_with_settings_of_its_own() -> None:
+    files = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("trak", "abu_plus", "abu_plus_by_size")]
+    settings = {"grid.timesteps": 3, "trak/relative_lambda": 2.0}
+    variants = {
+        "softer": {"trak/relative_lambda": 4.0, "trak/draws": 9},
+        "larger": {"abu_plus_by_size/unlearning.rise": 3.0},
+    }
+    made = load_methods(files, settings, variants, strict=True)
+    assert list(made) == ["trak", "abu_plus", "abu_plus_by_size", "softer", "larger"]
+    trak, softer, larger, alone = made["trak"], made["softer"], made["larger"], made["abu_plus"]
+    assert isinstance(trak, TRAK)
+    assert isinstance(softer, TRAK)
+    assert (trak.relative_lambda, softer.relative_lambda) == (2.0, 4.0)
+    assert softer.draws == 9 != trak.draws
+    assert softer.grid.timesteps == trak.grid.timesteps == 3, "the settings of all hold for variants"
+    assert isinstance(larger, BySize)
+    assert isinstance(larger.method, AttributionByUnlearning)
+    assert isinstance(alone, AttributionByUnlearning)
+    assert (alone.unlearning.rise, larger.method.unlearning.rise) == (0.2, 3.0)
+    for name, changes in (
+        ("trak", {"trak/draws": 9}),
+        ("nobody", {"draws": 9}),
+        ("nobody", {"random/draws": 9}),
+        ("nobody", {}),
+        ("both", {"trak/draws": 9, "abu_plus/fisher.visits": 1}),
+    ):
+        with pytest.raises(ValueError, match=rf"variants: '{name}' needs a name of its own and settings of one of"):
+            load_methods(files, {}, {name: changes})
+    with pytest.raises(ValueError, match="variants: 'softer' has no 'trak/lambda'"):
+        load_methods(files, {}, {"softer": {"trak/lambda": 9}}, strict=True)

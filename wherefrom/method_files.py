@@ -18,11 +18,15 @@ def methods_of(config: Any) -> dict[str, Attributor]:
     Raises:
         ValueError: As for `load_methods`, with every setting required to be some method's.
     """
-    return load_methods([Path(str(file.absolute)) for file in config.methods], config.settings, strict=True)
+    files = [Path(str(file.absolute)) for file in config.methods]
+    return load_methods(files, config.settings, config.variants, strict=True)
 
 
 def load_methods(
-    files: Sequence[Path], settings: Mapping[str, Any] | None = None, strict: bool = False
+    files: Sequence[Path],
+    settings: Mapping[str, Any] | None = None,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    strict: bool = False,
 ) -> dict[str, Attributor]:
     """The attributors of these files, by the files' names.
 
@@ -30,10 +34,12 @@ def load_methods(
         files: Attributor files.
         settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them, also
             in those that a method asks; `influence/draws` is for the method of influence.yaml alone, and wins.
+        variants: Name of a further method -> settings of one of the files' methods, as `influence/draws`, which win
+            over `settings`.
         strict: Refuse a setting that no method has.
 
     Raises:
-        ValueError: Two files have the same name, or no method has a setting.
+        ValueError: Two methods have the same name, no method has a setting, or a variant is not of one of the methods.
     """
     from jsonargparse import ArgumentParser  # comes with the command line; the library does without it
 
@@ -42,19 +48,38 @@ def load_methods(
     methods: dict[str, Attributor] = {}
     settings = settings or {}
     unused = set(settings)
+
+    def load(file: Path, changes: Mapping[str, Any]) -> Attributor:
+        config = made.parse_args(["--attributor", str(file)])
+        own = f"{file.stem}/"
+        # The method's own come last and replace the general ones, and a variant's those.
+        meant = [(name, name, value) for name, value in settings.items() if "/" not in name]
+        meant += [(name, name.removeprefix(own), settings[name]) for name in settings if name.startswith(own)]
+        meant += [(name, name.removeprefix(own), value) for name, value in changes.items()]
+        for init_args in _arguments(config.attributor):
+            for name, key, value in meant:
+                if init_args.get(key) is not None:
+                    init_args[key] = value
+                    unused.discard(name)
+        found: Attributor = made.instantiate(config).attributor
+        return found
+
     for file in files:
         if file.stem in methods:
             raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
-        config = made.parse_args(["--attributor", str(file)])
-        # The method's own come last and replace the general ones.
-        meant = [(name, name) for name in settings if "/" not in name]
-        meant += [(name, name.removeprefix(f"{file.stem}/")) for name in settings if name.startswith(f"{file.stem}/")]
-        for init_args in _arguments(config.attributor):
-            for name, key in meant:
-                if init_args.get(key) is not None:
-                    init_args[key] = settings[name]
-                    unused.discard(name)
-        methods[file.stem] = made.instantiate(config).attributor
+        methods[file.stem] = load(file, {})
+    by_name = {file.stem: file for file in files}
+    for variant, changes in (variants or {}).items():
+        of = {name.partition("/")[0] for name in changes}
+        if variant in methods or len(of) != 1 or not of <= set(by_name):
+            raise ValueError(
+                f"variants: {variant!r} needs a name of its own and settings of one of the methods "
+                f"({', '.join(by_name)}), such as {next(iter(by_name), 'METHOD')}/draws; given {dict(changes)}."
+            )
+        unused |= set(changes)
+        methods[variant] = load(by_name[of.pop()], changes)
+        if strict and unused & set(changes):
+            raise ValueError(f"variants: {variant!r} has no {min(unused & set(changes))!r}.")
     if strict and unused:
         raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
     return methods
