@@ -143,6 +143,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             if "settings" in content:
                 settings = content["settings"].items()
                 content["settings"] = {k: v for k, v in settings if "/" not in k or k.split("/")[0] in stems}
+            if "variants" in content:
+                own = [name for name, each in content["variants"].items() if min(each).split("/")[0] in stems]
+                content["variants"] = {own[0]: content["variants"][own[0]]}
         copy = root / "configs" / file.relative_to(ROOT / "configs")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(json.dumps(content))  # JSON is YAML
