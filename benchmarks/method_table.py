@@ -6,7 +6,8 @@
 The queries are those of `benchmarks.known_answers`. Methods are files of `configs/attributor`, at the few timesteps and
 draws that are given here. A method's ranks go into `results/emoji/method_table.json` when it is done, and are not
 computed again for the same model and settings; an interrupted method goes on where it stopped. With `--candidates`, and
-in the ablation, only a fixed random part of the training pictures is scored, besides those that must be found.
+in the ablation, only a fixed random part of the training pictures is scored, besides those that must be found, and an
+interrupted method starts anew.
 """
 
 from __future__ import annotations
