@@ -151,9 +151,12 @@ def test_a_variant_is_one_of_the_methods_with_settings_of_its_own() -> None:
         ("nobody", {"draws": 9}),
         ("nobody", {"random/draws": 9}),
         ("nobody", {}),
+        ("../up", {"trak/draws": 9}),
         ("both", {"trak/draws": 9, "abu_plus/fisher.visits": 1}),
     ):
-        with pytest.raises(ValueError, match=rf"variants: '{name}' needs a name of its own and settings of one of"):
+        with pytest.raises(
+            ValueError, match=rf"variants: '{name}' needs a name of its own, without slashes, and settings"
+        ):
             load_methods(files, {}, {name: changes})
     with pytest.raises(ValueError, match="variants: 'softer' has no 'trak/lambda'"):
         load_methods(files, {}, {"softer": {"trak/lambda": 9}}, strict=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def methods_of(config: Any) -> dict[str, Attributor]:
-    """The methods that a command's `methods` and `settings` name.
+    """The methods that a command's `methods`, `settings` and `variants` name.
 
     Raises:
         ValueError: As for `load_methods`, with every setting required to be some method's.
@@ -71,9 +71,10 @@ def load_methods(
     by_name = {file.stem: file for file in files}
     for variant, changes in (variants or {}).items():
         of = {name.partition("/")[0] for name in changes}
-        if variant in methods or len(of) != 1 or not of <= set(by_name):
+        named = variant not in methods and Path(variant).name == variant  # it becomes a folder's
+        if not named or len(of) != 1 or not of <= set(by_name):
             raise ValueError(
-                f"variants: {variant!r} needs a name of its own and settings of one of the methods "
+                f"variants: {variant!r} needs a name of its own, without slashes, and settings of one of the methods "
                 f"({', '.join(by_name)}), such as {next(iter(by_name), 'METHOD')}/draws; given {dict(changes)}."
             )
         unused |= set(changes)
