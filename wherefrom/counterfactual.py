@@ -261,14 +261,8 @@ def as_table(rows: Sequence[Row], costs: Mapping[str, Cost] = NO_COSTS) -> str:
     for row in rows:
         cells = [row.method, str(row.k), f"{row.removed:.0f}", str(len(row.loss.queries))]
         difference = row.loss.difference
-        for values in (row.loss.own, row.loss.others, difference, row.mse.own, row.similarity.own):
-            mean, error = estimate(values)
-            # One pool of all queries has the same others for each of them: no spread, but for rounding.
-            spread = f" ± {error:.2g}" if not error <= 1e-9 * abs(mean) else ""
-            cells.append(f"{mean:.3g}{spread}" if np.isfinite(mean) else "–")
-            if values is difference:
-                known = values[np.isfinite(values)]
-                cells.append(f"{np.median(known):.3g}" if len(known) else "–")
+        cells += [_mean(row.loss.own), _mean(row.loss.others), _mean(difference), _median(difference)]
+        cells += [_mean(row.mse.own), _mean(row.similarity.own)]
         if with_ladder:
             cells.append("–" if row.equivalent is None else "{:,.0f} ({:,.0f} to {:,.0f})".format(*row.equivalent))
         if costs:
@@ -276,6 +270,18 @@ def as_table(rows: Sequence[Row], costs: Mapping[str, Cost] = NO_COSTS) -> str:
             cells += ["–", "–"] if cost is None else [f"{cost.seconds:.3g}", f"{cost.stored / 2**20:.3g}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _mean(values: Float[NDArray[np.float64], "q"]) -> str:
+    mean, error = estimate(values)
+    # One pool of all queries has the same others for each of them: no spread, but for rounding.
+    spread = f" ± {error:.2g}" if not error <= 1e-9 * abs(mean) else ""
+    return f"{mean:.3g}{spread}" if np.isfinite(mean) else "–"
+
+
+def _median(values: Float[NDArray[np.float64], "q"]) -> str:
+    known = values[np.isfinite(values)]
+    return f"{np.median(known):.3g}" if len(known) else "–"
 
 
 def _as_json(row: Row) -> dict[str, Any]:

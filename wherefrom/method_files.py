@@ -46,28 +46,26 @@ def load_methods(
     made = ArgumentParser(parser_mode="omegaconf")
     made.add_subclass_arguments(Attributor, "attributor", required=True)
     methods: dict[str, Attributor] = {}
-    settings = settings or {}
-    unused = set(settings)
+    settings, used = settings or {}, set[str]()
 
-    def load(file: Path, changes: Mapping[str, Any]) -> Attributor:
-        config = made.parse_args(["--attributor", str(file)])
-        own = f"{file.stem}/"
-        # The method's own come last and replace the general ones, and a variant's those.
-        meant = [(name, name, value) for name, value in settings.items() if "/" not in name]
-        meant += [(name, name.removeprefix(own), settings[name]) for name in settings if name.startswith(own)]
-        meant += [(name, name.removeprefix(own), value) for name, value in changes.items()]
+    def load(file: Path, given: Mapping[str, Any]) -> tuple[Attributor, set[str]]:
+        """A file's method, and the names of the settings that it has."""
+        config, had = made.parse_args(["--attributor", str(file)]), set()
+        # The method's own come last and replace the general ones.
+        meant = [(name, name) for name in given if "/" not in name]
+        meant += [(name, name.removeprefix(f"{file.stem}/")) for name in given if name.startswith(f"{file.stem}/")]
         for init_args in _arguments(config.attributor):
-            for name, key, value in meant:
+            for name, key in meant:
                 if init_args.get(key) is not None:
-                    init_args[key] = value
-                    unused.discard(name)
-        found: Attributor = made.instantiate(config).attributor
-        return found
+                    init_args[key] = given[name]
+                    had.add(name)
+        return made.instantiate(config).attributor, had
 
     for file in files:
         if file.stem in methods:
             raise ValueError(f"Two attributor files are called {file.stem!r}: rename one, runs are told apart by name.")
-        methods[file.stem] = load(file, {})
+        methods[file.stem], had = load(file, settings)
+        used |= had
     by_name = {file.stem: file for file in files}
     for variant, changes in (variants or {}).items():
         of = {name.partition("/")[0] for name in changes}
@@ -77,12 +75,14 @@ def load_methods(
                 f"variants: {variant!r} needs a name of its own, without slashes, and settings of one of the methods "
                 f"({', '.join(by_name)}), such as {next(iter(by_name), 'METHOD')}/draws; given {dict(changes)}."
             )
-        unused |= set(changes)
-        methods[variant] = load(by_name[of.pop()], changes)
-        if strict and unused & set(changes):
-            raise ValueError(f"variants: {variant!r} has no {min(unused & set(changes))!r}.")
-    if strict and unused:
-        raise ValueError(f"settings: no method has {sorted(unused)[0]!r}; the methods are {', '.join(methods)}.")
+        methods[variant], had = load(by_name[of.pop()], {**settings, **changes})
+        if strict and changes.keys() - had:
+            raise ValueError(f"variants: {variant!r} has no {min(changes.keys() - had)!r}.")
+        used |= had
+    if strict and settings.keys() - used:
+        raise ValueError(
+            f"settings: no method has {min(settings.keys() - used)!r}; the methods are {', '.join(methods)}."
+        )
     return methods
 
 
