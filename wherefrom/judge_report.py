@@ -45,6 +45,8 @@ _STYLE = (
     STYLE
     + "table.judge td, table.judge th { padding: 0.2em 0.6em; text-align: right; } img.curves { max-width: 100%; }"
     + "table.judge:not(.replaced) td { white-space: nowrap; }"
+    # A narrow column must not shrink its pictures, nor prompts be broken word by word.
+    + "table.judge td img { max-width: none; } table.judge th:first-child { min-width: 10em; }"
 )
 
 
@@ -256,5 +258,5 @@ def _pictures(folder: Path, result: dict[str, Any]) -> list[Markup]:
     head = tag("tr", tag("th", ""), *(tag("th", title) for title in titles))
     return [
         tag("h2", f"Pictures before, and without the {largest} that each method named"),
-        tag("table", head, *lines, class_="judge"),
+        tag("div", tag("table", head, *lines, class_="judge"), class_="scroll"),
     ]
