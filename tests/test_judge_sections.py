@@ -12,9 +12,10 @@ from PIL import Image
 
 import evaluate
 from tests.test_judge_report import HOSTILE, effect, judged, row
+from wherefrom.changes import number
 from wherefrom.counterfactual import RESULT
 from wherefrom.judge_report import CURVES, write_judge_report
-from wherefrom.judge_sections import number, paired
+from wherefrom.judge_sections import paired
 from wherefrom.reattribution import shown_file
 
 IDS = ["old/1", "old/2", HOSTILE]
@@ -122,3 +123,4 @@ def test_a_picture_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_numbers_without_error_or_mean() -> None:
     assert [number([0.5, 0.01]), number([0.5, None]), number([None, None])] == ["0.5 ± 0.01", "0.5", "–"]
+    assert number([0.5, 2e-19]) == "0.5"

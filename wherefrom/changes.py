@@ -55,6 +55,15 @@ def or_none(values: Sequence[float] | Float[NDArray[np.float64], "q"]) -> list[f
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
+def number(estimate: Sequence[float | None]) -> str:
+    """Mean ± standard error, as far as there are any, for a table."""
+    mean, error = estimate
+    if mean is None:
+        return "–"
+    # What is the same for all queries, as the others of one pool that has them all, has no spread but for rounding.
+    return f"{mean:.3g}" if error is None or error <= 1e-9 * abs(mean) else f"{mean:.3g} ± {error:.2g}"
+
+
 def or_nan(values: Sequence[float | None]) -> Float[NDArray[np.float64], "q"]:
     """Numbers from JSON."""
     return np.array(values, dtype=np.float64)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from wherefrom.attributors.base import Scores
-from wherefrom.changes import KINDS, Measured, by_method, changes, effects, or_none
+from wherefrom.changes import KINDS, Measured, by_method, changes, effects, number, or_none
 from wherefrom.comparison import Cost
 from wherefrom.evaluation.metrics import estimate
 from wherefrom.evaluation.removal import (
@@ -273,10 +273,7 @@ def as_table(rows: Sequence[Row], costs: Mapping[str, Cost] = NO_COSTS) -> str:
 
 
 def _mean(values: Float[NDArray[np.float64], "q"]) -> str:
-    mean, error = estimate(values)
-    # One pool of all queries has the same others for each of them: no spread, but for rounding.
-    spread = f" ± {error:.2g}" if not error <= 1e-9 * abs(mean) else ""
-    return f"{mean:.3g}{spread}" if np.isfinite(mean) else "–"
+    return number(or_none(estimate(values)))
 
 
 def _median(values: Float[NDArray[np.float64], "q"]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from wherefrom.changes import or_nan
+from wherefrom.changes import number, or_nan, or_none
 from wherefrom.evaluation.metrics import estimate
 from wherefrom.markup import Markup, tag
 from wherefrom.reattribution import shown_file
@@ -55,14 +55,6 @@ def table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> Markup:
     """A table of the judge's."""
     head = tag("tr", *(tag("th", title) for title in titles))
     return tag("table", head, *(tag("tr", *(tag("td", cell) for cell in line)) for line in lines), class_="judge")
-
-
-def number(estimate: Sequence[float | None]) -> str:
-    """Mean ± standard error, as far as there are any."""
-    mean, error = estimate
-    if mean is None:
-        return "–"
-    return f"{mean:.3g}" if error is None else f"{mean:.3g} ± {error:.2g}"
 
 
 def paired(rows: Sequence[Stored], k: int) -> dict[tuple[str, str], tuple[float, float]]:
@@ -118,7 +110,7 @@ def _pairs(rows: Sequence[Stored]) -> list[Markup]:
 def _difference(mean: float, error: float) -> Markup | str:
     if not np.isfinite(mean):
         return "–"
-    text = number([mean, error if np.isfinite(error) else None])
+    text = number(or_none([mean, error]))
     return tag("b", text) if abs(mean) > 2 * error else text
 
 
