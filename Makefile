@@ -31,7 +31,7 @@ demo: setup ## generate, unlearn, rank and show three pictures (minutes)
 	$(RUN) evaluate.py attribute -c configs/experiment/demo.yaml
 
 demo-table: setup ## the README's table, rebuilt from nothing (up to an hour, resumable)
-	$(RUN) -m benchmarks.method_table --methods abu caption pixel random \
+	$(RUN) -m experiments.method_table --methods abu caption pixel random \
 		--output runs/demo_table --results runs/demo_table/table.json
 
 train: setup ## train the emoji world's autoencoder and diffusion model (hours)

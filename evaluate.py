@@ -27,30 +27,32 @@ from jsonargparse.typing import Path_fr
 from lightning import LightningDataModule
 
 import datamodules  # noqa: F401  so that YAML may use short class names
-from lightning_modules import budget
-from lightning_modules.runs import Devices, prepare, prepare_trial, shapes
-from wherefrom import attributors, counterfactual, customized_benchmark, customized_tasks, lds
-from wherefrom.attribution import attribute
+from lightning_modules.launch import budget
+from lightning_modules.launch.runs import Devices, prepare, prepare_trial, shapes
+from wherefrom import attributors
 from wherefrom.attributors import Attributor, Scores
-from wherefrom.budget import as_table
-from wherefrom.command import mistakes_in_one_line
-from wherefrom.comparison import compare
-from wherefrom.counterfactual import judge
-from wherefrom.curation import Captions, curate
-from wherefrom.data.pictures import Pictures
-from wherefrom.evaluation import retrieval
-from wherefrom.evaluation.calibration import CalibrationSettings, calibrate_ranker
-from wherefrom.features import ImageEncoder, TextEncoder
-from wherefrom.judge_report import write_judge_report
-from wherefrom.lds import Halves, linear_datamodeling_scores
-from wherefrom.method_files import methods_of
-from wherefrom.progress import announce, peak_memory, room
-from wherefrom.protocol import Protocol
-from wherefrom.queries import QuerySource
-from wherefrom.query_page import ReportOptions
-from wherefrom.storage import Store
-from wherefrom.tracking import Tracking, track
-from wherefrom.workers import Workers
+from wherefrom.commands import customization_benchmark, customization_tasks, evaluate_retrieval
+from wherefrom.commands.attribute import attribute
+from wherefrom.commands.budget import as_table
+from wherefrom.commands.compare import compare
+from wherefrom.commands.curate import Captions, curate
+from wherefrom.commands.estimate import announce
+from wherefrom.commands.method_files import methods_of
+from wherefrom.commands.tracking import Tracking, track
+from wherefrom.counterfactual import datamodeling_experiment, evaluate
+from wherefrom.counterfactual.datamodeling_experiment import Halves, linear_datamodeling_scores
+from wherefrom.counterfactual.evaluate import judge
+from wherefrom.counterfactual.protocol import Protocol
+from wherefrom.counterfactual.report import write_judge_report
+from wherefrom.data.image_set import Pictures
+from wherefrom.distillation.calibration import CalibrationSettings, calibrate_ranker
+from wherefrom.features.base import ImageEncoder, TextEncoder
+from wherefrom.queries.sources import QuerySource
+from wherefrom.reports.query_section import ReportOptions
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.cli_errors import mistakes_in_one_line
+from wherefrom.runtime.console import peak_memory, room
+from wherefrom.runtime.executors import Workers
 
 __all__ = ["attributors", "main"]
 
@@ -98,7 +100,7 @@ def parser() -> ArgumentParser:
     curate_parser.add_argument("--subsample", type=int | None, help="score only so many of these")
     curate_parser.add_argument("--block_size", type=int, default=16, help="queries that a worker is given at a time")
     curate_parser.add_class_arguments(Workers, "workers")
-    retrieval_parser = run_parser(retrieval.retrieval.__doc__, required=False)
+    retrieval_parser = run_parser(evaluate_retrieval.retrieval.__doc__, required=False)
     retrieval_parser.add_argument(
         "--teacher", type=str, required=True, help="run folder or teacher set, whole rankings"
     )
@@ -106,9 +108,12 @@ def parser() -> ArgumentParser:
     retrieval_parser.add_argument("--rankings", type=str, nargs="+", default=[], help="name=folder of what is measured")
     add_methods(retrieval_parser, required=False)
     retrieval_parser.add_argument(
-        "--k", type=list[float], default=list(retrieval.DEPTHS), help="numbers, or below 1 shares of the training set"
+        "--k",
+        type=list[float],
+        default=list(evaluate_retrieval.DEPTHS),
+        help="numbers, or below 1 shares of the training set",
     )
-    customized_parser = run_parser(customized_benchmark.benchmark.__doc__)
+    customized_parser = run_parser(customization_benchmark.benchmark.__doc__)
     customized_parser.add_argument("--tasks", type=list[str], required=True, help="AbU's task list, or AbC's files")
     customized_parser.add_argument("--root", type=str, required=True, help="what the tasks' paths are relative to")
     customized_parser.add_argument(
@@ -116,7 +121,7 @@ def parser() -> ArgumentParser:
     )
     add_methods(customized_parser)
     customized_parser.add_argument(
-        "--words", type=list[customized_benchmark.Words], default=["with"], help="V* in the prompts: with, without"
+        "--words", type=list[customization_benchmark.Words], default=["with"], help="V* in the prompts: with, without"
     )
     customized_parser.add_argument("--k", type=int, default=10, help="of Recall@k")
     customized_parser.add_argument("--limit", type=int | None, help="only the first so many models of each test case")
@@ -236,7 +241,7 @@ def run_retrieval(config: Any) -> Done:
     """`evaluate.py retrieval`."""
     output = Path(config.output)
     methods = methods_of(config)
-    folders = retrieval.named_folders([*config.rankings, *(f"{name}={output / name}" for name in methods)])
+    folders = evaluate_retrieval.named_folders([*config.rankings, *(f"{name}={output / name}" for name in methods)])
     if methods:
         if config.model is None or config.data is None:
             raise ValueError("methods: attributors need --model and --data; rankings that are kept need neither.")
@@ -247,7 +252,11 @@ def run_retrieval(config: Any) -> Done:
         if not run.runner.is_main:
             return Done(is_main=False)
     ceiling = None if config.ceiling is None else Path(config.ceiling)
-    print(retrieval.as_table(retrieval.retrieval(output, Path(config.teacher), folders, ceiling, config.k)))
+    print(
+        evaluate_retrieval.as_table(
+            evaluate_retrieval.retrieval(output, Path(config.teacher), folders, ceiling, config.k)
+        )
+    )
     return Done()
 
 
@@ -256,7 +265,7 @@ def run_counterfactual(config: Any) -> Done:
     protocol: Protocol = config.protocol
     trial = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
     rows = judge(Path(config.output), trial.rankings, trial.sweep, protocol, trial.again, trial.costs)
-    print(counterfactual.as_table(rows, trial.costs))
+    print(evaluate.as_table(rows, trial.costs))
     write_judge_report(Path(config.output))
     return Done()
 
@@ -277,7 +286,11 @@ def run_lds(config: Any) -> Done:
     """`evaluate.py lds`."""
     halves: Halves = config.halves
     trial = prepare_trial(config, halves.seed, config.timesteps)
-    print(lds.as_table(linear_datamodeling_scores(Path(config.output), trial.rankings, trial.sweep, halves)))
+    print(
+        datamodeling_experiment.as_table(
+            linear_datamodeling_scores(Path(config.output), trial.rankings, trial.sweep, halves)
+        )
+    )
     return Done()
 
 
@@ -288,11 +301,11 @@ def run_customized(config: Any) -> Done:
             "evaluate.py customized takes its queries from the tasks: leave queries.prompts and pictures out."
         )
     methods = methods_of(config)
-    tasks = customized_tasks.read_all([Path(file) for file in config.tasks], Path(config.root), config.limit)
+    tasks = customization_tasks.read_all([Path(file) for file in config.tasks], Path(config.root), config.limit)
     run = prepare(config, methods.values(), with_queries=False)
     for method in methods.values():
         method.progress = run.console.progress
-    lines = customized_benchmark.benchmark(
+    lines = customization_benchmark.benchmark(
         Path(config.output),
         tasks,
         config.styles,
@@ -308,7 +321,7 @@ def run_customized(config: Any) -> Done:
         run.console.say,
     )
     if run.runner.is_main:
-        print(customized_benchmark.as_table(lines, config.k))
+        print(customization_benchmark.as_table(lines, config.k))
     return Done(run.store, is_main=run.runner.is_main)
 
 

@@ -28,20 +28,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.method_table import load, settings
-from benchmarks.recognisability import choose_prompts
 from datamodules import Emoji
-from lightning_modules.runs import training_data
+from experiments.method_table import load, settings
+from experiments.recognisability import choose_prompts
+from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import Attributor, Query, TrainingData
-from wherefrom.comparison import watched_memory
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.keyed import hash_text
-from wherefrom.pipeline import load_model
-from wherefrom.progress import Console, duration, peak_memory
-from wherefrom.queries import generate
-from wherefrom.runner import Runner
-from wherefrom.storage import Store, write_json
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.pipeline import load_model
+from wherefrom.queries.sources import generate
+from wherefrom.runtime.artifacts import Store, write_json
+from wherefrom.runtime.console import Console, duration, peak_memory
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.keyed_random import hash_text
+from wherefrom.runtime.measured_cost import watched_memory
 
 METHODS = Path("configs/attributor")
 ONCE = {"curvature": "curvature", "losses": "losses before unlearning", "features": "features and all else"}

@@ -43,12 +43,12 @@ from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 from wherefrom.curvature.kronecker import plan_layers
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.pipeline import load_model
-from wherefrom.progress import peak_memory
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
-from wherefrom.weights import select_weights
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import select_weights
+from wherefrom.models.pipeline import load_model
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import peak_memory
+from wherefrom.runtime.distributed import Runner
 
 CASES = {"kv": "cross-attention K/V", "all": "all linear and convolution layers"}
 SIDES = ("ours", "kronfluence")

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wherefrom.evaluation.metrics import MeanAveragePrecision
-from wherefrom.pair_blocks import BlockSampler, TeacherPairs
-from wherefrom.ranker import Ranker
-from wherefrom.ranking_losses import BinaryCrossEntropy
-from wherefrom.storage import write_json
-from wherefrom.teacher import Features, TeacherSet
+from wherefrom.distillation.losses import BinaryCrossEntropy
+from wherefrom.distillation.pair_blocks import BlockSampler, TeacherPairs
+from wherefrom.distillation.ranker import Ranker
+from wherefrom.distillation.teacher_set import Features, TeacherSet
+from wherefrom.metrics.retrieval import MeanAveragePrecision
+from wherefrom.runtime.artifacts import write_json
 
 
 def planted(options: argparse.Namespace) -> TeacherSet:

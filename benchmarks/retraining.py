@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from lightning_modules.recipe import Recipe
-from wherefrom.progress import duration
-from wherefrom.retraining import Retrain
-from wherefrom.storage import write_json
+from lightning_modules.launch.recipe import Recipe
+from wherefrom.counterfactual.retraining import Retrain
+from wherefrom.runtime.artifacts import write_json
+from wherefrom.runtime.console import duration
 
 RESULT = Path("results/emoji/retraining.json")
 STEP = "run_training_batch"

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from wherefrom.evaluation.ranking import order_of
-from wherefrom.evaluation.score_table import PART_ROWS, ScoreTable
-from wherefrom.progress import peak_memory
-from wherefrom.storage import write_json
+from wherefrom.rankings.ranking_file import order_of
+from wherefrom.rankings.score_table import PART_ROWS, ScoreTable
+from wherefrom.runtime.artifacts import write_json
+from wherefrom.runtime.console import peak_memory
 
 RESULT = Path("results/score_table.json")
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from wherefrom import keyed
+from wherefrom.data.image_set import Pictures
 from wherefrom.data.latents import LatentSet
-from wherefrom.data.pictures import Pictures
-from wherefrom.losses import LossGrid, LossPass
-from wherefrom.pipeline import load_model
+from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.models.pipeline import load_model
+from wherefrom.runtime import keyed_random
 
 
 def random_set(count: int, shape: tuple[int, int, int], tokens: int, width: int) -> LatentSet:
@@ -80,7 +80,7 @@ def main() -> None:
 
     def noise() -> None:
         for _ in range(0, count, batch):
-            keyed.normal(keyed.combine(0, torch.arange(batch)), shape)
+            keyed_random.normal(keyed_random.combine(0, torch.arange(batch)), shape)
 
     def gather() -> None:
         for start in range(0, count, batch):

@@ -35,12 +35,12 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from wherefrom.arrays import write_array
-from wherefrom.extras import require_faiss
 from wherefrom.index import Embeddings, Index, build_index
-from wherefrom.progress import Console
-from wherefrom.runner import Runner
-from wherefrom.storage import Store, provenance, write_json
+from wherefrom.runtime.artifacts import Store, provenance, write_json
+from wherefrom.runtime.console import Console
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.mapped_arrays import write_array
+from wherefrom.runtime.optional_dependencies import require_faiss
 
 WIDTH, INTRINSIC, HIDDEN, NOISE = 768, 50, 256, 0.02
 CHUNK, K, RECALL = 65536, 100, 0.95

@@ -30,21 +30,21 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 import datamodules  # noqa: F401  so that YAML may use short class names
-from lightning_modules.runs import shapes, training_data
+from lightning_modules.launch.runs import shapes, training_data
 from wherefrom.attributors import AttributionByUnlearning, ImageSimilarity, InfluenceBank, Scores, TrainingData
-from wherefrom.bank import Compression
+from wherefrom.attributors.influence.gradient_bank import Compression
+from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.curvature import FisherSettings
-from wherefrom.evaluation.metrics import MeanAveragePrecision, top_of
-from wherefrom.evaluation.ranking import normalised_ranks
-from wherefrom.features import EfficientNetLite0Encoder
-from wherefrom.keyed import hash_text
-from wherefrom.losses import LossGrid
-from wherefrom.pipeline import load_model
-from wherefrom.progress import Console, duration
-from wherefrom.queries import generate
-from wherefrom.runner import Runner
-from wherefrom.storage import Store, write_json
-from wherefrom.unlearning import UnlearningSettings
+from wherefrom.features.base import EfficientNetLite0Encoder
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.metrics.retrieval import MeanAveragePrecision, top_of
+from wherefrom.models.pipeline import load_model
+from wherefrom.queries.sources import generate
+from wherefrom.rankings.ranking_file import normalised_ranks
+from wherefrom.runtime.artifacts import Store, write_json
+from wherefrom.runtime.console import Console, duration
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.keyed_random import hash_text
 
 QUERIES, TIMESTEPS = (1, 10, 100, 1000), 10
 RESULT = Path("results/emoji/teacher_costs.json")
@@ -107,7 +107,11 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=TIMESTEPS)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
-    parser.add_argument("--keep", default="factors", help="how the bank keeps rows; see wherefrom.bank.Compression")
+    parser.add_argument(
+        "--keep",
+        default="factors",
+        help="how the bank keeps rows; see wherefrom.attributors.influence.gradient_bank.Compression",
+    )
     parser.add_argument("--dimension", type=int, help="numbers of a row of the bank, but for factors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/teacher"))

@@ -38,17 +38,17 @@ from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
 from benchmarks.scoring import random_set
-from wherefrom import keyed
+from wherefrom.attributors.trak.projected_features import PictureFeatures, project_pictures
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.losses import LossDraws
-from wherefrom.pipeline import load_model
-from wherefrom.progress import peak_memory
-from wherefrom.projection import Projection
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
-from wherefrom.trak import PictureFeatures, project_pictures
-from wherefrom.weights import select_weights
+from wherefrom.gradients.loss_grid import LossDraws
+from wherefrom.gradients.projection import Projection
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import select_weights
+from wherefrom.models.pipeline import load_model
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import peak_memory
+from wherefrom.runtime.distributed import Runner
 
 SIDES = ("ours", "traker")
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -107,7 +107,7 @@ class Case:
         losses = self.draws.of(self.model, self.data, self.batch_size)
         caption, timestep, keys = losses.draws(picture, torch.zeros_like(picture))
         latents = self.data.latents[picture, 0]
-        noise = keyed.normal(keys, latents.shape[1:], self.model.dtype)
+        noise = keyed_random.normal(keys, latents.shape[1:], self.model.dtype)
         process = self.model.process
         noisy, target = process.noisy(latents, timestep, noise), process.target(latents, timestep, noise)
         return noisy, timestep, self.data.states[picture, caption], target

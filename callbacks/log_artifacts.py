@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from wherefrom.tracking import log_lineage
+from wherefrom.commands.tracking import log_lineage
 
 
 class LogArtifacts(Callback):

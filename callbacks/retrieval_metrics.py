@@ -10,8 +10,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.ranker import LearningToRank, Predictions
-from wherefrom.evaluation.metrics import MeanAveragePrecision, QueryMean, RecallAtK
-from wherefrom.evaluation.ranking import flatness_of
+from wherefrom.metrics.retrieval import MeanAveragePrecision, QueryMean, RecallAtK
+from wherefrom.rankings.ranking_file import flatness_of
 
 _FLAT = 0.7  # of cosines; a uniform distribution has 0.75, a normal one 0.64
 _NARROW = 0.05  # of predicted normalised ranks; those of a whole ranking have a deviation of 0.29

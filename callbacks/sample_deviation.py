@@ -8,10 +8,10 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.latent_diffusion import LatentDiffusion
-from wherefrom.features import ImageEncoder
-from wherefrom.pipeline import load_model
-from wherefrom.queries import QuerySource, generate
-from wherefrom.retraining import Panel
+from wherefrom.counterfactual.retraining import Panel
+from wherefrom.features.base import ImageEncoder
+from wherefrom.models.pipeline import load_model
+from wherefrom.queries.sources import QuerySource, generate
 
 
 class SampleDeviation(Callback):

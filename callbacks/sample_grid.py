@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_modules.latent_diffusion import LatentDiffusion
-from wherefrom.queries import generate
+from wherefrom.queries.sources import generate
 
 
 class SampleGrid(Callback):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datamodules.pictures import PicturesDataModule
 from wherefrom.data.copies import Copies, plant
 from wherefrom.data.emoji import EmojiOptions, build_emoji
-from wherefrom.data.pictures import Pictures
-from wherefrom.parts import LatentEncoder
+from wherefrom.data.image_set import Pictures
+from wherefrom.models.encoders import LatentEncoder
 
 
 class Emoji(PicturesDataModule):

@@ -10,20 +10,20 @@ from torch.utils.data import Dataset
 
 from datamodules.image_folder import ImageFolder
 from datamodules.pictures import VALIDATION_VISITS, KeyedLoader, PicturesDataModule
-from wherefrom import keyed
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
+from wherefrom.data.image_set import Pictures
 from wherefrom.data.latents import LatentSet, LatentVisits
-from wherefrom.data.pictures import Pictures
 from wherefrom.data.stream import CAPTION, KeyedBatches, Visit, VisitDataset
-from wherefrom.keyed import hash_texts
-from wherefrom.parts import LatentEncoder
+from wherefrom.models.encoders import LatentEncoder
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.keyed_random import hash_texts
 
 
 class ExemplarBatch(NamedTuple):
     """Exemplars with their captions as words: what these mean changes while the new one is learned."""
 
-    keys: Int64[Tensor, "b"]
-    times: Float[Tensor, "b"]
+    keys: Int64[Tensor, " b"]
+    times: Float[Tensor, " b"]
     latents: Float[Tensor, "b c h w"]
     captions: list[str]
 
@@ -46,7 +46,9 @@ class ExemplarVisits(Dataset[ExemplarBatch]):
     def __getitems__(self, visits: list[Visit]) -> ExemplarBatch:
         """The batch of these visits."""
         batch, captions, pictures = self.visits.__getitems__(visits), [], self.visits.data.pictures
-        for visit, luck in zip(visits, keyed.uniform(keyed.combine(CAPTION, batch.keys))[:, 0].tolist(), strict=True):
+        for visit, luck in zip(
+            visits, keyed_random.uniform(keyed_random.combine(CAPTION, batch.keys))[:, 0].tolist(), strict=True
+        ):
             several = pictures.captions[visit.position]
             captions.append(several[int(luck * len(several))])
         return ExemplarBatch(batch.keys, batch.times, batch.latents, captions)

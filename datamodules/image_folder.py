@@ -7,8 +7,8 @@ from pathlib import Path
 from datamodules.pictures import SAMPLE, Census, PicturesDataModule
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_pictures
 from wherefrom.data.image_metadata import read_rows
-from wherefrom.data.pictures import Pictures
-from wherefrom.parts import LatentEncoder
+from wherefrom.data.image_set import Pictures
+from wherefrom.models.encoders import LatentEncoder
 
 
 class ImageFolder(PicturesDataModule):

@@ -8,9 +8,9 @@ from pathlib import Path
 from datamodules.pictures import SAMPLE, Census, PicturesDataModule
 from wherefrom.data.decoding import Sample
 from wherefrom.data.image_folder import split_pictures
-from wherefrom.data.pictures import Pictures, read_ids
+from wherefrom.data.image_set import Pictures, read_ids
 from wherefrom.data.webdataset import ShardOptions, build_laion, decode_shard, plan_shards
-from wherefrom.parts import LatentEncoder
+from wherefrom.models.encoders import LatentEncoder
 
 
 class LAION(PicturesDataModule):

@@ -8,10 +8,10 @@ from pathlib import Path
 from datamodules.pictures import SAMPLE, Census, PicturesDataModule
 from wherefrom.data.cached_latents import read_cached_latents
 from wherefrom.data.image_folder import draw
+from wherefrom.data.image_set import Pictures, read_ids
 from wherefrom.data.latents import LatentSet
 from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions, select
-from wherefrom.data.pictures import Pictures, read_ids
-from wherefrom.parts import LatentEncoder
+from wherefrom.models.encoders import LatentEncoder
 
 CAPTIONS = "annotations/captions_{split}.json"
 

@@ -12,13 +12,13 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from wherefrom.data.image_set import Pictures, keep_indices, read_ids
 from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
-from wherefrom.data.pictures import Pictures, keep_indices, read_ids
 from wherefrom.data.stream import KeyedBatches, PixelVisits, VisitDataset
-from wherefrom.keyed import hash_texts
-from wherefrom.parts import LatentEncoder
-from wherefrom.progress import Console
-from wherefrom.storage import Store
+from wherefrom.models.encoders import LatentEncoder
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Console
+from wherefrom.runtime.keyed_random import hash_texts
 
 SAMPLE = 16  # pictures that are decoded to see how long that takes
 VALIDATION_VISITS = 8  # timesteps and noise draws per held-out picture

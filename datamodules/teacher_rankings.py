@@ -12,9 +12,9 @@ from jaxtyping import Float, Int32
 from lightning import LightningDataModule, Trainer
 from torch import Tensor
 
-from wherefrom import keyed
-from wherefrom.pair_blocks import BlockSampler, PairBlock, TeacherPairs
-from wherefrom.teacher import TeacherSet, read_teacher_set
+from wherefrom.distillation.pair_blocks import BlockSampler, PairBlock, TeacherPairs
+from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set
+from wherefrom.runtime import keyed_random
 
 _SPLIT, _FEWER = 611, 612
 _QUERIES = 16  # of a validation batch: each is compared with the whole training set
@@ -77,7 +77,7 @@ class QueryLoader:
 
 def keyed_order(queries: Sequence[str], salt: int, seed: int) -> list[int]:
     """Positions of the queries in an order that is a hash of (seed, id)."""
-    keys = keyed.uniform(keyed.combine(salt, seed, keyed.hash_texts(queries)))[:, 0]
+    keys = keyed_random.uniform(keyed_random.combine(salt, seed, keyed_random.hash_texts(queries)))[:, 0]
     return keys.argsort(stable=True).tolist()
 
 
@@ -85,7 +85,7 @@ class TeacherRankings(LightningDataModule):
     """A teacher set in the device's memory: blocks of labelled pairs to train on, and validation queries.
 
     Args:
-        folder: The teacher set (see `wherefrom.teacher`).
+        folder: The teacher set (see `wherefrom.distillation.teacher_set`).
         features: Names of the encoders whose features are put side by side.
         validation_folder: A teacher set of the same training pictures whose queries are for validation; without one,
             `validation_share` of the folder's own are.

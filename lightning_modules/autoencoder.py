@@ -14,11 +14,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_modules.schedule import stepped_per_batch
-from wherefrom import keyed
 from wherefrom.data.stream import NOISE, PixelBatch
+from wherefrom.runtime import keyed_random
 
 
-def roughness(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+def roughness(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Mean squared difference of neighbouring latents over twice their variance in the batch: 1 - their correlation."""
     variance = latents.var(dim=(0, 2, 3), keepdim=True)
     across = ((latents[..., 1:] - latents[..., :-1]) ** 2 / variance).mean(dim=(1, 2, 3))
@@ -108,13 +108,13 @@ class Autoencoder(LightningModule):
         )
         return loss.mean()
 
-    def noisy(self, posterior: DiagonalGaussianDistribution, keys: Int64[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
+    def noisy(self, posterior: DiagonalGaussianDistribution, keys: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """The latents that training decodes; their noise depends only on the visit's key."""
-        noise = keyed.normal(keys, posterior.mean.shape[1:], posterior.mean.dtype)
+        noise = keyed_random.normal(keys, posterior.mean.shape[1:], posterior.mean.dtype)
         if self.latent_noise is None:
             return posterior.mean + posterior.std * noise
         assert self.kept_scale is not None  # scaled latents have a spread of 1
-        share = keyed.uniform(keyed.combine(NOISE, keys))[:, :, None, None].to(noise.dtype)
+        share = keyed_random.uniform(keyed_random.combine(NOISE, keys))[:, :, None, None].to(noise.dtype)
         return posterior.mean + self.latent_noise / self.kept_scale * share * noise
 
     def validation_step(self, batch: PixelBatch) -> None:

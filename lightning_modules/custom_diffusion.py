@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from datamodules.exemplars import ExemplarBatch, Exemplars
 from lightning_modules.schedule import stepped_per_batch
-from wherefrom import keyed
-from wherefrom.customized import add_word, embedding_of, encoder_of, learned_word, save_customized
 from wherefrom.data.stream import NOISE, LatentBatch
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.pipeline import load_model
-from wherefrom.weights import select_weights
+from wherefrom.models.customization import add_word, embedding_of, encoder_of, learned_word, save_customized
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import select_weights
+from wherefrom.models.pipeline import load_model
+from wherefrom.runtime import keyed_random
 
 
 class CustomDiffusion(LightningModule):
@@ -125,7 +125,9 @@ class CustomDiffusion(LightningModule):
         """One loss per example; timestep and noise depend only on the visit's key."""
         process = self._model[0].process
         timesteps = (batch.times * process.steps).long()
-        noise = keyed.normal(keyed.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype)
+        noise = keyed_random.normal(
+            keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
+        )
         return self._model[0].losses(batch.latents, states, timesteps, noise)
 
     def model(self) -> DiffusionModel:

@@ -19,13 +19,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_modules.schedule import stepped_per_batch
-from wherefrom import keyed
 from wherefrom.data.stream import NOISE, LatentBatch
-from wherefrom.diffusion import TRAINING_VERSION, DiffusionModel
-from wherefrom.parts import LatentEncoder
-from wherefrom.pipeline import save_pipeline
-from wherefrom.processes import process_of
-from wherefrom.storage import write_json
+from wherefrom.models.diffusion import TRAINING_VERSION, DiffusionModel
+from wherefrom.models.encoders import LatentEncoder
+from wherefrom.models.noise_schedule import process_of
+from wherefrom.models.pipeline import save_pipeline
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import write_json
 
 
 class LatentDiffusion(LightningModule):
@@ -85,21 +85,23 @@ class LatentDiffusion(LightningModule):
         if compile:
             self.unet.compile()
 
-    def timesteps(self, batch: LatentBatch) -> Int64[Tensor, "b"]:
+    def timesteps(self, batch: LatentBatch) -> Int64[Tensor, " b"]:
         """The timestep of each visit."""
         return (batch.times * self.process.steps).long()
 
-    def weights(self, timesteps: Int64[Tensor, "b"]) -> Float[Tensor, "b"] | float:
+    def weights(self, timesteps: Int64[Tensor, " b"]) -> Float[Tensor, " b"] | float:
         """min(1, γ (1 - ᾱ_t)), since 1 / (SNR + 1) = 1 - ᾱ_t."""
         if self.max_snr_weight is None:
             return 1.0
         noise_share = self.process.spread[timesteps.cpu()].square()
         return (self.max_snr_weight * noise_share).clamp(max=1.0).to(timesteps.device)
 
-    def losses(self, unet: nn.Module, batch: LatentBatch) -> Float[Tensor, "b"]:
+    def losses(self, unet: nn.Module, batch: LatentBatch) -> Float[Tensor, " b"]:
         """One loss per example; timestep and noise depend only on the visit's key."""
         timesteps = self.timesteps(batch)
-        noise = keyed.normal(keyed.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype)
+        noise = keyed_random.normal(
+            keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
+        )
         return DiffusionModel(unet, self.process).losses(batch.latents, batch.states, timesteps, noise)
 
     def training_step(self, batch: LatentBatch) -> Tensor:

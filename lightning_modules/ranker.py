@@ -14,9 +14,9 @@ from torch import Tensor
 
 from datamodules.teacher_rankings import RankedQueries, TeacherRankings
 from lightning_modules.schedule import stepped_per_batch
-from wherefrom.pair_blocks import PairBlock
-from wherefrom.ranker import Ranker, load_ranker, save_ranker
-from wherefrom.ranking_losses import BinaryCrossEntropy, RankingLoss
+from wherefrom.distillation.losses import BinaryCrossEntropy, RankingLoss
+from wherefrom.distillation.pair_blocks import PairBlock
+from wherefrom.distillation.ranker import Ranker, load_ranker, save_ranker
 
 
 class Predictions(NamedTuple):

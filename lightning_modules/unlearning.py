@@ -11,14 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.pictures import PicturesDataModule
+from wherefrom.attributors.unlearning.unlearner import Unlearner, UnlearningSettings
 from wherefrom.curvature import Curvature, FisherSettings, Identity, fit_diagonal
 from wherefrom.data.latents import LatentSet
-from wherefrom.losses import LossGrid, LossPass
-from wherefrom.pipeline import load_model
-from wherefrom.queries import generate
-from wherefrom.runner import Runner
-from wherefrom.unlearning import QueryLatent, Unlearner, UnlearningSettings
-from wherefrom.weights import Subset, select_weights
+from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.gradients.query_loss import QueryLatent
+from wherefrom.models.parameter_subsets import Subset, select_weights
+from wherefrom.models.pipeline import load_model
+from wherefrom.queries.sources import generate
+from wherefrom.runtime.distributed import Runner
 
 
 class Unlearning(LightningModule):
@@ -103,7 +104,7 @@ class Unlearning(LightningModule):
         self.optimizers().step()  # type: ignore[union-attr]  # counts the step; its parameters hold no gradients
         self.log("unlearning/alpha", self.unlearner.alphas[-1], on_step=True)
 
-    def set_loss(self, data: LatentSet) -> Float[Tensor, "n"]:
+    def set_loss(self, data: LatentSet) -> Float[Tensor, " n"]:
         """The present loss of each picture of a set, on the grid."""
         work = LossPass(self.diffusion, data, self.grid, 256)
         work.step(range(len(data)))

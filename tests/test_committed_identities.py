@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from lightning_modules.recipe import Recipe
-from wherefrom.diffusion import TRAINING_VERSION
-from wherefrom.method_files import load_methods
-from wherefrom.storage import identity_hash
+from lightning_modules.launch.recipe import Recipe
+from wherefrom.commands.method_files import load_methods
+from wherefrom.models.diffusion import TRAINING_VERSION
+from wherefrom.runtime.artifacts import identity_hash
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "emoji"

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 import evaluate
 import train
-from tests.tiny import tiny_clip, tiny_ranker, tiny_vision_transformer
+from tests.support.tiny import tiny_clip, tiny_ranker, tiny_vision_transformer
 from wherefrom.attributors import Attributor
-from wherefrom.method_files import load_methods
+from wherefrom.commands.method_files import load_methods
 
 ROOT = Path(__file__).parents[1]
 ATTRIBUTORS = sorted((ROOT / "configs" / "attributor").rglob("*.yaml"))

@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 
 import evaluate
 import train
-from tests.data.worlds import make_coco, make_shards
-from tests.pipelines import stable_diffusion
-from tests.tiny import tiny_clip, tiny_folder, tiny_pipeline, tiny_ranker, tiny_vision_transformer
-from wherefrom.storage import MANIFEST
+from tests.support.pipelines import stable_diffusion
+from tests.support.tiny import tiny_clip, tiny_folder, tiny_pipeline, tiny_ranker, tiny_vision_transformer
+from tests.support.worlds import make_coco, make_shards
+from wherefrom.runtime.artifacts import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))

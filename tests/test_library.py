@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_folder, tiny_pipeline
-from wherefrom.evaluation.ranking import read_ranking
+from tests.support.tiny import tiny_folder, tiny_pipeline
+from wherefrom.rankings.ranking_file import read_ranking
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,17 +37,17 @@ from diffusers import DiffusionPipeline
 from pathlib import Path
 from transformers import AutoModel
 
-from wherefrom.attribution import attribute
+from wherefrom.commands.attribute import attribute
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.image_folder import build_image_folder, split_pictures
 from wherefrom.data.latents import encode_pictures
-from wherefrom.losses import LossGrid
-from wherefrom.pipeline import model_from_pipeline
-from wherefrom.queries import generate
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
-from wherefrom.unlearning import UnlearningSettings
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.pipeline import model_from_pipeline
+from wherefrom.queries.sources import generate
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.artifacts import Store
+from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 
 model_folder, text_folder, pictures_folder, out = sys.argv[1:]
 text = AutoModel.from_pretrained(text_folder)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BertModel
 
-from tests.tiny import text_folder, tiny_folder, tiny_pipeline, tiny_unet
+from tests.support.tiny import text_folder, tiny_folder, tiny_pipeline, tiny_unet
 
 ROOT = Path(__file__).parents[1]
 

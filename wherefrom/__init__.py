@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wherefrom.api import attribute_pictures
     from wherefrom.attributors import AttributionByUnlearning, Scores
-    from wherefrom.pipeline import load_pipeline
+    from wherefrom.models.pipeline import load_pipeline
 
 __all__ = ["AttributionByUnlearning", "Scores", "attribute_pictures", "load_pipeline"]
 
@@ -16,7 +16,7 @@ _HOMES = {
     "AttributionByUnlearning": "wherefrom.attributors",
     "Scores": "wherefrom.attributors",
     "attribute_pictures": "wherefrom.api",
-    "load_pipeline": "wherefrom.pipeline",
+    "load_pipeline": "wherefrom.models.pipeline",
 }
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
-from wherefrom.attributors.base import Say, silent
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.latents import encode_pictures, report_cut
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.pipeline import model_from_pipeline
-from wherefrom.queries import QueryPicture, QueryRegion, read_query, read_regions, with_regions
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.pipeline import model_from_pipeline
+from wherefrom.queries.sources import QueryPicture, QueryRegion, read_query, read_regions, with_regions
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.distributed import Runner
 
 
 def picture_size(model: DiffusionModel) -> int:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import moved_copy, one_process, tiny_latents, tiny_model
-from wherefrom import keyed
+from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
 from wherefrom.curvature import Diagonal, FisherSettings, fit_diagonal, load_diagonal
 from wherefrom.curvature.diagonal import FisherPass
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.storage import Store
-from wherefrom.weights import Subset, select_weights
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import Subset, select_weights
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import Store
 
 DATA = tiny_latents(5, captions=2)
 
@@ -40,7 +40,7 @@ def brute_force(
                 key = (torch.tensor([value]) for value in (picture, flip, visit))
                 timestep, caption, noise_key = draws(*key)
                 latent, alpha = data.latents[picture, flip], alphas[timestep[0]]
-                noise = keyed.normal(noise_key, latent.shape, torch.float64)[0]
+                noise = keyed_random.normal(noise_key, latent.shape, torch.float64)[0]
                 noisy = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
                 states = data.states[picture, caption]
                 output = model.denoiser(noisy[None], timestep, encoder_hidden_states=states).sample[0]

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.tiny import moved_copy, one_process, tiny_latents, tiny_model
-from wherefrom import keyed
+from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
 from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac, load_ekfac, save_ekfac
 from wherefrom.curvature.ekfac import KroneckerFactors, eigenvectors_of
+from wherefrom.curvature.fisher_samples import SampledPass
 from wherefrom.curvature.kronecker import plan_layers
-from wherefrom.curvature.sampling import SampledPass
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.storage import Store
-from wherefrom.weights import Subset, select_weights
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import Subset, select_weights
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import Store
 
 DATA = tiny_latents(4, captions=2)
 SETTINGS = FisherSettings(visits=2, seed=3)
@@ -85,7 +85,7 @@ class Loop:
                 for visit in range(SETTINGS.visits):
                     timestep, caption, key = draws(*(torch.tensor([value]) for value in (picture, flip, visit)))
                     latent = DATA.latents[picture, flip][None]
-                    noise = keyed.normal(key, latent.shape[1:], torch.float64)
+                    noise = keyed_random.normal(key, latent.shape[1:], torch.float64)
                     loss = self.model.losses(latent, DATA.states[picture, caption], timestep, noise).sum()
                     targets = [*self.outputs.values(), *self.parameters.values()]
                     found = torch.autograd.grad(loss, targets)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.tiny import tiny_latents, tiny_process
+from tests.support.tiny import tiny_latents, tiny_process
 from wherefrom.curvature import FisherSettings, ekfac_passes
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
-from wherefrom.diffusion import DiffusionModel
+from wherefrom.models.diffusion import DiffusionModel
 
 DATA = tiny_latents(4, captions=2)
 SETTINGS = FisherSettings(visits=2, seed=3)

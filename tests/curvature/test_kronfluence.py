@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.curvature import Case
 from tests.curvature.test_ekfac import assert_close
-from tests.tiny import tiny_latents, tiny_model
+from tests.support.tiny import tiny_latents, tiny_model
 from wherefrom.curvature import EKFAC, FisherSettings, load_ekfac, save_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tests.curvature.test_ekfac import DATA, SETTINGS, names_of
-from tests.tiny import one_process, tiny_model
+from tests.support.tiny import one_process, tiny_model
 from wherefrom.curvature import ekfac_plan, fit_ekfac, planning
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
+from wherefrom.curvature.fisher_samples import SampledPass
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
-from wherefrom.curvature.sampling import SampledPass
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.storage import Store
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.artifacts import Store
 
 MIB = 2**20
 

@@ -10,8 +10,8 @@ import pytest
 
 from wherefrom.data.emoji import build_emoji
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
-from wherefrom.data.pictures import Pictures
-from wherefrom.storage import Store
+from wherefrom.data.image_set import Pictures
+from wherefrom.runtime.artifacts import Store
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,14 @@ import torch
 import evaluate
 from datamodules import MSCOCO
 from datamodules.mscoco import ReadyMade
-from tests.data.worlds import make_coco
-from tests.tiny import LENGTH, attribution_config
+from tests.support.tiny import LENGTH, attribution_config
+from tests.support.worlds import make_coco
 from wherefrom.data.cached_latents import read_cached_latents
 from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
 from wherefrom.data.mscoco import CocoOptions, build_mscoco
 from wherefrom.data.stream import Visit
-from wherefrom.pipeline import load_model
-from wherefrom.storage import Store
+from wherefrom.models.pipeline import load_model
+from wherefrom.runtime.artifacts import Store
 
 COUNT, CAPTIONS = 7, 5
 IDS = [str(index * 3) for index in range(COUNT)]

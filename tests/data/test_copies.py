@@ -11,7 +11,7 @@ import pytest
 from datamodules import Emoji
 from wherefrom.data.copies import Copies, plant
 from wherefrom.data.emoji import EmojiOptions
-from wherefrom.data.pictures import Pictures
+from wherefrom.data.image_set import Pictures
 
 
 def some(count: int = 5) -> Pictures:

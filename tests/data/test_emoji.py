@@ -12,8 +12,8 @@ import pytest
 from datamodules import Emoji
 from wherefrom.data import emoji
 from wherefrom.data.emoji import EmojiOptions, Style, build_emoji, caption, held_out
-from wherefrom.data.pictures import Pictures, keep_indices
-from wherefrom.storage import Store
+from wherefrom.data.image_set import Pictures, keep_indices
+from wherefrom.runtime.artifacts import Store
 
 
 def test_ids_are_style_and_code_points(emoji_pictures: Pictures) -> None:

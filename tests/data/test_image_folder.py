@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from datamodules import ImageFolder
-from tests.data.folders import make, paint, write_metadata
+from tests.support.folders import make, paint, write_metadata
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_pictures
-from wherefrom.data.pictures import Pictures
-from wherefrom.storage import StorageError, Store, read_manifest
+from wherefrom.data.image_set import Pictures
+from wherefrom.runtime.artifacts import StorageError, Store, read_manifest
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.folders import FORMATS, make, paint, write_metadata
+from tests.support.folders import FORMATS, make, paint, write_metadata
 from wherefrom.data.image_folder import split_pictures
-from wherefrom.data.pictures import Pictures
+from wherefrom.data.image_set import Pictures
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import tiny_encoder
-from wherefrom import arrays
-from wherefrom.arrays import RowView
+from tests.support.tiny import tiny_encoder
+from wherefrom.data.image_set import Pictures
 from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
-from wherefrom.data.pictures import Pictures
-from wherefrom.data.stream import Visit, to_float
-from wherefrom.parts import LatentEncoder
-from wherefrom.storage import Store, identity_hash
+from wherefrom.data.stream import Visit
+from wherefrom.models.encoders import LatentEncoder
+from wherefrom.models.pixels import to_float
+from wherefrom.runtime import mapped_arrays
+from wherefrom.runtime.artifacts import Store, identity_hash
+from wherefrom.runtime.mapped_arrays import RowView
 
 COUNT = 11
 
@@ -120,7 +121,7 @@ def test_left_out_pictures_are_not_copied(
     assert made.subset(range(COUNT)).latents is made.latents
     chosen = ["picture/3", "picture/7"]
     copied = made.without(chosen)
-    monkeypatch.setattr(arrays, "_LAZY_FROM", 0)
+    monkeypatch.setattr(mapped_arrays, "_LAZY_FROM", 0)
     lazy: LatentSet = made.without(chosen)
     assert isinstance(lazy.latents, RowView)
     assert isinstance(lazy.states, RowView)

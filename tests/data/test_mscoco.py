@@ -19,12 +19,12 @@ from PIL import Image
 
 import evaluate
 from datamodules import MSCOCO
-from tests.data.worlds import LICENSES, make_coco, write_captions
-from tests.tiny import attribution_config
+from tests.support.tiny import attribution_config
+from tests.support.worlds import LICENSES, make_coco, write_captions
 from wherefrom.data import mscoco
+from wherefrom.data.image_set import Pictures
 from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions
-from wherefrom.data.pictures import Pictures
-from wherefrom.storage import Store, read_manifest
+from wherefrom.runtime.artifacts import Store, read_manifest
 
 ROOT = Path(__file__).parents[2]
 Told = dict[str, Any]
@@ -192,7 +192,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from wherefrom.data import mscoco
-from wherefrom.storage import Store
+from wherefrom.runtime.artifacts import Store
 
 mscoco._PART = 5
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.data.worlds import make_shards, picture, plain, write_shard
+from tests.support.worlds import make_shards, picture, plain, write_shard
 from wherefrom.data.decoding import Problem
 from wherefrom.data.shards import DAMAGED, REFUSED, ShardSample, read_shard
 from wherefrom.data.webdataset import ShardOptions, build_laion
-from wherefrom.storage import Store
+from wherefrom.runtime.artifacts import Store
 
 
 @pytest.fixture

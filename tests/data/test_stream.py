@@ -9,25 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from wherefrom import keyed
+from wherefrom.data.image_set import Pictures
 from wherefrom.data.latents import LatentSet, LatentVisits
-from wherefrom.data.pictures import Pictures
-from wherefrom.data.stream import (
-    KeyedBatches,
-    LatentBatch,
-    PixelVisits,
-    Visit,
-    flips,
-    to_float,
-    visit_keys,
-    visit_times,
-)
+from wherefrom.data.stream import KeyedBatches, LatentBatch, PixelVisits, Visit, flips, visit_keys, visit_times
+from wherefrom.models.pixels import to_float
+from wherefrom.runtime import keyed_random
 
 IDS = tuple(f"set/{index:02}" for index in range(23))
 
 
 def stream(ids: tuple[str, ...] = IDS, batch_size: int = 8, steps: int = 30, **options: int) -> KeyedBatches:
-    return KeyedBatches(keyed.hash_texts(ids), 5, batch_size, steps, **options)
+    return KeyedBatches(keyed_random.hash_texts(ids), 5, batch_size, steps, **options)
 
 
 def named(batches: KeyedBatches, ids: tuple[str, ...] = IDS) -> list[tuple[str, int]]:
@@ -42,7 +34,7 @@ def test_every_epoch_visits_every_picture_once() -> None:
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [tuple(stream().order(epoch)) for epoch in range(50)]
-    other = KeyedBatches(keyed.hash_texts(IDS), 6, 8, 1)
+    other = KeyedBatches(keyed_random.hash_texts(IDS), 6, 8, 1)
     assert len({*orders, tuple(other.order(0))}) == 51
     # Each picture's mean place over the epochs is that of a uniform one.
     places = np.argsort(np.array([stream().order(epoch) for epoch in range(400)]), axis=1).mean(0)
@@ -113,7 +105,7 @@ def test_flip_share(share: float) -> None:
 
 
 def test_visit_times_step_by_the_golden_ratio_from_a_keyed_start() -> None:
-    ids = keyed.hash_texts(IDS)[:, None].expand(-1, 40).flatten()
+    ids = keyed_random.hash_texts(IDS)[:, None].expand(-1, 40).flatten()
     times = visit_times(3, ids, torch.arange(40).repeat(23)).reshape(23, 40).double()
     assert times.min() >= 0
     assert times.max() < 1
@@ -127,12 +119,12 @@ def test_visit_times_step_by_the_golden_ratio_from_a_keyed_start() -> None:
 
 def test_pixel_visits_mirror_by_key() -> None:
     pixels = torch.randint(0, 256, (23, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = PixelVisits(pixels, keyed.hash_texts(IDS), seed=2)
+    data = PixelVisits(pixels, keyed_random.hash_texts(IDS), seed=2)
     visits = [Visit(index, visit) for visit in range(8) for index in range(23)]
     batch = data.__getitems__(visits)
     mirrored = 0
     for (index, visit), key, seen in zip(visits, batch.keys, batch.pixels, strict=True):
-        assert key == keyed.combine(2, keyed.hash_text(IDS[index]), visit)
+        assert key == keyed_random.combine(2, keyed_random.hash_text(IDS[index]), visit)
         plain = to_float(pixels[index])
         flip = bool(flips(key[None], 0.5))
         assert torch.equal(seen, plain.flip(-1) if flip else plain)

@@ -18,12 +18,12 @@ from PIL import Image
 
 import evaluate
 from datamodules import LAION
-from tests.data.worlds import make_shards, picture, plain, sample_of, write_shard, write_table
-from tests.tiny import attribution_config
+from tests.support.tiny import attribution_config
+from tests.support.worlds import make_shards, picture, plain, sample_of, write_shard, write_table
 from wherefrom.data import webdataset
 from wherefrom.data.decoding import Problem, Sample, share_out
 from wherefrom.data.image_folder import split_pictures
-from wherefrom.data.pictures import Pictures
+from wherefrom.data.image_set import Pictures
 from wherefrom.data.shards import DAMAGED, LARGE, REFUSED
 from wherefrom.data.webdataset import (
     LOST,
@@ -36,7 +36,7 @@ from wherefrom.data.webdataset import (
     decode_shards,
     plan_shards,
 )
-from wherefrom.storage import Store, read_manifest
+from wherefrom.runtime.artifacts import Store, read_manifest
 
 SMALL = ShardOptions(size=8)
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.index.made import RANKER, built, embeddings, names, opened, same, table, unit
-from wherefrom.extras import require_faiss
+from tests.support.made import RANKER, built, embeddings, names, opened, same, table, unit
+from wherefrom.distillation.ranker import Ranker
 from wherefrom.index import Embeddings, build_index, embed, embed_training_set, ranker_identity
 from wherefrom.index import build as build_module
 from wherefrom.index import embeddings as embeddings_module
 from wherefrom.index.embeddings import KIND, cosines
 from wherefrom.index.engine import Engine
-from wherefrom.ranker import Ranker
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.optional_dependencies import require_faiss
 
 COUNT = 500
 IDS, VECTORS, QUERIES = names(COUNT), unit(COUNT), unit(20, seed=1)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.index.made import RANKER, brute_force, built, embeddings, names, opened, same, table, unit
+from tests.support.made import RANKER, brute_force, built, embeddings, names, opened, same, table, unit
 from wherefrom.index import Embeddings, Index, make_rows
 from wherefrom.index.__main__ import main
-from wherefrom.storage import write_manifest
+from wherefrom.runtime.artifacts import write_manifest
 
 COUNT = 700
 IDS, VECTORS, QUERIES = names(COUNT), unit(COUNT), unit(40, seed=1)

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.index.made import RANKER, embeddings, names, opened, table, unit
+from tests.support.made import RANKER, embeddings, names, opened, table, unit
 from wherefrom.index import build_index, make_rows
 from wherefrom.interchange.clip_retrieval import read_clip_retrieval, write_clip_retrieval
-from wherefrom.runner import Runner
-from wherefrom.storage import ArtifactMismatchError, Store
+from wherefrom.runtime.artifacts import ArtifactMismatchError, Store
+from wherefrom.runtime.distributed import Runner
 
 COUNT = 230
 IDS, VECTORS, TRAINING = names(COUNT), unit(COUNT), {"pictures": "tiny"}

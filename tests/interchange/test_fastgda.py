@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from wherefrom.distillation.ranker import Ranker, load_ranker
+from wherefrom.distillation.teacher_set import read_teacher_set
 from wherefrom.interchange.__main__ import main
 from wherefrom.interchange.fastgda import read_fastgda_ranker, read_fastgda_teacher, write_fastgda_ranker
-from wherefrom.ranker import Ranker, load_ranker
-from wherefrom.storage import ArtifactMismatchError
-from wherefrom.teacher import read_teacher_set
+from wherefrom.runtime.artifacts import ArtifactMismatchError
 
 N, Q, T, M = 30, 5, 3, 12
 

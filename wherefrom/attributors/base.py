@@ -3,99 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-from jaxtyping import Float, UInt8
-from numpy.typing import NDArray
-from torch import Tensor
-
-from wherefrom.data.latents import LatentSet
-from wherefrom.data.pictures import Pictures
-from wherefrom.diffusion import DiffusionModel, Trajectory
-from wherefrom.evaluation.estimates import Estimates
-from wherefrom.evaluation.ranking import order_of
-from wherefrom.passes import Progress
-from wherefrom.regions import Region
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Progress, Say, silent
+from wherefrom.runtime.distributed import Runner
 
 Need = Literal["model", "gradients", "features", "prompt", "trajectory"]
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Query:
-    """A picture whose origin is asked for.
-
-    Attributes:
-        id: The user's name for it, or a hash of model, prompt and seed.
-        prompt: The prompt that made it; empty where it is not known.
-        pixels: uint8 RGB, at the size of the training pictures.
-        latent: The sampler's last latent where there is one, else the encoded picture; scaled, shape (C, H, W).
-        region: The part of the picture that is asked for; None is all of it.
-        trajectory: What the sampler predicted on its way, where it was kept.
-    """
-
-    id: str
-    prompt: str
-    pixels: UInt8[NDArray[np.uint8], "h w 3"]
-    latent: Float[Tensor, "c h w"] | None = None
-    region: Region | None = None
-    trajectory: Trajectory | None = None
-
-    @property
-    def name(self) -> str:
-        """What tells it apart in a run: its id, and the region's name where only a part is asked for."""
-        return self.id if self.region is None else f"{self.id}, {self.region.name}"
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What is attributed to, and what the answers are compared with.
-
-    Attributes:
-        pictures: The training pictures.
-        latents: The same as the model sees them, for methods that need a model.
-        held_out: Pictures never trained on: the null.
-        held_out_latents: The same as the model sees them.
-    """
-
-    pictures: Pictures
-    latents: LatentSet | None = None
-    held_out: Pictures | None = None
-    held_out_latents: LatentSet | None = None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One query's scores.
-
-    Attributes:
-        query: The query.
-        ids: Training pictures scored.
-        scores: One score a picture, higher = more influential.
-        null: Scores of pictures never trained on, by the same method.
-        facts: What else was measured, by name (split-half reliability, α, rise, seconds …).
-        parts: The same scores from a part of what they were measured on, by its name (a band of timesteps, a caption).
-        estimates: What a calibrated fast method says of each picture's influence, in its teacher's unit.
-    """
-
-    query: Query
-    ids: tuple[str, ...]
-    scores: Float[NDArray[np.float64], "n"]
-    null: Float[NDArray[np.float64], "m"]
-    facts: Mapping[str, float] = field(default_factory=dict)
-    parts: Mapping[str, Float[NDArray[np.float64], "n"]] = field(default_factory=dict)
-    estimates: Estimates | None = None
-
-    def top(self, count: int) -> list[tuple[str, float]]:
-        """The (id, score) pairs of the most influential pictures, the first first."""
-        return [
-            (self.ids[position], float(self.scores[position])) for position in order_of(self.ids, self.scores)[:count]
-        ]
 
 
 @dataclass(frozen=True)
@@ -113,10 +31,6 @@ class Work:
     per_query: int = 0
     disk: int = 0
     memory: int = 0
-
-
-def silent(message: str) -> None:
-    """Says nothing."""
 
 
 class Attributor(ABC):

@@ -3,8 +3,8 @@
 from wherefrom.curvature.base import Curvature, Identity
 from wherefrom.curvature.diagonal import Diagonal, fit_diagonal, load_diagonal
 from wherefrom.curvature.ekfac import EKFAC, fit_ekfac, load_ekfac, save_ekfac
+from wherefrom.curvature.fisher_samples import FisherSettings
 from wherefrom.curvature.planning import ekfac_plan
-from wherefrom.curvature.sampling import FisherSettings
 
 __all__ = [
     "EKFAC",

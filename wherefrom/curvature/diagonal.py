@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.curvature.base import Curvature, finite_rows
-from wherefrom.curvature.sampling import FisherSettings, SampledPass, finite, zeros_like_parameters
+from wherefrom.curvature.fisher_samples import FisherSettings, SampledPass, finite, zeros_like_parameters
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.gradients import PerSampleGradients
-from wherefrom.passes import RESULT, Progress, run_pass
-from wherefrom.runner import Runner
-from wherefrom.storage import Store, read_manifest
+from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.artifacts import Store, read_manifest
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.dataset_pass import RESULT, run_pass
+from wherefrom.runtime.distributed import Runner
 
 _COUNT = "samples"
 
@@ -109,7 +110,7 @@ class FisherPass(SampledPass):
         super().__init__(model, data, names, settings, batch_size)
         self.sums = zeros_like_parameters(model, names)
 
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
         """Adds the squared gradients of a batch."""
         for name, gradients in tap.per_sample(losses):
             self.sums[name] += finite(name, gradients.square().sum(dim=0))

@@ -21,13 +21,14 @@ from torch import Tensor
 from wherefrom.curvature.base import Curvature, finite_rows
 from wherefrom.curvature.diagonal import Diagonal
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
+from wherefrom.curvature.fisher_samples import FisherSettings
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
-from wherefrom.curvature.sampling import FisherSettings
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.passes import Progress, run_pass
-from wherefrom.runner import Runner
-from wherefrom.storage import Identity, Store, read_manifest, replacing, write_manifest
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.artifacts import Identity, Store, read_manifest, replacing, write_manifest
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.dataset_pass import run_pass
+from wherefrom.runtime.distributed import Runner
 
 # The file names are kronfluence's, so that factors made by either load in the other.
 ACTIVATION, GRADIENT = "activation_eigenvectors.safetensors", "gradient_eigenvectors.safetensors"

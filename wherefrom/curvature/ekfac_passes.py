@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from wherefrom.curvature.fisher_samples import FisherSettings, SampledPass, all_finite, zeros_like_parameters
 from wherefrom.curvature.kronecker import KroneckerLayer, LayerPlan, gradient_rows
-from wherefrom.curvature.sampling import FisherSettings, SampledPass, all_finite, zeros_like_parameters
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.gradients import PerSampleGradients
+from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.diffusion import DiffusionModel
 
 _SAMPLES = "samples"
 _BLOCK = 256
@@ -71,7 +71,7 @@ class CovariancePass(SampledPass):
             name: torch.zeros(side, side, dtype=torch.float64, device=model.device) for name, side in shapes.items()
         }
 
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
         """Adds a batch."""
         calls = tap.by_layer(losses)
         traces = {}
@@ -153,7 +153,7 @@ class EigenvaluePass(SampledPass):
             for name, value in self.eigenvectors.items()
         }
 
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, "b"]) -> None:
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
         """Adds a batch."""
         calls = tap.by_layer(losses)
         totals = {}

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.gradients import PerSampleGradients
+from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.diffusion import DiffusionModel
 
 
 @dataclass(frozen=True)

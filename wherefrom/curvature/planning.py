@@ -9,12 +9,12 @@ import torch
 
 from wherefrom.curvature.ekfac import EIGENVALUE_PASS, block_identity
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
+from wherefrom.curvature.fisher_samples import FisherSettings, SampledPass
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
-from wherefrom.curvature.sampling import FisherSettings, SampledPass
 from wherefrom.data.latents import LatentSet
-from wherefrom.diffusion import DiffusionModel
-from wherefrom.progress import duration
-from wherefrom.storage import Store
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import duration
 
 _SMALL_BATCH, _SIDE = 16, 256
 

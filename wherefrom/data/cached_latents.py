@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wherefrom.arrays import map_array
+from wherefrom.data.image_set import Pictures, check_unique
 from wherefrom.data.latents import LatentSet
-from wherefrom.data.pictures import Pictures, check_unique
-from wherefrom.storage import identity_hash
+from wherefrom.runtime.artifacts import identity_hash
+from wherefrom.runtime.mapped_arrays import map_array
 
 _LOOKED_AT = 256  # rows whose bytes go into the fingerprint
 _PIXELS = 8  # pixels of a latent's side, for Stable Diffusion's autoencoder

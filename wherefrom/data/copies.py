@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 
-from wherefrom import keyed
-from wherefrom.data.pictures import Pictures
-from wherefrom.storage import identity_hash
+from wherefrom.data.image_set import Pictures
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import identity_hash
 
 _STEPS = tuple((rows, columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1) if (rows, columns) != (0, 0))
 _LEAST, _MOST = 4, 12  # how far a colour channel moves, of 255
@@ -87,9 +87,13 @@ def _near(
     pixels: UInt8[NDArray[np.uint8], "h w 3"], name: str, number: int, seed: int
 ) -> UInt8[NDArray[np.uint8], "h w 3"]:
     """One copy: each of an original's moves another way."""
-    turn = int(keyed.bits(keyed.combine(seed, keyed.hash_text(f"copies of {name}")), 1)) % len(_STEPS)
+    turn = int(keyed_random.bits(keyed_random.combine(seed, keyed_random.hash_text(f"copies of {name}")), 1)) % len(
+        _STEPS
+    )
     rows, columns = _STEPS[(turn + number) % len(_STEPS)]
-    draws = keyed.uniform(keyed.combine(seed, keyed.hash_text(f"colours of {name}"), number), 6).numpy()
+    draws = keyed_random.uniform(
+        keyed_random.combine(seed, keyed_random.hash_text(f"colours of {name}"), number), 6
+    ).numpy()
     colours = np.where(draws[:3] < 0.5, -1, 1) * np.rint(_LEAST + draws[3:] * (_MOST - _LEAST))
     # The border's own colours move in: no edge appears that the original does not have.
     moved = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")

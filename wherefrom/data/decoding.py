@@ -25,10 +25,10 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.arrays import GrowingArray
 from wherefrom.data.image_folder import UNREADABLE
-from wherefrom.data.pictures import PIXELS, check_unique, write_pixels_header, write_table
-from wherefrom.storage import canonical_json, identity_hash, replacing, storage_errors, write_json
+from wherefrom.data.image_set import PIXELS, check_unique, write_pixels_header, write_table
+from wherefrom.runtime.artifacts import canonical_json, identity_hash, replacing, storage_errors, write_json
+from wherefrom.runtime.mapped_arrays import GrowingArray
 
 DECODED = "decoded.json"
 NOT_DECODABLE = (*UNREADABLE, Image.DecompressionBombWarning)

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.data.pictures import Pictures, read_pictures, write_pictures
-from wherefrom.keyed import hash_text
-from wherefrom.storage import Store, canonical_json, identity_hash
+from wherefrom.data.image_set import Pictures, read_pictures, write_pictures
+from wherefrom.runtime.artifacts import Store, canonical_json, identity_hash
+from wherefrom.runtime.keyed_random import hash_text
 
 _SKIN_TONE = re.compile(r"1f3f[b-f]")
 _REGIONAL_INDICATOR = re.compile(r"1f1(e[6-9a-f]|f[0-9a-f])")

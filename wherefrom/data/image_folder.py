@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
-from wherefrom.data.pictures import PIXELS, Pictures, read_pictures, write_pixels_header, write_table
-from wherefrom.keyed import hash_text
-from wherefrom.storage import Store, canonical_json, hash_file, identity_hash, read_manifest, replacing
+from wherefrom.data.image_set import PIXELS, Pictures, read_pictures, write_pixels_header, write_table
+from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest, replacing
+from wherefrom.runtime.keyed_random import hash_text
 
 # Pillow would also open formats that run other programs (EPS), and some that are not pictures.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")

@@ -14,8 +14,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wherefrom import keyed
-from wherefrom.arrays import (
+from wherefrom.data.image_set import Pictures, joined_pictures, keep_indices
+from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
+from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
+from wherefrom.models.pixels import to_float
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import Store, identity_hash
+from wherefrom.runtime.mapped_arrays import (
     GrowingArray,
     JoinedRows,
     RowView,
@@ -25,10 +30,6 @@ from wherefrom.arrays import (
     take_rows,
     write_array,
 )
-from wherefrom.data.pictures import Pictures, joined_pictures, keep_indices
-from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, to_float, visit_keys, visit_times
-from wherefrom.parts import CaptionEncoder, LatentEncoder
-from wherefrom.storage import Store, identity_hash
 
 _logger = logging.getLogger(__name__)
 _SAMPLE = 301
@@ -46,7 +47,7 @@ class LatentSet:
         pictures: The pictures that were encoded, in the same order.
         latents: Scaled latents of each picture and of its mirror image, shape (N, 2, C, H, W).
         states: Token states of each caption, shape (N, K, L, D); where the model is told more of a caption, the rest is
-            in rows below them (`wherefrom.denoisers`).
+            in rows below them (`wherefrom.models.families.base`).
         null_states: Token states of the empty caption, shape (L, D).
         fingerprint: Hash of everything that decides the values.
         mapped: Whether latents and states are read from disk where they are used.
@@ -70,9 +71,9 @@ class LatentSet:
         return self.pictures.ids
 
     @property
-    def id_keys(self) -> Int64[Tensor, "n"]:
+    def id_keys(self) -> Int64[Tensor, " n"]:
         """Hash of each picture's id."""
-        return keyed.hash_texts(self.pictures.ids)
+        return keyed_random.hash_texts(self.pictures.ids)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -93,7 +94,7 @@ class LatentSet:
 
     def sample(self, count: int) -> list[int]:
         """Positions of up to `count` pictures, in order, that are chosen by the hashes of their ids alone."""
-        return sorted(torch.argsort(keyed.combine(_SAMPLE, self.id_keys))[:count].tolist())
+        return sorted(torch.argsort(keyed_random.combine(_SAMPLE, self.id_keys))[:count].tolist())
 
     def without(self, exclude: Sequence[str]) -> LatentSet:
         """The set without these ids.
@@ -266,8 +267,8 @@ class LatentVisits(Dataset[LatentBatch]):
         keys = visit_keys(self.seed, self.id_keys[index], visit)
         flip = flips(keys, self.flip_share).long()
         captions = self.data.states.shape[1]
-        caption = (keyed.uniform(keyed.combine(CAPTION, keys))[:, 0] * captions).long()
-        dropped = keyed.uniform(keyed.combine(DROP, keys))[:, 0] < self.caption_dropout
+        caption = (keyed_random.uniform(keyed_random.combine(CAPTION, keys))[:, 0] * captions).long()
+        dropped = keyed_random.uniform(keyed_random.combine(DROP, keys))[:, 0] < self.caption_dropout
         states = torch.where(dropped[:, None, None], self.data.null_states, _whole(self.data.states[index, caption]))
         times = visit_times(self.seed, self.id_keys[index], visit)
         return LatentBatch(keys, times, _whole(self.data.latents[index, flip]), states)

@@ -11,7 +11,6 @@ from typing import Any
 
 import PIL
 
-from wherefrom.arrays import announce_size
 from wherefrom.data.decoding import (
     NOT_DECODABLE,
     Problem,
@@ -23,8 +22,9 @@ from wherefrom.data.decoding import (
 )
 from wherefrom.data.image_folder import draw
 from wherefrom.data.image_metadata import shown
-from wherefrom.data.pictures import Pictures, check_unique, read_pictures
-from wherefrom.storage import Store, hash_file, identity_hash, read_manifest
+from wherefrom.data.image_set import Pictures, check_unique, read_pictures
+from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
+from wherefrom.runtime.mapped_arrays import announce_size
 
 _PART = 256  # pictures in a part: fixed, since the parts' hashes make the fingerprint
 UNREADABLE_PICTURE = "cannot be read"

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from wherefrom import keyed
+from wherefrom.models.pixels import to_float
+from wherefrom.runtime import keyed_random
 
 # Salts that keep the draws of one (seed, id, visit) independent of each other.
 ORDER, FLIP, CAPTION, DROP, TIMESTEP, NOISE = range(1, 7)
@@ -45,7 +46,7 @@ class KeyedBatches(Sampler[list[Visit]]):
 
     def __init__(
         self,
-        id_keys: Int64[Tensor, "n"],
+        id_keys: Int64[Tensor, " n"],
         seed: int,
         batch_size: int,
         steps: int,
@@ -65,7 +66,7 @@ class KeyedBatches(Sampler[list[Visit]]):
 
     def order(self, epoch: int) -> list[int]:
         """Positions of all pictures in the order in which this epoch visits them."""
-        return torch.argsort(keyed.combine(ORDER, self.seed, epoch, self.id_keys), stable=True).tolist()
+        return torch.argsort(keyed_random.combine(ORDER, self.seed, epoch, self.id_keys), stable=True).tolist()
 
     def __iter__(self) -> Iterator[list[Visit]]:
         size = len(self.id_keys)
@@ -84,41 +85,36 @@ class KeyedBatches(Sampler[list[Visit]]):
 class PixelBatch(NamedTuple):
     """Pictures in [-1, 1] with the key of each visit."""
 
-    keys: Int64[Tensor, "b"]
+    keys: Int64[Tensor, " b"]
     pixels: Float[Tensor, "b 3 h w"]
 
 
 class LatentBatch(NamedTuple):
     """What the latent diffusion trains on: the key of each visit, its time in [0, 1), latents and caption states."""
 
-    keys: Int64[Tensor, "b"]
-    times: Float[Tensor, "b"]
+    keys: Int64[Tensor, " b"]
+    times: Float[Tensor, " b"]
     latents: Float[Tensor, "b c h w"]
     states: Float[Tensor, "b l d"]
 
 
-def to_float(pixels: UInt8[Tensor, "... h w 3"]) -> Float[Tensor, "... 3 h w"]:
-    """uint8 RGB to float32 channels-first in [-1, 1]."""
-    return pixels.movedim(-1, -3).to(torch.float32) / 127.5 - 1.0
-
-
-def visit_keys(seed: int, id_keys: Int64[Tensor, "b"], visits: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:
+def visit_keys(seed: int, id_keys: Int64[Tensor, " b"], visits: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
     """One key for each (seed, id, visit)."""
-    return keyed.combine(seed, id_keys, visits)
+    return keyed_random.combine(seed, id_keys, visits)
 
 
-def flips(keys: Int64[Tensor, "b"], share: float) -> Bool[Tensor, "b"]:
+def flips(keys: Int64[Tensor, " b"], share: float) -> Bool[Tensor, " b"]:
     """Which visits see the mirror image."""
-    return keyed.uniform(keyed.combine(FLIP, keys))[:, 0] < share
+    return keyed_random.uniform(keyed_random.combine(FLIP, keys))[:, 0] < share
 
 
-def visit_times(seed: int, id_keys: Int64[Tensor, "b"], visits: Int64[Tensor, "b"]) -> Float[Tensor, "b"]:
+def visit_times(seed: int, id_keys: Int64[Tensor, " b"], visits: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
     """The time in [0, 1) of each visit: a keyed start for each picture, then golden-ratio steps.
 
     Successive visits of a picture are spread evenly over the timesteps, which is less noisy than independent draws and
     keyed just as well.
     """
-    start = keyed.uniform(keyed.combine(TIMESTEP, seed, id_keys))[:, 0]
+    start = keyed_random.uniform(keyed_random.combine(TIMESTEP, seed, id_keys))[:, 0]
     return torch.remainder(start.double() + visits.double() * 0.6180339887498949, 1.0)
 
 
@@ -141,7 +137,7 @@ class PixelVisits(Dataset[PixelBatch]):
     """
 
     def __init__(
-        self, pixels: UInt8[Tensor, "n h w 3"], id_keys: Int64[Tensor, "n"], seed: int, flip_share: float = 0.5
+        self, pixels: UInt8[Tensor, "n h w 3"], id_keys: Int64[Tensor, " n"], seed: int, flip_share: float = 0.5
     ) -> None:
         self.pixels, self.id_keys, self.seed, self.flip_share = pixels, id_keys, seed, flip_share
 

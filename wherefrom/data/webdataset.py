@@ -13,13 +13,13 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wherefrom.arrays import announce_size
 from wherefrom.data.decoding import NOT_DECODABLE, Problem, Progress, Sample, decode_parts, join_parts, warn_of
 from wherefrom.data.image_folder import draw
 from wherefrom.data.image_metadata import shown
-from wherefrom.data.pictures import Pictures, check_unique, read_pictures
+from wherefrom.data.image_set import Pictures, check_unique, read_pictures
 from wherefrom.data.shards import PICTURES, ShardSample, check_shard, read_shard
-from wherefrom.storage import Store, hash_file, identity_hash, read_manifest
+from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
+from wherefrom.runtime.mapped_arrays import announce_size
 
 UNDECODABLE, NO_PICTURE, NO_CAPTION, LOST = (
     "pictures that cannot be decoded",

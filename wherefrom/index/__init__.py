@@ -21,9 +21,9 @@ Fast Data Attribution, section 4.3. From Python, with a trained ranker and featu
 """
 
 from wherefrom.index.build import build_index
+from wherefrom.index.catalog import make_rows, rows_of
 from wherefrom.index.embeddings import Embeddings, embed, embed_training_set, ranker_identity
 from wherefrom.index.index import Hits, Index
-from wherefrom.index.rows import make_rows, rows_of
 
 __all__ = [
     "Embeddings",

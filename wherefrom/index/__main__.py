@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from wherefrom.command import mistakes_in_one_line
 from wherefrom.index.index import Index
+from wherefrom.runtime.cli_errors import mistakes_in_one_line
 
 
 def parser() -> argparse.ArgumentParser:

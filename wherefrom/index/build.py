@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from wherefrom.index.catalog import among, checked_rows, with_keys
 from wherefrom.index.contents import STATE, Contents, check_shapes
 from wherefrom.index.embeddings import Embeddings, checked
 from wherefrom.index.engine import Engine
-from wherefrom.index.rows import among, checked_rows, with_keys
-from wherefrom.passes import Progress, make_together
-from wherefrom.runner import Runner
-from wherefrom.storage import Store, identity_hash, read_manifest
+from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.dataset_pass import make_together
+from wherefrom.runtime.distributed import Runner
 
 KIND = "index"
 _TRAINED, _GROWING = "trained.faiss", "growing.faiss"

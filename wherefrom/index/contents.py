@@ -10,9 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from wherefrom.index.embeddings import checked
-from wherefrom.index.engine import Engine
-from wherefrom.index.rows import (
+from wherefrom.index.catalog import (
     CAPTIONS,
     IMAGE,
     KEY,
@@ -24,7 +22,9 @@ from wherefrom.index.rows import (
     with_keys,
     write_rows,
 )
-from wherefrom.storage import hash_file
+from wherefrom.index.embeddings import checked
+from wherefrom.index.engine import Engine
+from wherefrom.runtime.artifacts import hash_file
 
 STATE = "index"  # entry of the manifest that changes with the index; its identity does not
 FILES = {"index": "faiss", "rows": "parquet", "removed": "parquet"}

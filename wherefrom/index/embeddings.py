@@ -17,11 +17,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.arrays import write_array
-from wherefrom.passes import Progress, make_together
-from wherefrom.ranker import Ranker
-from wherefrom.runner import Runner
-from wherefrom.storage import Store
+from wherefrom.distillation.ranker import Ranker
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.dataset_pass import make_together
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.mapped_arrays import write_array
 
 KIND, EMBEDDINGS = "embeddings", "embeddings.npy"
 _CHUNK = 4096  # rows per resumable part: fixed, so that a run with other processes goes on from the same parts
@@ -176,8 +177,8 @@ def embed_training_set(
 
 
 def cosines(
-    vectors: Float[NDArray[np.floating[Any]], "n e"], query: Float[NDArray[np.floating[Any]], "e"]
-) -> Float[NDArray[np.float64], "n"]:
+    vectors: Float[NDArray[np.floating[Any]], "n e"], query: Float[NDArray[np.floating[Any]], " e"]
+) -> Float[NDArray[np.float64], " n"]:
     """Inner products in float64, each from its own row only: neither order nor number of rows changes a digit."""
     found = np.empty(len(vectors), dtype=np.float64)
     wide = query.astype(np.float64)

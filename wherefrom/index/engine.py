@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
-from wherefrom.extras import require_faiss
-from wherefrom.storage import StorageError, replacing
+from wherefrom.runtime.artifacts import StorageError, replacing
+from wherefrom.runtime.optional_dependencies import require_faiss
 
 Vectors = Float[NDArray[np.float32], "n e"]
-Keys = Int64[NDArray[np.int64], "n"]
+Keys = Int64[NDArray[np.int64], " n"]
 _faiss = cache(require_faiss)  # it looks through all installed distributions
 _GPU_MOST = 2048  # FAISS finds no more at once on a GPU
 

@@ -21,10 +21,10 @@ from filelock import FileLock
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from wherefrom.index.catalog import IMAGE, KEY, keys_of
 from wherefrom.index.contents import FILES, STATE, Contents
 from wherefrom.index.embeddings import Embeddings, checked, cosines
-from wherefrom.index.rows import IMAGE, KEY, keys_of
-from wherefrom.storage import canonical_json, read_manifest, write_manifest
+from wherefrom.runtime.artifacts import canonical_json, read_manifest, write_manifest
 
 Result = TypeVar("Result")
 _MARGIN = 16  # found beyond what is asked for, so that ties at the edge are mostly seen at once
@@ -41,7 +41,7 @@ class Hits:
     """
 
     images: tuple[str, ...]
-    scores: Float[NDArray[np.float64], "k"]
+    scores: Float[NDArray[np.float64], " k"]
     rows: pa.Table
 
 

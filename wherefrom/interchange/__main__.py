@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wherefrom.command import mistakes_in_one_line
+from wherefrom.distillation.ranker import load_ranker, save_ranker
+from wherefrom.distillation.teacher_set import write_teacher_set
 from wherefrom.interchange.fastgda import (
     features_of_width,
     read_fastgda_ranker,
@@ -25,9 +26,8 @@ from wherefrom.interchange.fastgda import (
     write_fastgda_ranker,
 )
 from wherefrom.interchange.safe_pickle import flattened, read_pickle
-from wherefrom.ranker import load_ranker, save_ranker
-from wherefrom.storage import MANIFEST, check_identity, hash_file, replacing
-from wherefrom.teacher import write_teacher_set
+from wherefrom.runtime.artifacts import MANIFEST, check_identity, hash_file, replacing
+from wherefrom.runtime.cli_errors import mistakes_in_one_line
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,11 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from wherefrom.arrays import write_array
+from wherefrom.index.catalog import CAPTIONS, IMAGE, KEY, checked_rows
 from wherefrom.index.embeddings import Embeddings, checked
-from wherefrom.index.rows import CAPTIONS, IMAGE, KEY, checked_rows
-from wherefrom.passes import Progress
-from wherefrom.storage import MANIFEST, check_identity, hash_file, read_manifest, replacing, write_manifest
+from wherefrom.runtime.artifacts import MANIFEST, check_identity, hash_file, read_manifest, replacing, write_manifest
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.mapped_arrays import write_array
 
 VECTORS, METADATA = "img_emb", "metadata"
 ID, PATH, CAPTION = "id", "image_path", "caption"

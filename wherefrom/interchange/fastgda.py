@@ -17,10 +17,10 @@ from jaxtyping import Float, Int, Int32
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wherefrom.distillation.ranker import Ranker
+from wherefrom.distillation.teacher_set import Features, TeacherSet
 from wherefrom.interchange.safe_pickle import read_pickle
-from wherefrom.ranker import Ranker
-from wherefrom.storage import hash_file, identity_hash, replacing
-from wherefrom.teacher import Features, TeacherSet
+from wherefrom.runtime.artifacts import hash_file, identity_hash, replacing
 
 Part = Literal["train", "test"]
 # What the rankers take by the width of their input; CLIP's images and its captions have the same width.

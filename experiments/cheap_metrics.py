@@ -1,0 +1,145 @@
+"""Do cheap metrics predict the expensive one? Retrieval of the teacher's first pictures against retraining.
+
+    python -m experiments.ranker_table --seeds 1
+    python -m experiments.cheap_metrics
+
+Takes rankers and untuned features of `results/emoji/ranker_table.json`, has the judge of emoji-1k train without the
+`--k` pictures that each names (all queries in one pool, one seed), and correlates mAP(k) of the table with the rise of
+the queries' losses, own minus others. A ranker is one training run beside as many at random, and all of them are
+measured on the same queries: the interval of each correlation is a bootstrap over these. What was trained is not
+trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+import evaluate
+from experiments.ranker_table import RESULT as TABLE
+from experiments.ranker_table import Variant, place_of, train_one, variants
+from wherefrom.metrics.standard_error import estimate
+from wherefrom.runtime.artifacts import write_json
+
+RESULT = Path("results/emoji/cheap_metrics.json")
+JUDGE = "configs/experiment/emoji_1k_judge.yaml"
+ENCODERS = {
+    "efficientnet": {"class_path": "wherefrom.features.base.EfficientNetLite0Encoder"},
+    "minilm": {"class_path": "wherefrom.features.base.MiniLMEncoder.from_pretrained"},
+}
+# The methods that search by features as they are.
+UNTUNED = {"untuned: efficientnet": "efficientnet", "untuned: minilm": "caption"}
+CHOSEN = ("bce", "1 encoder: efficientnet", "1 encoder: minilm", "no skip", "30 queries")
+POOL, SAMPLES = 20, 2000  # all queries of the judge in one pool
+
+
+def method_file(name: str, variant: Variant, options: argparse.Namespace) -> Path:
+    """The configuration of a line of the table as a method; its ranker is trained if the table did not leave it."""
+    if name in UNTUNED:
+        return Path("configs/attributor") / f"{UNTUNED[name]}.yaml"
+    place = place_of(options.table, name, 0)
+    if not (place / "ranker").exists():
+        print(f"{name}: training", flush=True)
+        train_one(variant, 0, place, options.steps)
+    encoders = {each: ENCODERS[each] for each in variant.features}
+    path = options.output / f"{slug(name)}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ranker = str((place / "ranker").resolve())
+    write_json(path, {"class_path": "Fast", "init_args": {"ranker": ranker, "encoders": encoders}})
+    return path
+
+
+def slug(name: str) -> str:
+    """A line's name as a method's."""
+    return UNTUNED.get(name, "ranker_" + "".join(each if each.isalnum() else "_" for each in name))
+
+
+def correlations(
+    precisions: Float[NDArray[np.float64], "r q"], rises: Float[NDArray[np.float64], "r p"], seed: int
+) -> tuple[float, float, float]:
+    """Spearman correlation over rankers of mean precision and mean rise, and its 95 % interval over queries."""
+
+    def one(first: NDArray[np.intp], second: NDArray[np.intp]) -> float:
+        found = spearmanr(precisions[:, first].mean(axis=1), rises[:, second].mean(axis=1))
+        return float(found.statistic)
+
+    random = np.random.default_rng(seed)
+    everywhere = (np.arange(precisions.shape[1]), np.arange(rises.shape[1]))
+    drawn = [one(*(random.choice(each, len(each)) for each in everywhere)) for _ in range(SAMPLES)]
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return one(*everywhere), float(low), float(high)
+
+
+def rises_of(result: Mapping[str, Any], method: str) -> list[float]:
+    """Each query's rise of its loss when its own pictures went, less that of queries whose pictures stayed."""
+    (row,) = (row for row in result["rows"] if row["method"] == method)
+    return [own - others for own, others in zip(row["loss"]["own"], row["loss"]["others"], strict=True)]
+
+
+def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
+    """What the judge says of the methods; the caption's ranking decides the pool, as everywhere."""
+    words = {
+        "methods": json.dumps(["configs/attributor/caption.yaml", *map(str, files)]),
+        "settings": "{}",
+        "protocol.ks": f"[{k}]",
+        "protocol.pools": f"[{POOL}]",
+        "protocol.seeds": "[0]",
+        "protocol.random": "1",
+        "workers.engine": "local",
+        "output": str(output / "judge"),
+    }
+    evaluate.main(
+        ["counterfactual", "-c", JUDGE, *(word for name, text in words.items() for word in (f"--{name}", text))]
+    )
+    return dict(json.loads((output / "judge" / "counterfactual.json").read_text()))
+
+
+def main() -> None:
+    """Judges what is not judged, and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=[*UNTUNED, *CHOSEN])
+    parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400, help="of a ranker's training, as in the table")
+    parser.add_argument(
+        "--table", type=Path, default=Path("runs/ranker_table"), help="where the table left its rankers"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/cheap_metrics"))
+    options = parser.parse_args()
+    if len(options.variants) < 3:
+        raise SystemExit("A correlation over rankers needs at least three of them.")
+    table = json.loads(TABLE.read_text())["rows"]
+    chosen = {name: method_file(name, variants()[name], options) for name in options.variants}
+    result = judge([file for file in chosen.values() if file.stem != "caption"], options.k, options.output)
+    rises = np.array([rises_of(result, slug(name)) for name in chosen])
+    depths = sorted(table[options.variants[0]]["0"]["ap"], key=int)
+    found: dict[str, Any] = {}
+    print(f"\n| ranker | {' | '.join(f'mAP({depth})' for depth in depths)} | ΔL own − others |")
+    print(f"|---{'|---' * (1 + len(depths))}|")
+    for name, rise in zip(chosen, rises, strict=True):
+        cells = [table[name]["0"]["ap"][depth] for depth in depths] + [rise]
+        print(f"| {name} | {' | '.join('{:.3f} ± {:.3f}'.format(*estimate(np.array(each))) for each in cells)} |")
+    for depth in depths:
+        precisions = np.array([table[name]["0"]["ap"][depth] for name in chosen])
+        found[depth] = correlations(precisions, rises, seed=0)
+        print("mAP({}) and ΔL: Spearman correlation {:.2f} ({:.2f} to {:.2f})".format(depth, *found[depth]))
+    write_json(
+        RESULT,
+        {
+            "command": "python -m experiments.cheap_metrics",
+            "k": options.k,
+            "rises": dict(zip(chosen, rises.tolist(), strict=True)),
+            "spearman": found,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

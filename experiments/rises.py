@@ -1,0 +1,142 @@
+"""Over which rises of the query's loss is the ranking stable? The step size of unlearning is chosen by that rise.
+
+    python -m experiments.rises
+
+Attributes a few pictures drawn by the committed emoji model at several rises and prints, for each: the rank correlation
+with the default's ranking and how much of its top 100 is kept, the split-half reliability, and where the training
+picture with the prompt's own caption comes. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from datamodules import Emoji
+from experiments.known_answers import choose
+from lightning_modules.launch.runs import training_data
+from wherefrom.attributors import AttributionByUnlearning, Scores
+from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
+from wherefrom.commands.attribute import attribute
+from wherefrom.curvature import FisherSettings
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.pipeline import load_model
+from wherefrom.queries.sources import generate
+from wherefrom.rankings.ranking_file import normalised_ranks
+from wherefrom.runtime.artifacts import Store, replacing
+from wherefrom.runtime.console import Console
+from wherefrom.runtime.distributed import Runner
+
+DEFAULT_RISE = UnlearningSettings().rise
+TOP = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rise: a number for each query.
+
+    Attributes:
+        alpha: The step size that the rise took.
+        spearman: Rank correlation with the ranking at the default rise.
+        top_kept: Share of the default's top 100 that is in this top 100.
+        reliability: Split-half reliability.
+        own_rank: Rank, from 1, of the training picture with the prompt's caption.
+    """
+
+    alpha: list[float]
+    spearman: list[float]
+    top_kept: list[float]
+    reliability: list[float]
+    own_rank: list[int]
+
+
+def compare(found: Mapping[float, Sequence[Scores]], own: Sequence[str]) -> dict[float, Row]:
+    """Each rise against the default one, query by query."""
+    assert DEFAULT_RISE is not None
+    rows = {}
+    for rise, results in found.items():
+        row = Row([], [], [], [], [])
+        for scores, reference, name in zip(results, found[DEFAULT_RISE], own, strict=True):
+            positions = np.rint(normalised_ranks(scores.ids, scores.scores) * len(scores.ids)).astype(int)
+            row.alpha.append(float(scores.facts["alpha"]))
+            row.spearman.append(float(spearmanr(scores.scores, reference.scores).statistic))
+            top, kept = ({image for image, _ in one.top(TOP)} for one in (scores, reference))
+            row.top_kept.append(len(top & kept) / TOP)
+            row.reliability.append(float(scores.facts["split_half_reliability"]))
+            row.own_rank.append(int(positions[scores.ids.index(name)]) + 1)
+        rows[rise] = row
+    return rows
+
+
+def table(rows: Mapping[float, Row]) -> str:
+    """The table in Markdown: medians, and all ranks of the own pictures."""
+    lines = [
+        "| rise of the query's loss | α | Spearman with the default | its top 100 kept | split-half reliability | "
+        "rank of the own picture |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rise, row in rows.items():
+        medians = [np.median(values) for values in (row.spearman, row.top_kept, row.reliability)]
+        cells = [f"{rise:.0%}", f"{np.median(row.alpha):.2g}", *(f"{value:.2f}" for value in medians)]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(map(str, row.own_rank))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the comparison."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", default="weights/emoji")
+    arguments.add_argument("--output", default="runs/rises")
+    arguments.add_argument("--queries", type=int, default=4)
+    arguments.add_argument("--rises", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
+    arguments.add_argument("--timesteps", type=int, default=5)
+    arguments.add_argument("--draws", type=int, default=1000)
+    arguments.add_argument("--seed", type=int, default=0)
+    options = arguments.parse_args()
+    if DEFAULT_RISE not in options.rises:
+        arguments.error(f"--rises must include {DEFAULT_RISE}, with which the others are compared")
+    torch.set_float32_matmul_precision("high")
+    output, console = Path(options.output), Console()
+    store, runner = Store(output / "cache"), Runner.current()
+    model = load_model(options.model).to(runner.device)
+    data = training_data(Emoji(store=str(store.root)), model)
+    assert data.latents is not None
+    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    rows = choose(data.pictures, options.queries, options.seed)
+    queries = generate(model, [data.pictures.captions[row][0] for row in rows], options.seed, (channels, height, width))
+    found = {}
+    for rise in sorted(options.rises):
+        console.say(f"rise {rise:.0%}")
+        abu = AttributionByUnlearning(
+            unlearning=UnlearningSettings(draws=options.draws, rise=rise),
+            grid=LossGrid(timesteps=options.timesteps),
+            fisher=FisherSettings(visits=2),
+        )
+        abu.progress = console.progress
+        found[rise] = attribute(output / f"rise_{rise}", abu, data, model, queries, store, runner, say=console.say)
+    compared = compare(found, [data.pictures.ids[row] for row in rows])
+    print(table(compared))
+    print(
+        f"\n{options.queries} queries over {len(data.pictures):,} training pictures, {options.timesteps} timesteps, "
+        f"{options.draws} draws; medians over the queries"
+    )
+    record = {
+        "command": "python -m experiments.rises",
+        "options": vars(options),
+        "model": model.fingerprint(),
+        "rises": {str(rise): vars(row) for rise, row in compared.items()},
+    }
+    Path("results/emoji").mkdir(parents=True, exist_ok=True)
+    with replacing(Path("results/emoji/rises.json")) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

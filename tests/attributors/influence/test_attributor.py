@@ -1,0 +1,89 @@
+"""Influence functions: the limit of attribution by unlearning, and independent of how the work is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from tests.attributors.unlearning.test_attributor import HELD_OUT, QUERY, TRAIN
+from tests.support.tiny import one_process, tiny_encoder, tiny_model
+from wherefrom.attributors import AttributionByUnlearning, Attributor, InfluenceFunction, Query, Scores, TrainingData
+from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
+from wherefrom.curvature import FisherSettings
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.artifacts import Store
+
+GRID, FISHER = LossGrid(timesteps=3), FisherSettings(1)
+OTHER = Query("other", "blue circle", QUERY.pixels, torch.ones(4, 4, 4, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
+    return tiny_model(encoder=tiny_encoder(tmp_path_factory.mktemp("text") / "encoder"))
+
+
+def run(attributor: Attributor, model: DiffusionModel, root: Path, *queries: Query) -> list[Scores]:
+    data = TrainingData(TRAIN.pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
+    attributor.fit(data, model, Store(root), one_process())
+    return list(attributor.score(queries or [QUERY]))
+
+
+def influence(**options: Any) -> InfluenceFunction:
+    return InfluenceFunction(**{"weights": "all", "draws": 12, "grid": GRID, "fisher": FISHER, **options})
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "diagonal", "identity"])
+def test_it_is_the_limit_of_unlearning(model: DiffusionModel, tmp_path: Path, curvature: Any) -> None:
+    (limit,) = run(influence(curvature=curvature), model, tmp_path)
+    agreement, correlation = [], []
+    # Without curvature the step is α g instead of (α/N) g.
+    scale = 1 / len(TRAIN) if curvature == "identity" else 1.0
+    size = float(np.abs(limit.scores).max())
+    for step in (1e-1, 1e-2, 1e-5):
+        alpha = step / size
+        settings = UnlearningSettings(
+            draws=12, rise=None, alpha=alpha * scale, measure_draws=2, newton=curvature != "identity"
+        )
+        form = "diagonal" if curvature == "identity" else curvature
+        abu = AttributionByUnlearning("all", settings, GRID, curvature=form, fisher=FISHER)
+        (found,) = run(abu, model, tmp_path)
+        agreement.append(float(np.abs(found.scores / alpha - limit.scores).max()) / size)
+        correlation.append(spearmanr(found.scores, limit.scores).statistic)
+    assert agreement[0] > agreement[1] > agreement[2]
+    assert agreement[2] < 1e-3
+    assert correlation[0] <= correlation[1] <= correlation[2] == pytest.approx(1.0)
+    # With a curvature the largest step is far from the limit; the plain gradient's is close already.
+    assert curvature == "identity" or correlation[0] < 0.5
+    assert limit.null.shape == (len(HELD_OUT),)
+
+
+def test_blocks_of_queries_batches_and_candidates_change_nothing(model: DiffusionModel, tmp_path: Path) -> None:
+    together = run(influence(), model, tmp_path / "a", QUERY, OTHER)
+    alone = run(influence(queries_per_pass=1, batch_size=5), model, tmp_path / "b", QUERY, OTHER)
+    assert [scores.query.id for scores in together] == ["query", "other"]
+    for left, right in zip(together, alone, strict=True):
+        np.testing.assert_allclose(left.scores, right.scores, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(left.null, right.null, rtol=1e-7, atol=1e-12)
+    assert not np.allclose(together[0].scores, together[1].scores)
+    attributor = influence()
+    attributor.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path / "a"), one_process())
+    (few,) = attributor.score([QUERY], [TRAIN.ids[7], TRAIN.ids[2]])
+    assert few.ids == (TRAIN.ids[7], TRAIN.ids[2])
+    np.testing.assert_allclose(few.scores, together[0].scores[[7, 2]], rtol=1e-9)
+
+
+def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fit must run before score"):
+        next(iter(influence().score([QUERY])))
+    with pytest.raises(ValueError, match="InfluenceFunction needs a model"):
+        run(influence(), None, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="draws and queries_per_pass must be at least 1; given 0 and 64"):
+        influence(draws=0)
+    with pytest.raises(ValueError, match="Unknown curvature 'full'"):
+        influence(curvature="full")

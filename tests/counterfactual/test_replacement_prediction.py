@@ -1,0 +1,65 @@
+"""Foresight of rankings against scipy and hand-made orders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from wherefrom.counterfactual.replacement_prediction import foresight
+
+IDS = [f"picture {index}" for index in range(30)]
+
+
+def test_numbers_are_those_of_a_hand_made_case() -> None:
+    found = foresight(list("abcdefg"), {"a", "c"}, list("dbgef"), k=2)
+    # Left: b d e f g, which are now at the places 1 0 3 4 2.
+    assert found.spearman == pytest.approx(1 - 6 * (1 + 1 + 1 + 1 + 4) / (5 * 24))
+    assert found.share == 1.0, "b and d were next, and b and d took over"
+    assert found.chance == pytest.approx(2 / 5)
+    assert foresight(list("abcdefg"), {"a", "c"}, list("gfdeb"), k=2).share == 0.0
+
+
+def test_spearman_is_scipys() -> None:
+    random = np.random.default_rng(0)
+    for removed in (0, 3, 28):
+        gone = set(IDS[:removed])
+        left = [name for name in IDS if name not in gone]
+        after = random.permutation(left).tolist()
+        expected = spearmanr(np.arange(len(left)), [after.index(name) for name in left]).statistic
+        assert foresight(IDS, gone, after, 1).spearman == pytest.approx(expected)
+
+
+def test_chance_is_the_mean_share_of_random_orders() -> None:
+    random = np.random.default_rng(1)
+    shares = [
+        foresight(IDS, set(IDS[5:10]), random.permutation(IDS[:5] + IDS[10:]).tolist(), 4).share for _ in range(2000)
+    ]
+    chance = foresight(IDS, set(IDS[5:10]), IDS[:5] + IDS[10:], 4).chance
+    assert chance == pytest.approx(4 / 25)
+    assert np.mean(shares) == pytest.approx(chance, abs=4 * np.std(shares) / 2000**0.5)
+
+
+def test_nothing_removed_and_nothing_moved_is_full_foresight() -> None:
+    found = foresight(IDS, (), IDS, 7)
+    assert (found.spearman, found.share, found.chance) == (1.0, 1.0, 7 / 30)
+    assert foresight(IDS, (), IDS[::-1], 7).spearman == pytest.approx(-1.0)
+
+
+def test_few_pictures_that_are_left_are_all_counted() -> None:
+    found = foresight(list("abc"), {"a", "b"}, ["c"], 2)
+    assert np.isnan(found.spearman)
+    assert (found.share, found.chance) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("after", [["b"], ["a", "b", "c"], ["b", "b"], ["b", "d"]])
+def test_rankings_of_other_pictures_are_refused(after: list[str]) -> None:
+    with pytest.raises(ValueError, match="are not just the 2 of the first ranking that are left"):
+        foresight(list("abc"), {"a"}, after, 1)
+
+
+def test_no_place_and_no_picture_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs a positive K and a picture that is left; given 0 and 3"):
+        foresight(list("abc"), (), list("abc"), 0)
+    with pytest.raises(ValueError, match="given 1 and 0"):
+        foresight(list("a"), {"a"}, [], 1)

@@ -1,0 +1,116 @@
+"""The judge's page: what it shows is what was judged, and text from outside stays inert."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from wherefrom.counterfactual.evaluate import PICTURES, RESULT
+from wherefrom.counterfactual.measurements import read_strip, write_strip
+from wherefrom.counterfactual.report import CURVES, PAGE, write_judge_report
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def effect(*own: float | None, others: float | None = 0.0) -> dict[str, list[float | None]]:
+    return {"own": list(own), "others": [others] * len(own)}
+
+
+def row(method: str, k: int, own: float) -> dict[str, Any]:
+    nothing = effect(None, None, others=None)
+    return {
+        "method": method,
+        "k": k,
+        "removed": 2.0 * k,
+        "equivalent": [30.0, 20.0, None] if method == "pixel" else None,
+        "queries": ["a", "b"],
+        "loss": effect(own, own + 0.1),
+        "mse": effect(own / 10, own / 10),
+        "similarity": nothing,
+    }
+
+
+def judged(folder: Path) -> dict[str, Any]:
+    """A judgement of one method, and what two models drew."""
+    models = [
+        {"name": "whole", "seed": 0, "method": "another seed", "k": 0, "queries": []},
+        {"name": "without", "seed": 0, "method": "pixel", "k": 4, "queries": ["a", "b"]},
+        {"name": "gone", "seed": 0, "method": "random", "k": 4, "queries": ["a", "b"]},
+    ]
+    result = {
+        "protocol": {"ks": [2, 4], "seeds": [0, 1], "timesteps": 10},
+        "prompts": {"b": HOSTILE, "a": "a fox"},
+        "encoder": None,
+        "training_pictures": 40,
+        "models": models,
+        "rows": [row("pixel", 2, 0.2), row("pixel", 4, 0.4), row("random", 4, 0.1), row("another seed", 0, 0.05)],
+    }
+    (folder / RESULT).write_text(json.dumps(result))
+    for name, level in (("whole", 0), ("without", 100)):
+        pictures = {query: np.full((8, 8, 3), level + index, np.uint8) for index, query in enumerate(("a", "b"))}
+        write_strip(folder / PICTURES / f"{name}.png", pictures)
+    return result
+
+
+def test_the_page_shows_curves_table_and_pictures(tmp_path: Path) -> None:
+    judged(tmp_path)
+    page, curves = write_judge_report(tmp_path)
+    assert (page, curves) == (tmp_path / PAGE, tmp_path / CURVES)
+    html = page.read_text()
+    assert HOSTILE not in html
+    assert "&lt;script&gt;" in html
+    assert html.count("<tr>") == 1 + 4 + 1 + 2 + 1 + 2, "a line for each row, each of two methods and each query"
+    assert re.search(
+        r"<td>pixel</td><td>4</td><td>8</td><td>2</td><td>0.45 ± 0.05</td><td>0</td>.*<td>30 \(20 to inf\)</td>", html
+    )
+    pictures = re.findall(r"<td>(<img[^>]*>|–)</td>", html.split("Pictures before")[1])
+    assert [each == "–" for each in pictures] == [False, False, True] * 2, "what was deleted is left out"
+    assert len(set(pictures)) == 5, "each query and model has a picture of its own"
+    assert html.count("data:image/png") == 1 + 4
+    with Image.open(curves) as opened:
+        width, height = opened.size
+    assert width > 3 * height / 1.2, "three panels: no encoder was given"
+    before = curves.read_bytes(), html
+    evaluate.main(["report", "--output", str(tmp_path)])
+    assert (curves.read_bytes(), page.read_text()) == before
+
+
+def test_a_judgement_of_one_k_and_no_pictures(tmp_path: Path) -> None:
+    result = judged(tmp_path)
+    result["rows"] = [row("pixel", 4, 0.4), row("random", 4, 0.1)]
+    (tmp_path / RESULT).write_text(json.dumps(result))
+    for path in (tmp_path / PICTURES).iterdir():
+        path.unlink()
+    page, _ = write_judge_report(tmp_path)
+    assert "Pictures before" not in page.read_text()
+
+
+def test_strips_are_read_as_they_were_written_and_wrong_ones_refused(tmp_path: Path) -> None:
+    judged(tmp_path)
+    path = tmp_path / PICTURES / "without.png"
+    found = read_strip(path, ["b", "a"])
+    assert (found["a"] == 100).all()
+    assert (found["b"] == 101).all()
+    with pytest.raises(ValueError, match="16 pixels wide, which is no multiple of its 3 queries"):
+        read_strip(path, ["a", "b", "c"])
+    path.write_text("no picture")
+    with pytest.raises(ValueError, match="is not a picture that can be read"):
+        write_judge_report(tmp_path)
+
+
+def test_a_folder_without_a_judgement_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run evaluate\.py counterfactual with this output first"):
+        write_judge_report(tmp_path)
+    (tmp_path / RESULT).write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        write_judge_report(tmp_path)
+    (tmp_path / RESULT).write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="lacks 'encoder'"):
+        write_judge_report(tmp_path)

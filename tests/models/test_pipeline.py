@@ -1,0 +1,179 @@
+"""Every kind of pipeline that loads: its loss, its sampler, and attribution from fit to ranking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import evaluate
+from tests.support.pipelines import TOKENS, pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tests.support.tiny import attribution_config, one_process
+from wherefrom.attributors import AttributionByUnlearning, TrainingData
+from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
+from wherefrom.curvature import FisherSettings
+from wherefrom.data.image_set import Pictures
+from wherefrom.data.latents import encode_pictures
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.noise_schedule import sampling_scheduler
+from wherefrom.models.parameter_subsets import moved_weights
+from wherefrom.models.pipeline import load_model, load_pipeline, model_from_pipeline
+from wherefrom.models.sampling import sample
+from wherefrom.queries.sources import generate
+from wherefrom.rankings.ranking_file import order_of, read_ranking
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import Store
+
+PROMPTS = ["a big red square", "a small blue circle", "stripes"]
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "sd1": lambda folder: stable_diffusion(folder, 1),
+    "sd2": lambda folder: stable_diffusion(folder, 2),
+    "sdxl": stable_diffusion_xl,
+    "pixart": pixart,
+    "sd3": stable_diffusion_3,
+    "sd3 without t5": lambda folder: stable_diffusion_3(folder, t5=False),
+}
+KEYS = keyed_random.hash_texts(["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save(tmp_path_factory.mktemp(kind)) for kind, save in KINDS.items()}
+
+
+def pictures(count: int = 5, size: int = 8) -> Pictures:
+    random = np.random.default_rng(0)
+    return Pictures(
+        tuple(f"picture/{index}" for index in range(count)),
+        tuple((f"{PROMPTS[index % 3]} number {index}",) for index in range(count)),
+        random.integers(0, 255, (count, size, size, 3), dtype=np.uint8),
+        {"license": ("CC0-1.0",) * count},
+        f"random-{count}-{size}",
+    )
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def channels(model: DiffusionModel) -> int:
+    config: Any = model.denoiser.config
+    return int(config.in_channels)
+
+
+def key_and_value(name: str, kind: str) -> bool:
+    """Written out anew: what the papers move."""
+    parts = name.split(".")
+    wanted = (["attn", "add_k_proj"], ["attn", "add_v_proj"])
+    return parts[-3:-1] in (wanted if kind.startswith("sd3") else (["attn2", "to_k"], ["attn2", "to_v"]))
+
+
+@pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvature: Any, tmp_path: Path) -> None:
+    model, store = load_model(str(folders[kind]), torch.float64), Store(tmp_path)
+    assert model.encoder is not None
+    train = pictures()
+    data = TrainingData(train, encode_pictures(train, model.encoder, store))
+    assert data.latents is not None
+    shape = tuple(data.latents.latents.shape[2:])
+    (query,) = generate(model, ["a big red square"], 0, shape, sampling_steps=2)
+    settings = UnlearningSettings(draws=8, measure_draws=8, rise=1e-3)
+    method = AttributionByUnlearning(
+        "cross_attention_kv",
+        settings,
+        LossGrid(timesteps=2),
+        curvature=curvature,
+        fisher=FisherSettings(1),
+        timestep_weights="equal",
+    )
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    method.fit(data, model, store, one_process())
+    (scores,) = method.score([query])
+    assert np.isfinite(scores.scores).all()
+    assert len(np.unique(scores.scores)) == len(train)
+    order = order_of(scores.ids, scores.scores)
+    assert sorted(order) == list(range(len(train)))
+    moved = unlearn(
+        model, method.query_latent(query), "cross_attention_kv", method.curvature, len(train), settings, one_process()
+    ).moved
+    expected = {name for name, _ in model.denoiser.named_parameters() if key_and_value(name, kind)}
+    assert moved.keys() == expected
+    assert expected
+    with moved_weights(model.denoiser, moved):
+        changed = {name for name, value in model.denoiser.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == expected
+    assert all(torch.equal(value, before[name]) for name, value in model.denoiser.state_dict().items())
+
+
+def test_the_captions_that_are_cut_are_counted(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = load_model(str(folders["sd1"])).encoder
+    assert encoder is not None
+    assert encoder.text.length == TOKENS
+    fits, long = "a" * (TOKENS - 2), "a" * (TOKENS - 1)
+    assert encoder.text.cut([fits, long, "", long]) == [1, 3]
+    first, second = encoder.text.encode([long, long + " and more"])
+    assert torch.equal(first, second)
+    assert not torch.equal(encoder.text.encode(["a"])[0], encoder.text.encode(["b"])[0])
+    train = pictures(3)
+    captions = ((long,), ("short",), (long,))
+    latents = Pictures(train.ids, captions, train.pixels, train.columns, "long")
+    encode_pictures(latents, encoder, Store(tmp_path))
+    assert "2 of 3 captions are longer than the text encoder reads (77 tokens)" in caplog.text
+    (manifest,) = tmp_path.glob("latents/*/manifest.json")
+    assert '"captions_cut": 2' in manifest.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_own_pipeline_draws_the_same_picture(folders: dict[str, Path], kind: str) -> None:
+    pipeline: Any = load_pipeline(str(folders[kind]))
+    pipeline.set_progress_bar_config(disable=True)
+    model = model_from_pipeline(pipeline)
+    assert model.encoder is not None
+    flow = model.process.prediction == "flow"
+    if not flow:
+        pipeline.scheduler = sampling_scheduler(model.process)
+    prompt, text, shape = "a big red square", model.encoder.text, (channels(model), 4, 4)
+    null = text.encode([""])[0]
+    ours = sample(model, text.encode([prompt]), null, KEYS[:1], shape, 4, 3.0)
+    options = {"clean_caption": False} if kind == "pixart" else {}
+    start = keyed_random.normal(keyed_random.combine(101, KEYS[:1]), shape)
+    theirs = pipeline(
+        prompt,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=start,
+        output_type="latent",
+        height=8,
+        width=8,
+        **({"use_resolution_binning": False} if kind == "pixart" else {}),
+        **options,
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    other = sample(model, text.encode(["stripes"]), null, KEYS[:1], shape, 4, 3.0)
+    assert (ours - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_the_command_line_attributes(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    config = attribution_config(tmp_path, count=4, model=str(folders[kind]))
+    settings = json.loads(config.read_text())
+    settings["attributor"]["init_args"] |= {
+        "weights": "cross_attention_kv",
+        "unlearning": {"draws": 8, "measure_draws": 8, "rise": 1e-3},
+    }
+    config.write_text(json.dumps(settings))
+    evaluate.main(["attribute", "-c", str(config)])
+    ((ids, scores),) = read_ranking(tmp_path / "run").values()
+    assert len(ids) == 4
+    assert len(np.unique(scores)) == 4
+    assert (tmp_path / "run" / "report.html").exists()

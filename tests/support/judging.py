@@ -1,0 +1,101 @@
+"""A judge of tiny random models, for tests: what is left out and the seed decide the weights, without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datamodules import ImageFolder
+from lightning_modules.launch import runs
+from tests.support.tiny import LENGTH, one_process, text_folder, tiny_folder, tiny_pipeline, tiny_process, tiny_unet
+from wherefrom.attributors import Attributor, InfluenceFunction, Scores
+from wherefrom.counterfactual.measurements import Measurements
+from wherefrom.counterfactual.reattribution import Reattribution
+from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
+from wherefrom.counterfactual.sweep import Sweep
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.encoders import LatentEncoder
+from wherefrom.models.pipeline import save_pipeline
+from wherefrom.queries.sources import QuerySource, generate
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.keyed_random import hash_text
+
+SOURCE = QuerySource(prompts=["red square", "blue circle", "a big stripe"], sampling_steps=2)
+
+
+def quick_influence() -> Attributor:
+    """A method that asks a model, in moments."""
+    return InfluenceFunction(draws=2, grid=LossGrid(timesteps=1, flips=False), curvature="identity")
+
+
+class Judge:
+    """Pictures, models, a panel and methods below one folder; `trained` and `said` list what was.
+
+    It is interrupted as it says `stop_at`.
+    """
+
+    def __init__(self, folder: Path, methods: dict[str, Attributor], count: int = 12, **keywords: Any) -> None:
+        pictures, pipeline = folder / "pictures", folder / "pipeline"
+        if not pictures.exists():
+            tiny_folder(pictures, count)
+            tiny_pipeline(pipeline)
+        encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
+        store = Store(folder / "store")
+        module = ImageFolder(str(pictures), encoder=encoder, store=str(store.root))
+        module.prepare_data()
+        module.setup()
+        self.folder, self.methods, self.store = folder, methods, store
+        self.data = runs.training_data_of(module)
+        self.trained: list[Retrain] = []
+        self.said: list[str] = []
+        self.stop_at: str | None = None
+
+        def train(retrain: Retrain, place: Path) -> None:
+            self.trained.append(retrain)
+            seed = hash_text(f"{retrain.seed}/{'/'.join(sorted(retrain.exclude))}") % 2**31
+            model = DiffusionModel(tiny_unet(seed), tiny_process(), encoder)
+            save_pipeline(place / "pipeline", model, str(text_folder(pipeline)), torch.float32)
+
+        def say(message: str) -> None:
+            self.said.append(message)
+            if message == self.stop_at:
+                raise KeyboardInterrupt
+
+        latents = self.data.latents
+        assert latents is not None
+        self.retrains = Retrains(store, {"recipe": "random"}, latents.ids, latents.fingerprint, train)
+        self.base = self.retrains.model(Retrain())
+        self.queries = generate(self.base, SOURCE.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+        panel = Panel(self.queries, self.base, SOURCE, timesteps=4)
+        table = Measurements(folder / "retrains.parquet")
+        self.sweep = Sweep(self.retrains, panel, table, say=say, **keywords)
+        self.again = Reattribution(
+            folder / "after",
+            methods,
+            self.data,
+            self.retrains,
+            self.queries,
+            store,
+            one_process(),
+            say=say,
+        )
+
+    def first(self) -> dict[str, list[Scores]]:
+        """Method -> scores of all queries under the model with all pictures."""
+        found = {}
+        for name, method in self.methods.items():
+            method.fit(self.data, self.base, self.store, one_process())
+            found[name] = list(method.score(self.queries))
+        return found
+
+
+def rankings(scores: dict[str, Sequence[Scores]]) -> dict[str, dict[str, list[str]]]:
+    """Method -> query -> ids, the most influential first."""
+    return {
+        method: {each.query.id: [name for name, _ in each.top(len(each.ids))] for each in results}
+        for method, results in scores.items()
+    }

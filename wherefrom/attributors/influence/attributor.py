@@ -1,0 +1,164 @@
+"""Influence functions: the training losses' first-order change as the query is unlearned infinitesimally."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wherefrom.attributors.base import Work
+from wherefrom.attributors.influence.directional_derivatives import measure_derivatives
+from wherefrom.attributors.preconditioned import CurvedAttributor, Form
+from wherefrom.curvature import FisherSettings
+from wherefrom.data.latents import LatentSet
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.gradients.query_loss import QueryLoss
+from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights, reduce_losses
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.distributed import Runner
+
+
+class InfluenceFunction(CurvedAttributor):
+    """∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N: what attribution by unlearning becomes for an infinitesimal step (AbU, appendix A.3).
+
+    One pass over the training set serves a whole block of queries.
+
+    Args:
+        weights: Which weights' gradients count.
+        draws: (t, ε) draws of which the query's gradient is the mean.
+        grid: Where training losses are differentiated.
+        flip: How a picture's score is made from its own and its mirror image's.
+        curvature: Form of F: diagonal, EK-FAC, or none (plain gradient similarity).
+        fisher: How F is sampled.
+        damping: Its relative damping.
+        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
+        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
+        curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
+        queries_per_pass: Queries served by one pass over the training set; more take more memory.
+        batch_size: Samples at a time; does not change the result.
+        seed: Seed of the query's draws.
+        breakdown: Which parts of the scores are kept beside them.
+        timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
+            timestep's changes by their spread over 256 training pictures, so that no timestep drowns the others.
+
+    Raises:
+        ValueError: The form of curvature is unknown, a number is not positive, or there are more timestep bands than
+            timesteps.
+    """
+
+    def __init__(
+        self,
+        weights: Subset = "cross_attention_kv",
+        draws: int = 2000,
+        grid: LossGrid = LossGrid(),
+        flip: Flip = "max",
+        curvature: Form = "ekfac",
+        fisher: FisherSettings = FisherSettings(),
+        damping: float = 0.1,
+        layers_per_pass: int | None = None,
+        fisher_path: str | None = None,
+        curvature_from: str | None = None,
+        queries_per_pass: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        breakdown: Breakdown = Breakdown(),
+        timestep_weights: TimestepWeights = "spread",
+    ) -> None:
+        super().__init__(
+            weights,
+            grid,
+            flip,
+            curvature,
+            fisher,
+            damping,
+            layers_per_pass,
+            fisher_path,
+            curvature_from,
+            batch_size,
+            breakdown,
+            timestep_weights,
+        )
+        if draws < 1 or queries_per_pass < 1:
+            raise ValueError(f"draws and queries_per_pass must be at least 1; given {draws} and {queries_per_pass}.")
+        self.draws, self.queries_per_pass, self.seed = draws, queries_per_pass, seed
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {"method": "influence function", "draws": self.draws, "seed": self.seed, **super().identity()}
+
+    def work(self, data: TrainingData, queries: int) -> Work:
+        """Three forward passes for each sample of the curvature, of the queries' gradients and of the training grid."""
+        assert data.latents is not None
+        losses = self.losses_of(data)
+        passes = -(-queries // self.queries_per_pass)
+        latents = data.latents.held_bytes
+        block = min(queries, self.queries_per_pass)
+        once = self.curvature_passes(data) + 3 * losses * passes
+        return Work(once, 3 * self.draws, 4 * losses * queries, latents + 8 * losses * block)
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Makes the curvature, once per model."""
+        self.prepare(data, model, store, runner, say)
+
+    def directions(self, queries: Sequence[Query]) -> dict[str, Tensor]:
+        """F⁻¹ ∇L(ẑ) / N of each query, by parameter name: shape (Q, *parameter)."""
+        model, data, _, _, runner = self.ready()
+        parameters = select_weights(model.denoiser, self.weights)
+        rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+        for query in queries:
+            with trainable(model.denoiser, parameters):
+                loss = QueryLoss(model, self.query_latent(query), self.seed, runner)
+                gradients = loss.gradient(parameters, 0, self.draws)
+            for name, step in self.curvature.precondition(gradients).items():
+                rows[name].append(step.detach() / len(data))
+        return {name: torch.stack(steps) for name, steps in rows.items()}
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """A block of queries at a time: their gradients, then one pass over the training set."""
+        _, data, held_out, _, _ = self.ready()
+        chosen = self.positions(data.ids, candidates)
+        part = data if candidates is None else data.subset(chosen)
+        for start in range(0, len(queries), self.queries_per_pass):
+            block = queries[start : start + self.queries_per_pass]
+            started = time.monotonic()
+            directions = self.directions(block)
+            gradient_s = time.monotonic() - started
+            change = self._derivatives(part, directions)
+            null = self._derivatives(held_out, directions) if held_out is not None else None
+            reference = self.reference(change, chosen, partial(self._reference, directions=directions))
+            pass_s = time.monotonic() - started - gradient_s
+            for index, query in enumerate(block):
+                mine = change[..., index]
+                weights = self.weigh(reference[..., index])
+                mine = mine * weights
+                yield Scores(
+                    query,
+                    part.ids,
+                    reduce_losses(mine, self.flip).numpy(),
+                    np.zeros(0) if null is None else reduce_losses(null[..., index] * weights, self.flip).numpy(),
+                    {
+                        "split_half_reliability": self.reliability(mine),
+                        "gradient_s": gradient_s / len(block),
+                        "pass_s": pass_s / len(block),
+                    },
+                    self.parts(mine),
+                )
+
+    def _reference(self, positions: list[int], directions: dict[str, Tensor]) -> Tensor:
+        """The derivatives of the training pictures at these positions."""
+        return self._derivatives(self.ready()[1].subset(positions), directions)
+
+    def _derivatives(self, data: LatentSet, directions: dict[str, Tensor]) -> Tensor:
+        model, _, _, store, runner = self.ready()
+        return measure_derivatives(model, data, self.grid, directions, store, runner, self.batch_size, self.progress)

@@ -1,0 +1,105 @@
+"""First-order changes of training losses along given directions in weight space: what influence functions are made of.
+
+One pass over the training set serves many directions: the gradient of each sample's loss is taken once, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wherefrom.data.latents import LatentSet
+from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.dataset_pass import run_pass
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.tensor_hash import hash_tensors
+
+
+class DerivativePass(LossPass):
+    """∇l(z)ᵀ v of every picture, flip, caption, timestep, draw and direction v (a `TrainingPass`).
+
+    Args:
+        model: The model.
+        data: The pictures.
+        grid: Where the losses are differentiated.
+        batch_size: Samples at a time.
+        directions: By parameter name, one direction a row: shape (Q, *parameter).
+
+    Raises:
+        ValueError: A derivative is not finite, or a layer has no per-sample gradient.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        data: LatentSet,
+        grid: LossGrid,
+        batch_size: int,
+        directions: Mapping[str, Float[Tensor, "q ..."]],
+    ) -> None:
+        super().__init__(model, data, grid, batch_size)
+        self.directions = {name: value.flatten(1).T.contiguous() for name, value in directions.items()}
+        self.count = next(iter(self.directions.values())).shape[1]
+        self.losses = torch.full((len(data), *self.shape, self.count), float("nan"), dtype=model.dtype)
+
+    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+        with torch.enable_grad(), PerSampleGradients(self.model.denoiser, list(self.directions)) as tap:
+            losses = self.item_losses(picture, item)
+            total = torch.zeros(len(item), self.count, dtype=losses.dtype, device=losses.device)
+            for name, gradients in tap.per_sample(losses):
+                total += gradients.flatten(1) @ self.directions[name]
+        return total.cpu()
+
+
+def measure_derivatives(
+    model: DiffusionModel,
+    data: LatentSet,
+    grid: LossGrid,
+    directions: Mapping[str, Float[Tensor, "q ..."]],
+    store: Store,
+    runner: Runner,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Float[Tensor, "n f k t r q"]:
+    """∇l(z)ᵀ v of all pictures, kept in the store and found again.
+
+    Args:
+        model: The model.
+        data: The pictures.
+        grid: Where the losses are differentiated.
+        directions: By parameter name, one direction a row.
+        store: Where the derivatives are kept.
+        runner: This process's place.
+        batch_size: Samples at a time; does not change the result.
+        progress: Called with (done, total) chunks.
+
+    Raises:
+        ValueError: A derivative is not finite, or a layer has no per-sample gradient.
+        StorageError: The store could not be written.
+    """
+    identity: dict[str, Any] = {
+        "model": model.fingerprint(),
+        "data": data.fingerprint,
+        "dtype": str(model.dtype),
+        "directions": hash_tensors(dict(directions)),
+        **asdict(grid),
+    }
+    work = run_pass(
+        lambda: DerivativePass(model, data, grid, batch_size, directions),
+        len(data),
+        store,
+        "derivatives",
+        identity,
+        runner,
+        progress=progress,
+    )
+    return work.losses

@@ -1,0 +1,317 @@
+"""A bank of whitened training gradients: pay the training side of influence functions once, for any number of queries.
+
+Influence is ∇L(ẑ)ᵀ F⁻¹ ∇L(z), so with both sides multiplied by F^(-1/2) it is an inner product. The bank keeps each
+training picture's whitened gradient, averaged over timesteps and draws and compressed; a query then costs its own
+gradient and one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wherefrom.attributors.influence.token_factors import TokenBank, TokenGradients, layers_of
+from wherefrom.attributors.trak.projected_features import Compress, PictureFeatures
+from wherefrom.curvature.base import Curvature
+from wherefrom.data.latents import LatentSet
+from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.gradients.projection import Projection
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.artifacts import Identity, Store
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.dataset_pass import run_pass
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.row_cache import Rows, make_rows
+
+Keep = Literal["factors", "eigenbasis", "rademacher", "sparse"]
+_SAMPLE = 256  # training pictures that decide coordinates and timesteps' weights
+_ROWS_AT_A_TIME = 4096  # of a bank: all of them may be larger than memory
+_COORDINATES = "coordinates/"  # before a parameter's name in a pass's state
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a whitened gradient becomes a row of the bank.
+
+    Attributes:
+        keep: `factors` keeps the gradients of layers that see captions only (cross-attention keys and values) exactly,
+            as what is multiplied with the caption states: tokens × outputs numbers in place of inputs × outputs, see
+            `wherefrom.attributors.influence.token_factors`. The others are for any weights, and lose: `eigenbasis`
+            keeps the coordinates that are largest over a sample of training pictures, the same for all rows (whitening
+            makes them nearly alike, so a few of them say little); `rademacher` and `sparse` are random projections, see
+            `Projection`.
+        dimension: Numbers of a row, but for factors; None keeps all coordinates of the eigenbasis.
+        seed: Seed of a projection.
+
+    Raises:
+        ValueError: The dimension is not positive, missing for a projection or given for factors; or the kind is
+            unknown.
+    """
+
+    keep: Keep = "factors"
+    dimension: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("factors", "eigenbasis", "rademacher", "sparse"):
+            raise ValueError(
+                f"Unknown compression {self.keep!r}; choose 'factors', 'eigenbasis', 'rademacher' or 'sparse'."
+            )
+        if self.keep == "factors" and self.dimension is not None:
+            raise ValueError("Factors have no dimension to choose: their size is that of captions and layers.")
+        if self.dimension is None and self.keep in ("rademacher", "sparse"):
+            raise ValueError(f"A {self.keep} projection needs a dimension.")
+        if self.dimension is not None and self.dimension < 1:
+            raise ValueError(f"A bank's rows need at least 1 number; given dimension {self.dimension}.")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows."""
+        if self.keep in ("factors", "eigenbasis"):
+            return {"keep": self.keep, "dimension": self.dimension}
+        return {"keep": self.keep, "dimension": self.dimension, "projection": self.projection().identity()}
+
+    def projection(self) -> Projection:
+        """The random projection, where one is asked for."""
+        assert self.dimension is not None
+        assert self.keep in ("rademacher", "sparse")
+        return Projection(self.dimension, self.seed, self.keep)
+
+
+class SquaredPass(LossPass):
+    """Squared whitened gradients of single samples: their sum over coordinates, and each coordinate's sum over samples.
+
+    A `TrainingPass`.
+
+    Args:
+        model: The model.
+        data: The pictures.
+        grid: Where losses are differentiated; without mirror images.
+        batch_size: Samples at a time.
+        names: Parameters.
+        curvature: What whitens.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        data: LatentSet,
+        grid: LossGrid,
+        batch_size: int,
+        names: Sequence[str],
+        curvature: Curvature,
+    ) -> None:
+        super().__init__(model, data, grid, batch_size)
+        self.names, self.curvature = list(names), curvature
+        self.coordinates: dict[str, Tensor] = {}
+
+    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+        with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
+            rows = {name: each.flatten(1) for name, each in tap.per_sample(self.item_losses(picture, item))}
+        total = torch.zeros(len(item), dtype=self.losses.dtype)
+        for name, white in self.curvature.whiten(rows).items():
+            squares = white.square()
+            total += squares.sum(dim=1).cpu()
+            mine = squares.sum(dim=0).double().cpu()
+            self.coordinates[name] = self.coordinates[name] + mine if name in self.coordinates else mine
+        return total
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Adds what was measured elsewhere."""
+        super().merge(state)
+        for name, value in state.items():
+            if name.startswith(_COORDINATES):
+                key = name.removeprefix(_COORDINATES)
+                self.coordinates[key] = self.coordinates[key] + value if key in self.coordinates else value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was measured so far."""
+        return {**super().state_dict(), **{_COORDINATES + name: each for name, each in self.coordinates.items()}}
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The rows of all training pictures, and how a query's gradient is brought to them.
+
+    Attributes:
+        rows: Whitened, compressed gradients, shape (N, F, D).
+        compress: Makes rows of gradients.
+    """
+
+    rows: Rows
+    compress: Compress
+
+    def influence(self, gradients: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "n f"]:
+        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every picture and mirror image.
+
+        Args:
+            gradients: The query's, by parameter name.
+        """
+        row = self.compress({name: value.flatten()[None] for name, value in gradients.items()})[0].cpu()
+        values = self.rows.values
+        dtype = torch.promote_types(values.dtype, torch.float32)  # half precision is only how rows are kept
+        blocks = (values[start : start + _ROWS_AT_A_TIME] for start in range(0, len(values), _ROWS_AT_A_TIME))
+        return torch.cat([block.to(dtype) @ row.to(dtype) for block in blocks]).double()
+
+
+class BankMaker:
+    """Makes banks of pictures: of the training set, and of those never trained on.
+
+    Args:
+        model: The model.
+        training: Its training set, a sample of which decides coordinates and timesteps' weights.
+        grid: Where losses are differentiated.
+        names: Parameters.
+        curvature: F.
+        curvature_identity: What decides F.
+        compression: How rows are kept.
+        spread: Divide each timestep's gradients by their root mean square length after whitening, so that no timestep
+            drowns the others; else the plain mean.
+        half: Keep rows in half precision.
+        store: Where they are kept.
+        runner: This process's place.
+        batch_size: Samples at a time; does not change the result.
+        progress: Called with (done, total) chunks.
+
+    Raises:
+        ValueError: A layer has no per-sample gradient, or a gradient is not finite.
+        StorageError: The store could not be written.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        training: LatentSet,
+        grid: LossGrid,
+        names: Sequence[str],
+        curvature: Curvature,
+        curvature_identity: Identity,
+        compression: Compression,
+        spread: bool,
+        half: bool,
+        store: Store,
+        runner: Runner,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+    ) -> None:
+        if compression.keep == "factors":
+            layers_of(model.denoiser, names)
+        self.model, self.grid, self.names, self.curvature = model, grid, list(names), curvature
+        self.compression = compression
+        self.half, self.store, self.runner = half, store, runner
+        self.batch_size, self.progress = batch_size, progress
+        self.settings: dict[str, Any] = {
+            "model": model.fingerprint(),
+            "dtype": str(model.dtype),
+            "weights": sorted(names),
+            "curvature": dict(curvature_identity),
+            "of": training.fingerprint,
+        }
+        chosen = compression.keep == "eigenbasis"
+        squares = self._squares(training) if spread or chosen else None
+        self.timestep_weights = None if squares is None or not spread else _weights_of(squares)
+        self.compress: Compress | None = None
+        if squares is not None and chosen:
+            self.compress = self._cut(largest(squares.coordinates, compression.dimension))
+        elif compression.keep != "factors":
+            self.compress = self._project(compression.projection())
+        self.identity = {
+            **self.settings,
+            "compression": compression.identity(),
+            "spread": spread,
+            "half": half,
+            "losses": asdict(grid),
+        }
+
+    def _squares(self, training: LatentSet) -> SquaredPass:
+        sample = training.subset(training.sample(_SAMPLE))
+        grid = LossGrid(self.grid.timesteps, 1, self.grid.seed, False, self.grid.offset)
+        return run_pass(
+            lambda: SquaredPass(self.model, sample, grid, self.batch_size, self.names, self.curvature),
+            len(sample),
+            self.store,
+            "whitened_squares",
+            {**self.settings, "losses": asdict(grid), "sample": sample.fingerprint},
+            self.runner,
+            progress=self.progress,
+        )
+
+    def _project(self, projection: Projection) -> Compress:
+        def project(gradients: Mapping[str, Tensor]) -> Tensor:
+            return projection.project(self.curvature.whiten(gradients)).to(self._dtype)
+
+        return project
+
+    def _cut(self, kept: Mapping[str, Int64[Tensor, " k"]]) -> Compress:
+        def cut(gradients: Mapping[str, Tensor]) -> Tensor:
+            white = self.curvature.whiten(gradients)
+            parts = [white[name][:, where.to(white[name].device)] for name, where in kept.items()]
+            return torch.cat(parts, dim=1).to(self._dtype)
+
+        return cut
+
+    def size(self, data: LatentSet) -> int:
+        """Bytes of the bank of these pictures."""
+        shapes = {name: parameter.shape for name, parameter in self.model.denoiser.named_parameters()}
+        if self.compression.keep == "factors":
+            captions, tokens = data.states.shape[1:3]
+            width = 1 + captions * tokens * sum(shapes[name][0] for name in self.names)
+        else:
+            width = self.compression.dimension or sum(shapes[name].numel() for name in self.names)
+        return len(data) * (2 if self.grid.flips else 1) * width * self._dtype.itemsize
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else torch.promote_types(self.model.dtype, torch.float32)
+
+    def make(self, data: LatentSet) -> Bank | TokenBank:
+        """The bank of these pictures, from the store if it is there."""
+        losses = LossPass(self.model, data, self.grid, self.batch_size)
+        weights = self.timestep_weights
+        if weights is not None:
+            weights = weights[torch.searchsorted(self.grid.steps(self.model.process.steps), losses.timestep)]
+        if self.compress is None:
+            rows = self._rows(TokenGradients(losses, self.names, weights, self.half).rows, data)
+            return TokenBank(rows, data, tuple(self.names), self.curvature)
+        return Bank(self._rows(PictureFeatures(losses, self.names, self.compress, weights).rows, data), self.compress)
+
+    def _rows(self, compute: Callable[[range], Tensor], data: LatentSet) -> Rows:
+        return make_rows(
+            compute,
+            data.ids,
+            self.store,
+            "bank",
+            {**self.identity, "data": data.fingerprint},
+            self.runner,
+            progress=self.progress,
+        )
+
+
+def _weights_of(squares: SquaredPass) -> Float[Tensor, " t"] | None:
+    """Weights of mean 1, of each timestep by its gradients' root mean square length; None where one has no length."""
+    # The losses' dimensions are pictures, flips, captions, timesteps and draws.
+    lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
+    if not bool((lengths > 0).all()):
+        return None
+    weights: Tensor = 1 / lengths
+    return weights / weights.mean()
+
+
+def largest(coordinates: Mapping[str, Float[Tensor, " m"]], count: int | None) -> dict[str, Int64[Tensor, " k"]]:
+    """Positions of the largest numbers over all tensors, by tensor; ties by name and position.
+
+    Args:
+        coordinates: By parameter name.
+        count: How many; None, or more than there are, is all.
+    """
+    names = sorted(coordinates)
+    flat = torch.cat([coordinates[name] for name in names])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[torch.argsort(flat, descending=True, stable=True)[: len(flat) if count is None else count]] = True
+    parts = chosen.split([len(coordinates[name]) for name in names])
+    return {name: part.nonzero()[:, 0] for name, part in zip(names, parts, strict=True)}

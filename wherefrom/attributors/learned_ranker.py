@@ -1,0 +1,200 @@
+"""Fast attribution: a learned ranker embeds query and training pictures, and the nearest are the most influential.
+
+Fast Data Attribution, section 4: the ranker has learned the order of a slow method (see
+`wherefrom.distillation.teacher_set`), so that what took hours is a search by cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.attributors.base import Attributor, Need, Work
+from wherefrom.data.image_set import Pictures
+from wherefrom.distillation.calibration import load_calibration
+from wherefrom.distillation.ranker import load_ranker
+from wherefrom.features.base import ImageEncoder, TextEncoder, picture_features, query_features
+from wherefrom.index import Embeddings, Hits, Index, build_index, embed, embed_training_set, ranker_identity, rows_of
+from wherefrom.index.build import KIND, index_identity
+from wherefrom.index.contents import read_removed
+from wherefrom.index.embeddings import cosines
+from wherefrom.metrics.concentration import concentration
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.rankings.estimates import Estimates
+from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest
+from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.distributed import Runner
+
+TAKEN_DOWN = -2.0  # below any cosine
+
+
+class Fast(Attributor):
+    """Cosine of a learned ranker's embeddings; `search` finds the first pictures in an index.
+
+    A picture's features are those of its pixels and of its first caption, a query's those of its pixels and prompt.
+
+    Args:
+        ranker: Folder of the ranker; see `save_ranker`.
+        encoders: Name -> encoder, as the ranker's manifest names them; it also gives their order.
+        index: FAISS's factory string of the index that `search` uses.
+        search: FAISS's search settings, such as `nprobe=32`.
+        mmap: Leave the index on disk and read what a query needs.
+        gpu: Search on the first GPU.
+        calibration: Folder that `evaluate.py calibrate` left: scores then come with estimates of influence, in the
+            teacher's unit, with intervals, and queries with how concentrated it is. The order stays that of cosines.
+
+    Raises:
+        FileNotFoundError: A folder holds no ranker, or no calibration.
+        ValueError: It cannot be served by cosine, the encoders are not those that it was trained with, or the
+            calibration is another ranker's.
+    """
+
+    requires: frozenset[Need] = frozenset({"features", "prompt"})
+
+    def __init__(
+        self,
+        ranker: str,
+        encoders: Mapping[str, ImageEncoder | TextEncoder],
+        index: str = "Flat",
+        search: str = "",
+        mmap: bool = True,
+        gpu: bool = False,
+        calibration: str | None = None,
+    ) -> None:
+        self.ranker, self.names = load_ranker(Path(ranker))
+        self.ranker_identity = ranker_identity(self.ranker, self.names)
+        if set(encoders) != set(self.names):
+            raise ValueError(
+                f"The ranker {ranker} takes features of {', '.join(self.names)}; the encoders given are "
+                f"{', '.join(encoders) or 'none'}. Give one encoder for each of its names."
+            )
+        self.encoders = {name: encoders[name] for name in self.names}
+        self.factory, self.settings, self.mmap, self.gpu = index, search, mmap, gpu
+        place = None if calibration is None else Path(calibration)
+        self.calibration = None if place is None else load_calibration(place, self.ranker, self.names)
+        self._calibrated = {} if place is None else {"calibration": read_manifest(place)["curve"]}
+        self._ready: tuple[Pictures, Embeddings, Index, Embeddings | None] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        encoders = {name: encoder.identity() for name, encoder in self.encoders.items()}
+        return {"method": "fast attribution", "ranker": self.ranker_identity, "encoders": encoders, **self._calibrated}
+
+    def work(self, data: TrainingData, queries: int) -> Work:
+        """Bytes of embeddings and of an index that keeps them as they are; passes of a model it needs none."""
+        return Work(disk=2 * 4 * len(data.pictures) * int(self.ranker.sizes["outputs"]))
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Makes features, embeddings and index once, or finds them in the store."""
+        say(f"embeddings of {len(data.pictures):,} training pictures by {' and '.join(self.names)}")
+        self.ranker.to(runner.device)
+        embeddings = self._embeddings(data.pictures, store, runner)
+        held_out = data.held_out
+        null = self._embeddings(held_out, store, runner) if held_out is not None and len(held_out) else None
+        say(f"index {self.factory}")
+        folder = build_index(
+            store,
+            runner,
+            rows_of(data.pictures),
+            embeddings,
+            self._training(data.pictures),
+            self.factory,
+            progress=self.progress,
+        )
+        index = Index(folder, self.ranker_identity, self.settings, self.mmap, self.gpu)
+        self._ready = data.pictures, embeddings, index, null
+
+    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """What was taken down from the index of these pictures, where there is one."""
+        training, dimension = self._training(data.pictures), int(self.ranker.sizes["outputs"])
+        folder = store.find(KIND, index_identity(self.ranker_identity, training, self.factory, dimension))
+        return frozenset() if folder is None else frozenset(read_removed(folder, read_manifest(folder)))
+
+    @property
+    def index(self) -> Index:
+        """The index, to add pictures to it or take them down.
+
+        Raises:
+            ValueError: `fit` has not run.
+        """
+        return self._fitted()[2]
+
+    def _fitted(self) -> tuple[Pictures, Embeddings, Index, Embeddings | None]:
+        if self._ready is None:
+            raise ValueError("fit must run before score and search.")
+        return self._ready
+
+    def _training(self, pictures: Pictures) -> dict[str, Any]:
+        """Identity of the training set, of its rows and features."""
+        rows = {"captions": pictures.captions, "columns": {name: list(c) for name, c in pictures.columns.items()}}
+        return {
+            "pictures": pictures.fingerprint,
+            "ids": identity_hash({"ids": list(pictures.ids)}),
+            "rows": identity_hash(rows),
+            "encoders": {name: encoder.identity() for name, encoder in self.encoders.items()},
+        }
+
+    def _embeddings(self, pictures: Pictures, store: Store, runner: Runner) -> Embeddings:
+        features = [picture_features(pictures, each, store, self.progress) for each in self.encoders.values()]
+        training = self._training(pictures)
+        return embed_training_set(self.ranker, self.names, features, training, store, runner, self.progress)
+
+    def embed_queries(self, queries: Sequence[Query]) -> Embeddings:
+        """Unit vectors of queries; each is made alone, so that none depends on its company."""
+        rows = [
+            torch.cat([query_features(query.pixels[None], [query.prompt], each) for each in self.encoders.values()], 1)
+            for query in queries
+        ]
+        features: Float[Tensor, "q d"] = torch.cat(rows) if rows else torch.empty(0, self.ranker.inputs)
+        return Embeddings(embed(self.ranker, features, self.names), self.ranker_identity)
+
+    def search(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """The k most influential pictures of each query, by the index.
+
+        Raises:
+            ValueError: `fit` has not run, a query asks for a region, or the index has not k pictures.
+        """
+        self.check(queries)
+        index = self._fitted()[2]
+        return index.search(self.embed_queries(queries), k)
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """One query at a time: exact cosines with all training pictures, whatever the index.
+
+        Pictures that were taken down from the index come after all others, at `TAKEN_DOWN`.
+        """
+        pictures, embeddings, index, null = self._fitted()
+        chosen = self.positions(pictures.ids, candidates)
+        ids = tuple(pictures.ids[index] for index in chosen)
+        vectors = embeddings.vectors if candidates is None else embeddings.vectors[np.asarray(chosen, dtype=np.intp)]
+        gone = np.isin(np.asarray(ids), list(index.removed))
+        for query in queries:
+            vector: NDArray[np.float32] = self.embed_queries([query]).vectors[0]
+            scores = cosines(vectors, vector)
+            scores[gone] = TAKEN_DOWN
+            estimates = None if self.calibration is None else self.calibration.estimate(scores)
+            yield Scores(
+                query,
+                ids,
+                scores,
+                np.empty(0) if null is None else cosines(null.vectors, vector),
+                {} if estimates is None else _concentration(estimates),
+                estimates=estimates,
+            )
+
+
+def _concentration(estimates: Estimates) -> dict[str, float]:
+    """How concentrated a query's influence is, as facts of its scores."""
+    found = concentration(estimates.values)
+    shares = {f"influence_of_first_{count}": share for count, share in found.shares.items()}
+    return {**shares, "effective_pictures": found.effective}

@@ -1,0 +1,75 @@
+"""TRAK (Park et al. 2023) and D-TRAK (Zheng et al. 2024): projected gradients, compared through their inverse Gram."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wherefrom.attributors.trak.base import ProjectedGradients
+from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.gradients.projection import Projection
+from wherefrom.gradients.query_loss import QueryLoss, as_latent
+from wherefrom.gradients.score_reduction import Flip
+from wherefrom.models.diffusion import DiffusionModel, Output, check_output, with_output
+from wherefrom.models.parameter_subsets import Subset
+from wherefrom.queries.types import Query
+from wherefrom.runtime.distributed import Runner
+
+
+class TRAK(ProjectedGradients):
+    """φ(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ the projected mean gradient, averaged over an ensemble of models.
+
+    With `output: square_output` it is D-TRAK, whose gradients are those of the mean squared output on both sides.
+
+    Args:
+        weights: Which weights' gradients are projected; the papers take all.
+        output: What is differentiated.
+        projection: P.
+        grid: Where the training pictures' gradients are averaged.
+        draws: (t, ε) draws of which the query's gradient is the mean.
+        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the pictures without mirror images.
+        absolute_lambda: λ itself, instead.
+        flip: How a picture's score is made from its own and its mirror image's.
+        ensemble: Pipelines of further models, trained on the same pictures with the same autoencoder; scores are
+            averaged over all models.
+        batch_size: Samples at a time; does not change the result.
+        seed: Seed of the query's draws.
+
+    Raises:
+        ValueError: λ is not positive, both or neither are given, the output is unknown, the projection is too small,
+            or a number is not positive.
+    """
+
+    def __init__(
+        self,
+        weights: Subset = "all",
+        output: Output = "loss",
+        projection: Projection = Projection(),
+        grid: LossGrid = LossGrid(timesteps=10),
+        draws: int = 500,
+        relative_lambda: float | None = 0.01,
+        absolute_lambda: float | None = None,
+        flip: Flip = "max",
+        ensemble: list[str] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        check_output(output)
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1; given {draws}.")
+        super().__init__(
+            weights, projection, grid, draws, relative_lambda, absolute_lambda, flip, ensemble, batch_size, seed
+        )
+        self.output: Output = output
+        self.method = "D-TRAK" if output == "square_output" else "TRAK"
+
+    def differentiated(self, model: DiffusionModel) -> DiffusionModel:
+        """The model with the losses that are differentiated on both sides."""
+        return with_output(model, self.output)
+
+    def query_steps(self, query: Query) -> Sequence[int]:
+        """One, whose draws are of all timesteps."""
+        return [0]
+
+    def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
+        """The loss of the finished picture."""
+        return QueryLoss(model, as_latent(model, query), self.seed, runner)

@@ -1,0 +1,218 @@
+"""What TRAK and its relatives share: projected gradients of all pictures, compared through their inverse Gram."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wherefrom.attributors.base import Attributor, Need, Work
+from wherefrom.attributors.trak.projected_features import (
+    Kernel,
+    check_projection,
+    check_ridge,
+    in_double,
+    project_each,
+    project_pictures,
+)
+from wherefrom.data.latents import LatentSet
+from wherefrom.gradients.loss_grid import LossDraws, LossGrid
+from wherefrom.gradients.projection import Projection
+from wherefrom.gradients.query_loss import QueryLoss
+from wherefrom.gradients.score_reduction import Flip
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.model_ensemble import load_ensemble
+from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.row_cache import Rows
+
+# Making the projection takes longer than a query's gradient; an interruption costs one block.
+_QUERIES_AT_A_TIME = 16
+
+
+class ProjectedGradients(Attributor):
+    """Σ_s φ_s(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), averaged over an ensemble; subclasses say what a query's gradients φ_s are.
+
+    Args:
+        weights: Which weights' gradients are projected; the papers take all.
+        projection: P.
+        grid: Where the training pictures' gradients are averaged.
+        draws: (t, ε) draws of which each of the query's gradients is the mean.
+        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the pictures without mirror images.
+        absolute_lambda: λ itself, instead.
+        flip: How a picture's score is made from its own and its mirror image's.
+        ensemble: Pipelines of further models, trained on the same pictures with the same autoencoder; scores are
+            averaged over all models.
+        batch_size: Samples at a time; does not change the result.
+        seed: Seed of the query's draws.
+
+    Raises:
+        ValueError: λ is not positive, both or neither are given, the projection is too small, or a number is not
+            positive.
+    """
+
+    requires: frozenset[Need] = frozenset({"model", "gradients", "prompt"})
+    takes_regions = True
+    method: str
+
+    def __init__(
+        self,
+        weights: Subset,
+        projection: Projection,
+        grid: LossGrid | LossDraws,
+        draws: int,
+        relative_lambda: float | None,
+        absolute_lambda: float | None,
+        flip: Flip,
+        ensemble: list[str] | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        check_ridge(relative_lambda, absolute_lambda)
+        check_projection(projection)
+        self.weights: Subset = weights
+        self.projection, self.grid, self.draws = projection, grid, draws
+        self.relative_lambda, self.absolute_lambda = relative_lambda, absolute_lambda
+        self.flip, self.ensemble, self.batch_size, self.seed = flip, list(ensemble or []), batch_size, seed
+        self._ready: tuple[LatentSet, Runner] | None = None
+
+    @abstractmethod
+    def query_steps(self, query: Query) -> Sequence[int]:
+        """The steps of a query's loss that have a gradient each."""
+
+    @abstractmethod
+    def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
+        """The query's loss."""
+
+    def differentiated(self, model: DiffusionModel) -> DiffusionModel:
+        """The model with the losses that are differentiated on both sides."""
+        return model
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {
+            "method": self.method,
+            "weights": self.weights,
+            "projection": self.projection.identity(),
+            "grid": asdict(self.grid),
+            "draws": self.draws,
+            "relative_lambda": self.relative_lambda,
+            "absolute_lambda": self.absolute_lambda,
+            "flip": self.flip,
+            "ensemble": self.ensemble,
+            "seed": self.seed,
+        }
+
+    def steps_at_most(self) -> int:
+        """Gradients of a query."""
+        return 1
+
+    def work(self, data: TrainingData, queries: int) -> Work:
+        """Three forward passes for each sample of the training grid and of the query's gradients, for each model."""
+        assert data.latents is not None
+        held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
+        flips, models = (2 if self.grid.flips else 1), 1 + len(self.ensemble)
+        rows = (len(data.latents) + held_out) * flips * models
+        samples = rows * self.grid.per_flip(data.latents.states.shape[1])
+        per_query = self.draws * self.steps_at_most() * models
+        features = 4 * rows * self.projection.dimension
+        return Work(3 * samples, 3 * per_query, features, features + 8 * models * self.projection.dimension**2)
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Projects the gradients of all pictures, once per model."""
+        if model is None or data.latents is None:
+            raise ValueError(f"{self.method} needs a model and the latents of its training pictures.")
+        model.check(data.latents.latents[0, 0], data.latents.null_states)
+        members = [model, *load_ensemble(model, self.ensemble, self.weights)]
+        self._ready = (data.latents, runner)
+        self.models = [self.differentiated(each) for each in members]
+        self.features: list[Rows] = []
+        self.null: list[Rows] = []
+        self.kernels: list[Kernel] = []
+        for number, each in enumerate(self.models, start=1):
+            say(f"projected gradients of {len(data.latents):,} pictures, model {number} of {len(self.models)}")
+            self.features.append(self._project(each, data.latents, store, runner))
+            if data.held_out_latents is not None:
+                self.null.append(self._project(each, data.held_out_latents, store, runner))
+            pictures = self.features[-1].values[:, 0]  # without their mirror images
+            self.kernels.append(Kernel(pictures, self.relative_lambda, self.absolute_lambda))
+
+    def _project(self, model: DiffusionModel, part: LatentSet, store: Store, runner: Runner) -> Rows:
+        names = list(select_weights(model.denoiser, self.weights))
+        return project_pictures(
+            model, part, self.grid, names, self.projection, store, runner, self.batch_size, self.progress
+        )
+
+    def query_features(
+        self, model: DiffusionModel, queries: Sequence[Query], runner: Runner
+    ) -> list[Float[Tensor, "s d"]]:
+        """φ_s(ẑ) of each query's steps. The matrix is made once for as many gradients as memory holds."""
+        parameters = select_weights(model.denoiser, self.weights)
+        steps = [self.query_steps(query) for query in queries]
+
+        def gradients() -> Iterator[Mapping[str, Tensor]]:
+            for query, each in zip(queries, steps, strict=True):
+                loss = self.query_loss(model, query, runner)
+                for step in each:
+                    yield loss.gradient(parameters, step, self.draws)
+
+        with trainable(model.denoiser, parameters):
+            rows = project_each(self.projection, gradients())
+        return list(rows.split([len(each) for each in steps]))
+
+    def directions(self, queries: Sequence[Query]) -> list[list[Float[Tensor, "s d"]]]:
+        """(ΦᵀΦ + λI)⁻¹ φ_s(ẑ) of each query's steps, for each model.
+
+        Raises:
+            ValueError: `fit` has not run.
+        """
+        if self._ready is None:
+            raise ValueError("fit must run before score.")
+        _, runner = self._ready
+        pairs = zip(self.models, self.kernels, strict=True)
+        by_model = [
+            [kernel.solve(rows.cpu()) for rows in self.query_features(each, queries, runner)] for each, kernel in pairs
+        ]
+        return [list(of_query) for of_query in zip(*by_model, strict=True)]
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """A block of queries at a time: their gradients, and inner products with every picture."""
+        if self._ready is None:
+            raise ValueError("fit must run before score.")
+        data, _ = self._ready
+        chosen = self.positions(data.ids, candidates)
+        ids = tuple(data.ids[position] for position in chosen)
+        for start in range(0, len(queries), _QUERIES_AT_A_TIME):
+            block = queries[start : start + _QUERIES_AT_A_TIME]
+            started = time.monotonic()
+            found = self.directions(block)
+            gradient_s = (time.monotonic() - started) / len(block)
+            for query, steps in zip(block, found, strict=True):
+                started = time.monotonic()
+                directions = [each.sum(dim=0, keepdim=True) for each in steps]
+                scores = self.products(self.features, directions)[0][chosen]
+                null = self.products(self.null, directions)[0] if self.null else np.zeros(0)
+                query_s = gradient_s + time.monotonic() - started
+                yield Scores(query, ids, scores, null, {"gradient_s": gradient_s, "query_s": query_s})
+
+    def products(self, features: Sequence[Rows], directions: Sequence[Float[Tensor, "s d"]]) -> np.ndarray:
+        """Scores of all pictures by each direction, shape (S, N): the mean over models, then the flips reduced."""
+        found = [
+            torch.cat([block @ direction.T for block in in_double(each.values)])
+            for each, direction in zip(features, directions, strict=True)
+        ]
+        by_flip = torch.stack(found).mean(dim=0)
+        scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).T.numpy()
+        return scores

@@ -1,0 +1,178 @@
+"""JourneyTRAK (Georgiev et al. 2023, "The Journey, Not the Destination"): TRAK of the steps that led to a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.attributors.base import Need
+from wherefrom.attributors.trak.base import ProjectedGradients
+from wherefrom.gradients.loss_grid import LossDraws
+from wherefrom.gradients.projection import Projection
+from wherefrom.gradients.query_loss import QueryLatent, QueryLoss, as_latent
+from wherefrom.gradients.score_reduction import Flip
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import Subset
+from wherefrom.models.sampling import Trajectory
+from wherefrom.queries.types import Query
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.distributed import Runner
+
+_JOURNEY = 601
+
+
+class JourneyLoss(QueryLoss):
+    """At step t, the loss of the x̂₀ that the sampler predicted at t, noised to t again with fresh noise.
+
+    The noise is keyed by (seed, query id, t, draw index), so that a step's gradient does not depend on which others
+    are asked for.
+
+    Args:
+        model: The model.
+        query: The query.
+        trajectory: What the sampler predicted on its way to it.
+        seed: Seed of the noise.
+        runner: This process's place; processes share a step's draws.
+        batch_size: Draws at a time.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        query: QueryLatent,
+        trajectory: Trajectory,
+        seed: int,
+        runner: Runner,
+        batch_size: int = 128,
+    ) -> None:
+        super().__init__(model, query, seed, runner, batch_size)
+        self.trajectory = trajectory
+
+    def at(self, salt: int, step: int, draw: Int64[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
+        """x̂₀ of timestep `step`, the timestep itself and the noise keys of some draws."""
+        predicted = self.trajectory.predicted[self.trajectory.timesteps.index(step)]
+        keys = keyed_random.combine(_JOURNEY, salt, self.seed, self.query.key, step, draw)
+        return predicted, draw.new_full(draw.shape, step), keys
+
+
+class JourneyTRAK(ProjectedGradients):
+    """Σ_t φ_t(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ_t the projected gradient at step t of the sampling that made the query.
+
+    The paper scores each step apart (`step_scores`); the score here is the sum over `timesteps`. The trajectory is that
+    of the model which drew the query, and is scored under all models of an ensemble. On the training side, each picture
+    draws its timesteps with replacement, and one of its captions.
+
+    Args:
+        weights: Which weights' gradients are projected; the paper takes all.
+        projection: P.
+        grid: How many draws the gradient of a training picture is the mean of.
+        timesteps: Which steps of the trajectory count; each must be one that the sampler stopped at. Null takes `steps`
+            of them.
+        steps: Where `timesteps` is null, the number of steps, spaced evenly over the trajectory from its first to its
+            last, or all of a shorter one. Time and memory of a query grow with it.
+        resamplings: Noise draws of which each step's gradient is the mean.
+        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the pictures without mirror images.
+        absolute_lambda: λ itself, instead.
+        flip: How a picture's score is made from its own and its mirror image's; of the sum over steps.
+        ensemble: Pipelines of further models, trained on the same pictures with the same autoencoder; scores are
+            averaged over all models.
+        batch_size: Samples at a time; does not change the result.
+        seed: Seed of the query's noise.
+
+    Raises:
+        ValueError: λ is not positive, both or neither are given, the projection is too small, a timestep occurs twice,
+            or a number is not positive.
+    """
+
+    requires: frozenset[Need] = frozenset({"model", "gradients", "prompt", "trajectory"})
+    method = "JourneyTRAK"
+
+    def __init__(
+        self,
+        weights: Subset = "all",
+        projection: Projection = Projection(),
+        grid: LossDraws = LossDraws(),
+        timesteps: list[int] | None = None,
+        steps: int = 10,
+        resamplings: int = 20,
+        relative_lambda: float | None = 0.01,
+        absolute_lambda: float | None = None,
+        flip: Flip = "max",
+        ensemble: list[str] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        if steps < 1 or resamplings < 1:
+            raise ValueError(f"steps and resamplings must be at least 1; given {steps} and {resamplings}.")
+        if timesteps is not None and (not timesteps or len(set(timesteps)) < len(timesteps)):
+            raise ValueError(f"timesteps must be different ones, or null to take {steps}; given {timesteps}.")
+        super().__init__(
+            weights, projection, grid, resamplings, relative_lambda, absolute_lambda, flip, ensemble, batch_size, seed
+        )
+        self.timesteps, self.steps = timesteps, steps
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        chosen = {"steps": self.steps} if self.timesteps is None else {"timesteps": self.timesteps}
+        return {**super().identity(), **chosen}
+
+    def steps_at_most(self) -> int:
+        """Gradients of a query."""
+        return self.steps if self.timesteps is None else len(self.timesteps)
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """Refuses queries that the method cannot attribute, before anything long.
+
+        Raises:
+            ValueError: A query has no trajectory, or one without a timestep asked for.
+        """
+        super().check(queries)
+        for query in queries:
+            self.query_steps(query)
+
+    def query_steps(self, query: Query) -> Sequence[int]:
+        """The timesteps that count.
+
+        Raises:
+            ValueError: The query has no trajectory, or one without a timestep asked for.
+        """
+        sampled = self._trajectory(query).timesteps
+        if self.timesteps is None:
+            count = min(self.steps, len(sampled))
+            return [sampled[round(place)] for place in np.linspace(0, len(sampled) - 1, count)]
+        missing = [timestep for timestep in self.timesteps if timestep not in sampled]
+        if missing:
+            raise ValueError(
+                f"Query {query.id!r} was not sampled at timestep {missing[0]}: choose timesteps from "
+                f"{', '.join(map(str, sampled))}, or another number of queries.sampling_steps."
+            )
+        return self.timesteps
+
+    def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
+        """The loss of what was predicted on the way."""
+        each = -(-self.draws // runner.world_size)  # few draws a step: one batch would leave the other processes idle
+        latent, trajectory = as_latent(model, query), self._trajectory(query)
+        return JourneyLoss(model, latent, trajectory, self.seed, runner, min(128, each))
+
+    def step_scores(self, query: Query) -> tuple[Sequence[int], Float[NDArray[np.float64], "s n"]]:
+        """The timesteps that count, and the scores of all training pictures at each alone.
+
+        Raises:
+            ValueError: `fit` has not run, or the query has no such trajectory.
+        """
+        (directions,) = self.directions([query])
+        return self.query_steps(query), self.products(self.features, directions)
+
+    def _trajectory(self, query: Query) -> Trajectory:
+        if query.trajectory is None:
+            raise ValueError(
+                f"Query {query.id!r} has no sampling trajectory, which JourneyTRAK follows, and a picture file never "
+                "has one: draw the query from its prompt (queries.prompts; from Python, generate with "
+                "keep_trajectory=True), or choose TRAK."
+            )
+        return query.trajectory

@@ -1,0 +1,178 @@
+"""Attribution by unlearning (AbU): unlearn the query, and see which training pictures the model forgets with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wherefrom.attributors.base import Work
+from wherefrom.attributors.preconditioned import CurvedAttributor, Form
+from wherefrom.attributors.unlearning.unlearner import Unlearned, UnlearningSettings, unlearn
+from wherefrom.curvature import FisherSettings
+from wherefrom.data.latents import LatentSet
+from wherefrom.gradients.loss_grid import LossGrid, measure_losses
+from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights, reduce_losses
+from wherefrom.models.diffusion import DiffusionModel, Output, check_output, with_output
+from wherefrom.models.parameter_subsets import Subset, moved_weights
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.tensor_hash import hash_tensors
+
+
+class AttributionByUnlearning(CurvedAttributor):
+    """τ(ẑ, z) = L(z; θ′) - L(z; θ₀), θ′ the weights after unlearning ẑ (AbU, sections 3.2 and 3.3).
+
+    Args:
+        weights: Which weights unlearning moves.
+        unlearning: How the query is unlearned.
+        grid: Where training losses are measured.
+        flip: How a picture's score is made from its own and its mirror image's.
+        curvature: Form of the Fisher information of a Newton step: its diagonal (AbU) or EK-FAC (AbU+, Fast Data
+            Attribution, section 3).
+        fisher: How the Fisher information is sampled.
+        damping: Its relative damping.
+        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
+        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
+        curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
+        batch_size: Forward passes at a time; does not change the result.
+        breakdown: Which parts of the scores are kept beside them.
+        timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
+            timestep's changes by their spread over 256 training pictures, so that no timestep drowns the others.
+        step_output: What unlearning raises: the query's loss, or the mean square of the model's output on it, as in
+            D-TRAK (AbU's third open question). `unlearning.rise` is that of the same.
+        score_output: Whose change is the score: the training pictures' losses, or the mean squares of the output.
+
+    Raises:
+        ValueError: The form of curvature or an output is unknown, or there are more timestep bands than timesteps.
+    """
+
+    def __init__(
+        self,
+        weights: Subset = "cross_attention_kv",
+        unlearning: UnlearningSettings = UnlearningSettings(),
+        grid: LossGrid = LossGrid(),
+        flip: Flip = "max",
+        curvature: Form = "diagonal",
+        fisher: FisherSettings = FisherSettings(),
+        damping: float = 0.1,
+        layers_per_pass: int | None = None,
+        fisher_path: str | None = None,
+        curvature_from: str | None = None,
+        batch_size: int = 256,
+        breakdown: Breakdown = Breakdown(),
+        timestep_weights: TimestepWeights = "spread",
+        step_output: Output = "loss",
+        score_output: Output = "loss",
+    ) -> None:
+        form: Form = curvature if unlearning.newton else "identity"
+        super().__init__(
+            weights,
+            grid,
+            flip,
+            form,
+            fisher,
+            damping,
+            layers_per_pass,
+            fisher_path,
+            curvature_from,
+            batch_size,
+            breakdown,
+            timestep_weights,
+        )
+        for output in (step_output, score_output):
+            check_output(output)
+        self.unlearning = unlearning
+        self.step_output: Output = step_output
+        self.score_output: Output = score_output
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the scores."""
+        return {
+            "method": "attribution by unlearning",
+            "unlearning": asdict(self.unlearning),
+            "step_output": self.step_output,
+            "score_output": self.score_output,
+            **super().identity(),
+        }
+
+    def work(self, data: TrainingData, queries: int) -> Work:
+        """Forward passes of the losses.
+
+        And three for each sample of the Fisher information and of the query's gradient.
+        """
+        assert data.latents is not None
+        losses, curvature = self.losses_of(data), self.curvature_passes(data)
+        gradient = self.unlearning.steps * (3 * self.unlearning.draws + 6 * self.unlearning.measure_draws)
+        latents = data.latents.held_bytes
+        return Work(losses + curvature, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
+
+    def fit(
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+    ) -> None:
+        """Makes the curvature and the losses before unlearning, once per model."""
+        _, latents = self.prepare(data, model, store, runner, say)
+        say(f"losses of {len(latents):,} training pictures before unlearning")
+        started = time.monotonic()
+        self.before = self._losses(latents, None)
+        empty = torch.zeros((0, *self.before.shape[1:]), dtype=self.before.dtype)
+        self.null_before = self._losses(data.held_out_latents, None) if data.held_out_latents is not None else empty
+        self.fit_s = {**self.fit_s, "losses": time.monotonic() - started}
+
+    def _losses(self, data: LatentSet, moved: Unlearned | None, weights: str | None = None) -> Tensor:
+        pretrained, _, _, store, runner = self.ready()
+        model = with_output(pretrained, self.score_output)
+        if moved is None:
+            return measure_losses(model, data, self.grid, store, runner, self.batch_size, weights, self.progress)
+        with moved_weights(model.denoiser, moved.moved):
+            return measure_losses(model, data, self.grid, store, runner, self.batch_size, weights, self.progress)
+
+    def _change(self, positions: list[int], unlearned: Unlearned, name: str) -> Tensor:
+        """How the losses of the training pictures at these positions changed."""
+        return self._losses(self.ready()[1].subset(positions), unlearned, name) - self.before[positions]
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
+        """One query at a time: unlearn, measure the losses again, take the difference."""
+        model, data, held_out, _, runner = self.ready()
+        chosen = self.positions(data.ids, candidates)
+        part = data if candidates is None else data.subset(chosen)
+        stepped, scored = (with_output(model, output) for output in (self.step_output, self.score_output))
+        pretrained = scored.fingerprint()
+        raised = {"loss": "query_loss", "square_output": "query_square_output"}[self.step_output]
+        for query in queries:
+            started = time.monotonic()
+            unlearned = unlearn(
+                stepped, self.query_latent(query), self.weights, self.curvature, len(data), self.unlearning, runner
+            )
+            unlearn_s = time.monotonic() - started
+            name = f"{pretrained} moved to {hash_tensors(unlearned.moved)}"  # what did not move decides the losses too
+            change = self._losses(part, unlearned, name) - self.before[chosen]
+            null = torch.zeros((0, *change.shape[1:]))
+            if held_out is not None:
+                null = self._losses(held_out, unlearned, name) - self.null_before
+            measure = partial(self._change, unlearned=unlearned, name=name)
+            weights = self.weigh(self.reference(change, chosen, measure))
+            change, null = change * weights, null * weights
+            yield Scores(
+                query,
+                part.ids,
+                reduce_losses(change, self.flip).numpy(),
+                reduce_losses(null, self.flip).numpy(),
+                {
+                    "split_half_reliability": self.reliability(change),
+                    raised: unlearned.losses[0],
+                    f"{raised}_rise": unlearned.rise,
+                    "alpha": unlearned.alphas[0],
+                    "unlearning_s": unlearn_s,
+                    "gradient_s": unlearned.gradient_s,
+                    "losses_s": time.monotonic() - started - unlearn_s,
+                },
+                self.parts(change),
+            )

@@ -1,0 +1,106 @@
+"""Optimizers of unlearning: gradient ascent, preconditioned by a curvature or plain (AbU, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wherefrom.curvature.base import Curvature, Identity
+
+
+class NewtonAscent(Optimizer):
+    """θ ← θ + (α/N) · F⁻¹ g, or with the pull of the second term θ + (α/N) · F⁻¹ g - α (θ - θ₀).
+
+    AbU, section 3.2 and appendix A.2.
+
+    Args:
+        named_params: (name, parameter) pairs; the names are those that the curvature knows.
+        curvature: F.
+        lr: α.
+        dataset_size: N, the number of training images.
+        pull: Keep the pull towards the pretrained weights, which the paper drops.
+
+    Raises:
+        ValueError: `lr` is negative or `dataset_size` not positive.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, nn.Parameter]],
+        curvature: Curvature,
+        lr: float = 0.01,
+        dataset_size: int = 1,
+        pull: bool = False,
+    ) -> None:
+        if lr < 0 or dataset_size < 1:
+            raise ValueError(
+                f"lr must not be negative and dataset_size must be positive; given {lr} and {dataset_size}."
+            )
+        super().__init__(list(named_params), {"lr": lr})
+        self.curvature, self.dataset_size, self.pull = curvature, dataset_size, pull
+        if pull:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["pretrained"] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step up the gradients that the parameters hold.
+
+        Raises:
+            ValueError: A preconditioned gradient is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        named = [
+            pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+        ]
+        self.ascend({name: parameter.grad for name, parameter in named if parameter.grad is not None})
+        return loss
+
+    @torch.no_grad()
+    def ascend(self, gradients: Mapping[str, Tensor]) -> None:
+        """One step up these gradients, given by name.
+
+        Raises:
+            ValueError: A preconditioned gradient is not finite.
+        """
+        updates = self.updates(gradients)
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if name in updates:
+                    parameter.add_(updates[name], alpha=group["lr"])
+
+    @torch.no_grad()
+    def updates(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What α multiplies in a step up these gradients: where the weights go, with α = 1.
+
+        Raises:
+            ValueError: A preconditioned gradient is not finite.
+        """
+        directions = self.curvature.precondition(gradients)
+        found = {}
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if name in directions:
+                    found[name] = directions[name] / self.dataset_size
+                    if self.pull:
+                        found[name] -= parameter - self.state[parameter]["pretrained"]
+        return found
+
+
+class SGDAscent(NewtonAscent):
+    """θ ← θ + α g: the ablation without curvature (AbU, section 5.3).
+
+    Args:
+        named_params: (name, parameter) pairs.
+        lr: α.
+    """
+
+    def __init__(self, named_params: Iterable[tuple[str, nn.Parameter]], lr: float = 0.01) -> None:
+        super().__init__(named_params, Identity(), lr)

@@ -1,0 +1,191 @@
+"""Unlearning a synthesized image: gradient ascent on its loss, preconditioned or plain (AbU.
+
+Section 3.2 and appendix A).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wherefrom.attributors.unlearning.optimizers import NewtonAscent, SGDAscent
+from wherefrom.attributors.unlearning.step_size import alpha_for_rise
+from wherefrom.curvature.base import Curvature
+from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.parameter_subsets import Subset, restored, select_weights, trainable
+from wherefrom.runtime.distributed import Runner
+
+
+@dataclass(frozen=True)
+class UnlearningSettings:
+    """How a query is unlearned.
+
+    Attributes:
+        steps: Number of steps.
+        draws: (t, ε) draws of which each step's gradient is the mean; AbU takes 50,000.
+        rise: Choose α so that the query's loss rises by this share over all steps (ours: α itself does not transfer
+            between models).
+        alpha: α itself; instead of `rise`.
+        newton: Precondition with the curvature; False is the SGD ablation.
+        pull: Keep the pull towards the pretrained weights.
+        measure_draws: Draws on which the rise is measured.
+        seed: Seed of all draws.
+    """
+
+    steps: int = 1
+    draws: int = 2000
+    rise: float | None = 0.2
+    alpha: float | None = None
+    newton: bool = True
+    pull: bool = False
+    measure_draws: int = 400
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.rise is None) == (self.alpha is None):
+            raise ValueError(
+                f"Give either rise or alpha, and null for the other; given rise={self.rise} and alpha={self.alpha}."
+            )
+        if self.steps < 1 or self.draws < 1 or self.measure_draws < 1:
+            raise ValueError("steps, draws and measure_draws must be at least 1.")
+        if self.rise is not None and self.rise <= 0:
+            raise ValueError(f"rise must be positive (0.2 is 20 %); given {self.rise}.")
+        if self.alpha is not None and self.alpha < 0:
+            raise ValueError(f"alpha must not be negative: unlearning ascends; given {self.alpha}.")
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What unlearning a query gives.
+
+    Attributes:
+        moved: New values of the weights that moved.
+        alphas: α of each step.
+        losses: The query's loss before the first step and after each.
+        gradient_s: Seconds that the gradients took.
+    """
+
+    moved: dict[str, Tensor]
+    alphas: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gradient_s: float = 0.0
+
+    @property
+    def rise(self) -> float:
+        """Relative rise of the query's loss."""
+        return self.losses[-1] / self.losses[0] - 1.0
+
+
+class Unlearner:
+    """Unlearns one query step by step, in the model's own weights; `unlearn` is the usual way to run it.
+
+    Args:
+        model: The pretrained model.
+        query: The synthesized image and its prompt.
+        weights: Which weights move.
+        curvature: F; not used where `settings.newton` is False.
+        dataset_size: N.
+        settings: How to unlearn.
+        runner: This process's place.
+        batch_size: Draws at a time; does not change the result.
+
+    Raises:
+        ValueError: The query's loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        query: QueryLatent,
+        weights: Subset,
+        curvature: Curvature,
+        dataset_size: int,
+        settings: UnlearningSettings,
+        runner: Runner,
+        batch_size: int = 128,
+    ) -> None:
+        self.model, self.query, self.settings = model, query, settings
+        self.parameters = select_weights(model.denoiser, weights)
+        self.loss = QueryLoss(model, query, settings.seed, runner, batch_size)
+        self.optimizer: NewtonAscent = (
+            NewtonAscent(self.parameters.items(), curvature, 0.0, dataset_size, settings.pull)
+            if settings.newton
+            else SGDAscent(self.parameters.items(), 0.0)
+        )
+        self.alphas: list[float] = []
+        self.losses: list[float] = []
+        self.gradient_s = 0.0
+        self._measure()
+
+    def _measure(self) -> None:
+        value = self.loss.value(self.settings.measure_draws)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"The loss of query {self.query.id!r} is {value} after step {len(self.alphas)} of unlearning. "
+                "Choose a smaller alpha, or a "
+                "rise, which cannot overshoot."
+            )
+        self.losses.append(value)
+
+    def step(self) -> None:
+        """One step of ascent.
+
+        Raises:
+            ValueError: The loss or the step is not finite, or no α gives the rise.
+        """
+        started = time.monotonic()
+        with trainable(self.model.denoiser, self.parameters):
+            gradients = self.loss.gradient(self.parameters, len(self.alphas), self.settings.draws)
+        self.gradient_s += time.monotonic() - started
+        before, updates = self.values(), self.optimizer.updates(gradients)
+
+        def move(alpha: float) -> None:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(before[name].add(updates[name], alpha=alpha))
+
+        def rise(alpha: float) -> float:
+            move(alpha)
+            return self.loss.value(self.settings.measure_draws) / self.losses[-1] - 1.0
+
+        alpha = self.settings.alpha
+        if alpha is None:
+            assert self.settings.rise is not None
+            target = (1.0 + self.settings.rise) ** (1.0 / self.settings.steps) - 1.0
+            slope = sum(float((gradients[name].double() * updates[name].double()).sum()) for name in updates)
+            linear = target * self.losses[-1] / slope if slope > 0 else 0.0
+            alpha = alpha_for_rise(rise, target, linear)
+        move(alpha)
+        self.alphas.append(alpha)
+        self._measure()
+
+    def values(self) -> dict[str, Tensor]:
+        """A copy of the weights as they are now."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+
+def unlearn(
+    model: DiffusionModel,
+    query: QueryLatent,
+    weights: Subset,
+    curvature: Curvature,
+    dataset_size: int,
+    settings: UnlearningSettings,
+    runner: Runner,
+    batch_size: int = 128,
+) -> Unlearned:
+    """Unlearns one query and returns the moved weights; the model is left as it was. Arguments: see `Unlearner`.
+
+    Raises:
+        ValueError: The query's loss or a step is not finite, or no α gives the rise.
+    """
+    with restored(select_weights(model.denoiser, weights)):
+        work = Unlearner(model, query, weights, curvature, dataset_size, settings, runner, batch_size)
+        for _ in range(settings.steps):
+            work.step()
+        return Unlearned(work.values(), work.alphas, work.losses, work.gradient_s)

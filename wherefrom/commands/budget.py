@@ -1,0 +1,216 @@
+"""What a run will take, before anything long: passes, pictures and trainings, at rates that are measured here.
+
+Nothing is read, encoded or trained but a few pictures and captions, a few passes and a few steps. Stages that an
+earlier run left in the store are counted all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wherefrom.attributors import Attributor, BySize, RankEnsemble, TrainingData
+from wherefrom.attributors.learned_ranker import Fast
+from wherefrom.attributors.rerank import AmongNearest
+from wherefrom.attributors.similarity import ImageSimilarity
+from wherefrom.commands.estimate import ONCE, Stage, timed
+from wherefrom.data.image_set import Pictures
+from wherefrom.data.latents import LatentSet
+from wherefrom.features.base import ImageEncoder, TextEncoder
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime.console import duration
+
+_SAMPLE = 16
+_CAPTION = "a picture of several things in the words of a caption"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the data are; see `datamodules.pictures.Census`.
+
+    Attributes:
+        training: Training pictures.
+        held_out: Held-out pictures.
+        size: (height, width) in pixels.
+        captions: Captions of each picture.
+        half: Latents and states are kept in float16.
+    """
+
+    training: int
+    held_out: int
+    size: tuple[int, int]
+    captions: int
+    half: bool
+
+
+def blank_pictures(count: int, size: tuple[int, int], captions: int) -> Pictures:
+    """So many pictures of nothing, which take no memory but for their ids."""
+    pixels = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (count, *size, 3))
+    ids = tuple(map(str, range(count)))
+    return Pictures(ids, ((_CAPTION,) * captions,) * count, pixels, {"license": ("",) * count}, "blank")
+
+
+def blank_latents(pictures: Pictures, latent: Tensor, states: Tensor) -> LatentSet:
+    """Latents and states of the right shapes, which take no memory."""
+    count, captions = len(pictures), len(pictures.captions[0]) if len(pictures) else 1
+    return LatentSet(
+        pictures,
+        latent.new_zeros(()).expand(count, 2, *latent.shape),
+        states.new_zeros(()).expand(count, captions, *states.shape),
+        states,
+        "blank",
+        mapped=True,
+    )
+
+
+def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list[Stage], TrainingData]:
+    """Decoding and encoding, and data of the right shapes for everything that comes after.
+
+    Args:
+        model: The model with its encoder.
+        sizes: How large the data are.
+        decode_s: Seconds to read one picture.
+
+    Raises:
+        ValueError: The model has no encoder.
+    """
+    encoder = model.encoder
+    if encoder is None:
+        raise ValueError("The model has no encoder, so pictures cannot be brought to it.")
+    encoder.text.sized(sizes.size)
+    made: list[Tensor] = []
+    pixels = torch.zeros(1, 3, *sizes.size)
+
+    def encode_picture() -> int:
+        made.append(encoder.encode_pixels(pixels)[0])
+        return 1
+
+    def encode_caption() -> int:
+        made.append(encoder.text.encode([_CAPTION])[0])
+        return 1
+
+    encode_picture(), encode_caption()  # the first also sets things up
+    picture_s, caption_s = timed(encode_picture), timed(encode_caption)
+    latent, states = made[-2], made[-1]
+    count, width = sizes.training + sizes.held_out, 2 if sizes.half else 4
+    stages = [
+        Stage(
+            f"read {count:,} pictures of {sizes.size[1]} × {sizes.size[0]}",
+            count * decode_s,
+            count * 3 * np.prod(sizes.size).item(),
+        ),
+        Stage(
+            f"latents of {count:,} pictures and their mirror images",
+            2 * count * picture_s,
+            2 * count * latent.numel() * width,
+        ),
+        Stage(
+            f"states of {count * sizes.captions:,} captions",
+            count * sizes.captions * caption_s,
+            count * sizes.captions * states.numel() * width,
+        ),
+    ]
+    training, held_out = (blank_pictures(n, sizes.size, sizes.captions) for n in (sizes.training, sizes.held_out))
+    null = None if not sizes.held_out else blank_latents(held_out, latent, states)
+    return stages, TrainingData(training, blank_latents(training, latent, states), held_out if null else None, null)
+
+
+def features(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str, flips: int = 1) -> Stage:
+    """Features of all pictures or of their first captions by an encoder."""
+    count = len(data.pictures) * flips
+    pixels = np.asarray(data.pictures.pixels[:1]).repeat(_SAMPLE, axis=0)
+    width = [0]
+
+    def encode() -> int:
+        made = (
+            encoder.encode_images(pixels)
+            if isinstance(encoder, ImageEncoder)
+            else encoder.encode_texts([_CAPTION] * _SAMPLE)
+        )
+        width[0] = int(made.shape[1])
+        return len(made)
+
+    encode()
+    seconds = timed(encode)
+    return Stage(f"features of {count:,} pictures by {name}", count * seconds, 4 * count * width[0])
+
+
+def method(
+    name: str, attributor: Attributor, data: TrainingData, queries: int, rate: float, candidates: int | None = None
+) -> list[Stage]:
+    """What a method does once, and for each query.
+
+    Args:
+        name: Of the method.
+        attributor: The method.
+        data: Data of the right shapes.
+        queries: How many pictures are attributed.
+        rate: Forward passes a second.
+        candidates: Each query is scored against so many pictures; None is all.
+    """
+    if isinstance(attributor, AmongNearest):
+        return [
+            *method(f"{name}, choosing", attributor.nearest, data, queries, rate),
+            *method(name, attributor.method, data, queries, rate, attributor.k),
+        ]
+    if isinstance(attributor, BySize):
+        return method(name, attributor.method, data, queries, rate, candidates)
+    if isinstance(attributor, RankEnsemble):
+        each = enumerate(attributor.methods, start=1)
+        return [stage for n, one in each for stage in method(f"{name}, {n}", one, data, queries, rate, candidates)]
+    stages = []
+    if isinstance(attributor, ImageSimilarity):
+        stages.append(features(attributor.encoder, data, type(attributor.encoder).__name__, flips=2))
+    if isinstance(attributor, Fast):
+        stages += [features(encoder, data, each) for each, encoder in attributor.encoders.items()]
+    once, queried = attributor.work(data, queries), attributor.work(data, queries)
+    if candidates is not None and data.latents is not None:
+        few = TrainingData(
+            data.pictures.subset(range(candidates)),
+            data.latents.subset(range(candidates)),
+            data.held_out,
+            data.held_out_latents,
+        )
+        queried = attributor.work(few, queries)
+    stages.append(Stage(f"{name}: {ONCE}", once.once / rate, once.disk, once.memory))
+    stages.append(Stage(f"{name}: queries", queried.per_query / rate, each="a query", times=queries))
+    return stages
+
+
+def drawing(queries: int, steps: int, guidance: float, rate: float) -> Stage:
+    """Pictures drawn from prompts."""
+    return Stage("draw the queries", steps * (2 if guidance != 1 else 1) / rate, each="a query", times=queries)
+
+
+def as_table(stages: Sequence[Stage], devices: int) -> str:
+    """The stages in Markdown, and what they come to.
+
+    Args:
+        stages: The stages.
+        devices: Devices that share the work evenly.
+    """
+    rows = ["| stage | time | | disk | memory |", "|---|--:|---|--:|--:|"]
+    for stage in stages:
+        if stage.total(devices) == stage.disk == stage.memory == 0:
+            continue  # nothing that anyone waits for
+        often = f"× {stage.times:,} ({_time(stage.seconds / devices)} {stage.each})" if stage.each else ""
+        cells = (stage.name, _time(stage.total(devices)), often, _size(stage.disk), _size(stage.memory))
+        rows.append(f"| {' | '.join(cells)} |")
+    disk, memory = sum(stage.disk for stage in stages), max((stage.memory for stage in stages), default=0)
+    total = sum(stage.total(devices) for stage in stages)
+    rows.append(f"| all | {_time(total)} | | {_size(disk)} | {_size(memory)} |")
+    return "\n".join(rows)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+
+
+def _size(count: int) -> str:
+    if count == 0:
+        return ""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

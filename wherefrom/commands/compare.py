@@ -1,0 +1,148 @@
+"""Several methods on the same queries: what each costs, how far they agree, and their first pictures side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wherefrom.attributors.base import Attributor
+from wherefrom.commands.attribute import attribute
+from wherefrom.metrics.rank_correlation import correlations
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.reports.comparison_report import median_reliability, write_comparison_report
+from wherefrom.reports.query_section import ReportOptions
+from wherefrom.runtime.artifacts import Store, replacing, write_json
+from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.measured_cost import Cost, watched_memory
+
+COST, METHODS, CORRELATIONS, REPORT = "cost.json", "methods.parquet", "correlations.parquet", "report.html"
+
+
+def _size(*folders: Path) -> int:
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
+
+
+def compare(
+    folder: Path,
+    methods: Mapping[str, Attributor],
+    data: TrainingData,
+    model: DiffusionModel | None,
+    queries: Sequence[Query],
+    store: Store,
+    runner: Runner,
+    options: ReportOptions = ReportOptions(),
+    say: Say = silent,
+) -> dict[str, list[Scores]]:
+    """Runs every method on the same queries and leaves one table, one table of correlations and one report.
+
+    Each method's run folder is below `folder`, as `attribute` leaves it; finished queries are not scored again.
+
+    Args:
+        folder: The run folder.
+        methods: Name -> method, in the order of the table.
+        data: Training pictures and the null.
+        model: The model, for methods that require one.
+        queries: The queries.
+        store: Where methods keep what they make.
+        runner: This process's place.
+        options: What the pages show.
+        say: Is told what is being done.
+
+    Raises:
+        ValueError: There are no methods; or see the attributors.
+        ArtifactMismatchError: A method's folder holds a run with other settings.
+        StorageError: The folder could not be written; finished queries are kept.
+    """
+    if not methods:
+        raise ValueError("There are no methods to compare: name attributor files in `methods`.")
+    results: dict[str, list[Scores]] = {}
+    costs: dict[str, Cost] = {}
+    for number, (name, method) in enumerate(methods.items(), start=1):
+        say(f"{name}: method {number} of {len(methods)}")
+        results[name], costs[name] = attribute_at_cost(
+            folder / name, method, data, model, queries, store, runner, options, say
+        )
+    if runner.is_main:
+        _write_tables(folder, results, costs)
+        write_comparison_report(folder / REPORT, results, costs, data.pictures, options)
+    runner.barrier()
+    return results
+
+
+def attribute_at_cost(
+    place: Path,
+    method: Attributor,
+    data: TrainingData,
+    model: DiffusionModel | None,
+    queries: Sequence[Query],
+    store: Store,
+    runner: Runner,
+    options: ReportOptions = ReportOptions(),
+    say: Say = silent,
+) -> tuple[list[Scores], Cost]:
+    """Attributes as `attribute` does, and measures what that takes, which the main process keeps in `cost.json`.
+
+    The other processes say what it took by their own clock, and nothing of what is stored.
+    """
+    before = _size(place)
+    # A store of its own tells what this method used, also where another has made or used it before.
+    own = Store(store.root)
+    with watched_memory() as memory:
+        results = attribute(place, method, data, model, queries, own, runner, options, say)
+    for artifact, made in own.touched.items():
+        store.touched[artifact] = store.touched.get(artifact, False) or made
+    if not runner.is_main:
+        return results, Cost(_seconds(results), memory[0], 0)
+    now = Cost(_seconds(results), memory[0], _size(place, *own.touched))
+    return results, _cost(place, now, scored=_size(place) > before)
+
+
+def _seconds(results: Sequence[Scores]) -> float:
+    return float(np.mean([scores.facts.get("seconds", float("nan")) for scores in results]))
+
+
+def _cost(place: Path, now: Cost, scored: bool) -> Cost:
+    """The cost of this run, or of the parts that an interrupted one measured before, whichever is larger."""
+    cost = now
+    if (place / COST).exists():
+        earlier = Cost(**json.loads((place / COST).read_text()))
+        memory, stored = max(now.memory, earlier.memory), max(now.stored, earlier.stored)
+        cost = Cost(now.seconds, memory, stored) if scored else replace(earlier, seconds=now.seconds)
+    write_json(place / COST, asdict(cost))
+    return cost
+
+
+def _write_tables(folder: Path, results: Mapping[str, Sequence[Scores]], costs: Mapping[str, Cost]) -> None:
+    names = list(results)
+    columns = {
+        "method": names,
+        "seconds_per_query": [costs[name].seconds for name in names],
+        "peak_memory_bytes": [costs[name].memory for name in names],
+        "stored_bytes": [costs[name].stored for name in names],
+        "split_half_reliability": [median_reliability(results[name]) for name in names],
+    }
+    with replacing(folder / METHODS) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+    mean, error = correlations({name: [each.scores for each in found] for name, found in results.items()})
+    pairs = [(i, j) for i in range(len(names)) for j in range(len(names))]
+    with replacing(folder / CORRELATIONS) as temporary:
+        pq.write_table(
+            pa.table(
+                {
+                    "method": [names[i] for i, _ in pairs],
+                    "other": [names[j] for _, j in pairs],
+                    "spearman": [mean[pair] for pair in pairs],
+                    "standard_error": [error[pair] for pair in pairs],
+                }
+            ),
+            temporary,
+        )

@@ -1,0 +1,307 @@
+"""Curates a teacher set: drawn queries, candidates, scores by a slow method (Fast Data Attribution, section 4).
+
+Queries are worked off in blocks, each a run folder of its own: an interrupted curation goes on query by query, and
+blocks may be shared out to workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from wherefrom.attributors.base import Attributor
+from wherefrom.attributors.rerank import AmongNearest
+from wherefrom.commands.attribute import attribute
+from wherefrom.data.image_set import Pictures
+from wherefrom.distillation.teacher_set import (
+    QUERIES,
+    Features,
+    TeacherSet,
+    has_features,
+    read_teacher_set,
+    write_teacher_set,
+)
+from wherefrom.features.base import ImageEncoder, TextEncoder, picture_features, query_features
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.queries.sources import QuerySource, generate
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.runtime.artifacts import MANIFEST, Store, check_identity, identity_hash, write_manifest
+from wherefrom.runtime.console import Progress, Say, duration, silent
+from wherefrom.runtime.distributed import Runner, best_device
+from wherefrom.runtime.executors import Engine, in_process
+from wherefrom.runtime.keyed_random import hash_text
+
+Encoder = ImageEncoder | TextEncoder
+BLOCKS = "blocks"
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Which captions become queries.
+
+    Attributes:
+        count: How many.
+        skip: How many to pass over first, in the same order: a test set skips what the training set took.
+        of: Captions of training pictures, or of the held-out ones.
+        seed: Seed of the order, which is by hash.
+
+    Raises:
+        ValueError: `count` is not positive, `skip` negative, or `of` unknown.
+    """
+
+    count: int = 300
+    skip: int = 0
+    of: Literal["training", "held_out"] = "training"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.skip < 0:
+            raise ValueError(f"captions.count must be positive, skip not negative; given {self.count} and {self.skip}.")
+        if self.of not in ("training", "held_out"):
+            raise ValueError(f"captions.of must be 'training' or 'held_out'; given {self.of!r}.")
+
+    def choose(self, data: TrainingData) -> list[str]:
+        """The captions, each once.
+
+        Raises:
+            ValueError: There are not so many, or no held-out pictures.
+        """
+        pictures = data.pictures if self.of == "training" else data.held_out
+        if pictures is None or len(pictures) == 0:
+            raise ValueError("captions.of is 'held_out', but the data hold no held-out pictures.")
+        distinct = {several[0] for several in pictures.captions}
+        ordered = sorted(distinct, key=lambda caption: (hash_text(f"captions/{self.seed}/{caption}"), caption))
+        chosen = ordered[self.skip : self.skip + self.count]
+        if len(chosen) < self.count:
+            raise ValueError(
+                f"captions.skip {self.skip} and count {self.count} ask for more than the {len(ordered)} different "
+                f"captions of the {self.of.replace('_', '-')} pictures."
+            )
+        return chosen
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some queries that are worked off together.
+
+    Attributes:
+        number: Which block.
+        prompts: Their prompts.
+    """
+
+    number: int
+    prompts: tuple[str, ...]
+
+
+class TeacherWork:
+    """Draws a block's queries and scores them; what is finished is found in the block's folder.
+
+    Args:
+        folder: Of the teacher set.
+        method: The teacher.
+        data: Training pictures.
+        model: The model, which draws the queries.
+        source: How queries are drawn.
+        shape: (C, H, W) of a latent.
+        store: Where the teacher keeps what it makes; shared by all workers.
+        runner: This process's place; workers of their own have none.
+        progress: Called with (done, total) while a teacher makes what it needs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        method: Attributor,
+        data: TrainingData,
+        model: DiffusionModel,
+        source: QuerySource,
+        shape: tuple[int, int, int],
+        store: Store,
+        runner: Runner | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.folder, self.method, self.data, self.model = folder, method, data, model
+        self.source, self.shape, self.store, self.runner, self.progress = source, shape, store, runner, progress
+
+    def queries(self, block: Block) -> list[Query]:
+        """The block's queries."""
+        model, source = self.model.to(self._place().device), self.source
+        return generate(
+            model, block.prompts, source.seed, self.shape, source.sampling_steps, source.guidance, source.eta
+        )
+
+    def __call__(self, block: Block) -> list[Scores]:
+        """Draws and scores."""
+        queries, runner = self.queries(block), self._place()
+        self.method.progress = self.progress
+        place = self.folder / BLOCKS / f"{block.number:05d}"
+        return attribute(place, self.method, self.data, self.model, queries, self.store, runner, options=None)
+
+    def _place(self) -> Runner:
+        return Runner.current(best_device()) if self.runner is None else self.runner
+
+
+def curate(
+    folder: Path,
+    teacher: Attributor,
+    data: TrainingData,
+    model: DiffusionModel,
+    captions: Captions,
+    source: QuerySource,
+    shape: tuple[int, int, int],
+    features: Mapping[str, Encoder],
+    store: Store,
+    nearest: Attributor | None = None,
+    k: int | None = None,
+    subsample: int | None = None,
+    block_size: int = 16,
+    engine: Engine[Block, list[Scores]] = in_process,
+    runner: Runner | None = None,
+    say: Say = silent,
+    progress: Progress | None = None,
+) -> TeacherSet:
+    """Makes a teacher set, or goes on with one; a finished one that was kept without its features gets them again.
+
+    Args:
+        folder: Where it goes.
+        teacher: Scores the candidates of each query.
+        data: Training pictures, with latents where the teacher needs them.
+        model: Draws the queries.
+        captions: Which captions become queries.
+        source: How queries are drawn; its prompts are not used.
+        shape: (C, H, W) of a latent.
+        features: Encoders by name, whose features of both sides are kept with the set.
+        store: Where methods keep what they make.
+        nearest: Says which training pictures are candidates; None takes all.
+        k: How many candidates each query has.
+        subsample: How many of these are scored, drawn by hash; None is all.
+        block_size: Queries in a block: what a worker is given at a time.
+        engine: Who works off the blocks.
+        runner: This process's place, where it does the work itself.
+        say: Is told what is being done.
+        progress: Called with (done, total) while something long runs.
+
+    Raises:
+        ArtifactMismatchError: The folder holds a set with other settings.
+        ValueError: Settings do not fit together, or blocks failed; finished queries are kept.
+        StorageError: A file could not be written.
+    """
+    if (nearest is None) != (k is None) or (subsample is not None and k is None):
+        raise ValueError("Give both nearest and k (and a subsample only with them), or none of them.")
+    if block_size < 1:
+        raise ValueError(f"block_size must be positive; given {block_size}.")
+    method = teacher if nearest is None or k is None else AmongNearest(teacher, nearest, k, subsample=subsample)
+    scored = len(data.pictures) if k is None else (subsample or min(k, len(data.pictures)))
+    prompts = captions.choose(data)
+    identity = {
+        "teacher": method.identity(),
+        "model": model.fingerprint(),
+        "training": identity_hash({"of": data.pictures.fingerprint, "ids": list(data.pictures.ids)}),
+        "captions": asdict(captions),
+        "sampler": {
+            "seed": source.seed,
+            "steps": source.sampling_steps,
+            "guidance": source.guidance,
+            "eta": source.eta,
+        },
+        "scored": scored,
+        "features": {name: encoder.identity() for name, encoder in features.items()},
+        "block_size": block_size,
+    }
+    blocks = [
+        Block(number, tuple(prompts[start : start + block_size]))
+        for number, start in enumerate(range(0, len(prompts), block_size))
+    ]
+    if (folder / MANIFEST).exists():
+        check_identity(folder, identity)
+        if all(has_features(folder, name) for name in features):
+            return read_teacher_set(folder)
+        say(f"{folder} has its rankings but not its features: they are made now")
+        drawing = TeacherWork(folder, method, data, model, source, shape, store, runner)
+        drawn = [query for block in blocks for query in drawing.queries(block)]
+        teacher_set = read_teacher_set(folder, [])
+        if tuple(query.name for query in drawn) != teacher_set.queries:
+            raise ValueError(f"The queries in {folder / QUERIES} are not those that these settings draw.")
+        made = {name: _features(drawn, data.pictures, encoder, store, progress) for name, encoder in features.items()}
+        teacher_set = replace(teacher_set, features=made)
+        if runner is None or runner.is_main:
+            write_teacher_set(folder, teacher_set)
+        return teacher_set
+    blocks_folder = folder / BLOCKS
+    if (blocks_folder / MANIFEST).exists():
+        check_identity(blocks_folder, identity)
+    elif runner is None or runner.is_main:
+        write_manifest(blocks_folder, identity)
+    say(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training pictures scored for each")
+    alone = TrainingData(data.pictures, data.latents)  # a teacher set has no use for scores of held-out pictures
+    work = TeacherWork(folder, method, alone, model, source, shape, store, runner, progress)
+    found = _work_off(engine, work, blocks, say)
+    ordered = [scores for block in blocks for scores in found[block]]
+    teacher_set = _teacher_set(ordered, data.pictures, scored, features, store, identity, progress)
+    if runner is None or runner.is_main:
+        write_teacher_set(folder, teacher_set)
+    say(f"teacher set: {folder}")
+    return teacher_set
+
+
+def _work_off(
+    engine: Engine[Block, list[Scores]], work: TeacherWork, blocks: Sequence[Block], say: Say
+) -> dict[Block, list[Scores]]:
+    found: dict[Block, list[Scores]] = {}
+    failed: list[tuple[Block, Exception]] = []
+    started = time.monotonic()
+    for done, (block, result) in enumerate(engine(work, blocks), start=1):
+        if isinstance(result, Exception):
+            failed.append((block, result))
+            say(f"FAILED: block {block.number}: {result}")
+            continue
+        found[block] = result
+        left = (time.monotonic() - started) / done * (len(blocks) - done)
+        say(f"block {done} of {len(blocks)} is done; {duration(left)} to go")
+    if failed:
+        block, error = failed[0]
+        raise ValueError(
+            f"{len(failed)} of {len(blocks)} blocks failed; the others are kept, and the same command goes on from "
+            f"there. The first that failed, block {block.number}: {error}"
+        ) from error
+    return found
+
+
+def _teacher_set(
+    results: Sequence[Scores],
+    pictures: Pictures,
+    scored: int,
+    features: Mapping[str, Encoder],
+    store: Store,
+    identity: Mapping[str, Any],
+    progress: Progress | None,
+) -> TeacherSet:
+    row_of = {name: row for row, name in enumerate(pictures.ids)}
+    # What a method among the nearest did not score comes after everything that it did.
+    tops = [scores.top(scored) for scores in results]
+    queries = [scores.query for scores in results]
+    return TeacherSet(
+        pictures.ids,
+        tuple(several[0] for several in pictures.captions),
+        tuple(scores.query.name for scores in results),
+        tuple(scores.query.prompt for scores in results),
+        np.array([[row_of[name] for name, _ in top] for top in tops], dtype=np.int32),
+        np.array([[value for _, value in top] for top in tops], dtype=np.float32),
+        {name: _features(queries, pictures, encoder, store, progress) for name, encoder in features.items()},
+        identity,
+    )
+
+
+def _features(
+    queries: Sequence[Query], pictures: Pictures, encoder: Encoder, store: Store, progress: Progress | None
+) -> Features:
+    training = picture_features(pictures, encoder, store, progress)
+    pixels = np.stack([query.pixels for query in queries])
+    drawn = query_features(pixels, [query.prompt for query in queries], encoder)
+    return Features(np.asarray(training.to(torch.float32)), np.asarray(drawn.to(torch.float32)))

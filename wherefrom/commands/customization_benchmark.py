@@ -1,0 +1,273 @@
+"""Can a method find what a model was customized on? Exemplars hidden among other pictures (AbC; AbU, section 5.2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from wherefrom.attributors.base import Attributor
+from wherefrom.attributors.magnitude import by_size
+from wherefrom.attributors.preconditioned import CurvedAttributor
+from wherefrom.commands.attribute import attribute
+from wherefrom.commands.customization_tasks import Task, cases_of
+from wherefrom.data.image_folder import draw
+from wherefrom.data.image_set import Pictures, joined_pictures
+from wherefrom.data.latents import LatentSet, encode_pictures, joined
+from wherefrom.metrics.retrieval import MeanAveragePrecision, RecallAtK
+from wherefrom.metrics.standard_error import estimate
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.pipeline import load_customized
+from wherefrom.queries.sources import read_query
+from wherefrom.queries.types import Query, Scores, TrainingData
+from wherefrom.reports.query_section import ReportOptions
+from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, replacing, write_json
+from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.keyed_random import hash_text
+
+RESULT, ROWS = "customized.json", "customized.parquet"
+Words = Literal["with", "without"]
+BY_SIZE = ", by size"  # of the change of a loss, whatever its sign
+_WORD = re.compile(r"<[^<>\s]+>")
+
+
+@dataclass(frozen=True)
+class Found:
+    """How well a method found one model's exemplars from one of its pictures.
+
+    Attributes:
+        method: The method.
+        kind: `objects` or `styles`.
+        task: The model.
+        query: The picture.
+        words: Whether the prompt holds the new word.
+        recall: Share of the exemplars that are among the first k.
+        precision: Average precision of the exemplars in the whole ranking.
+        first: Rank of the first exemplar, from 1.
+        exemplars: How many there are.
+        cap: The largest recall that so many exemplars allow.
+    """
+
+    method: str
+    kind: str
+    task: str
+    query: str
+    words: Words
+    recall: float
+    precision: float
+    first: int
+    exemplars: int
+    cap: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: means over models of each model's mean over its pictures, and their standard errors.
+
+    Attributes:
+        method: The method.
+        kind: `objects` or `styles`.
+        words: Whether prompts hold the new word.
+        models: How many models.
+        recall: Recall at k, and its standard error (NaN for one model).
+        cap: The mean of the largest recall possible.
+        precision: Mean average precision, and its standard error.
+    """
+
+    method: str
+    kind: str
+    words: Words
+    models: int
+    recall: tuple[float, float]
+    cap: float
+    precision: tuple[float, float]
+
+
+def without_word(prompt: str) -> str:
+    """A prompt without its new words: "photo of <new1> cat" becomes "photo of cat"."""
+    return " ".join(_WORD.sub(" ", prompt).split()).replace(" ,", ",").lstrip(", ")
+
+
+def exemplar_pictures(task: Task, size: int, columns: Mapping[str, Any]) -> Pictures:
+    """A model's exemplars, at the size of the pictures they are hidden among; ids begin with `exemplar/`.
+
+    Args:
+        task: The task.
+        size: Side in pixels.
+        columns: Columns of the pictures they are hidden among; of exemplars nothing is known.
+    """
+    pixels = np.stack([draw(path, size) for path in task.exemplars])
+    ids = tuple(f"exemplar/{task.name}/{number}" for number in range(len(task.exemplars)))
+    fingerprint = identity_hash(
+        {"ids": list(ids), "caption": task.caption, "files": [hash_file(path) for path in task.exemplars], "size": size}
+    )
+    unknown = {name: ("",) * len(ids) for name in columns}
+    return Pictures(ids, ((task.caption,),) * len(ids), pixels, unknown, fingerprint)
+
+
+def hide(background: Pictures, exemplars: Pictures) -> Pictures:
+    """The exemplars among other pictures, with as many captions each (an exemplar's own, repeated).
+
+    Raises:
+        ValueError: An id is in both.
+    """
+    count = len(background.captions[0])
+    return joined_pictures(background, replace(exemplars, captions=tuple(each * count for each in exemplars.captions)))
+
+
+def find(scores: Scores, name: str, kind: str, task: Task, words: Words, k: int) -> Found:
+    """Recall and average precision of the exemplars in one ranking."""
+    relevant = torch.tensor([[each.startswith("exemplar/") for each in scores.ids]])
+    ordered = torch.from_numpy(scores.scores)[None]
+    recall, precision = RecallAtK(k), MeanAveragePrecision()
+    recall.update(ordered, relevant)
+    precision.update(ordered, relevant)
+    order = torch.argsort(ordered, dim=1, descending=True, stable=True)
+    first = int(relevant.gather(1, order)[0].int().argmax()) + 1
+    count = len(task.exemplars)
+    return Found(
+        name,
+        kind,
+        task.name,
+        scores.query.name,
+        words,
+        float(recall.compute()["mean"]),
+        float(precision.compute()["mean"]),
+        first,
+        count,
+        min(1.0, k / count),
+    )
+
+
+def benchmark(
+    folder: Path,
+    tasks: Sequence[Task],
+    styles: Sequence[str],
+    methods: Mapping[str, Attributor],
+    base: str,
+    base_model: DiffusionModel,
+    background: TrainingData,
+    store: Store,
+    runner: Runner,
+    words: Sequence[Words] = ("with",),
+    k: int = 10,
+    options: ReportOptions | None = None,
+    say: Say = silent,
+) -> list[Line]:
+    """Attributes every picture of every model by every method; what is finished is not done again.
+
+    Curvature is the base model's, taken over the background once and used for all models, as in the papers. Methods
+    whose scores are changes of a loss are also judged by the size of the change: exemplars share the new word, so that
+    what makes a model forget one can make it better at another.
+
+    Args:
+        folder: The run folder.
+        tasks: The tasks.
+        styles: Test cases that are styles; see `cases_of`.
+        methods: Name -> method.
+        base: Where the base model is.
+        base_model: The base model.
+        background: What the exemplars are hidden among, with latents by the base model's encoder.
+        store: Where methods keep what they make.
+        runner: This process's place.
+        words: Prompts with the new word, without it, or both.
+        k: Of Recall@k.
+        options: What the pages of single runs show; None makes none.
+        say: Is told what is being done.
+
+    Raises:
+        ValueError: There is nothing to do, methods need a model that a task does not name, or see `read_customization`.
+        ArtifactMismatchError: The folder holds runs with other settings.
+        StorageError: The folder could not be written.
+    """
+    if not tasks or not methods or not words:
+        raise ValueError("There is nothing to benchmark: name tasks, methods and words.")
+    needy = [name for name, method in methods.items() if method.requires & {"model", "gradients"}]
+    lacking = next((task.name for task in tasks if task.model is None), None)
+    if needy and lacking is not None:
+        raise ValueError(f"{needy[0]} needs the customized model, but the task {lacking} names none.")
+    for task in tasks:
+        if task.model is not None and not task.model.is_dir():
+            raise ValueError(f"The task {task.name} names the model {task.model}, which is no folder.")
+    for name in needy:
+        method = methods[name]
+        if isinstance(method, CurvedAttributor):
+            say(f"{name}: curvature of the base model")
+            method.take_curvature(base_model, background, store, runner, say)
+    found: list[Found] = []
+    for kind, chosen in cases_of(tasks, styles).items():
+        for number, task in enumerate(chosen, start=1):
+            say(f"{kind}: {task.name}, model {number} of {len(chosen)}")
+            model = None
+            if needy and task.model is not None:
+                model = load_customized(base, task.model).to(runner.device)
+            for each in words:
+                data, queries = _prepare(task, background, model or base_model, store, each)
+                for name, method in methods.items():
+                    place = folder / f"{hash_text(task.name):016x}-{each}" / name
+                    results = attribute(place, method, data, model, queries, store, runner, options, say)
+                    found += [find(scores, name, kind, task, each, k) for scores in results]
+                    if isinstance(method, CurvedAttributor):
+                        found += [find(by_size(scores), f"{name}{BY_SIZE}", kind, task, each, k) for scores in results]
+    lines = summarise(found)
+    if runner.is_main:
+        with replacing(folder / ROWS) as temporary:
+            pq.write_table(pa.Table.from_pylist([asdict(each) for each in found]), temporary)
+        write_json(folder / RESULT, {"k": k, "lines": [asdict(line) for line in lines]})
+    runner.barrier()
+    return lines
+
+
+def _prepare(
+    task: Task, background: TrainingData, model: DiffusionModel, store: Store, words: Words
+) -> tuple[TrainingData, list[Query]]:
+    height = int(background.pictures.pixels.shape[1])
+    asked: Callable[[str], str] = without_word if words == "without" else str
+    told = replace(task, caption=asked(task.caption))
+    exemplars = exemplar_pictures(told, height, background.pictures.columns)
+    pictures = hide(background.pictures, exemplars)
+    latents: LatentSet | None = None
+    if background.latents is not None and model.encoder is not None:
+        own = replace(exemplars, captions=pictures.captions[-len(exemplars) :])
+        latents = joined(background.latents, encode_pictures(own, model.encoder, store))
+    queries = [
+        read_query(replace(picture, prompt=asked(picture.prompt)), (height, height), resize=True)
+        for picture in task.queries
+    ]
+    return TrainingData(pictures, latents), queries
+
+
+def summarise(found: Sequence[Found]) -> list[Line]:
+    """Means over models: pictures of one model are no independent evidence."""
+    groups: dict[tuple[str, str, Words], dict[str, list[Found]]] = {}
+    for each in found:
+        groups.setdefault((each.method, each.kind, each.words), {}).setdefault(each.task, []).append(each)
+    lines = []
+    for (method, kind, words), models in groups.items():
+        recalls, precisions, caps = (
+            np.array([np.mean([getattr(each, name) for each in several]) for several in models.values()])
+            for name in ("recall", "precision", "cap")
+        )
+        lines.append(
+            Line(method, kind, words, len(models), estimate(recalls), float(caps.mean()), estimate(precisions))
+        )
+    return lines
+
+
+def as_table(lines: Sequence[Line], k: int) -> str:
+    """The table in Markdown."""
+    rows = [f"| method | | V* in prompts | Recall@{k} | at most | mAP | models |", "|---" * 7 + "|"]
+    for line in lines:
+        recall, precision = (f"{mean:.3f} ± {error:.3f}" for mean, error in (line.recall, line.precision))
+        rows.append(
+            f"| {line.method} | {line.kind} | {line.words} | {recall} | {line.cap:.2f} | {precision} | {line.models} |"
+        )
+    return "\n".join(rows)

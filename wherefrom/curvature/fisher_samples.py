@@ -1,0 +1,134 @@
+"""Keyed samples of the training loss: what every curvature is an average over."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wherefrom.data.latents import LatentSet
+from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime import keyed_random
+
+_TIME, _CAPTION, _NOISE = 301, 302, 303
+_NOT_FINITE = "The gradient of {!r} is not finite: check the model's weights and latents."
+
+
+@dataclass(frozen=True)
+class FisherSettings:
+    """How the Fisher information is sampled.
+
+    Attributes:
+        visits: Samples per picture and flip, each with one timestep, one noise draw and one caption.
+        seed: Seed of these.
+        flips: Also pass the mirror images.
+    """
+
+    visits: int = 5
+    seed: int = 0
+    flips: bool = True
+
+    def __post_init__(self) -> None:
+        if self.visits < 1:
+            raise ValueError(f"visits must be at least 1; given {self.visits}.")
+
+    @property
+    def per_picture(self) -> int:
+        """Samples of a picture and its mirror image."""
+        return self.visits * (2 if self.flips else 1)
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """The values.
+
+    Raises:
+        ValueError: One is not finite.
+    """
+    if not torch.isfinite(values).all():
+        raise ValueError(_NOT_FINITE.format(name))
+    return values
+
+
+def all_finite(sums: Mapping[str, Float[Tensor, ""]]) -> None:
+    """Checks sums over a batch's gradients by name, which one question to the device answers.
+
+    Raises:
+        ValueError: One is not finite.
+    """
+    finite_ones = torch.isfinite(torch.stack(list(sums.values()))).tolist() if sums else []
+    for name, fine in zip(sums, finite_ones, strict=True):
+        if not fine:
+            raise ValueError(_NOT_FINITE.format(name))
+
+
+def zeros_like_parameters(model: DiffusionModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """A float64 zero of each parameter's shape, to sum into."""
+    shapes = {name: parameter.shape for name, parameter in model.denoiser.named_parameters()}
+    return {name: torch.zeros(shapes[name], dtype=torch.float64, device=model.device) for name in names}
+
+
+class SampledPass(ABC):
+    """A pass over keyed samples; subclasses say what is added up (`add`) and hold it (`merge`, `state_dict`).
+
+    Args:
+        model: The pretrained model.
+        data: Its training pictures.
+        names: Parameters whose layers are tapped.
+        settings: How to sample.
+        batch_size: Samples at a time; does not change the result.
+
+    Attributes:
+        samples: Number of samples added so far.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, data: LatentSet, names: Sequence[str], settings: FisherSettings, batch_size: int
+    ) -> None:
+        self.model, self.data, self.names = model, data, list(names)
+        self.settings, self.batch_size = settings, batch_size
+        self.samples = 0
+        self.id_keys = data.id_keys
+
+    @abstractmethod
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
+        """Adds a batch, given its losses and the tap that saw them computed."""
+
+    def draws(
+        self, picture: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Timestep, caption and noise key of each sample, keyed by (seed, id, flip, visit)."""
+        keys = keyed_random.combine(self.settings.seed, self.id_keys[picture], flip, visit)
+        # One golden-ratio sequence over a picture's visits and flips: its timesteps are spread evenly.
+        start = keyed_random.uniform(keyed_random.combine(_TIME, self.settings.seed, self.id_keys[picture]))[:, 0]
+        time = torch.remainder(start + (2 * visit + flip) * 0.6180339887498949, 1.0)
+        caption = keyed_random.uniform(keyed_random.combine(_CAPTION, keys))[:, 0] * self.data.states.shape[1]
+        return (time * self.model.process.steps).long(), caption.long(), keyed_random.combine(_NOISE, keys)
+
+    def step(self, positions: range) -> None:
+        """Adds the pictures at these positions."""
+        visits, per_picture = self.settings.visits, self.settings.per_picture
+        for start in range(0, len(positions) * per_picture, self.batch_size):
+            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_picture))
+            picture, item = positions.start + flat // per_picture, flat % per_picture
+            self._batch(picture, item // visits, item % visits)
+
+    def losses(
+        self, picture: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        """The loss of each sample."""
+        model, device = self.model, self.model.device
+        timestep, caption, noise_keys = self.draws(picture, flip, visit)
+        latents = self.data.latents[picture, flip].to(device, model.dtype)
+        states = self.data.states[picture, caption].to(device, model.dtype)
+        noise = keyed_random.normal(noise_keys.to(device), latents.shape[1:], model.dtype)
+        return model.losses(latents, states, timestep.to(device), noise)
+
+    def _batch(self, picture: Tensor, flip: Tensor, visit: Tensor) -> None:
+        with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
+            self.add(tap, self.losses(picture, flip, visit))
+        self.samples += len(picture)

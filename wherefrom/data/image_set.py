@@ -1,0 +1,209 @@
+"""Captioned pictures on disk: `pictures.parquet` (one row a picture) beside `pixels.npy` and a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+
+from wherefrom.runtime.artifacts import identity_hash, read_manifest, replacing
+from wherefrom.runtime.mapped_arrays import JoinedRows, RowView, join_rows, take_rows
+
+TABLE = "pictures.parquet"
+PIXELS = "pixels.npy"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Captioned pictures of one size, in the order of their ids.
+
+    Attributes:
+        ids: Unique string ids that the data set owns (never positions).
+        captions: The captions of each picture; every picture has the same number of them.
+        pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of some rows of what is.
+        columns: Further columns, one string a picture: `license` always, and groups such as `author`, `style`.
+        fingerprint: Hash of ids, captions and pixels; part of the identity of whatever is made from them.
+        joined_from: What these were joined from, where they were; see `parts`.
+    """
+
+    ids: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]
+    pixels: UInt8[NDArray[np.uint8], "n h w 3"] | RowView | JoinedRows
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fingerprint: str = ""
+    joined_from: tuple[Pictures, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __post_init__(self) -> None:
+        check_unique(self.ids)
+        counts = {len(captions) for captions in self.captions}
+        if len(counts) > 1:
+            raise ValueError(f"Pictures must have equally many captions each; found {sorted(counts)}.")
+
+    @property
+    def parts(self) -> tuple[Pictures, ...]:
+        """What these are the concatenation of, so that what was made of a part is found again; else themselves."""
+        if self.joined_from and self.fingerprint == _joined_fingerprint(self.joined_from):
+            return tuple(part for each in self.joined_from for part in each.parts)
+        return (self,)
+
+    def subset(self, indices: Sequence[int] | NDArray[np.intp]) -> Pictures:
+        """The pictures at these positions, in this order."""
+        chosen = [int(index) for index in indices]
+        return Pictures(
+            ids=tuple(self.ids[index] for index in chosen),
+            captions=tuple(self.captions[index] for index in chosen),
+            pixels=take_rows(self.pixels, np.asarray(chosen, dtype=np.intp)),
+            columns={name: tuple(column[index] for index in chosen) for name, column in self.columns.items()},
+            fingerprint=self.fingerprint,
+        )
+
+    def where(self, column: str, value: str) -> Pictures:
+        """The pictures whose column has this value."""
+        return self.subset([index for index, found in enumerate(self.columns[column]) if found == value])
+
+
+def joined_pictures(first: Pictures, second: Pictures) -> Pictures:
+    """The pictures of both; those of the first may stay on disk.
+
+    Raises:
+        ValueError: An id is in both, sizes or numbers of captions differ, or a column is in one only.
+    """
+    if first.pixels.shape[1:] != second.pixels.shape[1:]:
+        raise ValueError(f"Pictures of {first.pixels.shape[1:]} and of {second.pixels.shape[1:]} cannot be one set.")
+    if set(first.columns) != set(second.columns):
+        raise ValueError(f"Columns differ: {sorted(first.columns)} and {sorted(second.columns)}.")
+    return Pictures(
+        first.ids + second.ids,
+        first.captions + second.captions,
+        join_rows(first.pixels, second.pixels),
+        {name: column + second.columns[name] for name, column in first.columns.items()},
+        _joined_fingerprint((first, second)),
+        (first, second),
+    )
+
+
+def _joined_fingerprint(parts: Sequence[Pictures]) -> str:
+    return identity_hash(
+        {"of": [part.fingerprint for part in parts], "ids": [name for part in parts for name in part.ids]}
+    )
+
+
+def check_unique(ids: Iterable[str]) -> None:
+    """Refuses duplicate ids.
+
+    Raises:
+        ValueError: Names the ids that occur more than once.
+    """
+    seen: set[str] = set()
+    twice: set[str] = set()
+    for name in ids:
+        (twice if name in seen else seen).add(name)
+    if twice:
+        shown = ", ".join(repr(name) for name in sorted(twice)[:5])
+        raise ValueError(
+            f"{len(twice)} image ids occur more than once: {shown}. Ids must be unique; rename the pictures."
+        )
+
+
+def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") -> tuple[str, ...]:
+    """Ids from a list, or from a text file with one id a line.
+
+    Args:
+        given: The list or the file.
+        option: What the user calls it, for errors.
+
+    Raises:
+        ValueError: The file is missing.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, str | Path):
+        path = Path(given)
+        if not path.is_file():
+            raise ValueError(f"{option}: {path} is not a file. Give a list of ids, or a text file with one id a line.")
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return tuple(given)
+
+
+def keep_indices(ids: Sequence[str], exclude: Sequence[str]) -> list[int]:
+    """Positions of the ids that are not excluded.
+
+    Raises:
+        ValueError: An excluded id is not in the data set.
+    """
+    unknown = sorted(set(exclude) - set(ids))
+    if unknown:
+        raise ValueError(
+            f"exclude names {len(unknown)} ids that the data set does not have, such as {unknown[0]!r}; "
+            + (f"its ids look like {ids[0]!r}. " if ids else "it is empty. ")
+            + "Correct the list: an id that excludes nothing would spoil a leave-out run."
+        )
+    dropped = set(exclude)
+    return [index for index, name in enumerate(ids) if name not in dropped]
+
+
+def write_table(
+    folder: Path, ids: Sequence[str], captions: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]
+) -> None:
+    """Writes the table: one row a picture.
+
+    Raises:
+        StorageError: The folder could not be written.
+    """
+    assert not {"id", "captions"} & columns.keys(), "these two columns are the table's own"
+    further = {name: list(column) for name, column in columns.items()}
+    table = pa.table({"id": list(ids), "captions": [list(several) for several in captions], **further})
+    with replacing(folder / TABLE) as temporary:
+        pq.write_table(table, temporary)
+
+
+def write_pixels_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Writes the head of a `.npy` file of uint8; its length does not depend on the first extent."""
+    np.lib.format.write_array_header_2_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def write_pictures(
+    folder: Path,
+    ids: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    pixels: UInt8[NDArray[np.uint8], "n h w 3"],
+    columns: Mapping[str, Sequence[str]],
+) -> None:
+    """Writes the table and the pixels.
+
+    Raises:
+        StorageError: The folder could not be written.
+    """
+    write_table(folder, ids, captions, columns)
+    with replacing(folder / PIXELS) as temporary, temporary.open("wb") as stream:
+        # Not np.save: on a full disk its error carries no errno, so that nobody could tell what happened.
+        write_pixels_header(stream, pixels.shape)
+        stream.write(np.ascontiguousarray(pixels).data)
+
+
+def read_pictures(folder: Path) -> Pictures:
+    """Reads pictures written by `write_pictures`; the pixels are memory-mapped.
+
+    Raises:
+        FileNotFoundError: The folder is not a whole artifact.
+    """
+    manifest: dict[str, Any] = read_manifest(folder)
+    columns = pq.read_table(folder / TABLE).to_pydict()
+    ids, captions = columns.pop("id"), columns.pop("captions")
+    return Pictures(
+        ids=tuple(ids),
+        captions=tuple(tuple(c) for c in captions),
+        pixels=np.load(folder / PIXELS, mmap_mode="r"),
+        columns={name: tuple(column) for name, column in columns.items()},
+        fingerprint=manifest["fingerprint"],
+    )

@@ -1,0 +1,76 @@
+"""Can the model represent this picture at all? Its loss beside those of training pictures.
+
+What a model cannot represent it did not draw, and unlearning it moves the weights in directions that say little about
+the training pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.data.latents import LatentSet
+from wherefrom.gradients.loss_grid import LossGrid, measure_losses
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.distributed import Runner
+
+FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey, Exploratory Data Analysis, 1977, section 2D)
+_GRID = LossGrid(timesteps=10, flips=False)
+_PICTURES, _DRAWS = 256, 20
+_DRAW = 702
+
+
+def typical_losses(
+    model: DiffusionModel, data: LatentSet, store: Store, runner: Runner, progress: Progress | None = None
+) -> Float[NDArray[np.float64], " m"]:
+    """The losses of up to 256 training pictures, chosen by their ids, each the mean over ten timesteps.
+
+    Args:
+        model: The model.
+        data: The training pictures.
+        store: Where the losses are kept.
+        runner: This process's place.
+        progress: Called with (done, total) chunks.
+
+    Raises:
+        ValueError: A loss is not finite.
+        StorageError: The store could not be written.
+    """
+    chosen = data.subset(data.sample(_PICTURES))
+    losses = measure_losses(model, chosen, _GRID, store, runner, progress=progress)
+    return losses.double().flatten(1).mean(dim=1).numpy()
+
+
+@torch.no_grad()
+def loss_of(
+    model: DiffusionModel, latent: Float[Tensor, "c h w"], states: Float[Tensor, "l d"], seed: int = 0
+) -> float:
+    """The picture's loss with its prompt, the mean over the same timesteps and twenty draws of each.
+
+    Args:
+        model: The model.
+        latent: The scaled latent.
+        states: Token states of its prompt.
+        seed: Seed of the draws.
+    """
+    device = model.device
+    timesteps = _GRID.steps(model.process.steps).repeat_interleave(_DRAWS)
+    keys = keyed_random.combine(_DRAW, seed, torch.arange(len(timesteps)))
+    noise = keyed_random.normal(keys, latent.shape, model.dtype).to(device)
+    latents = latent.to(device, model.dtype).expand_as(noise)
+    conditions = states.to(device, model.dtype).expand(len(noise), -1, -1)
+    return float(model.losses(latents, conditions, timesteps.to(device), noise).double().mean())
+
+
+def excess(loss: float, typical: Sequence[float] | Float[NDArray[np.float64], " m"]) -> float:
+    """How far a loss lies above the typical ones: in their interquartile ranges, from their upper quartile."""
+    lower, upper = np.quantile(np.asarray(typical), (0.25, 0.75))
+    return float((loss - upper) / (upper - lower)) if upper > lower else float(np.sign(loss - upper)) * np.inf

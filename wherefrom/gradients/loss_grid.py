@@ -1,0 +1,252 @@
+"""Losses of many pictures on a fixed grid of timesteps, with noise keyed by what it belongs to (common random numbers).
+
+Shape letters: N = pictures, F = flips (the picture, its mirror image), K = captions, T = timesteps, R = noise draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wherefrom.data.latents import LatentSet
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.dataset_pass import run_pass
+from wherefrom.runtime.distributed import Runner
+
+_LOSS, _DRAWN, _TIME, _CAPTION = 201, 202, 203, 204
+
+
+@dataclass(frozen=True)
+class LossGrid:
+    """Where losses are measured.
+
+    Attributes:
+        timesteps: Number of timesteps, spaced evenly from 0: with T = 1000, 20 of them are 0, 50, …, 950 (AbU,
+            appendix B).
+        draws: Noise draws at each timestep.
+        seed: Seed of the noise.
+        flips: Also measure the mirror images.
+        offset: Where the first timestep lies, as a share of the distance between two. 0 is the papers' grid; with 0.5 a
+            few timesteps stand for the whole schedule as the midpoint rule does, and t = 0, where the loss cannot be
+            learned, is not among them.
+
+    Raises:
+        ValueError: `offset` does not lie in [0, 1).
+    """
+
+    timesteps: int = 20
+    draws: int = 1
+    seed: int = 0
+    flips: bool = True
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.offset < 1:
+            raise ValueError(f"offset must be at least 0 and less than 1; given {self.offset}.")
+
+    def steps(self, total: int) -> Int64[Tensor, " t"]:
+        """The timesteps themselves.
+
+        Raises:
+            ValueError: There are not that many.
+        """
+        if not 1 <= self.timesteps <= total:
+            raise ValueError(
+                f"timesteps must lie between 1 and {total}, the length of the model's schedule; given {self.timesteps}."
+            )
+        return ((torch.arange(self.timesteps).double() + self.offset) * total / self.timesteps).long()
+
+    def per_flip(self, captions: int) -> int:
+        """Losses of a picture, and again of its mirror image."""
+        return captions * self.timesteps * self.draws
+
+    def of(self, model: DiffusionModel, data: LatentSet, batch_size: int) -> LossPass:
+        """The losses of a data set on this grid, still to be measured."""
+        return LossPass(model, data, self, batch_size)
+
+
+@dataclass(frozen=True)
+class LossDraws:
+    """Where losses are measured that each picture draws for itself, instead of a grid for all.
+
+    Attributes:
+        draws: Draws of a timestep, with replacement, and of noise; all with one caption of the picture's, drawn too.
+        seed: Seed of these.
+        flips: Also measure the mirror images.
+
+    Raises:
+        ValueError: `draws` is not positive.
+    """
+
+    draws: int = 10
+    seed: int = 0
+    flips: bool = True
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1; given {self.draws}.")
+
+    def per_flip(self, captions: int) -> int:
+        """Losses of a picture, and again of its mirror image."""
+        return self.draws
+
+    def of(self, model: DiffusionModel, data: LatentSet, batch_size: int) -> DrawnLosses:
+        """The losses of a data set at its own draws, still to be measured."""
+        return DrawnLosses(model, data, self, batch_size)
+
+
+class LossPass:
+    """Losses of every picture, flip, caption, timestep and draw (a `TrainingPass`).
+
+    Args:
+        model: The model, with whatever weights it has now.
+        data: The pictures.
+        grid: Where the losses are measured.
+        batch_size: Forward passes at a time.
+
+    Raises:
+        ValueError: A loss is not finite.
+    """
+
+    def __init__(self, model: DiffusionModel, data: LatentSet, grid: LossGrid, batch_size: int) -> None:
+        self.model, self.data, self.batch_size = model, data, batch_size
+        self.id_keys = data.id_keys
+        steps = grid.steps(model.process.steps)
+        shape = (2 if grid.flips else 1, data.states.shape[1], len(steps), grid.draws)
+        flip, caption, step, draw = (
+            part.flatten() for part in torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+        )
+        self.shape, self.flip, self.caption, self.timestep = shape, flip, caption, steps[step]
+        self.item_keys = keyed_random.combine(_LOSS, grid.seed, flip, caption, self.timestep, draw)
+        self.losses = torch.full((len(data), *shape), float("nan"), dtype=model.dtype)
+
+    @torch.no_grad()
+    def step(self, positions: range) -> None:
+        """Measures the pictures at these positions."""
+        measured = [self._measure(picture, item) for picture, item in self.batches(positions)]
+        losses = torch.cat(measured).reshape(len(positions), *self.losses.shape[1:])
+        self.check_finite("loss", positions, losses, "the model's weights and the unlearning step")
+        self.losses[positions.start : positions.stop] = losses
+
+    def batches(self, positions: range) -> Iterator[tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]]:
+        """All (picture, item of the grid) pairs of these pictures, some at a time."""
+        items = len(self.flip)
+        for start in range(0, len(positions) * items, self.batch_size):
+            flat = torch.arange(start, min(start + self.batch_size, len(positions) * items))
+            yield positions.start + flat // items, flat % items
+
+    def check_finite(self, what: str, positions: range, values: Float[Tensor, "b ..."], suspects: str) -> None:
+        """Refuses what is not finite.
+
+        Raises:
+            ValueError: Names the first picture that has a number that is not.
+        """
+        if not torch.isfinite(values).all():
+            worst = positions.start + int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0])
+            raise ValueError(f"The {what} of picture {self.data.ids[worst]!r} is not finite: check {suspects}.")
+
+    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+        return self.item_losses(picture, item).cpu()
+
+    def item_losses(self, picture: Int64[Tensor, " b"], item: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The loss of each (picture, item of the grid) pair."""
+        model, device = self.model, self.model.device
+        caption, timestep, keys = self.draws(picture, item)
+        latents = self.data.latents[picture, self.flip[item]].to(device, model.dtype)
+        states = self.data.states[picture, caption].to(device, model.dtype)
+        noise = keyed_random.normal(keys.to(device), latents.shape[1:], model.dtype)
+        return model.losses(latents, states, timestep.to(device), noise)
+
+    def draws(
+        self, picture: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
+    ) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"], Int64[Tensor, " b"]]:
+        """Caption, timestep and noise key of each pair."""
+        return (
+            self.caption[item],
+            self.timestep[item],
+            keyed_random.combine(self.id_keys[picture], self.item_keys[item]),
+        )
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Adds rows measured elsewhere."""
+        self.losses[state["rows"]] = state["losses"].to(self.losses.dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows measured so far."""
+        rows = torch.isfinite(self.losses).flatten(1).all(dim=1).nonzero()[:, 0]
+        return {"rows": rows, "losses": self.losses[rows]}
+
+
+class DrawnLosses(LossPass):
+    """Losses of every picture, flip and draw, at timesteps drawn for each by (seed, picture's id, flip, draw).
+
+    Args:
+        model: The model.
+        data: The pictures.
+        settings: How to draw.
+        batch_size: Forward passes at a time.
+    """
+
+    def __init__(self, model: DiffusionModel, data: LatentSet, settings: LossDraws, batch_size: int) -> None:
+        one = replace(data, states=data.states[:, :1])  # a grid of one caption and timestep has as many items
+        super().__init__(model, one, LossGrid(1, settings.draws, settings.seed, settings.flips), batch_size)
+        self.data = data
+        self.item_keys = keyed_random.combine(_DRAWN, self.item_keys)
+        chosen = keyed_random.uniform(keyed_random.combine(_CAPTION, settings.seed, self.id_keys))[:, 0]
+        self.caption_of = (chosen * data.states.shape[1]).long()
+
+    def draws(
+        self, picture: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
+    ) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"], Int64[Tensor, " b"]]:
+        """Caption, timestep and noise key of each pair."""
+        keys = keyed_random.combine(self.id_keys[picture], self.item_keys[item])
+        timestep = (keyed_random.uniform(keyed_random.combine(_TIME, keys))[:, 0] * self.model.process.steps).long()
+        return self.caption_of[picture], timestep, keys
+
+
+def measure_losses(
+    model: DiffusionModel,
+    data: LatentSet,
+    grid: LossGrid,
+    store: Store,
+    runner: Runner,
+    batch_size: int = 256,
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "n f k t r"]:
+    """Losses of all pictures, kept in the store and found again.
+
+    Args:
+        model: The model with the weights to measure.
+        data: The pictures.
+        grid: Where to measure.
+        store: Where the losses are kept.
+        runner: This process's place.
+        batch_size: Forward passes at a time.
+        weights: Names the weights when they are not the model's own (a hash of the moved tensors); default: hash of
+            the model.
+        progress: Called with (done, total) chunks.
+
+    Raises:
+        ValueError: A loss is not finite.
+        StorageError: The store could not be written.
+    """
+    identity: dict[str, Any] = {
+        "model": weights if weights is not None else model.fingerprint(),
+        "data": data.fingerprint,
+        "dtype": str(model.dtype),
+        **asdict(grid),
+    }
+    work = run_pass(
+        lambda: LossPass(model, data, grid, batch_size), len(data), store, "losses", identity, runner, progress=progress
+    )
+    assert isinstance(work, LossPass)
+    return work.losses

@@ -1,0 +1,204 @@
+"""Exact per-sample gradients, layer by layer, from each layer's input and output gradient.
+
+No whole-model gradient is stored.
+
+For a linear layer with input a and output gradient g of one sample, the weight's gradient is Σ_positions g aᵀ; a
+convolution is one over its unfolded patches; a normalisation's scale has Σ g x̂. A table that a transformer adds to each
+sample (`scale_shift_table` of PixArt's blocks) is replaced by a copy for each. Nothing here needs vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.normalization import RMSNorm
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_PerSample = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def _linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> Tensor:
+    return (
+        torch.bmm(grads.flatten(1, -2).transpose(1, 2), inputs.flatten(1, -2))
+        if inputs.dim() > 2
+        else (grads.unsqueeze(2) * inputs.unsqueeze(1))
+    )
+
+
+def _convolution(module: nn.Conv2d, inputs: Tensor, grads: Tensor) -> Tensor:
+    padding: Any = module.padding
+    patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
+    return torch.bmm(grads.flatten(2), patches.transpose(1, 2)).reshape(-1, *module.weight.shape)
+
+
+def _group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> Tensor:
+    normalised = F.group_norm(inputs, module.num_groups, eps=module.eps)
+    return (grads * normalised).flatten(2).sum(dim=2) if inputs.dim() > 2 else grads * normalised
+
+
+def _layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Tensor:
+    normalised = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+    return _over_positions(grads * normalised, len(module.normalized_shape))
+
+
+def _rms_norm(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
+    settings: Any = module
+    scale = torch.rsqrt(inputs.square().mean(dim=-1, keepdim=True) + settings.eps)
+    return _over_positions(grads * inputs * scale, 1)
+
+
+def _channels_first_bias(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
+    return grads.flatten(2).sum(dim=2) if grads.dim() > 2 else grads
+
+
+def _linear_bias(module: nn.Linear, inputs: Tensor, grads: Tensor) -> Tensor:
+    return _over_positions(grads, 1)
+
+
+def _layer_norm_bias(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Tensor:
+    return _over_positions(grads, len(module.normalized_shape))
+
+
+def _over_positions(terms: Tensor, kept: int) -> Tensor:
+    """Sums everything between the batch and the last `kept` dimensions."""
+    between = tuple(range(1, terms.dim() - kept))
+    return terms.sum(dim=between) if between else terms
+
+
+_RULES: Mapping[type[nn.Module], Mapping[str, _PerSample]] = {
+    nn.Linear: {"weight": _linear, "bias": _linear_bias},
+    nn.Conv2d: {"weight": _convolution, "bias": _channels_first_bias},
+    nn.GroupNorm: {"weight": _group_norm, "bias": _channels_first_bias},
+    nn.LayerNorm: {"weight": _layer_norm, "bias": _layer_norm_bias},
+    RMSNorm: {"weight": _rms_norm},
+}
+
+
+def _table(module: nn.Module, inputs: Tensor, grads: Tensor) -> Tensor:
+    return grads
+
+
+class _Copies:
+    """Stands for a table while a forward pass reads it: `table[None]` has a row for each sample in place of one."""
+
+    def __init__(self, table: Tensor, samples: int) -> None:
+        self.rows = table.detach()[None].expand(samples, *table.shape).clone().requires_grad_()
+        self.device, self.dtype = table.device, table.dtype
+
+    def __getitem__(self, index: None) -> Tensor:
+        assert index is None, "a table is read as a whole"
+        return self.rows
+
+
+_TABLE, _WITH_TABLE = "scale_shift_table", (BasicTransformerBlock, PixArtTransformer2DModel)
+
+
+def _rule(module: nn.Module, name: str, parameter: str) -> _PerSample:
+    if parameter == _TABLE and isinstance(module, _WITH_TABLE):
+        return _table
+    rules: Any = next((rules for kind, rules in _RULES.items() if isinstance(module, kind)), None)
+    grouped = isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    )
+    if rules is None or parameter not in rules or grouped:
+        raise ValueError(
+            f"No per-sample gradient for {name} ({type(module).__name__}): linear layers, ungrouped zero-padded "
+            "convolutions, group, layer "
+            "and root-mean-square norms, and PixArt's tables have one. Choose a weight subset without it."
+        )
+    chosen: _PerSample = rules[parameter]
+    return chosen
+
+
+def _restore_table(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    vars(layer).pop(_TABLE, None)
+
+
+class PerSampleGradients:
+    """Taps a module's layers so that one backward pass gives the gradient of every sample apart.
+
+    Use as a context manager; inside, run the forward pass and call `per_sample` with one loss per sample.
+
+    Args:
+        module: The model; samples must not mix in it (no batch norm).
+        names: Full names of the parameters wanted.
+
+    Raises:
+        ValueError: A parameter belongs to a kind of layer without a rule.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._layers: dict[str, tuple[nn.Module, dict[str, _PerSample]]] = {}
+        for name in names:
+            owner, _, parameter = name.rpartition(".")
+            layer = module.get_submodule(owner)
+            self._layers.setdefault(owner, (layer, {}))[1][parameter] = _rule(layer, name, parameter)
+        self._calls: list[tuple[str, Tensor, Tensor]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> PerSampleGradients:
+        for owner, (layer, rules) in self._layers.items():
+            if _TABLE in rules:
+                self._handles.append(layer.register_forward_pre_hook(self._copy_table(owner), with_kwargs=True))
+                self._handles.append(layer.register_forward_hook(_restore_table, always_call=True))
+            else:
+                self._handles.append(layer.register_forward_hook(self._hook(owner)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+
+    def _hook(self, owner: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()  # the graph starts here: neither weights nor inputs need ask for gradients
+            self._calls.append((owner, inputs[0].detach(), output))
+
+        return keep
+
+    def _copy_table(self, owner: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def copy(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            samples = next(len(each) for each in (*inputs, *named.values()) if isinstance(each, Tensor))
+            copies = _Copies(layer.get_parameter(_TABLE), samples)
+            vars(layer)[_TABLE] = copies  # found before the parameter, which `nn.Module.__getattr__` would give
+            self._calls.append((owner, copies.rows.detach(), copies.rows))
+
+        return copy
+
+    def by_layer(self, losses: Float[Tensor, " b"]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """(input, output gradient) of each layer's calls, by the layer's name, in the order of the forward pass."""
+        calls, self._calls = self._calls, []
+        grads = torch.autograd.grad(losses.sum(), [output for _, _, output in calls])
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for (owner, inputs, _), grad in zip(calls, grads, strict=True):
+            layer, rules = self._layers[owner]
+            dtype = layer.get_parameter(next(iter(rules))).dtype  # under autocast both are of fewer bits
+            found.setdefault(owner, []).append((inputs.to(dtype), grad.to(dtype)))
+        return found
+
+    def of_layer(
+        self, owner: str, calls: Sequence[tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[str, Float[Tensor, "b ..."]]]:
+        """Yields (parameter name, gradient of each sample) of one layer, summed over its calls."""
+        layer, rules = self._layers[owner]
+        for parameter, rule in rules.items():
+            parts = [rule(layer, inputs, grad) for inputs, grad in calls]
+            name = f"{owner}.{parameter}" if owner else parameter
+            yield name, parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+    def per_sample(self, losses: Float[Tensor, " b"]) -> Iterator[tuple[str, Float[Tensor, "b ..."]]]:
+        """Yields (parameter name, gradient of each sample's own loss), layer by layer."""
+        for owner, calls in self.by_layer(losses).items():
+            yield from self.of_layer(owner, calls)

@@ -1,0 +1,110 @@
+"""A query's loss: its value and gradient over keyed draws of timestep and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.queries.types import Query
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.distributed import Runner
+
+
+def as_latent(model: DiffusionModel, query: Query) -> QueryLatent:
+    """The query as the model sees it.
+
+    Raises:
+        ValueError: The model has no encoder.
+    """
+    encoder = model.encoder
+    if encoder is None:
+        raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
+    latent = query.latent if query.latent is not None else encoder.encode_image(query.pixels)
+    rows, columns = (int(side) for side in latent.shape[1:])
+    weights = None if query.region is None else query.region.weights((rows, columns))
+    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt])[0], weights)
+
+
+_TIME, _GRADIENT, _MEASURE = 401, 402, 403
+
+
+@dataclass(frozen=True)
+class QueryLatent:
+    """A query as the diffusion model sees it.
+
+    Attributes:
+        id: Its id.
+        latent: The scaled latent (C, H, W).
+        states: Token states of its prompt (L, D).
+        weights: Share of each latent cell that is inside the region asked for; None is the whole picture.
+    """
+
+    id: str
+    latent: Float[Tensor, "c h w"]
+    states: Float[Tensor, "l d"]
+    weights: Float[Tensor, "h w"] | None = None
+
+    @property
+    def key(self) -> int:
+        """Hash of the id."""
+        return keyed_random.hash_text(self.id)
+
+
+class QueryLoss:
+    """L(ẑ; θ) over keyed draws of timestep and noise: its value and its gradient.
+
+    Draws are keyed by (seed, query id, step, draw index), and a step's timesteps follow a golden-ratio sequence, so
+    they cover the schedule evenly without ever being the same in two steps.
+
+    Args:
+        model: The model.
+        query: The query.
+        seed: Seed of the draws.
+        runner: This process's place; processes share the draws.
+        batch_size: Draws at a time.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, query: QueryLatent, seed: int, runner: Runner, batch_size: int = 128
+    ) -> None:
+        self.model, self.query, self.seed, self.runner, self.batch_size = model, query, seed, runner, batch_size
+
+    def _batches(self, salt: int, step: int, draws: int) -> Iterable[Float[Tensor, " b"]]:
+        model, device = self.model, self.model.device
+        for first in range(self.runner.rank * self.batch_size, draws, self.runner.world_size * self.batch_size):
+            draw = torch.arange(first, min(first + self.batch_size, draws))
+            latent, timesteps, keys = self.at(salt, step, draw)
+            noise = keyed_random.normal(keys.to(device), latent.shape, model.dtype)
+            latents = latent.to(device, model.dtype).expand_as(noise)
+            states = self.query.states.to(device, model.dtype).expand(len(draw), -1, -1)
+            yield model.losses(latents, states, timesteps.to(device), noise, self.query.weights)
+
+    def at(self, salt: int, step: int, draw: Int64[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The latent whose loss is taken, and the timesteps and noise keys of some draws."""
+        base = keyed_random.combine(salt, self.seed, self.query.key, step)
+        start = float(keyed_random.uniform(keyed_random.combine(_TIME, base))[0])
+        time = torch.remainder(start + draw * 0.6180339887498949, 1.0)
+        return self.query.latent, (time * self.model.process.steps).long(), keyed_random.combine(base, draw)
+
+    @torch.no_grad()
+    def value(self, draws: int) -> float:
+        """Mean loss over draws that are the same at every call, so that two weights can be compared."""
+        total = torch.zeros((), dtype=torch.float64)
+        for losses in self._batches(_MEASURE, 0, draws):
+            total += losses.double().sum().cpu()
+        return float(self.runner.sum(total.to(self.model.device))) / draws
+
+    def gradient(self, parameters: Mapping[str, nn.Parameter], step: int, draws: int) -> dict[str, Tensor]:
+        """∇L(ẑ; θ) with respect to the parameters, over this step's draws."""
+        totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        for losses in self._batches(_GRADIENT, step, draws):
+            for total, gradient in zip(
+                totals.values(), torch.autograd.grad(losses.sum(), list(parameters.values())), strict=True
+            ):
+                total += gradient
+        return {name: self.runner.sum(total) / draws for name, total in totals.items()}

@@ -1,0 +1,101 @@
+"""From changes of losses on a grid to scores: one for each picture and, where asked for, for each part of the grid.
+
+Shape letters: N = pictures, F = flips (the picture, its mirror image), K = captions, T = timesteps, R = noise draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+Flip = Literal["max", "mean"]
+TimestepWeights = Literal["equal", "spread"]
+
+
+def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Float[Tensor, " n"]:
+    """τ: the mean change of the losses over captions, timesteps and draws.
+
+    Then the larger (or the mean) of picture and mirror image.
+    """
+    by_flip = change.double().flatten(2).mean(dim=2)
+    return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
+
+
+def spread_weights(change: Float[Tensor, "n f k t r"]) -> Float[Tensor, " t"]:
+    """Weights of mean 1 that let no timestep drown the others: 1 / (spread of the pictures' changes at that timestep).
+
+    Ours. Near t = 0 a model can hardly tell the noise from the picture, so losses there are large and change by chance:
+    in a plain mean they outweigh the timesteps at which pictures differ. The spread is the median absolute deviation
+    over pictures and mirror images.
+
+    Args:
+        change: Changes of the losses of some pictures; the same pictures must be taken for all that is compared.
+
+    Returns:
+        The weights; all 1 where a timestep has no spread, as when nothing was moved.
+    """
+    values = change.double().mean(dim=(2, 4)).flatten(0, 1)
+    spread = (values - values.median(dim=0).values).abs().median(dim=0).values
+    if not bool((spread > 0).all()):
+        return torch.ones(change.shape[3], dtype=torch.float64)
+    return (1 / spread) / (1 / spread).mean()
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Which parts of a score are kept beside it.
+
+    Attributes:
+        timestep_bands: Number of bands of neighbouring timesteps, low ones (detail) to high ones (layout); 0 is none.
+        captions: Whether a picture's captions are told apart.
+
+    Raises:
+        ValueError: The number of bands is negative.
+    """
+
+    timestep_bands: int = 0
+    captions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timestep_bands < 0:
+            raise ValueError(f"timestep_bands must not be negative; given {self.timestep_bands}.")
+
+    def check(self, timesteps: int) -> None:
+        """Refuses more bands than there are timesteps.
+
+        Raises:
+            ValueError: There are.
+        """
+        if self.timestep_bands > timesteps:
+            raise ValueError(
+                f"{self.timestep_bands} timestep_bands need at least as many timesteps; the grid has {timesteps}."
+            )
+
+    def parts(
+        self, change: Float[Tensor, "n f k t r"], timesteps: Int64[Tensor, " t"], flip: Flip
+    ) -> dict[str, Float[NDArray[np.float64], " n"]]:
+        """Scores by part: "timesteps 0 to 200", "caption 1".
+
+        The flip that decides a picture's score decides its parts too, so the captions' scores average to the score,
+        and so do the bands' scores, each weighted by its number of timesteps.
+        """
+        means = change.double().mean(dim=4)
+        if flip == "max":
+            kept = means[torch.arange(len(means)), means.flatten(2).mean(dim=2).argmax(dim=1)]
+        else:
+            kept = means.mean(dim=1)
+        found = {}
+        if self.timestep_bands:
+            for band in np.array_split(np.arange(len(timesteps)), self.timestep_bands):
+                name = f"timesteps {int(timesteps[band[0]])} to {int(timesteps[band[-1]])}"
+                found[name] = kept[:, :, band].flatten(1).mean(dim=1).numpy()
+        if self.captions:
+            for index in range(kept.shape[1]):
+                found[f"caption {index + 1}"] = kept[:, index].mean(dim=1).numpy()
+        return found

@@ -1,0 +1,117 @@
+"""What an index says of its pictures: one row each, beside the vectors, and the list of those that were taken down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Int64
+from numpy.typing import NDArray
+
+from wherefrom.data.image_set import Pictures
+from wherefrom.runtime.artifacts import replacing
+
+KEY, IMAGE, CAPTIONS = "key", "image", "captions"
+# The large types: captions of ten million pictures are more than two gigabytes.
+_TYPES = {KEY: pa.int64(), IMAGE: pa.large_string(), CAPTIONS: pa.large_list(pa.large_string())}
+
+
+def rows_of(pictures: Pictures) -> pa.Table:
+    """Ids, captions and all further columns (such as `group` and `license`) of pictures.
+
+    Raises:
+        ValueError: A further column has the name of one of the index's own.
+    """
+    return make_rows(pictures.ids, pictures.captions, pictures.columns)
+
+
+def make_rows(
+    ids: Sequence[str], captions: Iterable[Sequence[str]], columns: Mapping[str, Sequence[str]] | None = None
+) -> pa.Table:
+    """One row a picture.
+
+    Raises:
+        ValueError: A further column has the name of one of the index's own, or an id occurs twice.
+    """
+    further = {} if columns is None else columns
+    taken = sorted(_TYPES.keys() & further.keys())
+    if taken:
+        raise ValueError(f"A column may not be called {taken[0]!r}: the index has one of that name; rename it.")
+    own = {IMAGE: pa.array(ids, _TYPES[IMAGE]), CAPTIONS: pa.array([list(c) for c in captions], _TYPES[CAPTIONS])}
+    return checked_rows(
+        pa.table({**own, **{name: pa.array(column, pa.large_string()) for name, column in further.items()}})
+    )
+
+
+def checked_rows(rows: pa.Table) -> pa.Table:
+    """The rows, if their ids are there and unique.
+
+    Raises:
+        ValueError: They are not.
+    """
+    missing = [name for name in (IMAGE, CAPTIONS) if name not in rows.column_names]
+    if missing:
+        raise ValueError(f"The rows have no column {missing[0]!r}; they have {', '.join(rows.column_names)}.")
+    if rows[IMAGE].null_count:
+        raise ValueError("A picture has no id: every row needs one.")
+    counts = pc.value_counts(rows[IMAGE])
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        raise ValueError(
+            f"{len(twice)} image ids occur more than once, such as {twice[0]['values'].as_py()!r}. Ids must be unique."
+        )
+    return rows
+
+
+def with_keys(rows: pa.Table, keys: Int64[NDArray[np.int64], " n"]) -> pa.Table:
+    """The rows with FAISS's ids in front, and the index's own types."""
+    columns = {KEY: pa.array(keys, pa.int64())}
+    columns |= {name: rows[name].cast(_TYPES.get(name, pa.large_string())) for name in rows.column_names if name != KEY}
+    return pa.table(columns)
+
+
+def keys_of(rows: pa.Table) -> Int64[NDArray[np.int64], " n"]:
+    """FAISS's ids of the rows, ascending."""
+    keys: NDArray[np.int64] = rows[KEY].to_numpy()
+    return keys
+
+
+def among(rows: pa.Table, ids: Iterable[str]) -> Bool[NDArray[np.bool_], " n"]:
+    """Which rows have one of the ids."""
+    found: NDArray[np.bool_] = pc.is_in(rows[IMAGE], pa.array(list(ids), pa.large_string())).to_numpy()
+    return found
+
+
+def join_rows(first: pa.Table, second: pa.Table) -> pa.Table:
+    """Both, one after the other; a column that one lacks is null there."""
+    return pa.concat_tables([first, second], promote_options="default")
+
+
+def write_rows(path: Path, rows: pa.Table) -> None:
+    """Writes a table.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    with replacing(path) as temporary:
+        pq.write_table(rows, temporary, compression="zstd")
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Reads a table in one piece, so that a row is found at once.
+
+    Raises:
+        ValueError: It cannot be read, or lacks a column.
+    """
+    try:
+        rows = pq.read_table(path, memory_map=True).combine_chunks()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a table that can be read ({error}); make the index again.") from error
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(rows.column_names)}.")
+    return rows

@@ -1,0 +1,46 @@
+"""How concentrated a query's influence is: on one picture, on ten, or on all of them a little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """How a query's positive influence is spread over pictures.
+
+    Attributes:
+        shares: k -> share of it that the k most influential pictures hold; NaN where no picture has any.
+        effective: (Σw)² / Σw², the number of pictures that would hold it if they were alike (the inverse participation
+            ratio); 0 where no picture has any.
+    """
+
+    shares: Mapping[int, float]
+    effective: float
+
+
+def concentration(scores: Float[NDArray[np.floating], " n"], tops: Sequence[int] = (1, 10, 100)) -> Concentration:
+    """The concentration of what is above 0: of a teacher's scores, or of a calibration's estimates of them.
+
+    Scores must be in the teacher's unit, where 0 is no influence; cosines are not.
+
+    Raises:
+        ValueError: A score is not finite, or a `k` not positive.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError(f"Score {int(np.flatnonzero(~np.isfinite(scores))[0])} is not finite.")
+    if not tops or min(tops) < 1:
+        raise ValueError(f"The numbers of pictures must be positive; given {list(tops)}.")
+    weights = -np.sort(-np.maximum(np.asarray(scores, dtype=np.float64), 0.0))
+    total = weights.sum()
+    if total == 0:
+        return Concentration(dict.fromkeys(tops, float("nan")), 0.0)
+    weights = weights / weights[0]  # the largest is 1, so that squares of tiny scores do not vanish
+    held = weights.cumsum() / weights.sum()
+    shares = {top: float(held[min(top, len(held)) - 1]) for top in tops}
+    return Concentration(shares, float(weights.sum() ** 2 / np.square(weights).sum()))

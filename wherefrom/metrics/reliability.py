@@ -1,0 +1,45 @@
+"""How much of a ranking is signal: split-half reliability over the random draws that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+
+def split_half(
+    score: Callable[[Int64[NDArray[np.int64], " h"]], Float[NDArray[np.float64], " n"]],
+    draws: int,
+    seed: int,
+    splits: int = 10,
+) -> float:
+    """Reliability of scores that are means over draws, by Spearman-Brown from random halves.
+
+    The Spearman correlation r between the scores of two halves, averaged over random splits, gives 2r / (1 + r) for
+    all draws together (Brown 1910; Spearman 1910).
+
+    Args:
+        score: Scores from some of the draws, given by index.
+        draws: Number of draws.
+        seed: Seed of the splits.
+        splits: Number of random splits.
+
+    Returns:
+        The reliability, between -1 and 1; NaN where there are fewer than two draws.
+    """
+    if draws < 2:
+        return float("nan")
+    random = np.random.default_rng(seed)
+    correlations = []
+    for _ in range(splits):
+        order = random.permutation(draws)
+        halves = score(np.sort(order[: draws // 2])), score(np.sort(order[draws // 2 :]))
+        if any(np.ptp(half) == 0 for half in halves):
+            return float("nan")
+        correlations.append(float(spearmanr(*halves).statistic))
+    mean = float(np.mean(correlations))
+    # Towards r = -1 the formula has no bound; below 0 it only says that the halves contradict each other.
+    return max(2 * mean / (1 + mean), -1.0) if mean > -1 else -1.0

@@ -1,0 +1,15 @@
+"""Mean and standard error of one value a query."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+
+def estimate(values: Float[NDArray[np.float64], " q"]) -> tuple[float, float]:
+    """Mean and standard error of what is a number."""
+    known = values[np.isfinite(values)]
+    if len(known) == 0:
+        return float("nan"), float("nan")
+    return float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")

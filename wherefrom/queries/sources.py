@@ -1,0 +1,255 @@
+"""Queries: prompts to generate from the model, or picture files with the prompts that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wherefrom.data.image_folder import UNREADABLE, draw
+from wherefrom.data.latents import report_cut
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.sampling import Trajectory, sample
+from wherefrom.queries.regions import Region
+from wherefrom.queries.types import Query
+from wherefrom.runtime import keyed_random
+from wherefrom.runtime.artifacts import hash_file, identity_hash
+from wherefrom.runtime.console import Progress
+
+
+@dataclass(frozen=True)
+class QueryPicture:
+    """A picture file and its prompt.
+
+    Attributes:
+        file: The picture.
+        prompt: The prompt that made it; "" where it is not known (it is never guessed).
+    """
+
+    file: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class QueryRegion:
+    """A part of a query's picture, attributed beside the whole picture.
+
+    Attributes:
+        of: The prompt or the picture file whose picture it is a part of.
+        box: [left, top, right, bottom] in image pixels; right and bottom are the first outside.
+        mask: A mask file instead: white is inside, grey partly.
+
+    Raises:
+        ValueError: Both box and mask are given, or neither.
+    """
+
+    of: str
+    box: list[int] | None = None
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.box is None) == (self.mask is None):
+            raise ValueError(
+                f"A region is either a box or a mask; that of {self.of!r} has box {self.box} and mask {self.mask!r}."
+            )
+
+    def read(self, size: tuple[int, int]) -> Region:
+        """The region of a picture of this (height, width).
+
+        Raises:
+            ValueError: The box is no part of the picture, or the mask cannot be used.
+        """
+        return Region.from_box(self.box, size) if self.box is not None else Region.from_file(str(self.mask), size)
+
+
+@dataclass(frozen=True)
+class QuerySource:
+    """Which queries to attribute.
+
+    Attributes:
+        prompts: Prompts to generate one picture each from.
+        pictures: Picture files.
+        regions: Parts of these pictures, each a query of its own beside the whole.
+        seed: Seed of the generated pictures.
+        sampling_steps: Sampling steps.
+        guidance: Classifier-free guidance.
+        eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        resize: Bring picture files to the model's size instead of refusing other sizes.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    pictures: list[QueryPicture] = field(default_factory=list)
+    regions: list[QueryRegion] = field(default_factory=list)
+    seed: int = 0
+    sampling_steps: int = 50
+    guidance: float = 2.0
+    eta: float = 0.0
+    resize: bool = False
+
+
+def generate(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    seed: int,
+    shape: tuple[int, int, int],
+    sampling_steps: int = 50,
+    guidance: float = 2.0,
+    eta: float = 0.0,
+    progress: Progress | None = None,
+    keep_trajectory: bool = False,
+) -> list[Query]:
+    """Draws one picture for each prompt; its id is a hash of model, decoder, prompt, seed and sampler.
+
+    Args:
+        model: The model, with its encoder.
+        prompts: The prompts; a prompt that occurs twice gives two pictures.
+        seed: Seed; each picture's noise is keyed by (seed, prompt, how often the prompt came before).
+        shape: (C, H, W) of a latent.
+        sampling_steps: Sampling steps.
+        guidance: Classifier-free guidance.
+        eta: See `QuerySource`.
+        progress: Called with (done, total) sampling steps.
+        keep_trajectory: Keep what each sampling step predicted: as many latents more for each query as there are
+            steps. The pictures and their ids are the same.
+
+    Raises:
+        ValueError: The model has no encoder.
+    """
+    if model.encoder is None:
+        raise ValueError("Generating needs a model with an encoder.")
+    if not prompts:
+        return []
+    repeats = [list(prompts[:index]).count(prompt) for index, prompt in enumerate(prompts)]
+    keys = keyed_random.combine(seed, keyed_random.hash_texts(list(prompts)), torch.tensor(repeats))
+    states, null = model.encoder.text.encode(prompts), model.encoder.text.encode([""])[0]
+    seen: dict[int, Tensor] = {}
+
+    def watch(timestep: int, predicted: Tensor) -> None:
+        seen[timestep] = predicted.cpu()
+
+    latents = sample(
+        model, states, null, keys, shape, sampling_steps, guidance, eta, progress, watch if keep_trajectory else None
+    ).cpu()
+    predicted = torch.stack(list(seen.values()), dim=1) if keep_trajectory else [None] * len(prompts)
+    trajectories = [None if each is None else Trajectory(tuple(seen), each) for each in predicted]
+    pixels = model.encoder.decode_images(latents)
+    settings = {
+        "model": model.fingerprint(),
+        "decoder": model.encoder.decoder_identity(),
+        "seed": seed,
+        "steps": sampling_steps,
+        "guidance": guidance,
+        "eta": eta,
+    }
+    return [
+        Query(
+            identity_hash({**settings, "prompt": prompt, "repeat": repeat}),
+            prompt,
+            picture,
+            latent,
+            trajectory=trajectory,
+        )
+        for prompt, repeat, picture, latent, trajectory in zip(
+            prompts, repeats, pixels, latents, trajectories, strict=True
+        )
+    ]
+
+
+def read_query(picture: QueryPicture, size: tuple[int, int], resize: bool = False) -> Query:
+    """A query from a picture file; its id is the file's name and a hash of its bytes.
+
+    Raises:
+        ValueError: The file is missing, unreadable, or of another size than the model's.
+    """
+    path = Path(picture.file)
+    if not path.is_file():
+        raise ValueError(f"Query picture {path} is not a file.")
+    try:
+        pixels = draw(path, size[0] if resize else None)
+    except UNREADABLE as error:
+        raise ValueError(f"Query picture {path} cannot be read: {error}.") from error
+    if pixels.shape[:2] != size:
+        raise ValueError(
+            f"Query picture {path} is {pixels.shape[1]} × {pixels.shape[0]} pixels, the model's pictures are "
+            f"{size[1]} × {size[0]}. "
+            "Resize it, or set queries.resize: true to use its largest centred square."
+        )
+    return Query(f"{path.stem}-{hash_file(path)[:8]}", picture.prompt, pixels)
+
+
+def read_regions(
+    regions: Sequence[QueryRegion], known: Sequence[str], size: tuple[int, int]
+) -> dict[str, list[Region]]:
+    """Regions by what they are a part of.
+
+    Args:
+        regions: The regions.
+        known: Prompts and picture files that are attributed.
+        size: (height, width) of the pictures.
+
+    Raises:
+        ValueError: A region is of something that is not attributed, is given twice, or cannot be used.
+    """
+    found: dict[str, list[Region]] = {}
+    for each in regions:
+        if each.of not in known:
+            raise ValueError(
+                f"queries.regions: {each.of!r} is neither a prompt nor a picture file of this run; there are "
+                f"{', '.join(map(repr, known))}."
+            )
+        region, others = each.read(size), found.setdefault(each.of, [])
+        if region.name in [other.name for other in others]:
+            raise ValueError(f"queries.regions: {region.name} of {each.of!r} is given twice.")
+        others.append(region)
+    return found
+
+
+def with_regions(source: str, query: Query, regions: Mapping[str, Sequence[Region]]) -> list[Query]:
+    """The query, and each region of what it was made from."""
+    return [query, *(replace(query, region=region) for region in regions.get(source, ()))]
+
+
+def make_queries(
+    model: DiffusionModel,
+    source: QuerySource,
+    latent_shape: tuple[int, int, int],
+    size: tuple[int, int],
+    progress: Progress | None = None,
+    keep_trajectory: bool = False,
+) -> list[Query]:
+    """All queries of a source, each followed by its regions: files first.
+
+    So a bad file is found before anything is generated.
+
+    Raises:
+        ValueError: There are none, a file or a region is bad, or two have one id.
+    """
+    if not source.prompts and not source.pictures:
+        raise ValueError(
+            "There are no queries: give queries.prompts (to generate) or queries.pictures (files with prompts)."
+        )
+    read = [read_query(picture, size, source.resize) for picture in source.pictures]
+    names = [query.id for query in read]
+    if len(set(names)) < len(names):
+        raise ValueError("A query picture is given twice.")
+    files = [picture.file for picture in source.pictures]
+    regions = read_regions(source.regions, [*files, *source.prompts], size)
+    if model.encoder is not None:
+        prompts = [*source.prompts, *(picture.prompt for picture in source.pictures)]
+        report_cut(model.encoder.text, prompts, "prompts")
+    drawn = generate(
+        model,
+        source.prompts,
+        source.seed,
+        latent_shape,
+        source.sampling_steps,
+        source.guidance,
+        source.eta,
+        progress,
+        keep_trajectory,
+    )
+    found = zip([*files, *source.prompts], [*read, *drawn], strict=True)
+    return [query for of, whole in found for query in with_regions(of, whole, regions)]

@@ -1,0 +1,139 @@
+"""The page of a comparison: what each method costs, how far they agree, and their first images side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from wherefrom.data.image_set import Pictures
+from wherefrom.metrics.rank_correlation import correlations
+from wherefrom.queries.types import Scores
+from wherefrom.reports.attribution_report import prompt_tag
+from wherefrom.reports.html import Markup, shorten, tag, write_page
+from wherefrom.reports.images import foreign, picture_tag, thumbnail_row
+from wherefrom.reports.query_section import ReportOptions
+from wherefrom.runtime.measured_cost import Cost
+
+_QUERY = 128
+
+
+_STYLE = """
+.methods{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;margin:1rem 0}
+.methods th,.methods td{padding:.3rem .8rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+.methods th:first-child{text-align:left}
+"""
+
+
+def median_reliability(results: Sequence[Scores]) -> float:
+    """Median split-half reliability over a method's queries; NaN where it is not known."""
+    found = [scores.facts["split_half_reliability"] for scores in results if "split_half_reliability" in scores.facts]
+    return float(np.median(found)) if found else float("nan")
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if np.isfinite(value) else "–"
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    head = tag("tr", *[tag("th", foreign(cell)) for cell in header])
+    body = [
+        tag("tr", tag("th", foreign(first), scope="row"), *[tag("td", cell) for cell in rest]) for first, *rest in rows
+    ]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body), class_="methods"), class_="scroll")
+
+
+def write_comparison_report(
+    path: Path,
+    results: Mapping[str, Sequence[Scores]],
+    costs: Mapping[str, Cost],
+    pictures: Pictures,
+    options: ReportOptions,
+) -> None:
+    """Writes the page that sets methods side by side: their costs, their agreement and their first images.
+
+    Args:
+        path: The file.
+        results: Method -> scores of all queries.
+        costs: Method -> what it took.
+        pictures: The training images.
+        options: Title and number of images.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    names = list(results)
+    mean, error = correlations({name: [each.scores for each in found] for name, found in results.items()})
+    table = [
+        [
+            name,
+            _number(costs[name].seconds),
+            _number(costs[name].memory / 2**30),
+            _number(costs[name].stored / 2**20),
+            _number(median_reliability(results[name])),
+        ]
+        for name in names
+    ]
+    agreement = [
+        [name, *(f"{_number(mean[i, j])} ± {_number(error[i, j])}" if i != j else "1" for j in range(len(names)))]
+        for i, name in enumerate(names)
+    ]
+    where = {name: index for index, name in enumerate(pictures.ids)}
+    sections = [
+        _query_section(number, [results[name][number - 1] for name in names], names, pictures, where, options.top)
+        for number in range(1, len(results[names[0]]) + 1)
+    ]
+    cost_titles = ["method", "seconds a query", "peak memory, GiB", "stored, MiB", "split-half reliability"]
+    body = tag(
+        "body",
+        tag(
+            "header",
+            tag("h1", foreign(options.title)),
+            tag("p", "The same generated pictures by several methods: the highest-ranked of each.", class_="lead"),
+        ),
+        tag("h2", "What each costs"),
+        _rows(cost_titles, table),
+        tag(
+            "p",
+            "Seconds are means, without what a method makes once for a model. Stored: the rankings, and all that the "
+            "method keeps to make them.",
+            class_="quiet",
+        ),
+        tag("h2", "How far they agree"),
+        _rows(["Spearman correlation of scores", *names], agreement),
+        tag("p", "Mean over the generated pictures, and its standard error.", class_="quiet"),
+        tag("main", *sections),
+    )
+    write_page(path, options.title, body, _STYLE)
+
+
+def _query_section(
+    number: int,
+    scores: Sequence[Scores],
+    names: Sequence[str],
+    pictures: Pictures,
+    where: Mapping[str, int],
+    top: int,
+) -> Markup:
+    query = scores[0].query
+    shown = query.pixels if query.region is None else query.region.show(query.pixels)
+    rows = []
+    for name, each in zip(names, scores, strict=True):
+        thumbnails = []
+        for rank, (image, _) in enumerate(each.top(top), start=1):
+            index = where[image]
+            words = f"{rank}. {shorten(pictures.captions[index][0], 100)} ({shorten(image, 100)})"
+            thumbnails.append((np.asarray(pictures.pixels[index]), words))
+        rows.append(thumbnail_row(tag("b", foreign(name)), thumbnails))
+    return tag(
+        "section",
+        tag(
+            "div",
+            tag("div", picture_tag(shown, _QUERY, f"Generated picture {number}"), class_="frame"),
+            tag("h2", prompt_tag(query.prompt)),
+            tag("p", foreign(query.name), class_="id"),
+            class_="query",
+        ),
+        tag("div", *rows),
+    )

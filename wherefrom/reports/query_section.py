@@ -1,0 +1,161 @@
+"""What a report says about one query: its ranked pictures, what was measured, and what to beware of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from wherefrom.data.image_set import Pictures
+from wherefrom.gradients.loss_excess import FAR_OUT
+from wherefrom.metrics.group_shares import group_shares
+from wherefrom.metrics.null_distribution import p_values, standing_out
+from wherefrom.queries.types import Scores, TrainingData
+from wherefrom.rankings.ranking_file import flatness_of, order_of
+from wherefrom.reports.attribution_report import QueryReport, RankedPicture
+
+_NOTHING = 0.05  # family-wise p-value above which the report says that nothing stands out
+_MOST_GROUPS = 50
+_FLAT = 0.7  # of a uniform distribution it is 0.75, of a normal one 0.64
+_PART = 10  # training pictures shown for each part of the scores
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the page shows.
+
+    Attributes:
+        top: Training pictures shown for each query, and counted in the shares of groups.
+        groups: Columns of the data set whose shares are shown; None takes all with 2 to 50 values.
+        title: Title of the page.
+    """
+
+    top: int = 20
+    groups: list[str] | None = None
+    title: str = "Where did these pictures come from?"
+
+    def columns(self, pictures: Pictures) -> list[str]:
+        """The group columns.
+
+        Raises:
+            ValueError: A column is not in the data set.
+        """
+        if self.groups is None:
+            skipped = {"split", "concept", "name"}
+            most = min(_MOST_GROUPS, len(pictures) - 1)  # a column that tells every picture apart groups nothing
+            return [
+                name
+                for name, values in pictures.columns.items()
+                if name not in skipped and 2 <= len(set(values)) <= most
+            ]
+        missing = [name for name in self.groups if name not in pictures.columns]
+        if missing:
+            raise ValueError(f"The data set has no column {missing[0]!r}; it has {', '.join(pictures.columns)}.")
+        return self.groups
+
+
+def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> QueryReport:
+    """The query's part of the report."""
+    pictures, columns = data.pictures, options.columns(data.pictures)
+    where = {name: index for index, name in enumerate(pictures.ids)}
+    tail = p_values(scores.scores, scores.null) if len(scores.null) else None
+
+    def influence(position: int) -> tuple[float, float, float] | None:
+        if scores.estimates is None:
+            return None
+        each = scores.estimates
+        return float(each.values[position]), float(each.low[position]), float(each.high[position])
+
+    def ranked(
+        values: Float[NDArray[np.float64], " n"], count: int, chances: Float[NDArray[np.float64], " n"] | None = None
+    ) -> list[RankedPicture]:
+        found = []
+        for rank, position in enumerate(order_of(scores.ids, values)[:count], start=1):
+            index = where[scores.ids[position]]
+            found.append(
+                RankedPicture(
+                    id=pictures.ids[index],
+                    rank=rank,
+                    score=float(values[position]),
+                    p_value=None if chances is None else float(chances[position]),
+                    pixels=np.asarray(pictures.pixels[index]),
+                    caption=pictures.captions[index][0],
+                    license=pictures.columns.get("license", ("unknown",) * len(pictures))[index],
+                    groups={column: pictures.columns[column][index] for column in columns},
+                    influence=influence(int(position)),
+                )
+            )
+        return found
+
+    facts, notes = _facts(scores)
+    shares = {}
+    if scores.scores.max() > np.median(scores.scores):
+        positions = [where[name] for name in scores.ids]
+        top = min(options.top, len(positions))
+        shares = {
+            column: group_shares(scores.scores, [pictures.columns[column][p] for p in positions], top)
+            for column in columns
+        }
+    else:
+        notes.append("No picture scores above the median: there is no influence to divide between groups.")
+    query = scores.query
+    pixels = query.pixels if query.region is None else query.region.show(query.pixels)
+    first = ranked(scores.scores, options.top, tail)
+    parts = {name: ranked(values, min(_PART, options.top)) for name, values in scores.parts.items()}
+    return QueryReport(query.name, query.prompt, pixels, first, shares, facts, notes, parts)
+
+
+def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
+    facts, notes = {}, []
+    if scores.query.region is not None:
+        facts["Region"] = f"{scores.query.region.name}; the rest is shown faded"
+    reliability = scores.facts.get("split_half_reliability")
+    if reliability is not None:
+        facts["Split-half reliability"] = f"{reliability:.3f}"
+        if reliability < 0.8:
+            notes.append(
+                f"The ranking is noisy: its split-half reliability is {reliability:.2f}. Measure more timesteps "
+                "or draws."
+            )
+    for name, label in (
+        ("query_loss_rise", "Rise of the query's loss"),
+        ("query_square_output_rise", "Rise of the query's squared output"),
+    ):
+        if name in scores.facts:
+            facts[label] = f"{scores.facts[name]:.1%}"
+    for name, label in (("unlearning_s", "Unlearning"), ("losses_s", "Losses after it")):
+        if name in scores.facts:
+            facts[label] = f"{scores.facts[name]:.1f} s"
+    for count in (1, 10, 100):
+        if f"influence_of_first_{count}" in scores.facts:
+            facts[f"Influence of the first {count}"] = (
+                f"{scores.facts[f'influence_of_first_{count}']:.0%} of all, estimated"
+            )
+    if "effective_pictures" in scores.facts:
+        facts["Concentrated as on"] = f"{scores.facts['effective_pictures']:.1f} equal pictures, estimated"
+    flatness = flatness_of(scores.scores)
+    if flatness > _FLAT:
+        notes.append(
+            "The scores are nearly uniform: the influence above the median is spread over "
+            f"{flatness:.0%} of the pictures that have any. The order says little."
+        )
+    if scores.facts.get("loss_excess", 0.0) > FAR_OUT:
+        notes.append(
+            "The model cannot represent this picture well: with this prompt its loss lies "
+            f"{scores.facts['loss_excess']:.1f} interquartile ranges above the upper quartile of training pictures' "
+            "losses. It may not have drawn it."
+        )
+    if not scores.query.prompt:
+        notes.append(
+            "The prompt is not known: the empty prompt was used, so what only the words brought in cannot be found."
+        )
+    if len(scores.null) >= 10:
+        family = standing_out(scores.scores, scores.null)
+        facts["Family-wise p of the first"] = f"{family:.2g}"
+        if family > _NOTHING:
+            notes.append(
+                "Nothing stands out: no training picture scores higher than pictures never trained on would by chance."
+            )
+    return facts, notes

@@ -1,0 +1,183 @@
+"""A pass over the training set: losses, curvature, gradients or embeddings, in chunks that are never done twice.
+
+The pictures are cut into chunks of fixed ranges. A process takes every `world_size`-th unfinished chunk and writes its
+state from time to time, always between chunks; whoever goes on reads what is finished. So neither batch size, nor the
+number of processes, nor an interruption changes the result beyond the order of floating-point summation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wherefrom.runtime.artifacts import Identity, Store, replacing, storage_errors
+from wherefrom.runtime.console import Progress
+from wherefrom.runtime.distributed import Runner
+
+CHUNKS = "finished_chunks"
+RESULT = "result.safetensors"
+MERGED, RANK_FILES, STATE_FILES = "merged.state.safetensors", "rank*.state.safetensors", "*.state.safetensors"
+_SAVE_EVERY_S = 20.0
+
+
+class TrainingPass(Protocol):
+    """What a pass computes: an accumulated state that can be merged with that of another process."""
+
+    def step(self, positions: range) -> None:
+        """Adds the pictures at these positions."""
+        ...
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Adds the state of another process or of an earlier run."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The accumulated state."""
+        ...
+
+
+Pass = TypeVar("Pass", bound=TrainingPass)
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+
+
+def _write_state(path: Path, work: TrainingPass, chunks: list[int]) -> None:
+    with replacing(path) as temporary:
+        save_file({**_contiguous(work.state_dict()), CHUNKS: torch.tensor(chunks, dtype=torch.int64)}, temporary)
+
+
+def _merge_files(work: TrainingPass, folder: Path) -> list[int]:
+    """Merges every state file into `work`; returns the finished chunks."""
+    finished: list[int] = []
+    # `merged` first: a rank's file whose chunks it already holds was left behind by an interruption between writing
+    # and deleting.
+    for path in sorted(folder.glob(STATE_FILES), key=lambda path: (path.name != MERGED, path.stem)):
+        state = load_file(path)
+        chunks: list[int] = state.pop(CHUNKS).tolist()
+        if not set(chunks) <= set(finished):
+            work.merge(state)
+            finished += chunks
+    return finished
+
+
+def run_pass(
+    make: Callable[[], Pass],
+    count: int,
+    store: Store,
+    kind: str,
+    identity: Identity,
+    runner: Runner,
+    chunk_size: int = 128,
+    progress: Progress | None = None,
+) -> Pass:
+    """Runs a pass over `count` pictures, or reads its result from the store; every process gets the whole of it.
+
+    Args:
+        make: Makes an empty pass.
+        count: Number of pictures.
+        store: Where the result is kept, and unfinished work until then; shared by all processes.
+        kind: Kind of artifact.
+        identity: What must match for the result to be used again.
+        runner: This process's place.
+        chunk_size: Pictures in a chunk.
+        progress: Called with (done, total) chunks of this process.
+
+    Raises:
+        StorageError: A file could not be written; finished chunks are kept.
+    """
+    make_together(
+        lambda: _run_chunks(make, count, store.partial(kind, identity), runner, chunk_size, progress),
+        lambda: _finish(make(), count, store, kind, identity, chunk_size),
+        store,
+        kind,
+        identity,
+        runner,
+    )
+    whole = make()
+    whole.merge(load_file(store.path(kind, identity) / RESULT))
+    return whole
+
+
+def make_together(
+    work: Callable[[], None],
+    finish: Callable[[], object],
+    store: Store,
+    kind: str,
+    identity: Identity,
+    runner: Runner,
+) -> None:
+    """Makes an artifact by all processes, if the store does not have it.
+
+    Args:
+        work: This process's share, kept in the store's partial folder.
+        finish: Makes the artifact of all shares; the main process does.
+        store: Shared by all processes.
+        kind: Kind of artifact.
+        identity: Its identity.
+        runner: This process's place.
+    """
+    found = store.find(kind, identity)
+    # Another run may be at the same pass in the same store: the main process waits for it, and takes what it made.
+    with store.lock(kind, identity) if runner.is_main and found is None else nullcontext():
+        missing = runner.is_main and store.find(kind, identity) is None
+        if runner.sum(torch.tensor(float(missing), device=runner.device)) > 0:
+            work()
+            runner.barrier()
+            if runner.is_main:
+                finish()
+    runner.barrier()
+
+
+def _finish(whole: TrainingPass, count: int, store: Store, kind: str, identity: Identity, chunk_size: int) -> None:
+    """Makes the artifact of the state files of all processes."""
+    finished = _merge_files(whole, store.partial(kind, identity))
+    assert sorted(finished) == list(range(-(-count // chunk_size))), "a chunk was lost or done twice"
+
+    def build(partial: Path) -> None:
+        with replacing(partial / RESULT) as temporary:
+            save_file(_contiguous(whole.state_dict()), temporary)
+        for path in partial.glob(STATE_FILES):
+            path.unlink()
+
+    store.make(kind, identity, build)
+
+
+def _merge_earlier(earlier: TrainingPass, folder: Path) -> None:
+    """Makes one state file of those that an interrupted run left."""
+    finished = _merge_files(earlier, folder)
+    if finished:
+        _write_state(folder / MERGED, earlier, finished)
+        for path in folder.glob(RANK_FILES):
+            path.unlink()
+
+
+def _run_chunks(
+    make: Callable[[], Pass], count: int, folder: Path, runner: Runner, chunk_size: int, progress: Progress | None
+) -> None:
+    ranges = [range(start, min(start + chunk_size, count)) for start in range(0, count, chunk_size)]
+    merged = folder / MERGED
+    if runner.is_main:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        _merge_earlier(make(), folder)
+    runner.barrier()
+    done = set(load_file(merged)[CHUNKS].tolist()) if merged.exists() else set()
+    mine = [chunk for chunk in range(len(ranges)) if chunk not in done][runner.rank :: runner.world_size]
+    work, finished_here, saved = make(), [], time.monotonic()
+    for index, chunk in enumerate(mine):
+        work.step(ranges[chunk])
+        finished_here.append(chunk)
+        if time.monotonic() - saved > _SAVE_EVERY_S or index + 1 == len(mine):
+            _write_state(folder / f"rank{runner.rank:05d}.state.safetensors", work, finished_here)
+            saved = time.monotonic()
+        if progress is not None:
+            progress(index + 1, len(mine))

@@ -1,0 +1,273 @@
+"""Arrays on disk that are written block by block and memory-mapped: neither side holds the whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from wherefrom.runtime.artifacts import replacing, storage_errors, write_json
+
+_LAZY_FROM = 2**28  # bytes of a selection from which it is read where it is used, and no longer copied
+
+
+def write_array(path: Path, shape: tuple[int, ...], blocks: Iterable[Any], dtype: DTypeLike = np.float32) -> None:
+    """Streams blocks into one `.npy` file. Plain writes, not a memory map: a full disk is then an error, not a crash.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        _write_header(stream, shape, dtype)
+        for block in blocks:
+            stream.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
+
+
+def _write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    """The head of a `.npy` file; its length does not depend on the first extent."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(stream, header)
+
+
+def map_array(path: Path) -> Tensor:
+    """The array of a `.npy` file, read from disk where it is used."""
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch asks for writable memory
+
+
+class GrowingArray:
+    """A `.npy` file that grows by rows, and after an interruption goes on from the last block that was safe.
+
+    It grows under another name, beside a journal of what is safely on disk, and is renamed when it is whole: it takes
+    its own size on the disk and never twice that, as parts that are joined afterwards would.
+
+    Args:
+        path: The finished file.
+        row: Shape of a row.
+        dtype: Type of its numbers.
+    """
+
+    def __init__(self, path: Path, row: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.path, self.row, self.dtype = path, row, np.dtype(dtype)
+        self._growing = path.with_name(f"{path.name}.growing")
+        self._journal = path.with_name(f"{path.name}.journal.json")
+        self.rows = 0
+        self.note: dict[str, int] = {}
+        self._stream: BinaryIO | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the file is whole."""
+        return self.path.exists()
+
+    def __enter__(self) -> GrowingArray:
+        if self.finished:
+            return self
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._growing.exists() and self._journal.exists():
+                kept = json.loads(self._journal.read_text())
+                assert kept["row"] == list(self.row), "the same identity gives rows of the same shape"
+                self.rows, self.note = kept["rows"], kept["note"]
+                self._stream = self._growing.open("r+b")
+            else:
+                self._stream = self._growing.open("w+b")
+            self._stream.seek(0)
+            _write_header(self._stream, (self.rows, *self.row), self.dtype)
+            # What is behind the last safe row was being written when the earlier run ended.
+            self._stream.truncate(self._stream.tell() + self.rows * self._row_bytes)
+            self._stream.seek(0, os.SEEK_END)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(np.prod(self.row, dtype=np.int64)) * self.dtype.itemsize
+
+    def append(self, block: Any, **note: int) -> None:
+        """Adds rows, and what to remember with them; both are safe on disk when it returns.
+
+        Raises:
+            StorageError: They could not be written; the next run adds them again.
+        """
+        assert self._stream is not None, "the array is open and not finished"
+        rows = np.ascontiguousarray(block, dtype=self.dtype)
+        assert rows.shape[1:] == self.row
+        with storage_errors(self.path):
+            if rows.size:
+                self._stream.write(rows.data)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        self.rows, self.note = self.rows + len(rows), {**self.note, **note}
+        write_json(self._journal, {"rows": self.rows, "row": list(self.row), "note": self.note})
+
+    def finish(self) -> None:
+        """Gives the file its number of rows and its name.
+
+        Raises:
+            StorageError: The file could not be written.
+        """
+        assert self._stream is not None, "the array is open and not finished"
+        with storage_errors(self.path):
+            self._stream.seek(0)
+            _write_header(self._stream, (self.rows, *self.row), self.dtype)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._growing.replace(self.path)
+            self._journal.unlink(missing_ok=True)
+
+
+class RowView:
+    """Some rows of a mapped array, read where they are used: a copy of them would not fit in memory.
+
+    It is indexed as the array itself; whole rows (`[:]`, `[:, 0]`) stay a view.
+
+    Args:
+        array: A tensor or a NumPy array.
+        rows: Which rows of it.
+    """
+
+    def __init__(self, array: Any, rows: NDArray[np.intp]) -> None:
+        self.array, self.rows = array, rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array that holds these rows alone."""
+        return (len(self.rows), *(int(extent) for extent in self.array.shape[1:]))
+
+    @property
+    def dtype(self) -> Any:
+        """Type of its numbers."""
+        return self.array.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of these rows on disk."""
+        return int(np.prod(self.shape, dtype=np.int64)) * int(self.array.itemsize)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Any) -> Any:
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        if isinstance(first, slice) and first == slice(None):
+            return RowView(self.array[(slice(None), *rest)], self.rows)
+        rows = torch.from_numpy(self.rows) if isinstance(self.array, Tensor) else self.rows
+        if isinstance(first, slice):  # as with arrays, the rest then applies to every row of the slice
+            return self.array[rows[first]][(slice(None), *rest)]
+        return self.array[(rows[first], *rest)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.array[self.rows], dtype=dtype)
+
+
+def take_rows(array: Any, rows: NDArray[np.intp]) -> Any:
+    """These rows: an unbroken stretch shares its memory, much else is a `RowView`, little is copied."""
+    if len(rows) and rows[0] >= 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        return array[int(rows[0]) : int(rows[0]) + len(rows)] if len(rows) < len(array) else array
+    if isinstance(array, RowView):
+        return RowView(array.array, array.rows[rows])
+    if len(rows) * array[:1].nbytes >= _LAZY_FROM:
+        return RowView(array, rows)
+    return array[torch.from_numpy(rows) if isinstance(array, Tensor) else rows]
+
+
+class JoinedRows:
+    """Rows of one array and then of another, read where they are used, as the first's type of number.
+
+    It is indexed as one array of both; whole rows (`[:]`, `[:, 0]`) stay joined.
+
+    Args:
+        first: A tensor, a NumPy array, or a view of some rows of one.
+        second: Another with rows of the same shape.
+    """
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array that holds all these rows."""
+        return (len(self), *(int(extent) for extent in self.first.shape[1:]))
+
+    @property
+    def dtype(self) -> Any:
+        """Type of its numbers."""
+        return self.first.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return int(self.first[:1].nbytes) // max(int(np.prod(self.shape[1:], dtype=np.int64)), 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of these rows."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, key: Any) -> Any:
+        head, *rest = key if isinstance(key, tuple) else (key,)
+        if isinstance(head, slice):
+            if head == slice(None):
+                return JoinedRows(self.first[(head, *rest)], self.second[(head, *rest)])
+            return self[np.arange(*head.indices(len(self)))][(slice(None), *rest)]
+        rows = np.asarray(head)
+        if rows.ndim == 0:
+            row, before = range(len(self))[int(rows)], len(self.first)
+            return self.first[(row, *rest)] if row < before else self._alike(self.second[(row - before, *rest)])
+        rows = np.where(rows < 0, rows + len(self), rows)
+        found, places = [], []
+        for side, start, mine in (
+            (self.first, 0, rows < len(self.first)),
+            (self.second, len(self.first), rows >= len(self.first)),
+        ):
+            others = [each[mine] if isinstance(each, np.ndarray) else each for each in map(_as_index, rest)]
+            found.append(self._alike(side[(rows[mine] - start, *others)]))
+            places.append(np.flatnonzero(mine))
+        back = np.argsort(np.concatenate(places))
+        return torch.cat(found)[back] if isinstance(found[0], Tensor) else np.concatenate(found)[back]
+
+    def _alike(self, values: Any) -> Any:
+        return values.to(self.dtype) if isinstance(values, Tensor) else np.asarray(values, dtype=self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[np.arange(len(self))], dtype=dtype)
+
+
+def _as_index(index: Any) -> Any:
+    """Index arrays as NumPy's; numbers and slices as they are."""
+    return np.asarray(index) if isinstance(index, Tensor | np.ndarray) and index.ndim else index
+
+
+def join_rows(first: Any, second: Any) -> Any:
+    """The rows of both: copied where they are few, else read from where they are."""
+    if len(first) * first[:1].nbytes >= _LAZY_FROM:
+        return JoinedRows(first, second)
+    if isinstance(first, Tensor):
+        return torch.cat([first, torch.as_tensor(second).to(first.dtype)])
+    return np.concatenate([np.asarray(first), np.asarray(second, dtype=first.dtype)])
+
+
+def announce_size(say: Callable[[str], None], what: str, size: int, folder: Path) -> None:
+    """Says how much something will take on disk before it is made, and how much is free."""
+    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    say(f"{what}: {_bytes(size)} in {folder}; {_bytes(free)} of disk are free")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
