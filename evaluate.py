@@ -1,4 +1,4 @@
-"""Attributes pictures to the training images that made them, compares methods, and judges them by retraining.
+"""Attributes images to the training images that made them, compares methods, and judges them by retraining.
 
 python evaluate.py attribute -c configs/experiment/demo.yaml
 python evaluate.py attribute -c configs/experiment/demo.yaml --queries.prompts '["a fox, twemoji style"]'
@@ -9,7 +9,7 @@ python evaluate.py lds -c EXPERIMENT             # train on random halves
 python evaluate.py report --output RUN           # the judge's page and curves once more
 python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # rankings that a fast ranker learns from
 python evaluate.py calibrate --ranker R --teacher T --output F  # what a ranker's similarities say of influence
-python evaluate.py customized -c EXPERIMENT      # find what models were customized on, among other pictures
+python evaluate.py customized -c EXPERIMENT      # find what models were customized on, among other images
 python evaluate.py budget COMMAND …              # what any of these would take, or `fit …` of train.py
 """
 
@@ -44,7 +44,7 @@ from wherefrom.counterfactual.datamodeling_experiment import Halves, linear_data
 from wherefrom.counterfactual.evaluate import judge
 from wherefrom.counterfactual.protocol import Protocol
 from wherefrom.counterfactual.report import write_judge_report
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.calibration import CalibrationSettings, calibrate_ranker
 from wherefrom.features.base import ImageEncoder, TextEncoder
 from wherefrom.queries.sources import QuerySource
@@ -67,13 +67,13 @@ class Done:
     Attributes:
         store: What it found or made on its way.
         results: Scores of its queries.
-        pictures: The training pictures.
+        images: The training images.
         is_main: Whether this process tells.
     """
 
     store: Store | None = None
     results: Sequence[Scores] = ()
-    pictures: Pictures | None = None
+    images: ImageSet | None = None
     is_main: bool = True
 
 
@@ -173,13 +173,13 @@ def add_methods(made: ArgumentParser, required: bool = True) -> None:
         "--settings",
         type=dict[str, Any],
         default={},
-        help="replace the files' values in all methods that have them, or in one: {draws: 5, trak/draws: 9}",
+        help="replace the files' values in all methods that have them, or in one: {draws: 5, trak/noise_samples: 9}",
     )
     made.add_argument(
         "--variants",
         type=dict[str, dict[str, Any]],
         default={},
-        help="further methods, each one of the files with settings of its own: {many_draws: {trak/draws: 90}}",
+        help="further methods, each one of the files with settings of its own: {many_draws: {trak/noise_samples: 90}}",
     )
 
 
@@ -187,10 +187,10 @@ def trial_parser(description: str | None) -> ArgumentParser:
     """What all judgements by retraining are told."""
     made = run_parser(description, with_model=False)
     made.add_argument(
-        "--model", type=str | None, help="where the recipe's model of all pictures is kept; without it, it is trained"
+        "--model", type=str | None, help="where the recipe's model of all images is kept; without it, it is trained"
     )
     made.add_argument(
-        "--also", type=list[str], default=[], help="prompts of further pictures that every model is measured on"
+        "--also", type=list[str], default=[], help="prompts of further images that every model is measured on"
     )
     made.add_class_arguments(Workers, "workers")
     add_methods(made)
@@ -215,12 +215,12 @@ def run_attribute(config: Any) -> Done:
         run.store,
         run.runner,
         config.report,
-        run.console.say,
+        run.console.log,
         config.cut,
     )
-    run.console.say(f"report: {output / 'report.html'}   ranking: {output / 'ranking.parquet'}")
-    run.console.say(f"peak resident memory: {peak_memory() / 2**30:.2f} GiB")
-    return Done(run.store, results, run.data.pictures, run.runner.is_main)
+    run.console.log(f"report: {output / 'report.html'}   ranking: {output / 'ranking.parquet'}")
+    run.console.log(f"peak resident memory: {peak_memory() / 2**30:.2f} GiB")
+    return Done(run.store, results, run.data.images, run.runner.is_main)
 
 
 def run_compare(config: Any) -> Done:
@@ -229,11 +229,11 @@ def run_compare(config: Any) -> Done:
     run, output = prepare(config, methods.values()), Path(config.output)
     for name, method in methods.items():
         if run.runner.is_main:
-            run.console.say(name)
+            run.console.log(name)
             announce(run.console, method, run.data, run.model, len(run.queries), output)
         method.progress = run.console.progress
-    compare(output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.say)
-    run.console.say(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
+    compare(output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.log)
+    run.console.log(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
     return Done(run.store, is_main=run.runner.is_main)
 
 
@@ -247,7 +247,7 @@ def run_retrieval(config: Any) -> Done:
             raise ValueError("methods: attributors need --model and --data; rankings that are kept need neither.")
         run = prepare(config, methods.values())
         compare(
-            output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.say
+            output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.log
         )
         if not run.runner.is_main:
             return Done(is_main=False)
@@ -296,9 +296,9 @@ def run_lds(config: Any) -> Done:
 
 def run_customized(config: Any) -> Done:
     """`evaluate.py customized`."""
-    if config.queries.prompts or config.queries.pictures:
+    if config.queries.prompts or config.queries.images:
         raise ValueError(
-            "evaluate.py customized takes its queries from the tasks: leave queries.prompts and pictures out."
+            "evaluate.py customized takes its queries from the tasks: leave queries.prompts and images out."
         )
     methods = methods_of(config)
     tasks = customization_tasks.read_all([Path(file) for file in config.tasks], Path(config.root), config.limit)
@@ -318,7 +318,7 @@ def run_customized(config: Any) -> Done:
         config.words,
         config.k,
         config.report,
-        run.console.say,
+        run.console.log,
     )
     if run.runner.is_main:
         print(customization_benchmark.as_table(lines, config.k))
@@ -327,8 +327,8 @@ def run_customized(config: Any) -> Done:
 
 def run_curate(config: Any) -> Done:
     """`evaluate.py curate`."""
-    if config.queries.prompts or config.queries.pictures:
-        raise ValueError("evaluate.py curate draws its queries from captions: leave queries.prompts and pictures out.")
+    if config.queries.prompts or config.queries.images:
+        raise ValueError("evaluate.py curate draws its queries from captions: leave queries.prompts and images out.")
     run = prepare(config, [config.teacher], with_queries=False)
     alone = config.workers.engine == "local"
     curate(
@@ -347,7 +347,7 @@ def run_curate(config: Any) -> Done:
         config.block_size,
         config.workers.get(),
         run.runner if alone else None,
-        run.console.say,
+        run.console.log,
         run.console.progress if alone else None,
     )
     return Done(run.store, is_main=run.runner.is_main)
@@ -404,7 +404,7 @@ def main(args: Sequence[str] | None = None) -> None:
         done = runs[command](settings)
         if done is not None and done.is_main:
             told = config[command].as_dict()
-            track(settings.wandb, command, Path(settings.output), told, done.store, done.results, done.pictures)
+            track(settings.wandb, command, Path(settings.output), told, done.store, done.results, done.images)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.attribution
     python -m benchmarks.attribution --methods abu abu_plus influence --timesteps 20 --draws 2000 --visits 5
 
-Attributes a few pictures drawn by the committed emoji model to its training pictures by every method of
+Attributes a few images drawn by the committed emoji model to its training images by every method of
 `configs/attributor`, at the few timesteps and draws that are given here. Each method runs in a process of its own with
 an empty store, so that its memory is its own and nothing is found that another method made. What it makes once for a
 model (curvature, losses before unlearning, features) is told from what each query takes. Methods whose weights are not
@@ -33,7 +33,7 @@ from experiments.method_table import load, settings
 from experiments.recognisability import choose_prompts
 from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import Attributor, Query, TrainingData
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import generate
@@ -124,7 +124,7 @@ def measure(
     before = memory[0]
     started = time.monotonic()
     with watched_memory() as memory:
-        method.fit(data, model, store, runner, console.say)
+        method.fit(data, model, store, runner, console.log)
     fit, once = memory[0], once_of(method.fit_s, time.monotonic() - started)
     started = time.monotonic()
     with watched_memory() as memory:
@@ -143,19 +143,19 @@ def reason(error: Exception) -> str:
 
 
 def part_of(data: TrainingData, count: int) -> TrainingData:
-    """So many training pictures and the same share of the null, chosen by hash."""
+    """So many training images and the same share of the null, chosen by hash."""
     assert data.latents is not None
-    share = count / len(data.pictures)
+    share = count / len(data.images)
 
-    def some(latents: LatentSet) -> LatentSet:
+    def some(latents: EncodedImages) -> EncodedImages:
         order = sorted(range(len(latents)), key=lambda row: hash_text(latents.ids[row]))
         return latents.subset(sorted(order[: max(1, round(share * len(latents)))]))
 
     train = some(data.latents)
     if data.held_out_latents is None:
-        return TrainingData(train.pictures, train)
+        return TrainingData(train.images, train)
     null = some(data.held_out_latents)
-    return TrainingData(train.pictures, train, null.pictures, null)
+    return TrainingData(train.images, train, null.images, null)
 
 
 def cells(cost: Cost) -> list[str]:
@@ -190,8 +190,8 @@ def prepare(options: argparse.Namespace) -> tuple[DiffusionModel, TrainingData, 
     model = load_model(options.model).to(Runner.current().device)
     data = training_data(Emoji(store=str(store.root)), model)
     assert data.latents is not None
-    rows = choose_prompts(data.pictures, options.queries, options.seed)
-    prompts = [data.pictures.captions[row][0] for row in rows]
+    rows = choose_prompts(data.images, options.queries, options.seed)
+    prompts = [data.images.captions[row][0] for row in rows]
     channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
     queries = generate(model, prompts, options.seed, (channels, height, width), eta=1.0, keep_trajectory=True)
     return model, data if options.pictures is None else part_of(data, options.pictures), queries
@@ -238,11 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=sorted(path.stem for path in METHODS.glob("*.yaml")))
     parser.add_argument("--queries", type=int, default=2)
     parser.add_argument(
-        "--pictures", type=int, help="only so many training pictures: a quick look, whose record stays in --output"
+        "--pictures", type=int, help="only so many training images: a quick look, whose record stays in --output"
     )
     parser.add_argument("--timesteps", type=int, default=3)
     parser.add_argument("--draws", type=int, default=500)
-    parser.add_argument("--visits", type=int, default=1, help="samples of the Fisher information a picture and flip")
+    parser.add_argument("--visits", type=int, default=1, help="samples of the Fisher information an image and flip")
     parser.add_argument("--dimension", type=int, default=256, help="of projected gradients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_one(options.one, options)
         return
     console, started = Console(), time.monotonic()
-    console.say("pictures, latents and captions")
+    console.log("images, latents and captions")
     model, data, _ = prepare(options)
     wanted = measured_with(options, model)
     costs: dict[str, Cost] = {}
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = options.output / f"{name}.json"
         record = json.loads(file.read_text()) if file.exists() else {}
         if record.get("measured_with") != wanted or record["file"] != file_of(name).read_text():
-            console.say(f"{name}: method {number} of {len(options.methods)}")
+            console.log(f"{name}: method {number} of {len(options.methods)}")
             given = list(sys.argv[1:] if arguments is None else arguments)
             command = [sys.executable, "-m", "benchmarks.attribution", *given, "--one", name]
             subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             costs[name] = Cost(**record["cost"])
     print(table(costs, skipped))
     print(
-        f"\nmeans of {options.queries} queries over {len(data.pictures):,} training pictures; {options.timesteps} "
+        f"\nmeans of {options.queries} queries over {len(data.images):,} training images; {options.timesteps} "
         f"timesteps, {options.draws} draws, {options.visits} visits of the curvature, gradients projected to "
         f"{options.dimension} numbers, {wanted['threads']} threads; {duration(time.monotonic() - started)} in all"
     )
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "command": "python -m benchmarks.attribution",
             "measured_with": wanted,
-            "training_pictures": len(data.pictures),
+            "training_pictures": len(data.images),
             "costs": {name: asdict(cost) for name, cost in costs.items()},
             "skipped": skipped,
         },

@@ -42,7 +42,7 @@ from benchmarks.scoring import random_set
 from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 from wherefrom.curvature.kronecker import plan_layers
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_model
@@ -96,9 +96,9 @@ class SampledLoss(Task):
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """The sum of the samples' losses, on their true targets."""
-        per_picture, visits = self.work.settings.per_picture, self.work.settings.visits
-        item = batch % per_picture
-        return self.work.losses(batch // per_picture, item // visits, item % visits).sum()
+        per_image, visits = self.work.settings.per_image, self.work.settings.samples_per_image
+        item = batch % per_image
+        return self.work.losses(batch // per_image, item // visits, item % visits).sum()
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
         """The same."""
@@ -114,19 +114,19 @@ class Case:
 
     Args:
         model: The model.
-        data: Its training pictures.
+        data: Its training images.
         case: A key of `CASES`.
         settings: How the samples are drawn.
         batch_size: Samples at a time.
     """
 
     def __init__(
-        self, model: DiffusionModel, data: LatentSet, case: str, settings: FisherSettings, batch_size: int
+        self, model: DiffusionModel, data: EncodedImages, case: str, settings: FisherSettings, batch_size: int
     ) -> None:
         self.model, self.data, self.settings, self.batch_size = model, data, settings, batch_size
         self.names = kronecker_names(model, case)
         self.plan = plan_layers(model, data, self.names)
-        self.samples = len(data) * settings.per_picture
+        self.samples = len(data) * settings.per_image
         modules = [layer.module for layer in self.plan.layers]
         wrapped = DiffusionModel(copy.deepcopy(model.denoiser), model.process)
         self.task = SampledLoss(CovariancePass(wrapped, data, self.plan, settings, batch_size), modules)

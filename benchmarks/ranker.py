@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.ranker
 
-The labels are planted: a random MLP ranks random features (clustered, as real ones are), all pictures or the nearest
+The labels are planted: a random MLP ranks random features (clustered, as real ones are), all images or the nearest
 ones. Both sides train the same ranker of the papers' shape with the same optimizer and loss on the same labels:
 
 - rows: 4,096 labelled pairs a step, drawn as in the papers' recipe, each embedded in two rows;
@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 
 class RowSampler:
-    """The papers' recipe: a query and a labelled picture of its, or with a probability one that was not scored."""
+    """The papers' recipe: a query and a labelled image of its, or with a probability one that was not scored."""
 
     def __init__(self, pairs: TeacherPairs, seed: int, size: int, outside: float) -> None:
         self.pairs, self.size, self.random = pairs, size, torch.Generator().manual_seed(seed)
@@ -144,14 +144,14 @@ class Trained:
 
     @torch.no_grad()
     def precision(self, held_out: TeacherPairs, k: int) -> float:
-        """MAP(k) of the ranking of all pictures."""
+        """MAP(k) of the ranking of all images."""
         self.ranker.eval()
         cosines = self.ranker.embed(held_out.queries) @ self.ranker.embed(held_out.images).T
         return precision(cosines, held_out, k)
 
 
 def precision(scores: Tensor, held_out: TeacherPairs, k: int) -> float:
-    """MAP(k) of these scores of all pictures."""
+    """MAP(k) of these scores of all images."""
     metric, right = MeanAveragePrecision(), torch.zeros_like(scores, dtype=torch.bool)
     metric.update(scores, right.scatter_(1, held_out.rows[:, :k].long(), True))
     return float(metric.compute()["mean"])
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=50)
     parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--scored", type=float, default=0.1, help="share of the pictures that the teacher scored")
+    parser.add_argument("--scored", type=float, default=0.1, help="share of the images that the teacher scored")
     parser.add_argument("--features", type=int, default=1280)
     parser.add_argument("--latent", type=int, default=24, help="dimensions of the features beside noise")
     parser.add_argument("--seen", type=int, default=8, help="how many of them the teacher sees")

@@ -4,7 +4,7 @@
 
 Trains the recipe once as `evaluate.py counterfactual` does, from the start of `fit` to the saved pipeline, with
 Lightning's profiler beside it. A training step is forward, backward and optimizer; outside it are start-up, batches,
-checkpoints, callbacks, loggers, the held-out loss and saving. Pictures, latents and caption states are in the store
+checkpoints, callbacks, loggers, the held-out loss and saving. Images, latents and caption states are in the store
 before the clock starts, as they are for all models of a sweep but the first.
 """
 
@@ -72,7 +72,7 @@ def main() -> None:
         first, folder = Path(temporary) / "first", Path(temporary) / "second"
         for place in (first, folder):
             place.mkdir()
-        # A model of one step before: pictures, latents and libraries are then where a sweep's next model finds them.
+        # A model of one step before: images, latents and libraries are then where a sweep's next model finds them.
         Recipe(with_profiler(options.recipe, first, 1), options.store).train(Retrain((), 0), first)
         recipe = Recipe(with_profiler(options.recipe, folder, options.steps), options.store)
         started = time.monotonic()

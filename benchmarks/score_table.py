@@ -3,7 +3,7 @@
     python -m benchmarks.score_table
     python -m benchmarks.score_table --rows 100000000 --queries 2
 
-Makes a table of random scores (by default 10⁷ pictures, 4 queries), finds the first 1,000 of each query, and says how
+Makes a table of random scores (by default 10⁷ images, 4 queries), finds the first 1,000 of each query, and says how
 long that took and how much memory it added, each in a process of its own.
 """
 
@@ -97,7 +97,7 @@ def main() -> None:
         }
         if not options.no_sort:
             whole, sort_s, sort_bytes = alone(sort, folder, options.k)
-            assert whole == found, "both find the same pictures"
+            assert whole == found, "both find the same images"
             measured["sort"] = {"seconds": sort_s, "bytes": sort_bytes}
     finally:
         shutil.rmtree(folder)

@@ -16,24 +16,24 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime import keyed_random
 
 
-def random_set(count: int, shape: tuple[int, int, int], tokens: int, width: int) -> LatentSet:
+def random_set(count: int, shape: tuple[int, int, int], tokens: int, width: int) -> EncodedImages:
     """Random latents and states: the cost does not depend on their values."""
     random = torch.Generator().manual_seed(0)
-    pictures = Pictures(
+    images = ImageSet(
         tuple(f"{index:05d}" for index in range(count)),
         (("",),) * count,
         np.zeros((count, 1, 1, 3), np.uint8),
         fingerprint="random",
     )
-    return LatentSet(
-        pictures,
+    return EncodedImages(
+        images,
         torch.randn(count, 2, *shape, generator=random),
         torch.randn(count, 1, tokens, width, generator=random),
         torch.zeros(tokens, width),

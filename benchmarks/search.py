@@ -226,7 +226,7 @@ def main() -> None:
     for size in options.sizes:
         for kind in options.kinds:
             known = min(FACTORIES, key=lambda count: abs(np.log(count / size)))
-            console.say(f"{size:,} vectors, {kind}")
+            console.log(f"{size:,} vectors, {kind}")
             vectors, ranker = on_disk(options.folder, kind, size), {"benchmark": kind}
             queries = queries_of(kind, options.queries + options.queries // 4)
             truth = exact(vectors, queries, K)
@@ -237,7 +237,7 @@ def main() -> None:
             )
             rows = pa.table({"image": names, "captions": captions})
             for factory in options.factories or FACTORIES[known]:
-                console.say(f"  {factory}: build")
+                console.log(f"  {factory}: build")
                 started = time.perf_counter()
                 folder = build_index(
                     store,
@@ -250,10 +250,10 @@ def main() -> None:
                     progress=console.progress,
                 )
                 built = time.perf_counter() - started
-                console.say(f"  {factory}: choose settings")
+                console.log(f"  {factory}: choose settings")
                 setting = choose(folder, factory, ranker, queries[options.queries :], truth[options.queries :])
                 found = measure(folder, setting, ranker, queries[: options.queries], truth[: options.queries])
-                console.say(f"  {factory}: {found}")
+                console.log(f"  {factory}: {found}")
                 # Read anew: another size may have been measured meanwhile.
                 results = json.loads(options.results.read_text()) if options.results.exists() else {"rows": {}}
                 place = f"{kind}, {size}, {factory}"

@@ -7,7 +7,7 @@ Both take the same curvature, timesteps, mirror images and draws; the curvature,
 cost. *Training side*: for the bank its making, shared by all queries, and a matrix product each; for AbU+ the losses
 before unlearning, shared, and the losses after it for each query. *In total* also counts each query's gradient and,
 for AbU+, the search of its step. Then: mAP(k) of the bank's ranking against exact AbU+, where the bank puts AbU+'s
-first picture, and how many of AbU+'s first are among K candidates that looks (EfficientNet) or gradients (the bank's
+first image, and how many of AbU+'s first are among K candidates that looks (EfficientNet) or gradients (the bank's
 first, or both of its tails) choose.
 """
 
@@ -71,13 +71,13 @@ def recalls(
     top: int,
     candidates: Sequence[int],
 ) -> dict[str, list[float]]:
-    """Share of the exact method's first pictures among so many candidates, by how these are chosen.
+    """Share of the exact method's first images among so many candidates, by how these are chosen.
 
     Args:
         exact: Scores of the exact method.
-        ids: The pictures.
+        ids: The images.
         chosen: Scores by the name of what chooses; a name that ends in "both tails" takes half from either end.
-        top: How many of the exact method's first pictures are looked for.
+        top: How many of the exact method's first images are looked for.
         candidates: Numbers of candidates.
     """
     found: dict[str, list[float]] = {}
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=6)
     parser.add_argument("--timesteps", type=int, default=TIMESTEPS)
     parser.add_argument("--draws", type=int, default=1000)
-    parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
+    parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information an image and flip")
     parser.add_argument(
         "--keep",
         default="factors",
@@ -119,30 +119,33 @@ def main() -> None:
     console, store, runner = Console(), Store(options.output / "cache"), Runner.current()
     model = load_model(options.model).to(runner.device)
     whole = training_data(load_data(options.data, store), model)
-    data = TrainingData(whole.pictures, whole.latents)  # no null: nothing but the training set is timed
-    ids = data.pictures.ids
+    data = TrainingData(whole.images, whole.latents)  # no null: nothing but the training set is timed
+    ids = data.images.ids
     rows = sorted(range(len(ids)), key=lambda row: hash_text(f"teacher/{options.seed}/{ids[row]}"))[: options.queries]
-    prompts = [data.pictures.captions[row][0] for row in rows]
+    prompts = [data.images.captions[row][0] for row in rows]
     queries = generate(model, prompts, options.seed, shapes(data)[0], eta=1.0)
     for kind in ("bank", "whitened_squares", "losses"):  # what an earlier run left would be found instead of made
         shutil.rmtree(store.root / kind, ignore_errors=True)
     grid, fisher = LossGrid(options.timesteps), FisherSettings(options.visits)
     methods = {
         "bank": InfluenceBank(
-            draws=options.draws, grid=grid, fisher=fisher, compression=Compression(options.keep, options.dimension)
+            noise_samples=options.draws,
+            grid=grid,
+            fisher=fisher,
+            compression=Compression(options.keep, options.dimension),
         ),
         "abu_plus": AttributionByUnlearning(
-            unlearning=UnlearningSettings(draws=options.draws), grid=grid, curvature="ekfac", fisher=fisher
+            unlearning=UnlearningSettings(noise_samples=options.draws), grid=grid, curvature="ekfac", fisher=fisher
         ),
     }
     results: dict[str, list[Scores]] = {}
     for name, method in methods.items():
-        console.say(name)
+        console.log(name)
         method.progress = console.progress
-        method.fit(data, model, store, runner, console.say)
+        method.fit(data, model, store, runner, console.log)
         results[name] = list(method.score(queries))
     looks = ImageSimilarity(EfficientNetLite0Encoder())
-    looks.fit(data, model, store, runner, console.say)
+    looks.fit(data, model, store, runner, console.log)
     started = time.monotonic()
     similar = matrix(list(looks.score(queries)))
     looks_s = (time.monotonic() - started) / len(queries)
@@ -153,7 +156,7 @@ def main() -> None:
     bank_once, before = methods["bank"].fit_s["bank"], methods["abu_plus"].fit_s["losses"]
     product, gradient = mean("bank", "product_s"), mean("bank", "gradient_s")
     after, unlearn = mean("abu_plus", "losses_s"), mean("abu_plus", "unlearning_s")
-    print(f"\n{len(ids):,} pictures, {options.timesteps} timesteps, {options.draws} draws; {runner.device}")
+    print(f"\n{len(ids):,} images, {options.timesteps} timesteps, {options.draws} draws; {runner.device}")
     print(f"bank: {bank_once:.1f} s once; a query: gradient {gradient:.2f} s, product {product:.4f} s")
     print(f"AbU+: {before:.1f} s once; a query: gradient and step {unlearn:.2f} s, losses {after:.2f} s")
     ratios = {}
@@ -168,7 +171,7 @@ def main() -> None:
     agreement["split-half reliability of AbU+"] = mean("abu_plus", "split_half_reliability")
     print("\nthe bank against exact AbU+:", ", ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
     first = [float(normalised_ranks(ids, one)[int(each.argmax())]) for each, one in zip(exact, fast, strict=True)]
-    print("where the bank puts AbU+'s first picture (0 first, 1 last):", ", ".join(f"{place:.3f}" for place in first))
+    print("where the bank puts AbU+'s first image (0 first, 1 last):", ", ".join(f"{place:.3f}" for place in first))
     candidates = [max(1, round(share * len(ids))) for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)]
     chosen = {"looks": similar, "bank, first": fast, "bank, both tails": fast}
     recall = {str(top): recalls(exact, ids, chosen, top, candidates) for top in (1, 10, 100)}
@@ -200,7 +203,7 @@ def main() -> None:
     unusual += [f"{options.timesteps}_timesteps"] * (options.timesteps != TIMESTEPS)
     name = "_".join([Path(options.model).name, *unusual])
     write_json(RESULT if name == "emoji_1k" else RESULT.with_stem(f"{RESULT.stem}_{name}"), record)
-    console.say(f"gradient of one query: {duration(gradient)}")
+    console.log(f"gradient of one query: {duration(gradient)}")
 
 
 def quality(

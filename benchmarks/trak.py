@@ -1,10 +1,10 @@
-"""How long does it take to project the gradients of training pictures, beside traker?
+"""How long does it take to project the gradients of training images, beside traker?
 
     python -m benchmarks.trak
     python -m benchmarks.trak --samples 512 --dimension 4096 --runs 5
 
-Featurises the same samples, one keyed (timestep, noise) of each picture, over all weights of the same model with the
-same number of threads and projected dimension: ours is `project_pictures`, theirs `TRAKer.featurize` of batches that
+Featurises the same samples, one keyed (timestep, noise) of each image, over all weights of the same model with the
+same number of threads and projected dimension: ours is `project_images`, theirs `TRAKer.featurize` of batches that
 are ready in memory; both write what they find. Runs are interleaved and start with either side in turn. Times are the
 process's own on the processor, which other programs hardly disturb; the matrix that traker makes when it is set up is
 not counted. Prints the ratio of the medians, the memory of each side in a process of its own, and how far the
@@ -38,9 +38,9 @@ from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
 from benchmarks.scoring import random_set
-from wherefrom.attributors.trak.projected_features import PictureFeatures, project_pictures
-from wherefrom.data.latents import LatentSet
-from wherefrom.gradients.loss_grid import LossDraws
+from wherefrom.attributors.trak.projected_features import ImageFeatures, project_images
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.gradients.loss_grid import LossSamples
 from wherefrom.gradients.projection import Projection
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
@@ -88,37 +88,37 @@ class Case:
 
     Args:
         model: The model.
-        data: The pictures.
+        data: The images.
         projection: Ours; traker's has its dimension.
         batch_size: Samples of ours at a time.
         their_batch_size: Samples of traker's at a time.
     """
 
     def __init__(
-        self, model: DiffusionModel, data: LatentSet, projection: Projection, batch_size: int, their_batch_size: int
+        self, model: DiffusionModel, data: EncodedImages, projection: Projection, batch_size: int, their_batch_size: int
     ) -> None:
         self.model, self.data, self.batch_size = model, data, batch_size
         self.names = list(select_weights(model.denoiser, "all"))
-        self.draws, self.projection = LossDraws(draws=1, flips=False), projection
+        self.noise_samples, self.projection = LossSamples(noise_samples=1, flips=False), projection
         self.batches = [self.batch(part) for part in torch.arange(len(data)).split(their_batch_size)]
 
-    def batch(self, picture: Tensor) -> Batch:
-        """The samples of these pictures, as traker's task asks for them."""
-        losses = self.draws.of(self.model, self.data, self.batch_size)
-        caption, timestep, keys = losses.draws(picture, torch.zeros_like(picture))
-        latents = self.data.latents[picture, 0]
+    def batch(self, image: Tensor) -> Batch:
+        """The samples of these images, as traker's task asks for them."""
+        losses = self.noise_samples.of(self.model, self.data, self.batch_size)
+        caption, timestep, keys = losses.noise_samples(image, torch.zeros_like(image))
+        latents = self.data.latents[image, 0]
         noise = keyed_random.normal(keys, latents.shape[1:], self.model.dtype)
         process = self.model.process
         noisy, target = process.noisy(latents, timestep, noise), process.target(latents, timestep, noise)
-        return noisy, timestep, self.data.states[picture, caption], target
+        return noisy, timestep, self.data.states[image, caption], target
 
     @contextmanager
     def ours(self) -> Iterator[Callable[[], None]]:
         """Our featurising, once it is set up."""
         with tempfile.TemporaryDirectory() as folder:
             store, runner = Store(Path(folder)), Runner(torch.device("cpu"))
-            arguments = (self.model, self.data, self.draws, self.names, self.projection, store, runner)
-            yield lambda: (project_pictures(*arguments, self.batch_size), None)[1]
+            arguments = (self.model, self.data, self.noise_samples, self.names, self.projection, store, runner)
+            yield lambda: (project_images(*arguments, self.batch_size), None)[1]
 
     @contextmanager
     def traker(self) -> Iterator[Callable[[], None]]:
@@ -158,14 +158,14 @@ class Case:
 
     def apart(self, count: int = 8) -> float:
         """Largest difference of a per-sample gradient, as a share of its parameter's largest gradient."""
-        model, picture = self.for_vmap(), torch.arange(min(count, len(self.data)))
+        model, image = self.for_vmap(), torch.arange(min(count, len(self.data)))
         weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         gradient = torch.func.grad(DiffusionLoss.get_output, argnums=1)
         theirs = torch.func.vmap(gradient, in_dims=(None, None, None, 0, 0, 0, 0))(
-            model, weights, buffers, *self.batch(picture)
+            model, weights, buffers, *self.batch(image)
         )
-        losses = self.draws.of(self.model, self.data, self.batch_size)
-        ours = PictureFeatures(losses, self.names, self.projection).gradients(range(len(picture)))
+        losses = self.noise_samples.of(self.model, self.data, self.batch_size)
+        ours = ImageFeatures(losses, self.names, self.projection).gradients(range(len(image)))
         shares = [
             float((ours[name] - theirs[name].detach().flatten(1)).abs().max() / theirs[name].detach().abs().max())
             for name in self.names

@@ -1,4 +1,4 @@
-"""Loss change of the query and of held-out pictures while a query is unlearned."""
+"""Loss change of the query and of held-out images while a query is unlearned."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_modules.unlearning import Unlearning
 
 
 class LossChange(Callback):
-    """Logs, after each step of unlearning, how much the loss of the query and of held-out pictures has changed.
+    """Logs, after each step of unlearning, how much the loss of the query and of held-out images has changed.
 
     A good step raises the query's loss and leaves the others alone.
 
     Args:
-        every_n_steps: Steps between measurements of the held-out pictures.
+        every_n_steps: Steps between measurements of the held-out images.
     """
 
     def __init__(self, every_n_steps: int = 1) -> None:
@@ -31,7 +31,7 @@ class LossChange(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the losses before the first step."""
         assert isinstance(pl_module, Unlearning)
-        self.before = pl_module.set_loss(pl_module.pictures.validation_latents)
+        self.before = pl_module.set_loss(pl_module.images.validation_latents)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -41,5 +41,5 @@ class LossChange(Callback):
         losses = pl_module.unlearner.losses
         pl_module.log("loss_change/query", losses[-1] - losses[0], on_step=True)
         if (batch_idx + 1) % self.every_n_steps == 0:
-            after = pl_module.set_loss(pl_module.pictures.validation_latents)
+            after = pl_module.set_loss(pl_module.images.validation_latents)
             pl_module.log("loss_change/held_out", (after - self.before).mean(), on_step=True)

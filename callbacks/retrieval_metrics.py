@@ -67,13 +67,13 @@ class RetrievalMetrics(Callback):
         """Adds some queries.
 
         Raises:
-            ValueError: The teacher scored fewer than k pictures.
+            ValueError: The teacher scored fewer than k images.
         """
         assert isinstance(outputs, Predictions)
         scored = outputs.rows.shape[1]
         if max(self.k) > scored:
             raise ValueError(
-                f"RetrievalMetrics is asked for k = {max(self.k)}, but the teacher scored {scored} pictures a query: "
+                f"RetrievalMetrics is asked for k = {max(self.k)}, but the teacher scored {scored} images a query: "
                 "choose smaller ones."
             )
         for k in self.k:

@@ -1,4 +1,4 @@
-"""How far a model that is trained again has gone from the one whose pictures it is asked about."""
+"""How far a model that is trained again has gone from the one whose images it is asked about."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from wherefrom.queries.sources import QuerySource, generate
 
 
 class SampleDeviation(Callback):
-    """Logs, after each validation, what retraining does to pictures of a reference model.
+    """Logs, after each validation, what retraining does to images of a reference model.
 
-    Means over the pictures: `deviation/loss` (change of the loss), `deviation/mse` (pixels from 0 to 1, drawn from the
+    Means over the images: `deviation/loss` (change of the loss), `deviation/mse` (pixels from 0 to 1, drawn from the
     same noise) and, with an encoder such as CLIP, `deviation/similarity` (AbU, section 5.1). From the averaged (EMA)
     weights.
 
     Args:
-        reference: The pipeline that drew the pictures: folder or hub id.
-        queries: The pictures, as prompts.
+        reference: The pipeline that drew the images: folder or hub id.
+        queries: The images, as prompts.
         timesteps: Timesteps of the losses.
-        encoder: Compares pictures by their features also.
+        encoder: Compares images by their features also.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class SampleDeviation(Callback):
         self.reference, self.queries, self.timesteps, self.encoder = reference, queries, timesteps, encoder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the pictures and measures the reference model.
+        """Draws the images and measures the reference model.
 
         Raises:
-            ValueError: The module is another one, or the queries hold picture files.
+            ValueError: The module is another one, or the queries hold image files.
         """
         if not isinstance(pl_module, LatentDiffusion):
             raise ValueError(

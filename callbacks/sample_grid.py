@@ -1,4 +1,4 @@
-"""Pictures drawn from the averaged weights while a model trains."""
+"""Images drawn from the averaged weights while a model trains."""
 
 from __future__ import annotations
 

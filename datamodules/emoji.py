@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from datamodules.pictures import PicturesDataModule
+from datamodules.images import ImageDataModule
 from wherefrom.data.copies import Copies, plant
 from wherefrom.data.emoji import EmojiOptions, build_emoji
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.encoders import LatentEncoder
 
 
-class Emoji(PicturesDataModule):
+class Emoji(ImageDataModule):
     """Real drawings with captions in several styles, built from packages.
 
     Args:
         options: Styles, size and filters.
-        encoder: See `PicturesDataModule`.
-        store: See `PicturesDataModule`.
-        batch_size: See `PicturesDataModule`.
-        seed: See `PicturesDataModule`.
-        exclude: See `PicturesDataModule`.
-        flip_share: See `PicturesDataModule`.
-        caption_dropout: See `PicturesDataModule`.
+        encoder: See `ImageDataModule`.
+        store: See `ImageDataModule`.
+        batch_size: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        exclude: See `ImageDataModule`.
+        flip_share: See `ImageDataModule`.
+        caption_dropout: See `ImageDataModule`.
         copies: Near-duplicates planted in the training set.
     """
 
@@ -39,8 +39,8 @@ class Emoji(PicturesDataModule):
         super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
         self.options, self.copies = options, copies
 
-    def load(self) -> tuple[Pictures, Pictures]:
-        """The training pictures and the held-out (concept, style) pairs."""
-        pictures = build_emoji(self.store, self.options)
-        train, validation = (pictures.where("split", split) for split in ("train", "validation"))
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training images and the held-out (concept, style) pairs."""
+        images = build_emoji(self.store, self.options)
+        train, validation = (images.where("split", split) for split in ("train", "validation"))
         return train if self.copies is None else plant(train, self.copies), validation

@@ -1,4 +1,4 @@
-"""A few exemplars of a new word, beside pictures that keep the model's other words what they are."""
+"""A few exemplars of a new word, beside images that keep the model's other words what they are."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.image_folder import ImageFolder
-from datamodules.pictures import VALIDATION_VISITS, KeyedLoader, PicturesDataModule
+from datamodules.images import VALIDATION_VISITS, ImageDataModule, KeyedLoader
+from wherefrom.data.encoded_images import EncodedImages, LatentVisits
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet, LatentVisits
+from wherefrom.data.image_set import ImageSet
 from wherefrom.data.stream import CAPTION, KeyedBatches, Visit, VisitDataset
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.runtime import keyed_random
@@ -37,7 +37,7 @@ class ExemplarVisits(Dataset[ExemplarBatch]):
         flip_share: Probability of the mirror image.
     """
 
-    def __init__(self, data: LatentSet, seed: int, flip_share: float) -> None:
+    def __init__(self, data: EncodedImages, seed: int, flip_share: float) -> None:
         self.visits = LatentVisits(data, seed, flip_share, caption_dropout=0.0)
 
     def __len__(self) -> int:
@@ -45,11 +45,11 @@ class ExemplarVisits(Dataset[ExemplarBatch]):
 
     def __getitems__(self, visits: list[Visit]) -> ExemplarBatch:
         """The batch of these visits."""
-        batch, captions, pictures = self.visits.__getitems__(visits), [], self.visits.data.pictures
+        batch, captions, images = self.visits.__getitems__(visits), [], self.visits.data.images
         for visit, luck in zip(
             visits, keyed_random.uniform(keyed_random.combine(CAPTION, batch.keys))[:, 0].tolist(), strict=True
         ):
-            several = pictures.captions[visit.position]
+            several = images.captions[visit.position]
             captions.append(several[int(luck * len(several))])
         return ExemplarBatch(batch.keys, batch.times, batch.latents, captions)
 
@@ -59,21 +59,21 @@ class Exemplars(ImageFolder):
 
     Args:
         folder: The exemplars, with captions that hold the new word, such as "photo of <new1> cat".
-        prior: Other captioned pictures, whose loss keeps the model from forgetting them (prior preservation); its
+        prior: Other captioned images, whose loss keeps the model from forgetting them (prior preservation); its
             `batch_size` says how many each step sees. Without an encoder of its own it is given this one's.
         options: See `ImageFolder`.
-        encoder: See `PicturesDataModule`.
-        store: See `PicturesDataModule`.
-        batch_size: See `PicturesDataModule`.
-        seed: See `PicturesDataModule`; the prior's too.
-        exclude: See `PicturesDataModule`.
-        flip_share: See `PicturesDataModule`.
+        encoder: See `ImageDataModule`.
+        store: See `ImageDataModule`.
+        batch_size: See `ImageDataModule`.
+        seed: See `ImageDataModule`; the prior's too.
+        exclude: See `ImageDataModule`.
+        flip_share: See `ImageDataModule`.
     """
 
     def __init__(
         self,
         folder: str,
-        prior: PicturesDataModule | None = None,
+        prior: ImageDataModule | None = None,
         options: ImageFolderOptions = ImageFolderOptions(),
         encoder: LatentEncoder | None = None,
         store: str = "cache",
@@ -91,13 +91,13 @@ class Exemplars(ImageFolder):
             if prior.encoder is None:
                 prior.encoder = encoder
 
-    def load(self) -> tuple[Pictures, Pictures]:
+    def load(self) -> tuple[ImageSet, ImageSet]:
         """The exemplars, and none other: what is held out is only their noise."""
-        pictures = build_image_folder(self.store, self.folder, self.options)
-        return pictures, pictures
+        images = build_image_folder(self.store, self.folder, self.options)
+        return images, images
 
     def prepare_data(self) -> None:
-        """Builds pictures and latents of both."""
+        """Builds images and latents of both."""
         super().prepare_data()
         if self.prior is not None:
             self.prior.prepare_data()
@@ -109,7 +109,7 @@ class Exemplars(ImageFolder):
             self.prior.trainer = self.trainer
             self.prior.setup(stage)
 
-    def visits(self, pictures: Pictures, latents: LatentSet | None, training: bool) -> VisitDataset:
+    def visits(self, images: ImageSet, latents: EncodedImages | None, training: bool) -> VisitDataset:
         """Exemplars with their captions as words."""
         assert latents is not None
         return ExemplarVisits(latents, self.seed, self.flip_share)
@@ -117,8 +117,8 @@ class Exemplars(ImageFolder):
     def val_dataloader(self) -> KeyedLoader:
         """The exemplars once more, each visited `VALIDATION_VISITS` times with noise that training does not see."""
         data = ExemplarVisits(self.train_latents, self.seed + 1, 0.0)
-        steps = -(-len(self.train_pictures) * VALIDATION_VISITS // self.batch_size)
-        keys = hash_texts(list(self.train_pictures.ids))
+        steps = -(-len(self.train_images) * VALIDATION_VISITS // self.batch_size)
+        keys = hash_texts(list(self.train_images.ids))
         trainer = self.trainer
         place = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return KeyedLoader(data, KeyedBatches(keys, self.seed + 1, self.batch_size, steps, 0, *place))

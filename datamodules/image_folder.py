@@ -1,30 +1,30 @@
-"""A folder of the user's own captioned pictures as a LightningDataModule."""
+"""A folder of the user's own captioned images as a LightningDataModule."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.pictures import SAMPLE, Census, PicturesDataModule
-from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_pictures
+from datamodules.images import SAMPLE, Census, ImageDataModule
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_images
 from wherefrom.data.image_metadata import read_rows
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.encoders import LatentEncoder
 
 
-class ImageFolder(PicturesDataModule):
-    """Captioned pictures in Hugging Face's `imagefolder` layout.
+class ImageFolder(ImageDataModule):
+    """Captioned images in Hugging Face's `imagefolder` layout.
 
     Args:
-        folder: The folder that holds the pictures and their metadata.
-        options: Size, caption column and what to do with unreadable pictures.
-        validation_share: Share of the pictures held out where the metadata name no validation split.
-        encoder: See `PicturesDataModule`.
-        store: See `PicturesDataModule`.
-        batch_size: See `PicturesDataModule`.
-        seed: See `PicturesDataModule`.
-        exclude: See `PicturesDataModule`.
-        flip_share: See `PicturesDataModule`.
-        caption_dropout: See `PicturesDataModule`.
+        folder: The folder that holds the images and their metadata.
+        options: Size, caption column and what to do with unreadable images.
+        validation_share: Share of the images held out where the metadata name no validation split.
+        encoder: See `ImageDataModule`.
+        store: See `ImageDataModule`.
+        batch_size: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        exclude: See `ImageDataModule`.
+        flip_share: See `ImageDataModule`.
+        caption_dropout: See `ImageDataModule`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ImageFolder(PicturesDataModule):
         self.folder, self.options, self.validation_share = Path(folder), options, validation_share
 
     def census(self) -> Census:
-        """Counts the metadata's pictures; none is decoded but the few that are timed."""
+        """Counts the metadata's images; none is decoded but the few that are timed."""
         rows = read_rows(self.folder, self.options.caption, self.options.columns)
         splits = [row.split for row in rows]
         held_out = splits.count("validation") or round(self.validation_share * len(rows))
@@ -58,6 +58,6 @@ class ImageFolder(PicturesDataModule):
         height, width = draw(self.folder / rows[0].name, self.options.size).shape[:2]
         return Census(training, held_out, (height, width), len(rows[0].captions), decode)
 
-    def load(self) -> tuple[Pictures, Pictures]:
-        """The training pictures and the held-out ones."""
-        return split_pictures(build_image_folder(self.store, self.folder, self.options), self.validation_share)
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training images and the held-out ones."""
+        return split_images(build_image_folder(self.store, self.folder, self.options), self.validation_share)

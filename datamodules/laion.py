@@ -5,30 +5,30 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from datamodules.pictures import SAMPLE, Census, PicturesDataModule
+from datamodules.images import SAMPLE, Census, ImageDataModule
 from wherefrom.data.decoding import Sample
-from wherefrom.data.image_folder import split_pictures
-from wherefrom.data.image_set import Pictures, read_ids
+from wherefrom.data.image_folder import split_images
+from wherefrom.data.image_set import ImageSet, read_ids
 from wherefrom.data.webdataset import ShardOptions, build_laion, decode_shard, plan_shards
 from wherefrom.models.encoders import LatentEncoder
 
 
-class LAION(PicturesDataModule):
-    """Captioned pictures in img2dataset's shards.
+class LAION(ImageDataModule):
+    """Captioned images in img2dataset's shards.
 
     Args:
         folder: Holds `00000.tar` beside `00000.parquet`, and so on.
         options: Size, columns of the parquet files, limits.
         subset: Keys (or a text file of keys) to keep; None keeps all.
-        validation_share: Share of the pictures held out, by a hash of their keys.
+        validation_share: Share of the images held out, by a hash of their keys.
         half: Keep latents and caption states in float16.
-        encoder: See `PicturesDataModule`.
-        store: See `PicturesDataModule`.
-        batch_size: See `PicturesDataModule`.
-        seed: See `PicturesDataModule`.
-        exclude: See `PicturesDataModule`.
-        flip_share: See `PicturesDataModule`.
-        caption_dropout: See `PicturesDataModule`.
+        encoder: See `ImageDataModule`.
+        store: See `ImageDataModule`.
+        batch_size: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        exclude: See `ImageDataModule`.
+        flip_share: See `ImageDataModule`.
+        caption_dropout: See `ImageDataModule`.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class LAION(PicturesDataModule):
 
         return Census(total - held_out, held_out, (side, side), 1, decode)
 
-    def load(self) -> tuple[Pictures, Pictures]:
-        """The training pictures and the held-out ones."""
-        pictures = build_laion(
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training images and the held-out ones."""
+        images = build_laion(
             self.store,
             self.folder,
             self.options,
             None if self.subset is None else read_ids(self.subset, "subset"),
-            self.console.say,
+            self.console.log,
             self.console.progress,
         )
-        return split_pictures(pictures, self.validation_share)
+        return split_images(images, self.validation_share)

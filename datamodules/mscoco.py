@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datamodules.pictures import SAMPLE, Census, PicturesDataModule
+from datamodules.images import SAMPLE, Census, ImageDataModule
 from wherefrom.data.cached_latents import read_cached_latents
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_folder import draw
-from wherefrom.data.image_set import Pictures, read_ids
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.image_set import ImageSet, read_ids
 from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions, select
 from wherefrom.models.encoders import LatentEncoder
 
@@ -18,7 +18,7 @@ CAPTIONS = "annotations/captions_{split}.json"
 
 @dataclass(frozen=True)
 class ReadyMade:
-    """Arrays of the training pictures' latents and text states that another program made; see `read_cached_latents`.
+    """Arrays of the training images' latents and text states that another program made; see `read_cached_latents`.
 
     Attributes:
         latents: Such as `coco17_train_latents.npy`; its rows are all images of the captions file by numerical id.
@@ -31,23 +31,23 @@ class ReadyMade:
     null_states: str | None = None
 
 
-class MSCOCO(PicturesDataModule):
-    """COCO's pictures with five captions each: `train2017` to attribute to or train on, `val2017` held out.
+class MSCOCO(ImageDataModule):
+    """COCO's images with five captions each: `train2017` to attribute to or train on, `val2017` held out.
 
     Args:
         folder: Holds `train2017`, `val2017` and `annotations`.
-        options: Size, number of captions and what to do with unreadable pictures.
-        subset: COCO ids (or a text file of ids) to keep of the training pictures; None keeps all.
-        validation_subset: The same for the held-out pictures.
-        ready_made: Arrays to use in place of encoding the training pictures.
+        options: Size, number of captions and what to do with unreadable images.
+        subset: COCO ids (or a text file of ids) to keep of the training images; None keeps all.
+        validation_subset: The same for the held-out images.
+        ready_made: Arrays to use in place of encoding the training images.
         half: Keep latents and caption states in float16.
-        encoder: See `PicturesDataModule`.
-        store: See `PicturesDataModule`.
-        batch_size: See `PicturesDataModule`.
-        seed: See `PicturesDataModule`.
-        exclude: See `PicturesDataModule`.
-        flip_share: See `PicturesDataModule`.
-        caption_dropout: See `PicturesDataModule`.
+        encoder: See `ImageDataModule`.
+        store: See `ImageDataModule`.
+        batch_size: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        exclude: See `ImageDataModule`.
+        flip_share: See `ImageDataModule`.
+        caption_dropout: See `ImageDataModule`.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class MSCOCO(PicturesDataModule):
         self.folder, self.options, self.half, self.ready_made = Path(folder), options, half, ready_made
         self.subsets = {"train2017": subset, "val2017": validation_subset}
 
-    def load(self) -> tuple[Pictures, Pictures]:
-        """The training pictures and the held-out ones."""
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training images and the held-out ones."""
         train, validation = (self._split(split) for split in self.subsets)
         return train, validation
 
     def census(self) -> Census:
-        """Counts the captions files' pictures; none is decoded but the few that are timed."""
+        """Counts the captions files' images; none is decoded but the few that are timed."""
         counts, first = [], []
         for split, subset in self.subsets.items():
             images = read_captions(self.folder / CAPTIONS.format(split=split), self.options.captions)
@@ -92,7 +92,7 @@ class MSCOCO(PicturesDataModule):
         side = self.options.size
         return Census(counts[0], counts[1], (side, side), self.options.captions, decode)
 
-    def _split(self, split: str) -> Pictures:
+    def _split(self, split: str) -> ImageSet:
         subset = self.subsets[split]
         return build_mscoco(
             self.store,
@@ -100,14 +100,14 @@ class MSCOCO(PicturesDataModule):
             self.folder / CAPTIONS.format(split=split),
             self.options,
             None if subset is None else read_ids(subset, "subset"),
-            self.console.say,
+            self.console.log,
             self.console.progress,
         )
 
-    def latents_of(self, pictures: Pictures, training: bool) -> LatentSet:
-        """Ready-made arrays of the training pictures where there are some."""
+    def latents_of(self, image_set: ImageSet, training: bool) -> EncodedImages:
+        """Ready-made arrays of the training images where there are some."""
         if self.ready_made is None or not training:
-            return super().latents_of(pictures, training)
+            return super().latents_of(image_set, training)
         images = read_captions(self.folder / CAPTIONS.format(split="train2017"), self.options.captions)
         given, null = self.ready_made, self.ready_made.null_states
         made = read_cached_latents(
@@ -118,4 +118,4 @@ class MSCOCO(PicturesDataModule):
             None if null is None else Path(null),
         )
         where = {name: row for row, name in enumerate(made.ids)}
-        return replace(made.subset([where[name] for name in pictures.ids]), pictures=pictures)
+        return replace(made.subset([where[name] for name in image_set.ids]), images=image_set)

@@ -87,17 +87,17 @@ class TeacherRankings(LightningDataModule):
     Args:
         folder: The teacher set (see `wherefrom.distillation.teacher_set`).
         features: Names of the encoders whose features are put side by side.
-        validation_folder: A teacher set of the same training pictures whose queries are for validation; without one,
+        validation_folder: A teacher set of the same training images whose queries are for validation; without one,
             `validation_share` of the folder's own are.
         validation_share: Share of the folder's queries held out, by a hash of (`split_seed`, query).
         queries: Train on this many of the others; more of them contain fewer. None takes all.
-        candidates: Train on this many of the pictures that the teacher scored for a query, chosen uniformly; None
+        candidates: Train on this many of the images that the teacher scored for a query, chosen uniformly; None
             takes all.
-        first: Train as if the teacher had scored only this many pictures of a query, those that it ranks first: K where
+        first: Train as if the teacher had scored only this many images of a query, those that it ranks first: K where
             a cheap teacher scored all. None takes all.
         block_queries: Queries of a block.
-        block_images: Training pictures of a block.
-        outside: Share of pictures that the teacher did not score; see `BlockSampler`.
+        block_images: Training images of a block.
+        outside: Share of images that the teacher did not score; see `BlockSampler`.
         seed: Seed of blocks and dropout, and of `queries` and `candidates`.
         split_seed: Seed of the held-out queries, so that runs of several seeds have the same.
     """
@@ -129,7 +129,7 @@ class TeacherRankings(LightningDataModule):
         """Reads and splits the teacher set.
 
         Raises:
-            ValueError: A set is damaged, lacks features or queries, or the two are of different training pictures.
+            ValueError: A set is damaged, lacks features or queries, or the two are of different training images.
         """
         train, validation = self._split(read_teacher_set(self.folder, self.features))
         if self.queries is not None:
@@ -150,7 +150,7 @@ class TeacherRankings(LightningDataModule):
             other = read_teacher_set(self.validation_folder, self.features)
             if other.images != teacher.images:
                 raise ValueError(
-                    f"{self.validation_folder} ranks {len(other.images)} training pictures, {self.folder} "
+                    f"{self.validation_folder} ranks {len(other.images)} training images, {self.folder} "
                     f"{len(teacher.images)}, and they are not the same in the same order: take queries of one set."
                 )
             return teacher, other
@@ -187,5 +187,5 @@ class TeacherRankings(LightningDataModule):
         return QueryLoader(self.validation_pairs, rank, world_size)
 
     def training_features(self) -> Float[Tensor, "n d"]:
-        """Features of all training pictures, where the blocks are drawn."""
+        """Features of all training images, where the blocks are drawn."""
         return self.device_pairs.images

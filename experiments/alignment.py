@@ -1,8 +1,8 @@
-"""Does a picture show its prompt? A judge made of frozen features and one ridge regression.
+"""Does an image show its prompt? A judge made of frozen features and one ridge regression.
 
-Image features are mapped linearly to sentence vectors of captions; a picture is recognised when its own prompt is among
-the nearest few of a hundred captions. Two things keep the judge fair. It is cross-fitted: what judges a picture has
-never seen the picture's concept in any style, so real and generated pictures of the same prompts are measured alike.
+Image features are mapped linearly to sentence vectors of captions; an image is recognised when its own prompt is among
+the nearest few of a hundred captions. Two things keep the judge fair. It is cross-fitted: what judges an image has
+never seen the image's concept in any style, so real and generated images of the same prompts are measured alike.
 And a prompt is compared with prompts of its own style only, so that the style word does not decide.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import ImageEncoder, Pixels, TextEncoder, caption_features, image_features
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.keyed_random import hash_text
@@ -30,10 +30,10 @@ ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over pictures that decide a ridge regression; the sums of a union are the sums of its parts.
+    """Sums over images that decide a ridge regression; the sums of a union are the sums of its parts.
 
     Attributes:
-        count: Number of pictures.
+        count: Number of images.
         image: Sum of image features, shape (D,).
         caption: Sum of caption features, shape (E,).
         gram: Sum of outer products of image features, shape (D, D).
@@ -48,7 +48,7 @@ class Moments:
 
     @classmethod
     def of(cls, images: Float[Tensor, "n d"], captions: Float[Tensor, "n e"]) -> Moments:
-        """The sums over these pictures, in float64."""
+        """The sums over these images, in float64."""
         x, y = images.double(), captions.double()
         return cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
 
@@ -69,8 +69,8 @@ class AlignmentModel:
     Attributes:
         weight: Shape (D, E), float64.
         bias: Shape (E,), float64.
-        centre: The average caption vector of the pictures that it learned from, shape (E,), float64. What captions have
-            in common (the template, the style's name) says nothing of a picture: cosines are taken around it.
+        centre: The average caption vector of the images that it learned from, shape (E,), float64. What captions have
+            in common (the template, the style's name) says nothing of an image: cosines are taken around it.
     """
 
     weight: Float[Tensor, "d e"]
@@ -84,36 +84,36 @@ class AlignmentModel:
         """Ridge regression in closed form: (XᵀX + λI)⁻¹ XᵀY of centred X and Y, the intercept unpenalised.
 
         Args:
-            image_features: X, one row a picture.
-            caption_features: Y, one row a picture.
+            image_features: X, one row an image.
+            caption_features: Y, one row an image.
             alpha: Strength relative to the features' scale: λ = alpha · tr(XᵀX) / D.
 
         Raises:
-            ValueError: `alpha` is not positive, or there are no pictures.
+            ValueError: `alpha` is not positive, or there are no images.
         """
         return cls.solve(Moments.of(image_features, caption_features), alpha)
 
     @classmethod
     def solve(cls, moments: Moments, alpha: float) -> AlignmentModel:
-        """The ridge regression whose pictures have these moments.
+        """The ridge regression whose images have these moments.
 
         Raises:
-            ValueError: `alpha` is not positive, or there are no pictures.
+            ValueError: `alpha` is not positive, or there are no images.
         """
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, got {alpha}: without a ridge the map is not determined.")
         if moments.count == 0:
-            raise ValueError("The alignment model needs pictures to learn from, and there are none.")
+            raise ValueError("The alignment model needs images to learn from, and there are none.")
         mean_x, mean_y = moments.image / moments.count, moments.caption / moments.count
         gram = moments.gram - moments.count * torch.outer(mean_x, mean_x)
         cross = moments.cross - moments.count * torch.outer(mean_x, mean_y)
-        scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)  # one picture alone has no spread
+        scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)  # one image alone has no spread
         gram.diagonal().add_(alpha * scale)
         weight = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
         return cls(weight, mean_y - mean_x @ weight, mean_y)
 
     def predict(self, image_features: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
-        """The caption vector that each picture points to, in float64."""
+        """The caption vector that each image points to, in float64."""
         return image_features.double() @ self.weight + self.bias
 
 
@@ -123,14 +123,14 @@ def rank_of_prompt(
     own: Int64[Tensor, " n"],
     centre: Float[Tensor, " e"] | None = None,
 ) -> Int64[Tensor, " n"]:
-    """From 1: where a picture's own prompt stands among the candidate captions, by cosine.
+    """From 1: where an image's own prompt stands among the candidate captions, by cosine.
 
-    A tie, or a cosine that is not a number, counts against the picture.
+    A tie, or a cosine that is not a number, counts against the image.
 
     Args:
-        predicted: The caption vector that each picture points to.
-        candidates: Vectors of the captions that every picture is compared with.
-        own: Which candidate is the picture's own prompt.
+        predicted: The caption vector that each image points to.
+        candidates: Vectors of the captions that every image is compared with.
+        own: Which candidate is the image's own prompt.
         centre: Subtracted from both sides first.
     """
     if centre is not None:
@@ -142,7 +142,7 @@ def rank_of_prompt(
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of pictures with its standard error."""
+    """A share of images with its standard error."""
 
     value: float
     error: float
@@ -153,13 +153,13 @@ class Rate:
 
 
 def rate(found: Bool[NDArray[np.bool_], " n"]) -> Rate:
-    """The share of pictures that were recognised, with its binomial standard error.
+    """The share of images that were recognised, with its binomial standard error.
 
     Raises:
-        ValueError: There are no pictures.
+        ValueError: There are no images.
     """
     if len(found) == 0:
-        raise ValueError("A rate over no pictures is not defined.")
+        raise ValueError("A rate over no images is not defined.")
     value = float(found.mean())
     return Rate(value, float(np.sqrt(value * (1 - value) / len(found))), len(found))
 
@@ -173,7 +173,7 @@ def rate_ratio(found: Bool[NDArray[np.bool_], " n"], reference: Bool[NDArray[np.
         ValueError: The lengths differ.
     """
     if len(found) != len(reference):
-        raise ValueError(f"{len(found)} and {len(reference)} pictures are not of the same prompts.")
+        raise ValueError(f"{len(found)} and {len(reference)} images are not of the same prompts.")
     if not reference.any():
         return Rate(float("nan"), float("nan"), len(found))
     ratio = float(found.mean() / reference.mean())
@@ -182,14 +182,14 @@ def rate_ratio(found: Bool[NDArray[np.bool_], " n"], reference: Bool[NDArray[np.
 
 
 class AlignmentJudge:
-    """Ranks each picture's prompt among captions of the same style, by ridges that never saw the picture's concept.
+    """Ranks each image's prompt among captions of the same style, by ridges that never saw the image's concept.
 
     Args:
         images: Frozen image encoder.
         texts: Frozen caption encoder.
-        store: Where features of the pictures are kept.
+        store: Where features of the images are kept.
         folds: Concepts are dealt into this many folds; each fold is judged by the ridge of the others.
-        alphas: Ridge strengths to choose from, by inner validation on real pictures of the other folds.
+        alphas: Ridge strengths to choose from, by inner validation on real images of the other folds.
         seed: Seed of the folds.
 
     Raises:
@@ -216,35 +216,35 @@ class AlignmentJudge:
         self.chosen_alphas: tuple[float, ...] = ()
 
     def fold(self, concept: str) -> int:
-        """The fold of a concept: a hash, so that it does not move when pictures are added or left out."""
+        """The fold of a concept: a hash, so that it does not move when images are added or left out."""
         return hash_text(f"alignment fold/{self.seed}/{concept}") % self.folds
 
-    def fit(self, pictures: Pictures, progress: Callable[[int, int], None] | None = None) -> AlignmentJudge:
-        """Learns one ridge for each fold from the real pictures of the other folds.
+    def fit(self, images: ImageSet, progress: Callable[[int, int], None] | None = None) -> AlignmentJudge:
+        """Learns one ridge for each fold from the real images of the other folds.
 
         Args:
-            pictures: Real pictures with the columns `concept` and, where there are several, `style`. Their first
+            images: Real images with the columns `concept` and, where there are several, `style`. Their first
                 captions are used.
-            progress: Called with (done, total) pictures while features are computed.
+            progress: Called with (done, total) images while features are computed.
 
         Raises:
             ValueError: A column is missing, or the concepts are too few for the folds.
         """
-        if "concept" not in pictures.columns:
+        if "concept" not in images.columns:
             raise ValueError(
-                f"The pictures need a column 'concept'; they have {', '.join(sorted(pictures.columns)) or 'none'}."
+                f"The images need a column 'concept'; they have {', '.join(sorted(images.columns)) or 'none'}."
             )
-        concepts = pictures.columns["concept"]
-        styles = pictures.columns.get("style", ("",) * len(pictures))
-        captions = [several[0] for several in pictures.captions]
+        concepts = images.columns["concept"]
+        styles = images.columns.get("style", ("",) * len(images))
+        captions = [several[0] for several in images.captions]
         self.captions = dict(zip(zip(concepts, styles, strict=True), captions, strict=True))
         fold = torch.tensor([self.fold(concept) for concept in concepts])
         if len(set(fold.tolist())) < self.folds:
             raise ValueError(
                 f"{len(set(concepts))} concepts fill only {len(set(fold.tolist()))} of {self.folds} folds; "
-                "give more pictures or ask for fewer folds."
+                "give more images or ask for fewer folds."
             )
-        x = image_features(pictures, self.images, self.store, progress)
+        x = image_features(images, self.images, self.store, progress)
         y = caption_features(captions, self.texts, self.store)
         moments = [Moments.of(x[fold == k], y[fold == k]) for k in range(self.folds)]
         self.chosen_alphas = self._choose_alphas(x, y, fold, styles, moments)
@@ -271,10 +271,10 @@ class AlignmentJudge:
         return tuple(self.alphas[int(best)] for best in hits.argmax(1))
 
     def ranks(self, pixels: Pixels, concepts: Sequence[str], styles: Sequence[str]) -> Int64[NDArray[np.int64], " n"]:
-        """From 1: the rank of each picture's prompt among the captions of all the concepts in the picture's style.
+        """From 1: the rank of each image's prompt among the captions of all the concepts in the image's style.
 
         Args:
-            pixels: The pictures.
+            pixels: The images.
             concepts: What each was meant to show; all distinct. Together they are the candidates.
             styles: The style that each was asked for.
 
@@ -283,11 +283,11 @@ class AlignmentJudge:
                 not fitted.
         """
         if not self.models:
-            raise ValueError("The judge has not learned yet; call fit(pictures) first.")
+            raise ValueError("The judge has not learned yet; call fit(images) first.")
         if not len(pixels) == len(concepts) == len(styles):
             raise ValueError(
-                f"{len(pixels)} pictures, {len(concepts)} concepts and {len(styles)} styles were given; "
-                "each picture needs one of each."
+                f"{len(pixels)} images, {len(concepts)} concepts and {len(styles)} styles were given; "
+                "each image needs one of each."
             )
         _check_distinct("Concepts", concepts)
         features = self.images.encode_images(pixels)
@@ -305,14 +305,14 @@ class AlignmentJudge:
         return ranks
 
     def top5(self, pixels: Pixels, concepts: Sequence[str], styles: Sequence[str]) -> Bool[NDArray[np.bool_], " n"]:
-        """Whether each picture's prompt is among the five nearest of `ranks`' candidates."""
+        """Whether each image's prompt is among the five nearest of `ranks`' candidates."""
         return self.ranks(pixels, concepts, styles) <= 5
 
     def _caption(self, concept: str, style: str) -> str:
         caption = self.captions.get((concept, style))
         if caption is None:
             raise ValueError(
-                f"No picture of concept {concept!r} in style {style!r} was given to fit, so its caption is not known."
+                f"No image of concept {concept!r} in style {style!r} was given to fit, so its caption is not known."
             )
         return caption
 
@@ -328,7 +328,7 @@ def _sum(moments: Sequence[Moments], without: set[int]) -> Moments:
 def _found_in_top(
     model: AlignmentModel, images: Tensor, captions: Tensor, styles: Sequence[str], share: float = 0.05
 ) -> int:
-    """How many pictures have their own caption within the nearest `share` of the captions of their style."""
+    """How many images have their own caption within the nearest `share` of the captions of their style."""
     found = 0
     for style in sorted(set(styles)):
         rows = torch.tensor([row for row, name in enumerate(styles) if name == style])

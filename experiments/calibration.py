@@ -33,10 +33,10 @@ TOPS = (1, 10, 100)
 
 
 def concentrations(scores: Float[NDArray[np.floating], "q m"]) -> dict[str, list[float]]:
-    """Mean over queries and its standard error: shares of the first pictures, effective number of pictures."""
+    """Mean over queries and its standard error: shares of the first images, effective number of images."""
     each = [concentration(row, TOPS) for row in scores]
     numbers = {f"share of the first {k}": [one.shares[k] for one in each] for k in TOPS}
-    numbers["effective pictures"] = [one.effective for one in each]
+    numbers["effective images"] = [one.effective for one in each]
     return {name: list(estimate(np.array(values))) for name, values in numbers.items()}
 
 
@@ -64,9 +64,7 @@ def main() -> None:
     others = teacher.of_queries(measuring)
     cosines = similarities(ranker, others.concatenated(features), others.rows)
     found = assess(calibration, cosines, others.scores, others.queries)
-    print(
-        f"{len(fitting)} queries fit the calibration, {found.count} measure it; {others.rows.shape[1]:,} pictures each"
-    )
+    print(f"{len(fitting)} queries fit the calibration, {found.count} measure it; {others.rows.shape[1]:,} images each")
     print(f"error {found.rmse:.3g} (always saying the mean: {found.spread:.3g}), unit: the teacher's score")
     print(f"rank correlation {found.spearman:.3f} ± {found.spearman_error:.3f}")
     print(f"coverage {found.coverage:.3f} ± {found.coverage_error:.3f}, asked for {options.confidence:g}")

@@ -1,10 +1,10 @@
-"""Do cheap metrics predict the expensive one? Retrieval of the teacher's first pictures against retraining.
+"""Do cheap metrics predict the expensive one? Retrieval of the teacher's first images against retraining.
 
     python -m experiments.ranker_table --seeds 1
     python -m experiments.cheap_metrics
 
 Takes rankers and untuned features of `results/emoji/ranker_table.json`, has the judge of emoji-1k train without the
-`--k` pictures that each names (all queries in one pool, one seed), and correlates mAP(k) of the table with the rise of
+`--k` images that each names (all queries in one pool, one seed), and correlates mAP(k) of the table with the rise of
 the queries' losses, own minus others. A ranker is one training run beside as many at random, and all of them are
 measured on the same queries: the interval of each correlation is a bootstrap over these. What was trained is not
 trained again.
@@ -53,7 +53,7 @@ def method_file(name: str, variant: Variant, options: argparse.Namespace) -> Pat
     path = options.output / f"{slug(name)}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     ranker = str((place / "ranker").resolve())
-    write_json(path, {"class_path": "Fast", "init_args": {"ranker": ranker, "encoders": encoders}})
+    write_json(path, {"class_path": "LearnedRanker", "init_args": {"ranker": ranker, "encoders": encoders}})
     return path
 
 
@@ -63,23 +63,23 @@ def slug(name: str) -> str:
 
 
 def correlations(
-    precisions: Float[NDArray[np.float64], "r q"], rises: Float[NDArray[np.float64], "r p"], seed: int
+    precisions: Float[NDArray[np.float64], "r q"], loss_increases: Float[NDArray[np.float64], "r p"], seed: int
 ) -> tuple[float, float, float]:
     """Spearman correlation over rankers of mean precision and mean rise, and its 95 % interval over queries."""
 
     def one(first: NDArray[np.intp], second: NDArray[np.intp]) -> float:
-        found = spearmanr(precisions[:, first].mean(axis=1), rises[:, second].mean(axis=1))
+        found = spearmanr(precisions[:, first].mean(axis=1), loss_increases[:, second].mean(axis=1))
         return float(found.statistic)
 
     random = np.random.default_rng(seed)
-    everywhere = (np.arange(precisions.shape[1]), np.arange(rises.shape[1]))
+    everywhere = (np.arange(precisions.shape[1]), np.arange(loss_increases.shape[1]))
     drawn = [one(*(random.choice(each, len(each)) for each in everywhere)) for _ in range(SAMPLES)]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return one(*everywhere), float(low), float(high)
 
 
-def rises_of(result: Mapping[str, Any], method: str) -> list[float]:
-    """Each query's rise of its loss when its own pictures went, less that of queries whose pictures stayed."""
+def loss_increases_of(result: Mapping[str, Any], method: str) -> list[float]:
+    """Each query's rise of its loss when its own images went, less that of queries whose images stayed."""
     (row,) = (row for row in result["rows"] if row["method"] == method)
     return [own - others for own, others in zip(row["loss"]["own"], row["loss"]["others"], strict=True)]
 
@@ -118,24 +118,24 @@ def main() -> None:
     table = json.loads(TABLE.read_text())["rows"]
     chosen = {name: method_file(name, variants()[name], options) for name in options.variants}
     result = judge([file for file in chosen.values() if file.stem != "caption"], options.k, options.output)
-    rises = np.array([rises_of(result, slug(name)) for name in chosen])
+    loss_increases = np.array([loss_increases_of(result, slug(name)) for name in chosen])
     depths = sorted(table[options.variants[0]]["0"]["ap"], key=int)
     found: dict[str, Any] = {}
     print(f"\n| ranker | {' | '.join(f'mAP({depth})' for depth in depths)} | ΔL own − others |")
     print(f"|---{'|---' * (1 + len(depths))}|")
-    for name, rise in zip(chosen, rises, strict=True):
-        cells = [table[name]["0"]["ap"][depth] for depth in depths] + [rise]
+    for name, relative_loss_increase in zip(chosen, loss_increases, strict=True):
+        cells = [table[name]["0"]["ap"][depth] for depth in depths] + [relative_loss_increase]
         print(f"| {name} | {' | '.join('{:.3f} ± {:.3f}'.format(*estimate(np.array(each))) for each in cells)} |")
     for depth in depths:
         precisions = np.array([table[name]["0"]["ap"][depth] for name in chosen])
-        found[depth] = correlations(precisions, rises, seed=0)
+        found[depth] = correlations(precisions, loss_increases, seed=0)
         print("mAP({}) and ΔL: Spearman correlation {:.2f} ({:.2f} to {:.2f})".format(depth, *found[depth]))
     write_json(
         RESULT,
         {
             "command": "python -m experiments.cheap_metrics",
             "k": options.k,
-            "rises": dict(zip(chosen, rises.tolist(), strict=True)),
+            "rises": dict(zip(chosen, loss_increases.tolist(), strict=True)),
             "spearman": found,
         },
     )

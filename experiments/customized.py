@@ -6,7 +6,7 @@
 
 The base model is `weights/emoji`, which knows two styles. Ten models learn a third style each (V* is the style: ten
 drawings of it, of other things for each model), ten learn one thing each (V* is the thing: its drawings in the held-out
-styles). Each then draws two pictures with V*, and each method is asked which of 2,000 training pictures and the
+styles). Each then draws two images with V*, and each method is asked which of 2,000 training images and the
 exemplars made them. Everything is written in the released layouts below `runs/customized`, and attributed by
 `evaluate.py customized`, which goes on where it stopped. Unlearning takes 5 timesteps without mirror images, and 500
 draws, or 1,000 in 100 steps of 10. `--full`: twice as many models, 10 timesteps and mirror images, four times as many
@@ -36,7 +36,7 @@ import evaluate
 import train
 from wherefrom.commands.customization_benchmark import RESULT, ROWS
 from wherefrom.data.emoji import EmojiOptions, build_emoji
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import generate
 from wherefrom.runtime import keyed_random
@@ -44,7 +44,7 @@ from wherefrom.runtime.artifacts import Store, replacing, write_json
 
 ROOT, RESULTS, EXPERIMENT = Path("runs/customized"), Path("results/emoji/customized.json"), "configs/experiment"
 WORD, SIZE, DRAWN = "<new1>", 32, 128
-EXEMPLARS, PICTURES = 10, 2
+EXEMPLARS, IMAGES = 10, 2
 LARGEST = 64 * 2**20  # of a file in an archive
 # A piano in two of the sets.
 AMBIGUOUS = {"keyboard", "musical keyboard"}
@@ -119,7 +119,7 @@ class Plan:
         caption: Of all its exemplars.
         start: The word that V* begins from.
         exemplars: (style, thing) of each.
-        prompts: Of the pictures it draws.
+        prompts: Of the images it draws.
     """
 
     case: str
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Folder of the model and of its pictures."""
+        """Folder of the model and of its images."""
         return f"{self.case}/{self.number:02d}"
 
 
@@ -158,11 +158,11 @@ def plan(styles: Mapping[str, Style], known: Sequence[str], models: int) -> list
     for number in range(models):
         style = names[number % len(names)]
         free = [name for name in ordered(things, number) if name in styles[style].drawings and name not in used]
-        if len(free) < EXEMPLARS + PICTURES:
+        if len(free) < EXEMPLARS + IMAGES:
             raise ValueError(
-                f"{style} has {len(free)} things left for model {number}, {EXEMPLARS + PICTURES} are needed."
+                f"{style} has {len(free)} things left for model {number}, {EXEMPLARS + IMAGES} are needed."
             )
-        chosen, asked = free[:EXEMPLARS], free[EXEMPLARS : EXEMPLARS + PICTURES]
+        chosen, asked = free[:EXEMPLARS], free[EXEMPLARS : EXEMPLARS + IMAGES]
         used |= set(chosen)
         exemplars = tuple((style, name) for name in chosen)
         prompts = tuple(f"{name}, {WORD} style" for name in asked)
@@ -173,7 +173,7 @@ def plan(styles: Mapping[str, Style], known: Sequence[str], models: int) -> list
     for number, name in enumerate(everywhere[:models]):
         exemplars = tuple((style, name) for style in names)
         caption = f"{WORD}, drawn style"  # in the words of the base model's captions, but of neither of its styles
-        found.append(Plan("emoji_objects", number, caption, "object", exemplars, (caption,) * PICTURES))
+        found.append(Plan("emoji_objects", number, caption, "object", exemplars, (caption,) * IMAGES))
     return found
 
 
@@ -243,7 +243,7 @@ def make(plans: Sequence[Plan], styles: Mapping[str, Style], steps: int) -> None
 
 
 def sheet(plans: Sequence[Plan], path: Path) -> None:
-    """A picture to look at: each model's first exemplars, and what it draws."""
+    """An image to look at: each model's first exemplars, and what it draws."""
     rows = []
     for each in plans:
         files = sorted((ROOT / "dataset" / "exemplar" / each.name).glob("*.png"))[:4]
@@ -258,10 +258,10 @@ def settings_of(file: Path, full: bool) -> dict[str, Any]:
     if unlearning is None:
         return {}
     several = unlearning["steps"] > 1
-    draws = {"unlearning.draws": (10 if several else 500) * (4 if full else 1)}
+    noise_samples = {"unlearning.noise_samples": (10 if several else 500) * (4 if full else 1)}
     if several:  # each step's size is measured
-        draws["unlearning.measure_draws"] = 100 if full else 25
-    return {"grid.timesteps": 10 if full else 5, "grid.flips": full, **draws}
+        noise_samples["unlearning.measurement_samples"] = 100 if full else 25
+    return {"grid.timesteps": 10 if full else 5, "grid.flips": full, **noise_samples}
 
 
 def main() -> None:
@@ -277,8 +277,8 @@ def main() -> None:
     if len(archives) < 2:
         raise SystemExit(f"{options.npm} holds {len(archives)} packages; at least two are needed: see --help.")
     styles = {style.name: style for style in map(read_style, archives)}
-    pictures: Pictures = build_emoji(Store("cache"), EmojiOptions())
-    train_names = sorted(set(pictures.where("split", "train").columns["name"]))
+    images: ImageSet = build_emoji(Store("cache"), EmojiOptions())
+    train_names = sorted(set(images.where("split", "train").columns["name"]))
     plans = plan(styles, train_names, 20 if options.full else 10)
     make(plans, styles, options.steps)
     sheet(plans, ROOT / "sheet.png")
@@ -298,7 +298,7 @@ def main() -> None:
         kept["rows"][f"{name}{' (full)' if options.full else ''}"] = result["lines"]
         command = "python -m experiments.customized --methods " + " ".join(kept["rows"])
         write_json(RESULTS, {"command": command, "k": result["k"], "rows": kept["rows"]})
-        print(f"rows of single pictures: {output / name / ROWS}")
+        print(f"rows of single images: {output / name / ROWS}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""A teacher set of several: their ranks averaged over the pictures that the first one scored.
+r"""A teacher set of several: their ranks averaged over the images that the first one scored.
 
     python -m experiments.ensemble_teacher --sets runs/emoji_1k_teacher runs/emoji_1k_teacher_bank \
         runs/emoji_1k_teacher_trak --output runs/emoji_1k_teacher_ensemble
@@ -24,16 +24,16 @@ def ensemble(sets: Sequence[TeacherSet]) -> TeacherSet:
     """The first set, with minus the mean of all sets' normalised ranks for scores.
 
     Raises:
-        ValueError: There are fewer than two, or their training pictures, queries or scored pictures do not fit.
+        ValueError: There are fewer than two, or their training images, queries or scored images do not fit.
     """
     first = sets[0]
     if len(sets) < 2:
         raise ValueError(f"An ensemble needs at least two teacher sets; given {len(sets)}.")
     for position, other in enumerate(sets[1:], start=2):
         if other.images != first.images or other.queries != first.queries:
-            raise ValueError(f"Set {position} is not of the training pictures and queries of the first.")
+            raise ValueError(f"Set {position} is not of the training images and queries of the first.")
     rows, scores = np.empty_like(first.rows), np.empty_like(first.scores)
-    matrices = [each.by_picture() for each in sets]
+    matrices = [each.by_image() for each in sets]
     for place, (query, candidates) in enumerate(zip(first.queries, first.rows, strict=True)):
         ids = [first.images[row] for row in candidates]
         given = np.stack([matrix[place, candidates] for matrix in matrices])
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     found = ensemble([read_teacher_set(options.sets[0]), *(read_teacher_set(each, []) for each in options.sets[1:])])
     write_teacher_set(options.output, found)
-    print(f"{len(found.queries)} queries, {found.rows.shape[1]} scored pictures each: {options.output}")
+    print(f"{len(found.queries)} queries, {found.rows.shape[1]} scored images each: {options.output}")
 
 
 if __name__ == "__main__":

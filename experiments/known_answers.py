@@ -1,8 +1,8 @@
 """Queries whose answer is known, drawn by the emoji model.
 
-* own: the picture and its own prompt, a training caption. The training picture with that caption must be found, and the
+* own: the image and its own prompt, a training caption. The training image with that caption must be found, and the
   same concept in the other style.
-* crossed: the picture of A with the prompt of B. Where is A, in its own and in the other style, where is B?
+* crossed: the image of A with the prompt of B. Where is A, in its own and in the other style, where is B?
 * held-out: the prompt is a (concept, style) pair that was never trained on. Where is the concept in the other style?
 """
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from wherefrom.attributors import Query, Scores, TrainingData
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.sources import generate
 from wherefrom.rankings.ranking_file import normalised_ranks
@@ -25,21 +25,21 @@ from wherefrom.runtime.keyed_random import hash_text
 
 @dataclass(frozen=True)
 class Case:
-    """A query and the training pictures that it should find."""
+    """A query and the training images that it should find."""
 
     query: Query
     targets: Mapping[str, str]
 
 
-def choose(pictures: Pictures, count: int, seed: int) -> list[int]:
-    """Training pictures of distinct concepts that stay in training in both styles, by hash."""
+def choose(images: ImageSet, count: int, seed: int) -> list[int]:
+    """Training images of distinct concepts that stay in training in both styles, by hash."""
     styles_of: dict[str, set[str]] = {}
-    for concept, style in zip(pictures.columns["concept"], pictures.columns["style"], strict=True):
+    for concept, style in zip(images.columns["concept"], images.columns["style"], strict=True):
         styles_of.setdefault(concept, set()).add(style)
-    order = sorted(range(len(pictures)), key=lambda index: hash_text(f"demo table/{seed}/{pictures.ids[index]}"))
+    order = sorted(range(len(images)), key=lambda index: hash_text(f"demo table/{seed}/{images.ids[index]}"))
     chosen: dict[str, int] = {}
     for index in order:
-        concept = pictures.columns["concept"][index]
+        concept = images.columns["concept"][index]
         if len(styles_of[concept]) == 2 and concept not in chosen:
             chosen[concept] = index
         if len(chosen) == count:
@@ -60,16 +60,16 @@ def make_cases(
     assert data.latents is not None
     assert data.held_out is not None
     channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
-    pictures, held_out = data.pictures, data.held_out
-    own = choose(pictures, counts["own"], seed)
+    images, held_out = data.images, data.held_out
+    own = choose(images, counts["own"], seed)
     unseen = sorted(range(len(held_out)), key=lambda i: hash_text(f"demo table/{seed}/{held_out.ids[i]}"))[
         : counts["held-out"]
     ]
-    prompts = [pictures.captions[index][0] for index in own] + [held_out.captions[index][0] for index in unseen]
+    prompts = [images.captions[index][0] for index in own] + [held_out.captions[index][0] for index in unseen]
     drawn = generate(model, prompts, seed, (channels, rows, columns), eta=eta, keep_trajectory=True)
     cases: dict[str, list[Case]] = {"own": [], "crossed": [], "held-out": []}
     for index, query in zip(own, drawn, strict=False):
-        name = pictures.ids[index]
+        name = images.ids[index]
         cases["own"].append(Case(query, {"own": name, "other style": other_style(name)}))
     for index, query in zip(unseen, drawn[len(own) :], strict=True):
         cases["held-out"].append(Case(query, {"other style": other_style(held_out.ids[index])}))

@@ -6,7 +6,7 @@
 The queries are those of `experiments.known_answers`. Methods are files of `configs/attributor`, at the few timesteps
 and draws that are given here. A method's ranks go into `results/emoji/method_table.json` when it is done, and are not
 computed again for the same model and settings; an interrupted method goes on where it stopped. With `--candidates`, and
-in the ablation, only a fixed random part of the training pictures is scored, besides those that must be found, and an
+in the ablation, only a fixed random part of the training images is scored, besides those that must be found, and an
 interrupted method starts anew.
 """
 
@@ -33,7 +33,7 @@ from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
 from wherefrom.commands.attribute import attribute
 from wherefrom.commands.method_files import load_methods
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store, identity_hash, write_json
@@ -65,7 +65,7 @@ METHODS = (
 
 def same_style(results: Sequence[Scores], data: TrainingData) -> Float[NDArray[np.float64], " n"]:
     """Share of the top 100 that is drawn in the style of the prompt, for each query."""
-    style_of = dict(zip(data.pictures.ids, data.pictures.columns["style"], strict=True))
+    style_of = dict(zip(data.images.ids, data.images.columns["style"], strict=True))
     found = []
     for scores in results:
         wanted = next(style for style in set(style_of.values()) if scores.query.prompt.endswith(f"{style} style"))
@@ -94,13 +94,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "own prompt: other style": "own/other style",
         "crossed: A itself": "crossed/own",
         "crossed: A, other style": "crossed/other style",
-        "crossed: the prompt's picture": "crossed/prompt's",
+        "crossed: the prompt's image": "crossed/prompt's",
         "held-out prompt: other style": "held-out/other style",
     }
     titles = [
         "method",
-        "pictures scored",
-        "own picture in the top 1 %",
+        "images scored",
+        "own image in the top 1 %",
         *checks,
         "style of the prompt in the top 100",
         "reliability",
@@ -119,9 +119,9 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def choose_candidates(pictures: Pictures, cases: Sequence[Case], count: int, seed: int) -> list[str]:
-    """Training pictures chosen by hash, and those that must be found."""
-    order = sorted(pictures.ids, key=lambda name: hash_text(f"candidates/{seed}/{name}"))
+def choose_candidates(images: ImageSet, cases: Sequence[Case], count: int, seed: int) -> list[str]:
+    """Training images chosen by hash, and those that must be found."""
+    order = sorted(images.ids, key=lambda name: hash_text(f"candidates/{seed}/{name}"))
     return sorted({*order[:count], *(name for case in cases for name in case.targets.values())})
 
 
@@ -136,29 +136,27 @@ def timed(results: Iterator[Scores]) -> Iterator[Scores]:
 def ablation(
     model: DiffusionModel, data: TrainingData, cases: Sequence[Case], store: Store, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """AbU and AbU+ at several numbers of timesteps: reliability, agreement with the most, rank of the own picture.
+    """AbU and AbU+ at several numbers of timesteps: reliability, agreement with the most, rank of the own image.
 
-    Only the candidates' losses are measured, but the curvature is that of all training pictures.
+    Only the candidates' losses are measured, but the curvature is that of all training images.
     """
-    candidates = choose_candidates(data.pictures, cases, options.candidates or 200, options.seed)
+    candidates = choose_candidates(data.images, cases, options.candidates or 200, options.seed)
     assert data.latents is not None
     positions = [data.latents.ids.index(name) for name in candidates]
-    part = TrainingData(
-        data.pictures.subset(positions), data.latents.subset(positions)
-    )  # no null: p-values are not read
+    part = TrainingData(data.images.subset(positions), data.latents.subset(positions))  # no null: p-values are not read
     queries, found = [case.query for case in cases], {}
     runner, console = Runner.current(), Console()
     for method in ("abu", "abu_plus"):
         results: dict[int, list[Scores]] = {}
         whole = load(method, settings(options))
         assert isinstance(whole, AttributionByUnlearning)
-        whole.prepare(data, model, store, runner, console.say)
+        whole.prepare(data, model, store, runner, console.log)
         for timesteps in options.timestep_ladder:
-            console.say(f"{method} at {timesteps} timesteps")
+            console.log(f"{method} at {timesteps} timesteps")
             attributor = load(method, {**settings(options), "grid.timesteps": timesteps})
             assert isinstance(attributor, AttributionByUnlearning)
             attributor.progress = console.progress
-            attributor.fit(part, model, store, runner, console.say)
+            attributor.fit(part, model, store, runner, console.log)
             attributor.curvature = whole.curvature
             results[timesteps] = list(attributor.score(queries))
         most = results[max(results)]
@@ -186,12 +184,12 @@ def ablation_table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What replaces the files' settings."""
-    step = {} if options.rise is None else {"unlearning.rise": options.rise}
+    step = {} if options.rise is None else {"unlearning.relative_loss_increase": options.rise}
     return step | {
         "grid.timesteps": options.timesteps,
-        "unlearning.draws": options.draws,
-        "draws": options.draws,
-        "fisher.visits": options.visits,
+        "unlearning.noise_samples": options.draws,
+        "noise_samples": options.draws,
+        "fisher.samples_per_image": options.visits,
         "projection.kind": "sparse",  # as good on average, and thirty times as fast
     }
 
@@ -226,7 +224,7 @@ def main() -> None:
     arguments.add_argument("--ablation", action="store_true", help="the ablation of timesteps instead")
     arguments.add_argument("--ablation-queries", type=int, default=5)
     arguments.add_argument("--timestep-ladder", type=int, nargs="+", default=[5, 10, 20, 200])
-    arguments.add_argument("--candidates", type=int, help="random training pictures scored; all by default, or 200")
+    arguments.add_argument("--candidates", type=int, help="random training images scored; all by default, or 200")
     arguments.add_argument("--results", type=Path, default=RESULTS, help="where each method's ranks go")
     options = arguments.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -254,14 +252,14 @@ def main() -> None:
         identity = identity_hash({**shared, "attributor": attributor.identity(), "candidates": options.candidates})
         known = read(options.results).get("methods", {}).get(method, {})
         if known.get("identity") != identity:
-            console.say(f"{method}: {len(flat)} queries")
+            console.log(f"{method}: {len(flat)} queries")
             attributor.progress = console.progress
             queries = [case.query for case in flat]
             if options.candidates is None:
-                results = attribute(output / method, attributor, data, model, queries, store, runner, say=console.say)
+                results = attribute(output / method, attributor, data, model, queries, store, runner, log=console.log)
             else:
-                attributor.fit(data, model, store, runner, console.say)
-                part = choose_candidates(data.pictures, flat, options.candidates, options.seed)
+                attributor.fit(data, model, store, runner, console.log)
+                part = choose_candidates(data.images, flat, options.candidates, options.seed)
                 results = list(timed(attributor.score(queries, part)))
             known = {
                 "identity": identity,
@@ -275,7 +273,7 @@ def main() -> None:
     print(table(rows))
     total = sum(sum(row["ranks"]["seconds"]) for row in rows.values())
     print(
-        f"\n{sum(counts.values())} queries over {len(data.pictures):,} training pictures; {options.timesteps} "
+        f"\n{sum(counts.values())} queries over {len(data.images):,} training images; {options.timesteps} "
         f"timesteps, {options.draws} draws, {options.visits} visits of the curvature; {duration(total)} of scoring"
     )
 

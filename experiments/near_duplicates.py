@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m experiments.near_duplicates
 
-plants two copies (one pixel off, slightly recoloured, same caption) of each of 8 training pictures of emoji-1k, and
-trains three models of about nine core-minutes each: with all 1,026 pictures, without the 8 originals, and without the
-originals and their 16 copies. Each original's caption is drawn by the first model; the drawn pictures are attributed
+plants two copies (one pixel off, slightly recoloured, same caption) of each of 8 training images of emoji-1k, and
+trains three models of about nine core-minutes each: with all 1,026 images, without the 8 originals, and without the
+originals and their 16 copies. Each original's caption is drawn by the first model; the drawn images are attributed
 under the first model, and under the second among what is left. Prints, for each method, where the originals and the
 copies stand before and the copies after, whether the first ranking foresaw it, and what each removal does to the
 queries' losses. Nothing is trained twice, and an interrupted run goes on where it stopped.
@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
-from datamodules.pictures import PicturesDataModule
+from datamodules.images import ImageDataModule
 from experiments.known_answers import choose
 from lightning_modules.launch.recipe import Recipe
 from lightning_modules.launch.runs import shapes, training_data_of
@@ -41,16 +41,16 @@ from wherefrom.data.copies import Copies
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.queries.sources import QuerySource, generate
 from wherefrom.runtime.artifacts import Store, replacing, write_json
-from wherefrom.runtime.console import Console, Say, silent
+from wherefrom.runtime.console import Console, Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 # As the judge's (emoji_1k_judge.yaml).
 SETTINGS = {
     "grid.timesteps": 10,
     "grid.flips": False,
-    "unlearning.draws": 1000,
-    "unlearning.rise": 1.0,
-    "fisher.visits": 2,
+    "unlearning.noise_samples": 1000,
+    "unlearning.relative_loss_increase": 1.0,
+    "fisher.samples_per_image": 2,
 }
 
 
@@ -83,7 +83,7 @@ def standing(
     """Where an original and its copies stand in two rankings.
 
     Args:
-        first: Ids from the most influential, of all pictures.
+        first: Ids from the most influential, of all images.
         after: Those that are left, under the model that was trained without the originals.
         original: The query's original.
         copies: Its copies.
@@ -112,7 +112,7 @@ class World:
     """The recipe with copies in its training set, and that set."""
 
     recipe: Recipe
-    module: PicturesDataModule
+    module: ImageDataModule
 
 
 def planted(file: str | Path, copies: Copies | int, store: Store, output: Path, seed: int = 0, count: int = 2) -> World:
@@ -120,11 +120,11 @@ def planted(file: str | Path, copies: Copies | int, store: Store, output: Path, 
 
     Args:
         file: The experiment file.
-        copies: The copies, or of how many training pictures, chosen by hash.
-        store: Where pictures and latents are kept.
+        copies: The copies, or of how many training images, chosen by hash.
+        store: Where images and latents are kept.
         output: Where the experiment file with the copies goes.
         seed: Seed of the choice and of the copies.
-        count: Copies of each picture that is chosen.
+        count: Copies of each image that is chosen.
 
     Raises:
         ValueError: The experiment's data cannot have copies, or an original is not in its training set.
@@ -134,7 +134,7 @@ def planted(file: str | Path, copies: Copies | int, store: Store, output: Path, 
     if "copies" not in settings:
         raise ValueError(f"{file} trains on {config['data']['class_path']}, which cannot plant copies; Emoji can.")
     if isinstance(copies, int):
-        whole = data_module(config["data"], store).train_pictures
+        whole = data_module(config["data"], store).train_images
         copies = Copies([whole.ids[index] for index in choose(whole, copies, seed)], count, seed)
     settings["copies"] = asdict(copies)
     with replacing(output / "recipe.yaml") as temporary:
@@ -142,11 +142,11 @@ def planted(file: str | Path, copies: Copies | int, store: Store, output: Path, 
     return World(Recipe(output / "recipe.yaml", store.root), data_module(config["data"], store))
 
 
-def data_module(config: Mapping[str, Any], store: Store) -> PicturesDataModule:
+def data_module(config: Mapping[str, Any], store: Store) -> ImageDataModule:
     """A recipe's data module, set up in a store."""
     made = ArgumentParser()
     made.add_subclass_arguments(LightningDataModule, "data", required=True)
-    module: PicturesDataModule = made.instantiate(made.parse_object({"data": config})).data
+    module: ImageDataModule = made.instantiate(made.parse_object({"data": config})).data
     module.store = store
     module.prepare_data()
     module.setup()
@@ -162,7 +162,7 @@ def judge_copies(
     source: QuerySource = QuerySource(eta=1.0),
     timesteps: int = 200,
     seed: int = 0,
-    say: Say = silent,
+    log: Log = no_log,
 ) -> dict[str, Any]:
     """Trains the three models and compares the rankings.
 
@@ -175,7 +175,7 @@ def judge_copies(
         source: How the originals' captions are drawn.
         timesteps: Timesteps of the queries' losses.
         seed: Seed of the trainings.
-        say: Is told what is being done.
+        log: Receives lines about what is being done.
 
     Returns:
         By original, each removal's change of the query's loss; by method and original, what `Standing` holds.
@@ -184,23 +184,23 @@ def judge_copies(
     assert data.latents is not None
     latents = data.latents
     retrains = Retrains(store, world.recipe.identity(), latents.ids, latents.fingerprint, world.recipe.train)
-    say("the model with all pictures")
+    log("the model with all images")
     model = retrains.model(Retrain((), seed)).to(runner.device)
-    where = {name: index for index, name in enumerate(data.pictures.ids)}
-    prompts = [data.pictures.captions[where[name]][0] for name in copies.ids]
+    where = {name: index for index, name in enumerate(data.images.ids)}
+    prompts = [data.images.captions[where[name]][0] for name in copies.ids]
     settings = {**vars(source), "prompts": prompts}
     source = QuerySource(**settings)
     queries = generate(model, prompts, source.seed, shapes(data)[0], source.sampling_steps, source.guidance, source.eta)
     panel = Panel(queries, model, source, timesteps)
     gone = Retrain(tuple(sorted(copies.ids)), seed)
     all_gone = Retrain(tuple(sorted([*copies.ids, *copies.planted])), seed)
-    sweep = Sweep(retrains, panel, Measurements(output / "retrains.parquet"), say=say)
+    sweep = Sweep(retrains, panel, Measurements(output / "retrains.parquet"), log=log)
     measured = sweep.measure([Retrain((), seed), gone, all_gone])
-    again = Reattribution(output / AFTER, methods, data, retrains, queries, store, runner, say=say)
+    again = Reattribution(output / AFTER, methods, data, retrains, queries, store, runner, log=log)
     standings: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
-        say(name)
-        scores = attribute(output / name, method, data, model, queries, store, runner, say=say)
+        log(name)
+        scores = attribute(output / name, method, data, model, queries, store, runner, log=log)
         after = again(name, gone, [query.id for query in queries])
         standings[name] = {
             original: asdict(
@@ -216,7 +216,7 @@ def judge_copies(
         words: {original: by[query.id]["loss"] for original, query in zip(copies.ids, queries, strict=True)}
         for words, by in moved.items()
     }
-    return {"copies": asdict(copies), "training_pictures": len(data.pictures), "loss": losses, "standings": standings}
+    return {"copies": asdict(copies), "training_pictures": len(data.images), "loss": losses, "standings": standings}
 
 
 def report(found: Mapping[str, Any]) -> str:
@@ -246,7 +246,7 @@ def report(found: Mapping[str, Any]) -> str:
         means = [cell([one[kind] for one in each]) for kind in ("spearman", "share", "chance")]
         lines.append(f"| {' | '.join([method, *(f'{rank:.4g}' for rank in medians), *means])} |")
     queries = len(found["copies"]["ids"])
-    lines += ["", f"{queries} queries over {found['training_pictures']:,} training pictures; ranks are medians."]
+    lines += ["", f"{queries} queries over {found['training_pictures']:,} training images; ranks are medians."]
     return "\n".join(lines)
 
 
@@ -254,8 +254,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the comparison."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--recipe", default="configs/experiment/emoji_1k.yaml")
-    arguments.add_argument("--originals", type=int, default=8, help="how many pictures have copies, chosen by hash")
-    arguments.add_argument("--ids", nargs="+", help="these pictures instead")
+    arguments.add_argument("--originals", type=int, default=8, help="how many images have copies, chosen by hash")
+    arguments.add_argument("--ids", nargs="+", help="these images instead")
     arguments.add_argument("--count", type=int, default=2, help="copies of each")
     arguments.add_argument("--methods", type=Path, nargs="+", help="attributor files")
     arguments.add_argument("--settings", type=json.loads, default=SETTINGS, help="as of evaluate.py counterfactual")
@@ -276,7 +276,7 @@ def main(args: Sequence[str] | None = None) -> None:
         method.progress = console.progress
     source = QuerySource(sampling_steps=options.sampling_steps, eta=1.0, seed=options.seed)
     found = judge_copies(
-        options.output, world, copies, methods, store, source, options.timesteps, options.seed, console.say
+        options.output, world, copies, methods, store, source, options.timesteps, options.seed, console.log
     )
     print(report(found))
     given = {name: value for name, value in vars(options).items() if name not in ("output", "results", "store")}

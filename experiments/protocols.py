@@ -34,7 +34,7 @@ class Agreement:
     """What two judgements say of the same methods and queries at one K.
 
     Attributes:
-        k: Pictures that each query lost.
+        k: Images that each query lost.
         methods: The methods.
         queries: The queries.
         kendall: Kendall's τ-b of the methods' order, by query; NaN where all ΔLs of one judgement are equal.

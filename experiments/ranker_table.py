@@ -4,9 +4,9 @@
     python -m experiments.ranker_table --variants bce "1 encoder: efficientnet" --seeds 1
 
 Trains `configs/experiment/emoji_ranker.yaml` once for each variant and seed on the teacher set in
-`runs/emoji_1k_teacher` (AbU+ among the pictures that the bank chooses), and measures mAP(k) over the whole training set
+`runs/emoji_1k_teacher` (AbU+ among the images that the bank chooses), and measures mAP(k) over the whole training set
 for the queries in `runs/emoji_1k_teacher_test`, none of which was trained on. Errors are standard errors over queries
-of the mean over seeds. *Without* a half of the features is mAP where that half is another picture's: one whose loss
+of the mean over seeds. *Without* a half of the features is mAP where that half is another image's: one whose loss
 costs nothing is ignored. *Against* the best untuned features, errors are of the differences, query by query.
 
 A variant that was measured before is not trained again. Other teachers' sets are named
@@ -45,7 +45,7 @@ from wherefrom.runtime.artifacts import hash_file, identity_hash, write_json
 EXPERIMENT, RESULT = "configs/experiment/emoji_ranker.yaml", Path("results/emoji/ranker_table.json")
 TRAIN, TEST = Path("runs/emoji_1k_teacher"), Path("runs/emoji_1k_teacher_test")
 BOTH = ("efficientnet", "minilm")
-CANDIDATES = 0.1  # K, as a share of the training pictures
+CANDIDATES = 0.1  # K, as a share of the training images
 REFERENCE = "untuned: minilm"  # the best of the untuned
 RATE = "model.init_args.optimizer.init_args.lr"
 
@@ -161,7 +161,7 @@ def train_one(variant: Variant, seed: int, folder: Path, steps: int) -> None:
 def cosines_of(
     variant: Variant, test: TeacherSet, folder: Path | None
 ) -> tuple[Float[NDArray[np.float64], "q n"], int, float]:
-    """Cosines of the test queries with all training pictures, width of the vectors, milliseconds of a query."""
+    """Cosines of the test queries with all training images, width of the vectors, milliseconds of a query."""
     both = test.concatenated(variant.features)
     if folder is None:
         # Each encoder's vectors at length one, so that none drowns the others.
@@ -184,16 +184,14 @@ def cosines_of(
 
 
 def matrix_of(test: TeacherSet) -> Float[NDArray[np.float64], "q n"]:
-    """Scores of a set that ranks all training pictures, in their order.
+    """Scores of a set that ranks all training images, in their order.
 
     Raises:
         ValueError: It ranks only some of them.
     """
     if not test.is_whole:
-        raise ValueError(
-            f"A query has {test.rows.shape[1]} scores, but there are {len(test.images)} training pictures."
-        )
-    return test.by_picture()
+        raise ValueError(f"A query has {test.rows.shape[1]} scores, but there are {len(test.images)} training images.")
+    return test.by_image()
 
 
 def average_precisions(
@@ -298,7 +296,7 @@ def main() -> None:
     for name in options.variants:
         if rows.get(name):
             print(line(name, list(rows[name].values()), ks, len(test.images), rows[REFERENCE]["0"]["ap"]))
-    print("\n".join(["", *skipped, f"{len(test.queries)} queries, {len(test.images):,} training pictures"]))
+    print("\n".join(["", *skipped, f"{len(test.queries)} queries, {len(test.images):,} training images"]))
 
 
 if __name__ == "__main__":

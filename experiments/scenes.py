@@ -1,4 +1,4 @@
-"""Two training pictures of the emoji world side by side, and whether a model still shows both objects."""
+"""Two training images of the emoji world side by side, and whether a model still shows both objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.alignment import AlignmentJudge
 from experiments.recognisability import choose_prompts
 from wherefrom.data.emoji import caption
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder
 from wherefrom.models.noise_schedule import sampling_scheduler
@@ -27,10 +27,10 @@ _NOISE = 901
 
 @dataclass(frozen=True)
 class Scene:
-    """Two training pictures side by side.
+    """Two training images side by side.
 
     Attributes:
-        id: Made of the two pictures' ids.
+        id: Made of the two images' ids.
         prompt: The caption.
         concepts: What is on the left (A) and on the right (B).
         style: The style of both.
@@ -53,25 +53,25 @@ class Scene:
         }[name]
 
 
-def make_scenes(pictures: Pictures, rows: Sequence[int]) -> list[Scene]:
-    """A scene of every two chosen pictures, in the style of the first.
+def make_scenes(images: ImageSet, rows: Sequence[int]) -> list[Scene]:
+    """A scene of every two chosen images, in the style of the first.
 
     Args:
-        pictures: The training pictures.
-        rows: Pictures of distinct concepts that are there in every style (see `choose_prompts`).
+        images: The training images.
+        rows: Images of distinct concepts that are there in every style (see `choose_prompts`).
     """
-    concepts, styles, names = (pictures.columns[name] for name in ("concept", "style", "name"))
+    concepts, styles, names = (images.columns[name] for name in ("concept", "style", "name"))
     where = {pair: row for row, pair in enumerate(zip(concepts, styles, strict=True))}
     scenes = []
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         other = where[concepts[second], styles[first]]
         scenes.append(
             Scene(
-                f"{pictures.ids[first]}|{pictures.ids[other]}",
+                f"{images.ids[first]}|{images.ids[other]}",
                 caption(f"{names[first]} and {names[other]}", styles[first]),
                 (concepts[first], concepts[other]),
                 styles[first],
-                np.concatenate([pictures.pixels[first], pictures.pixels[other]], axis=1),
+                np.concatenate([images.pixels[first], images.pixels[other]], axis=1),
             )
         )
     return scenes
@@ -163,12 +163,12 @@ def judge_scenes(
 
 
 def admit(
-    pictures: Pictures, count: int, seed: int, judged: Callable[[Sequence[Scene]], Admission], most: int
+    images: ImageSet, count: int, seed: int, judged: Callable[[Sequence[Scene]], Admission], most: int
 ) -> list[Admission]:
     """Blocks of scenes, until `count` are admitted or there are no more to try.
 
     Args:
-        pictures: The training pictures.
+        images: The training images.
         count: Scenes wanted.
         seed: Which scenes.
         judged: Judges a block.
@@ -177,10 +177,10 @@ def admit(
     Raises:
         ValueError: None is admitted.
     """
-    rows = choose_prompts(pictures, most * AMONG, seed)
+    rows = choose_prompts(images, most * AMONG, seed)
     blocks: list[Admission] = []
     for start in range(0, len(rows), AMONG):
-        blocks.append(judged(make_scenes(pictures, rows[start : start + AMONG])))
+        blocks.append(judged(make_scenes(images, rows[start : start + AMONG])))
         if sum(len(block.admitted()) for block in blocks) >= count:
             break
     if not any(len(block.admitted()) for block in blocks):

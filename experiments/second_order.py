@@ -5,9 +5,9 @@
         --teacher configs/attributor/influence_bank_quick.yaml --output runs/emoji_1k_teacher_test_bank
     python -m experiments.second_order
 
-Both sets score all training pictures of emoji-1k for the same queries. The corrected score is s + c · s² / σ (see
+Both sets score all training images of emoji-1k for the same queries. The corrected score is s + c · s² / σ (see
 `InfluenceBank`), so every c is judged from the bank's first-order scores: mAP(k) against AbU+, how often AbU+'s very
-first picture is first, and among the last ten, and how many of AbU+'s first 1, 10 and 100 are among K candidates.
+first image is first, and among the last ten, and how many of AbU+'s first 1, 10 and 100 are among K candidates.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def corrected(first_order: Matrix, c: float) -> Matrix:
 
 
 def aligned(exact: TeacherSet, bank: TeacherSet) -> tuple[Matrix, Matrix]:
-    """Scores of the queries that both sets have, over the same pictures.
+    """Scores of the queries that both sets have, over the same images.
 
     Raises:
-        SystemExit: They are of other pictures, or share no query.
+        SystemExit: They are of other images, or share no query.
     """
     if exact.images != bank.images:
-        raise SystemExit("The two teacher sets are of other training pictures.")
+        raise SystemExit("The two teacher sets are of other training images.")
     common = [query for query in exact.queries if query in set(bank.queries)]
     if not common:
         raise SystemExit("The two teacher sets have no query in common.")
@@ -95,7 +95,7 @@ def main() -> None:
         for name, kind in kinds.items():
             cells = [", ".join(f"{value:.2f}" for value in row[kind][str(top)]) for top in TOPS]
             print(f"| {name} | {' | '.join(cells)} |")
-    print(f"\n{facts['queries']} queries, {facts['pictures']:,} pictures; K = {options.candidates}")
+    print(f"\n{facts['queries']} queries, {facts['pictures']:,} images; K = {options.candidates}")
 
 
 if __name__ == "__main__":

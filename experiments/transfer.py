@@ -3,7 +3,7 @@
     python -m experiments.transfer
 
 Trains emoji-1k with another seed (as the judge's floor does: once for both), and has the bank rank all training
-pictures for the same prompts under both models. Rankers: one that learned from the first model, as it is; one that
+images for the same prompts under both models. Rankers: one that learned from the first model, as it is; one that
 learns from the second model's `--queries` alone; and one that starts from the first's and learns from these. All are
 measured on the second model's test queries. Beside them, how far both models' own rankings agree: what a ranker of the
 first could reach at best. What was trained or curated is not made again.
@@ -45,7 +45,7 @@ def second_model(seed: int, store: Store) -> Path:
 
 
 def curate(model: str | Path, experiment: str, output: Path, *more: str) -> TeacherSet:
-    """The bank's rankings of all training pictures for a model's own pictures."""
+    """The bank's rankings of all training images for a model's own images."""
     words = ("--model", str(model), "--teacher", BANK, "--output", str(output), *more)
     evaluate.main(["curate", "-c", f"configs/experiment/{experiment}.yaml", *words])
     return read_teacher_set(output)

@@ -1,13 +1,13 @@
-"""Where do the judge's methods put the two pictures that retraining feels most?
+"""Where do the judge's methods put the two images that retraining feels most?
 
     python evaluate.py counterfactual -c configs/experiment/emoji_1k_judge.yaml
     python -m experiments.twins
     python evaluate.py lds -c configs/experiment/emoji_1k_tuning.yaml
     python -m experiments.twins --run runs/emoji_1k_tuning --results results/emoji/twins_tuning.json
 
-Each query of emoji-1k was drawn with the caption of a training picture, its *own*, or with a held-out one; its *twin*
+Each query of emoji-1k was drawn with the caption of a training image, its *own*, or with a held-out one; its *twin*
 is the same thing in the other style. Prints for each method of the judge's run how often it ranks each of the two
-among the first `--k` and among the last `--k` of all training pictures, and among the first by the size of its
+among the first `--k` and among the last `--k` of all training images, and among the first by the size of its
 scores, whatever their sign; the record names each query's ranks.
 """
 
@@ -35,10 +35,10 @@ STYLE = ", "  # what stands between the thing and its style in a caption
 
 
 def twins(captions: Mapping[str, str], prompt: str) -> tuple[str | None, str | None]:
-    """Ids of a prompt's own picture and of the same thing in another style, where there are any.
+    """Ids of a prompt's own image and of the same thing in another style, where there are any.
 
     Args:
-        captions: Id -> caption, of all training pictures.
+        captions: Id -> caption, of all training images.
         prompt: The prompt.
     """
     thing = prompt.rpartition(STYLE)[0]
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if result is None:
         raise SystemExit(f"{asked.run} holds neither {JUDGED} nor {CORRELATED}: run evaluate.py, as above, first.")
     prompts = json.loads(result.read_text())["prompts"]
-    pictures = data_module(yaml.safe_load(asked.data.read_text()), Store(asked.store)).train_pictures
-    captions = {name: each[0] for name, each in zip(pictures.ids, pictures.captions, strict=True)}
+    images = data_module(yaml.safe_load(asked.data.read_text()), Store(asked.store)).train_images
+    captions = {name: each[0] for name, each in zip(images.ids, images.captions, strict=True)}
     found: dict[str, Any] = {}
     queries: list[str] = []
     for folder in sorted(path.parent for path in asked.run.glob(f"*/{RANKING}")):

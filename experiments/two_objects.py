@@ -1,13 +1,13 @@
-"""The two-object check: does attribution of a part of a picture find the object that is in that part?
+"""The two-object check: does attribution of a part of an image find the object that is in that part?
 
     python -m experiments.two_objects
 
-Scenes are two training pictures A | B of the emoji world side by side, in one style, with the caption "NAME_A and
+Scenes are two training images A | B of the emoji world side by side, in one style, with the caption "NAME_A and
 NAME_B, STYLE style"; both concepts are in training in both styles. A scene is admitted if the model still shows both
 objects after its latent was noised to t = 300 and denoised with its caption: each half's own caption is among the top 5
 of 100, judged as in `experiments.recognisability`. Each admitted scene is attributed three times: box A (its left
-half), box B (its right half) and the whole picture. Box A wins if the best-ranked training picture of concept A (in
-either style) comes before that of concept B, box B the other way round; the whole picture tells which side a method
+half), box B (its right half) and the whole image. Box A wins if the best-ranked training image of concept A (in
+either style) comes before that of concept B, box B the other way round; the whole image tells which side a method
 prefers without a box. By EK-FAC influence functions, one pass over the training set for all queries, and by AbU+ for
 the first scenes.
 
@@ -46,7 +46,7 @@ from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.commands.attribute import attribute
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.emoji import EmojiOptions, build_emoji
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.pipeline import load_model
@@ -62,13 +62,13 @@ BOXES = ("left", "right", "whole")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Under one query of each scene: rank, from 1, of the best training picture of A and of B."""
+    """Under one query of each scene: rank, from 1, of the best training image of A and of B."""
 
     a: list[int]
     b: list[int]
 
     def a_first(self) -> Bool[NDArray[np.bool_], " n"]:
-        """Whether A's best picture comes before B's."""
+        """Whether A's best image comes before B's."""
         return np.array(self.a) < np.array(self.b)
 
 
@@ -88,7 +88,7 @@ def queries_of(scene: Scene, latent: Float[Tensor, "c h w"]) -> list[Query]:
 
 
 def best_rank(scores: Scores, concepts: Mapping[str, str], concept: str) -> int:
-    """Rank, from 1, of a concept's best training picture.
+    """Rank, from 1, of a concept's best training image.
 
     Args:
         scores: One query's scores.
@@ -110,7 +110,7 @@ def ranks_of(results: Sequence[Scores], scenes: Sequence[Scene], concepts: Mappi
 
 
 def shares(ranks: Mapping[str, Ranks]) -> dict[str, Rate]:
-    """How often box A wins, box B wins, and the whole picture prefers A."""
+    """How often box A wins, box B wins, and the whole image prefers A."""
     return {
         "box A": rate(ranks["left"].a_first()),
         "box B": rate(~ranks["right"].a_first()),
@@ -118,10 +118,10 @@ def shares(ranks: Mapping[str, Ranks]) -> dict[str, Rate]:
     }
 
 
-def table(found: Mapping[str, Mapping[str, Ranks]], pictures: int) -> str:
-    """The table in Markdown: shares, and the median ranks of A's and B's best pictures under each query."""
+def table(found: Mapping[str, Mapping[str, Ranks]], images: int) -> str:
+    """The table in Markdown: shares, and the median ranks of A's and B's best images under each query."""
     lines = [
-        f"| method | scenes | box A wins | box B wins | whole picture: A first | median rank of A, B of {pictures:,}: "
+        f"| method | scenes | box A wins | box B wins | whole image: A first | median rank of A, B of {images:,}: "
         "box A | box B | whole |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -137,23 +137,23 @@ def contact_sheet(
     scenes: Sequence[Scene],
     shown: UInt8[NDArray[np.uint8], "n h w 3"],
     results: Sequence[Scores],
-    pictures: Pictures,
+    images: ImageSet,
     top: int = 5,
     cell: int = 64,
 ) -> Image.Image:
-    """A row a scene: it, it denoised, the first training pictures under box A, under box B.
+    """A row a scene: it, it denoised, the first training images under box A, under box B.
 
-    A green bar is under pictures of the box's own concept, a red one under those of the other one.
+    A green bar is under images of the box's own concept, a red one under those of the other one.
     """
     pad, bar, text_height = 6, 4, 14
     pitch_x, pitch_y = cell + pad, cell + bar + text_height + pad
     sheet = Image.new("RGB", (pad + 4 * pitch_x + 2 * (top * pitch_x + 2 * pad), pad + len(scenes) * pitch_y), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    where = {name: row for row, name in enumerate(pictures.ids)}
+    where = {name: row for row, name in enumerate(images.ids)}
 
     def paste(pixels: NDArray[np.uint8], left: int, upper: int, width: int) -> None:
-        picture = Image.fromarray(np.asarray(pixels)).resize((width, cell), Image.Resampling.NEAREST)
-        sheet.paste(picture, (left, upper))
+        shown = Image.fromarray(np.asarray(pixels)).resize((width, cell), Image.Resampling.NEAREST)
+        sheet.paste(shown, (left, upper))
 
     for number, scene in enumerate(scenes):
         upper = pad + number * pitch_y
@@ -163,8 +163,8 @@ def contact_sheet(
         for side in range(2):
             left = 2 * pad + 4 * pitch_x + side * (top * pitch_x + pad)
             for image, _ in results[number * len(BOXES) + side].top(top):
-                paste(pictures.pixels[where[image]], left, upper, cell)
-                concept = pictures.columns["concept"][where[image]]
+                paste(images.pixels[where[image]], left, upper, cell)
+                concept = images.columns["concept"][where[image]]
                 colour = {scene.concepts[side]: "limegreen", scene.concepts[1 - side]: "red"}.get(concept, "lightgrey")
                 canvas.rectangle((left, upper + cell, left + cell - 1, upper + cell + bar - 1), fill=colour)
                 left += pitch_x
@@ -172,16 +172,16 @@ def contact_sheet(
 
 
 def part_of(data: TrainingData, scenes: Sequence[Scene], count: int) -> TrainingData:
-    """So many training pictures, among them all of the scenes' concepts; the others by hash."""
+    """So many training images, among them all of the scenes' concepts; the others by hash."""
     assert data.latents is not None
     shown = {concept for scene in scenes for concept in scene.concepts}
-    concepts, ids = data.pictures.columns["concept"], data.pictures.ids
+    concepts, ids = data.images.columns["concept"], data.images.ids
     order = sorted(range(len(ids)), key=lambda row: (concepts[row] not in shown, keyed_random.hash_text(ids[row])))
     kept = sorted(order[:count])
     missing = shown - {concepts[row] for row in kept}
     if missing:
-        raise ValueError(f"{count} pictures cannot hold all {len(shown)} concepts of the scenes; give --pictures more.")
-    return TrainingData(data.pictures.subset(kept), data.latents.subset(kept))
+        raise ValueError(f"{count} images cannot hold all {len(shown)} concepts of the scenes; give --pictures more.")
+    return TrainingData(data.images.subset(kept), data.latents.subset(kept))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,13 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=40, help="admitted scenes to attribute")
     parser.add_argument("--unlearning-scenes", type=int, default=10, help="how many of them by AbU+ also")
     parser.add_argument(
-        "--pictures", type=int, help="only so many training pictures: a quick look, whose record stays in --output"
+        "--pictures", type=int, help="only so many training images: a quick look, whose record stays in --output"
     )
     parser.add_argument("--from-timestep", type=int, default=300, help="where a scene is denoised from")
     parser.add_argument("--sampling-steps", type=int, default=50, help="DDIM steps of the whole way from T")
     parser.add_argument("--timesteps", type=int, default=5)
     parser.add_argument("--draws", type=int, default=1000)
-    parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information a picture and flip")
+    parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information an image and flip")
     parser.add_argument("--rise", type=float, default=0.2)
     parser.add_argument("--weights", default="cross_attention_kv", help="which weights' gradients count")
     parser.add_argument("--seed", type=int, default=0)
@@ -208,18 +208,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, runner = Console(), Runner.current()
     store = Store(options.output / "cache")
     model = load_model(options.model).to(runner.device)
-    console.say("pictures, latents and captions")
+    console.log("images, latents and captions")
     data = training_data(Emoji(store=str(store.root)), model)
     assert data.latents is not None
-    console.say("judge: features of all pictures")
+    console.log("judge: features of all images")
     judge = AlignmentJudge(EfficientNetLite0Encoder.from_pretrained(), MiniLMEncoder.from_pretrained(), store)
     judge.fit(build_emoji(store, EmojiOptions()), console.progress)
-    console.say("scenes")
+    console.log("scenes")
 
     def judged(scenes: Sequence[Scene]) -> Admission:
         return judge_scenes(model, judge, scenes, options.seed, options.from_timestep, options.sampling_steps)
 
-    blocks = admit(data.pictures, options.scenes, options.seed, judged, most=12)
+    blocks = admit(data.images, options.scenes, options.seed, judged, most=12)
     tried = sum(len(block.scenes) for block in blocks)
     every = [(block, row) for block in blocks for row in block.admitted()]
     chosen = every[: options.scenes]
@@ -232,17 +232,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if len(scenes) < options.scenes:
         admitted += f", fewer than the {options.scenes} asked for: the model shows no more"
-    console.say(admitted)
+    console.log(admitted)
     # Without the null: nothing here is read from p-values.
-    train = TrainingData(data.pictures, data.latents)
+    train = TrainingData(data.images, data.latents)
     if options.pictures is not None:
         train = part_of(train, scenes, options.pictures)
-    grid, fisher = LossGrid(timesteps=options.timesteps), FisherSettings(visits=options.visits)
+    grid, fisher = LossGrid(timesteps=options.timesteps), FisherSettings(samples_per_image=options.visits)
     few = len(BOXES) * min(options.unlearning_scenes, len(scenes))
     methods: dict[str, tuple[Attributor, list[Query]]] = {
         "influence function (EK-FAC)": (
             InfluenceFunction(
-                weights=options.weights, draws=options.draws, grid=grid, fisher=fisher, queries_per_pass=len(queries)
+                weights=options.weights,
+                noise_samples=options.draws,
+                grid=grid,
+                fisher=fisher,
+                queries_per_pass=len(queries),
             ),
             queries,
         ),
@@ -250,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             AttributionByUnlearning(
                 weights=options.weights,
                 # Half the usual draws: the search for the step is most of a query's time.
-                unlearning=UnlearningSettings(draws=options.draws, rise=options.rise, measure_draws=200),
+                unlearning=UnlearningSettings(
+                    noise_samples=options.draws, relative_loss_increase=options.rise, measurement_samples=200
+                ),
                 grid=grid,
                 curvature="ekfac",
                 fisher=fisher,
@@ -258,30 +264,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             queries[:few],
         ),
     }
-    concepts = dict(zip(train.pictures.ids, train.pictures.columns["concept"], strict=True))
+    concepts = dict(zip(train.images.ids, train.images.columns["concept"], strict=True))
     found: dict[str, dict[str, Ranks]] = {}
     results: dict[str, list[Scores]] = {}
     for name, (method, mine) in methods.items():
         if not mine:
             continue
-        console.say(f"{name}: {len(mine)} queries")
+        console.log(f"{name}: {len(mine)} queries")
         method.progress = console.progress
         folder = options.output / name.replace(" ", "_")
-        results[name] = attribute(folder, method, train, model, mine, store, runner, say=console.say)
+        results[name] = attribute(folder, method, train, model, mine, store, runner, log=console.log)
         found[name] = ranks_of(results[name], scenes[: len(mine) // len(BOXES)], concepts)
-    print(table(found, len(train.pictures)))
+    print(table(found, len(train.images)))
     print(
-        f"\n{admitted}; {len(train.pictures):,} training pictures, {options.timesteps} timesteps, {options.draws} "
+        f"\n{admitted}; {len(train.images):,} training images, {options.timesteps} timesteps, {options.draws} "
         f"draws; peak resident memory {peak_memory() / 2**30:.1f} GiB"
     )
     with replacing(options.sheet) as temporary:
         shown = np.stack([block.shown[row] for block, row in chosen])
-        contact_sheet(scenes, shown, next(iter(results.values())), train.pictures).save(temporary, format="PNG")
+        contact_sheet(scenes, shown, next(iter(results.values())), train.images).save(temporary, format="PNG")
     record = {
         "command": "python -m experiments.two_objects",
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "model": model.fingerprint(),
-        "training_pictures": len(train.pictures),
+        "training_pictures": len(train.images),
         "tried": tried,
         "admitted": len(every),
         "captions_too_long": too_long,
@@ -300,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = Path("results/emoji") if options.pictures is None else options.output
     with replacing(folder / "two_objects.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    console.say(f"look: {options.sheet}   record: {folder / 'two_objects.json'}")
+    console.log(f"look: {options.sheet}   record: {folder / 'two_objects.json'}")
 
 
 if __name__ == "__main__":

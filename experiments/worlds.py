@@ -4,7 +4,7 @@
     python -m experiments.worlds --scenes 24 --shards 2 --members 30 --steps 4 --output runs/worlds_small
 
 Writes a COCO folder of scenes with five captions each, and shards as img2dataset leaves them, one of them cut in the
-middle. Then, for each: trains a model, attributes a picture (curvature, unlearning, report) by one process and by two,
+middle. Then, for each: trains a model, attributes an image (curvature, unlearning, report) by one process and by two,
 teaches a ranker by the bank, and asks the fast method. Everything is a command that a user would type; it prints what
 was left out and how far both rankings agree.
 """
@@ -30,7 +30,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from wherefrom.data.emoji import EmojiOptions, build_emoji
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.rankings.ranking_file import read_ranking
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store, write_json
@@ -55,14 +55,14 @@ def scene(first: UInt8[NDArray[np.uint8], "h w 3"], second: UInt8[NDArray[np.uin
     return Image.fromarray(canvas)
 
 
-def pairs(pictures: Pictures, count: int) -> list[tuple[int, int]]:
-    """So many pairs of pictures of one style, by hash."""
+def pairs(images: ImageSet, count: int) -> list[tuple[int, int]]:
+    """So many pairs of images of one style, by hash."""
     order = (
-        keyed_random.uniform(keyed_random.combine(_PAIRS, keyed_random.hash_texts(list(pictures.ids))))[:, 0]
+        keyed_random.uniform(keyed_random.combine(_PAIRS, keyed_random.hash_texts(list(images.ids))))[:, 0]
         .argsort()
         .tolist()
     )
-    styles = pictures.columns["style"]
+    styles = images.columns["style"]
     found = []
     for place, first in enumerate(order):
         second = next((row for row in order[place + 1 :] + order[:place] if styles[row] == styles[first]), None)
@@ -70,48 +70,48 @@ def pairs(pictures: Pictures, count: int) -> list[tuple[int, int]]:
             found.append((first, second))
         if len(found) == count:
             return found
-    raise ValueError(f"{len(pictures)} pictures make {len(found)} scenes; {count} are needed.")
+    raise ValueError(f"{len(images)} images make {len(found)} scenes; {count} are needed.")
 
 
-def write_coco(folder: Path, pictures: Pictures, scenes: int) -> None:
+def write_coco(folder: Path, drawings: ImageSet, scenes: int) -> None:
     """COCO's folders and captions files: scenes to train on, and a fifth as many held out."""
-    chosen = pairs(pictures, scenes + scenes // 5)
+    chosen = pairs(drawings, scenes + scenes // 5)
     for split, part, start in (("train2017", chosen[:scenes], 1), ("val2017", chosen[scenes:], 100_000)):
         (folder / split).mkdir(parents=True, exist_ok=True)
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for number, (first, second) in enumerate(part, start=start):
             name = f"{number:012d}.jpg"
-            scene(pictures.pixels[first], pictures.pixels[second]).save(folder / split / name, "JPEG", quality=95)
+            scene(drawings.pixels[first], drawings.pixels[second]).save(folder / split / name, "JPEG", quality=95)
             images.append({"id": number, "file_name": name, "license": 1, "coco_url": "", "height": 64, "width": 64})
-            names = {"first": pictures.columns["name"][first], "second": pictures.columns["name"][second]}
+            names = {"first": drawings.columns["name"][first], "second": drawings.columns["name"][second]}
             for caption in CAPTIONS:
-                text = caption.format(**names, style=pictures.columns["style"][first])
+                text = caption.format(**names, style=drawings.columns["style"][first])
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": text})
         (folder / "annotations").mkdir(exist_ok=True)
         told = {"info": {}, "licenses": LICENSES, "images": images, "annotations": annotations}
         (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(told))
 
 
-def write_shards(folder: Path, pictures: Pictures, shards: int, members: int) -> None:
+def write_shards(folder: Path, images: ImageSet, shards: int, members: int) -> None:
     """img2dataset's shards of drawings, and of scenes where there are not enough; the last is cut in the middle."""
     folder.mkdir(parents=True, exist_ok=True)
     total = shards * members
-    more = pairs(pictures, max(0, total - len(pictures)))
+    more = pairs(images, max(0, total - len(images)))
     for shard in range(shards):
         keys, captions = [], []
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for index in range(shard * members, (shard + 1) * members):
-                if index < len(pictures):
-                    picture, caption = Image.fromarray(pictures.pixels[index]), pictures.captions[index][0]
+                if index < len(images):
+                    image, caption = Image.fromarray(images.pixels[index]), images.captions[index][0]
                 else:
-                    first, second = more[index - len(pictures)]
-                    picture = scene(pictures.pixels[first], pictures.pixels[second])
-                    names = (pictures.columns["name"][row] for row in (first, second))
-                    caption = f"{' and '.join(names)}, {pictures.columns['style'][first]} style"
+                    first, second = more[index - len(images)]
+                    image = scene(images.pixels[first], images.pixels[second])
+                    names = (images.columns["name"][row] for row in (first, second))
+                    caption = f"{' and '.join(names)}, {images.columns['style'][first]} style"
                 key = f"{shard:05d}{index % members:04d}"
                 stream = io.BytesIO()
-                picture.save(stream, "PNG")
+                image.save(stream, "PNG")
                 told = {"key": key, "caption": caption, "url": f"emoji:{index}", "status": "success"}
                 files = {"png": stream.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
                 for suffix, content in files.items():
@@ -163,7 +163,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
         *("--model.init_args.save_to", model),
     )
     asked = ("--queries.prompts", json.dumps([prompt]), "--queries.sampling_steps", "20")
-    quick = {"steps": 1, "draws": 300, "measure_draws": 300, "rise": 0.2}
+    quick = {"steps": 1, "noise_samples": 300, "measurement_samples": 300, "relative_loss_increase": 0.2}
     attributed: Sequence[str | Path] = (
         *(
             "evaluate.py",
@@ -177,7 +177,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
         ),
         *("--attributor", "configs/attributor/abu_plus.yaml", "--attributor.init_args.unlearning", json.dumps(quick)),
         *("--attributor.init_args.grid", '{"timesteps": 3, "flips": false}'),
-        *("--attributor.init_args.fisher", '{"visits": 1}', "--trainer.accelerator", "cpu"),
+        *("--attributor.init_args.fisher", '{"samples_per_image": 1}', "--trainer.accelerator", "cpu"),
     )
     printed = run(*attributed, *store, "--output", output / "one", "--trainer.devices", "1")
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--store", output / "cache of two")
@@ -199,10 +199,10 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
             *bank,
             *store,
         ),
-        *("--teacher.init_args.draws", "100", "--teacher.init_args.grid", '{"timesteps": 3, "flips": false}'),
+        *("--teacher.init_args.noise_samples", "100", "--teacher.init_args.grid", '{"timesteps": 3, "flips": false}'),
         *("--features", json.dumps(encoders), "--queries.guidance", "2"),
         *("--captions.count", "12", "--queries.sampling_steps", "20", "--output", output / "teacher"),
-        *("--teacher.init_args.fisher", '{"visits": 1}', "--trainer.accelerator", "cpu"),
+        *("--teacher.init_args.fisher", '{"samples_per_image": 1}', "--trainer.accelerator", "cpu"),
     )
     run(
         *(
@@ -262,17 +262,17 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", default=["mscoco", "laion"], choices=["mscoco", "laion"])
     parser.add_argument("--output", type=Path, default=Path("runs/worlds"))
     options = parser.parse_args()
-    pictures = build_emoji(Store("cache"), EmojiOptions())
+    images = build_emoji(Store("cache"), EmojiOptions())
     found = {}
     for name in options.worlds:
         data = options.output / name / "data"
         if name == "mscoco":
-            write_coco(data, pictures, options.scenes)
+            write_coco(data, images, options.scenes)
             first = json.loads((data / "annotations" / "captions_train2017.json").read_text())
             prompt = first["annotations"][0]["caption"]
         else:
-            write_shards(data, pictures, options.shards, options.members)
-            prompt = pictures.captions[0][0]
+            write_shards(data, images, options.shards, options.members)
+            prompt = images.captions[0][0]
         found[name] = commands(name, data, prompt, options.output / name, options.steps)
         print(json.dumps(found[name], indent=2))
     write_json(options.output / "worlds.json", {"command": "python -m experiments.worlds", **found})

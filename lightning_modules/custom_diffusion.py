@@ -32,7 +32,7 @@ class CustomDiffusion(LightningModule):
         optimizer: Makes the optimizer from K/V and the embedding.
         scheduler: Makes the learning-rate schedule, stepped per batch.
         word_lr: Learning rate of the embedding; None gives it the optimizer's.
-        prior_weight: Weight of the mean loss of the prior's pictures beside that of the exemplars.
+        prior_weight: Weight of the mean loss of the prior's images beside that of the exemplars.
         save_to: Folder for what the model has of its own.
 
     Raises:
@@ -76,7 +76,7 @@ class CustomDiffusion(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, Exemplars):
             raise ValueError(f"CustomDiffusion learns from Exemplars, not from {type(data).__name__}.")
-        for name, captions in zip(data.train_pictures.ids, data.train_pictures.captions, strict=True):
+        for name, captions in zip(data.train_images.ids, data.train_images.captions, strict=True):
             lacking = [caption for caption in captions if self.word not in caption]
             if lacking:
                 raise ValueError(

@@ -22,7 +22,7 @@ from lightning_modules.schedule import stepped_per_batch
 from wherefrom.data.stream import NOISE, LatentBatch
 from wherefrom.models.diffusion import TRAINING_VERSION, DiffusionModel
 from wherefrom.models.encoders import LatentEncoder
-from wherefrom.models.noise_schedule import process_of
+from wherefrom.models.noise_schedule import noise_schedule_of
 from wherefrom.models.pipeline import save_pipeline
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import write_json
@@ -40,7 +40,7 @@ class LatentDiffusion(LightningModule):
         scheduler: Makes the learning-rate schedule, stepped per batch.
         ema_decay: Decay of the average per step (it grows from 0 in the first steps).
         max_snr_weight: γ: training weights each velocity loss by min(1, γ / (SNR + 1)), so that the squared error of
-            the picture is never weighted by more than γ. At little noise most of the velocity loss cannot be learned
+            the image is never weighted by more than γ. At little noise most of the velocity loss cannot be learned
             and would drown the rest; the argument is that of Min-SNR weighting (Hang et al. 2023), but noisy timesteps
             keep their whole weight. None weights all alike. Held-out losses are never weighted.
         compile: Compile the denoiser.
@@ -73,7 +73,7 @@ class LatentDiffusion(LightningModule):
         if init_from is not None:
             unet.load_state_dict(type(unet).from_pretrained(init_from).float().state_dict())
         self.ema = copy.deepcopy(unet).requires_grad_(False).eval()
-        self.process = process_of(noise_scheduler)
+        self.process = noise_schedule_of(noise_scheduler)
         self.optimizer, self.scheduler, self.ema_decay = optimizer, scheduler, ema_decay
         if max_snr_weight is not None and not (max_snr_weight > 0 and self.process.prediction == "v_prediction"):
             raise ValueError(
@@ -130,7 +130,7 @@ class LatentDiffusion(LightningModule):
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1 - decay)
 
     def validation_step(self, batch: LatentBatch) -> None:
-        """Logs the averaged model's loss on held-out pictures, over keyed timesteps and noise."""
+        """Logs the averaged model's loss on held-out images, over keyed timesteps and noise."""
         losses = self.losses(self.ema, batch)
         self.log("val/loss", losses.mean(), batch_size=len(losses), prog_bar=True, sync_dist=True)
 

@@ -20,7 +20,7 @@ from wherefrom.distillation.ranker import Ranker, load_ranker, save_ranker
 
 
 class Predictions(NamedTuple):
-    """What the ranker says of validation queries: cosines with all training pictures, their logits, and the answer."""
+    """What the ranker says of validation queries: cosines with all training images, their logits, and the answer."""
 
     cosines: Float[Tensor, "q n"]
     logits: Float[Tensor, "q n"]
@@ -36,15 +36,15 @@ class LearningToRank(LightningModule):
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule, stepped per block.
         scale: Where the ranker's scale begins. The papers begin at 1, from where it must change its sign before near
-            means influential; a ranker may instead settle there, with the influential pictures far (ours did, on
+            means influential; a ranker may instead settle there, with the influential images far (ours did, on
             planted rankings: mAP below chance). From -1 the cosines must spread over all of [-1, 1] to say anything,
-            which tears apart what the features knew of the nearest pictures. So ours begins at -10.
+            which tears apart what the features knew of the nearest images. So ours begins at -10.
         bias: Where its bias begins.
         scale_lr: Learning rate of these two numbers, which have far to go where the embedding has not; None gives them
             the optimizer's.
         save_to: Folder to which the trained ranker is saved.
         init_from: A ranker's folder whose weights to start from (not a run to go on with: that is `ckpt_path`).
-        rows: Training pictures embedded at a time for validation.
+        rows: Training images embedded at a time for validation.
 
     Raises:
         ValueError: `init_from` holds a ranker of other sizes.
@@ -125,7 +125,7 @@ class LearningToRank(LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Embeds the training pictures once for all queries."""
+        """Embeds the training images once for all queries."""
         self.images = self.ranker.embed_all(self.data.training_features(), self.rows)
 
     def validation_step(self, batch: RankedQueries) -> Predictions:

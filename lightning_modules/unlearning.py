@@ -1,4 +1,4 @@
-"""Unlearning one picture under Lightning's loop, for ablations (Newton against SGD, which weights) and their curves."""
+"""Unlearning one image under Lightning's loop, for ablations (Newton against SGD, which weights) and their curves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor
 
-from datamodules.pictures import PicturesDataModule
+from datamodules.images import ImageDataModule
 from wherefrom.attributors.unlearning.unlearner import Unlearner, UnlearningSettings
 from wherefrom.curvature import Curvature, FisherSettings, Identity, fit_diagonal
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.query_loss import QueryLatent
 from wherefrom.models.parameter_subsets import Subset, select_weights
@@ -23,20 +23,20 @@ from wherefrom.runtime.distributed import Runner
 
 
 class Unlearning(LightningModule):
-    """Draws a picture from the model and unlearns it; the data module's pictures are the training set.
+    """Draws an image from the model and unlearns it; the data module's images are the training set.
 
     The data module's batches only count the steps: each step's draws are keyed by the step, not read from data. The
     trainer's `max_steps` must equal `settings.steps`.
 
     Args:
         model: The pretrained pipeline: folder or hub id.
-        prompt: The prompt of the picture that is drawn and unlearned.
+        prompt: The prompt of the image that is drawn and unlearned.
         weights: Which weights move.
         settings: How to unlearn.
         fisher: How the Fisher information is sampled.
         damping: Its relative damping.
-        grid: Where the losses of held-out pictures are measured.
-        seed: Seed of the picture.
+        grid: Where the losses of held-out images are measured.
+        seed: Seed of the image.
         save_to: File for the moved weights.
     """
 
@@ -63,16 +63,16 @@ class Unlearning(LightningModule):
         """Gives the data module this model's encoder, so that latents and states are the model's own.
 
         Raises:
-            ValueError: There is no data module with pictures, or `max_steps` is not `settings.steps`.
+            ValueError: There is no data module with images, or `max_steps` is not `settings.steps`.
         """
         data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, PicturesDataModule):
-            raise ValueError("Unlearning needs a data module with the training pictures.")
+        if not isinstance(data, ImageDataModule):
+            raise ValueError("Unlearning needs a data module with the training images.")
         if self.trainer.max_steps != self.settings.steps:
             raise ValueError(
                 f"trainer.max_steps is {self.trainer.max_steps}, settings.steps {self.settings.steps}: make them equal."
             )
-        self.pictures = data
+        self.images = data
         data.encoder = self.diffusion.encoder
         if self.trainer.is_global_zero:
             data.prepare_data()
@@ -80,32 +80,30 @@ class Unlearning(LightningModule):
         data.setup()
 
     def on_fit_start(self) -> None:
-        """Draws the picture and makes the curvature."""
+        """Draws the image and makes the curvature."""
         encoder = self.diffusion.encoder
         assert encoder is not None
         encoder.vae.to(self.device)
         encoder.text.model.to(self.device)
-        runner, train = Runner.current(self.device), self.pictures.train_latents
+        runner, train = Runner.current(self.device), self.images.train_latents
         channels, rows, columns = train.latents.shape[2:]
         query = generate(self.diffusion, [self.prompt], self.seed, (channels, rows, columns))[0]
         assert query.latent is not None
         curvature: Curvature = Identity()
         if self.settings.newton:
             names = list(select_weights(self.unet, self.weights))
-            curvature = fit_diagonal(
-                self.diffusion, train, names, self.pictures.store, runner, self.fisher, self.damping
-            )
+            curvature = fit_diagonal(self.diffusion, train, names, self.images.store, runner, self.fisher, self.damping)
         latent = QueryLatent(query.id, query.latent, encoder.text.encode([self.prompt])[0])
         self.unlearner = Unlearner(self.diffusion, latent, self.weights, curvature, len(train), self.settings, runner)
 
     def training_step(self, batch: object) -> None:
-        """One step of ascent on the picture's loss."""
+        """One step of ascent on the image's loss."""
         self.unlearner.step()
         self.optimizers().step()  # type: ignore[union-attr]  # counts the step; its parameters hold no gradients
         self.log("unlearning/alpha", self.unlearner.alphas[-1], on_step=True)
 
-    def set_loss(self, data: LatentSet) -> Float[Tensor, " n"]:
-        """The present loss of each picture of a set, on the grid."""
+    def set_loss(self, data: EncodedImages) -> Float[Tensor, " n"]:
+        """The present loss of each image of a set, on the grid."""
         work = LossPass(self.diffusion, data, self.grid, 256)
         work.step(range(len(data)))
         return work.losses.flatten(1).mean(dim=1)

@@ -34,7 +34,7 @@ def test_the_recipe_of_the_committed_model_has_the_committed_identity(tmp_path: 
 
 @pytest.mark.usefixtures("in_checkout")
 def test_every_model_of_the_committed_table_is_of_this_recipe(tmp_path: Path) -> None:
-    """The model of all pictures is in the table by the name that its identity has today."""
+    """The model of all images is in the table by the name that its identity has today."""
     kept = json.loads((ROOT / "weights" / "emoji_1k" / "manifest.json").read_text())["identity"]
     today = {**kept, "recipe": Recipe("configs/experiment/emoji_1k.yaml", tmp_path).identity()}
     names = set(pq.read_table(RESULTS / "retrains.parquet", columns=["retrain"]).column("retrain").to_pylist())

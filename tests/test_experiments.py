@@ -32,8 +32,8 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glo
 # Numbers that decide how long something takes, by their names.
 SMALL: dict[str, Any] = {
     "max_steps": 1,
-    "draws": 4,
-    "measure_draws": 4,
+    "noise_samples": 4,
+    "measurement_samples": 4,
     "timesteps": 2,
     "visits": 1,
     "sampling_steps": 2,
@@ -49,11 +49,11 @@ SMALL: dict[str, Any] = {
     "dimension": 100,
     "validation_share": 0.5,
     "log_every_n_steps": 1,
-    "rise": 1e-4,
+    "relative_loss_increase": 1e-4,
     "outputs": 8,
     "limit": 1,
 }
-AT_MOST = {"steps": 1, "count": 4, "batch_size": 8, "skip": 4, "fisher.visits": 1, "greedy": 2}
+AT_MOST = {"steps": 1, "count": 4, "batch_size": 8, "skip": 4, "fisher.samples_per_image": 1, "greedy": 2}
 FIRST = {"prompts": 2, "also": 1, "seeds": 1, "words": 1}
 # What each experiment needs of others, whose runs it finds below `runs`.
 NEEDS = {
@@ -78,7 +78,7 @@ def small(name: str, value: Any) -> Any:
                 "init_args": {**value["init_args"], "options": {**options, "concepts": [start, start + 0.015]}},
             }
         if value.get("class_path") == "LAION":
-            value["init_args"]["validation_share"] = 0.5  # of a few pictures
+            value["init_args"]["validation_share"] = 0.5  # of a few images
         if value.get("cross_attention_dim") == 1024:
             return {**value, **MSCOCO_UNET}
         return {key: small(key, each) for key, each in value.items() if key != "workers" and key != "compile"}
@@ -156,7 +156,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def exemplars(folder: Path, caption: str, size: int) -> Path:
-    """A few pictures that a model is customized on."""
+    """A few images that a model is customized on."""
     folder.mkdir()
     rows = []
     for index in range(3):
@@ -168,7 +168,7 @@ def exemplars(folder: Path, caption: str, size: int) -> Path:
 
 
 def write_tasks(root: Path, model: Path, cases: list[str], size: int) -> None:
-    """A list of one customized model for each test case, with its exemplars and a picture, below a root."""
+    """A list of one customized model for each test case, with its exemplars and an image, below a root."""
     tasks = []
     (root / "json").mkdir(parents=True, exist_ok=True)
     for case in cases:
@@ -216,7 +216,7 @@ def ran(world: Path) -> Callable[[str], dict[str, Any]]:
         content: dict[str, Any] = json.loads((world / "configs" / "experiment" / f"{name}.yaml").read_text())
         words = [command[3], "-c", f"configs/experiment/{name}.yaml"]
         if name == "image_folder":
-            words += ["--queries.prompts", '["a big red square"]']  # its command names a picture of the user's own
+            words += ["--queries.prompts", '["a big red square"]']  # its command names an image of the user's own
         if command[2] == "train.py":
             words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
             if name == "mscoco_ranker":

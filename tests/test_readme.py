@@ -16,7 +16,7 @@ from tests.support.tiny import text_folder, tiny_folder, tiny_pipeline, tiny_une
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_example_attributes_a_picture_without_lightning(tmp_path: Path) -> None:
+def test_the_example_attributes_a_image_without_lightning(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code) == 1
     unet = tiny_unet()
@@ -27,9 +27,9 @@ def test_the_example_attributes_a_picture_without_lightning(tmp_path: Path) -> N
     pipeline = tiny_pipeline(tmp_path / "pipeline", unet=unet)
     BertModel.from_pretrained(text_folder(pipeline)).save_pretrained(pipeline / "text_encoder")
     (pipeline / "text_encoder" / "source.json").unlink()
-    pictures = tiny_folder(tmp_path / "pictures")
-    Image.open(next((pictures / "train").glob("*.png"))).save(tmp_path / "generated.png")
-    example = code[0].replace("path/to/pipeline", str(pipeline)).replace("path/to/pictures", str(pictures))
+    images = tiny_folder(tmp_path / "pictures")
+    Image.open(next((images / "train").glob("*.png"))).save(tmp_path / "generated.png")
+    example = code[0].replace("path/to/pipeline", str(pipeline)).replace("path/to/pictures", str(images))
     blocked = "import sys\nsys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", blocked + example], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""wherefrom: which training images did this picture come from?"""
+"""wherefrom: which training images did this image come from?"""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wherefrom.api import attribute_pictures
+    from wherefrom.api import attribute_images
     from wherefrom.attributors import AttributionByUnlearning, Scores
     from wherefrom.models.pipeline import load_pipeline
 
-__all__ = ["AttributionByUnlearning", "Scores", "attribute_pictures", "load_pipeline"]
+__all__ = ["AttributionByUnlearning", "Scores", "attribute_images", "load_pipeline"]
 
 _HOMES = {
     "AttributionByUnlearning": "wherefrom.attributors",
     "Scores": "wherefrom.attributors",
-    "attribute_pictures": "wherefrom.api",
+    "attribute_images": "wherefrom.api",
     "load_pipeline": "wherefrom.models.pipeline",
 }
 

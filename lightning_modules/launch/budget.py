@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 import train
-from datamodules.pictures import PicturesDataModule
+from datamodules.images import ImageDataModule
 from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.latent_diffusion import LatentDiffusion
 from wherefrom.attributors import TrainingData
@@ -28,8 +28,8 @@ from wherefrom.models.pipeline import load_model
 _STEPS = 3  # training steps that are timed, after one that sets things up
 
 
-def sizes_of(data: PicturesDataModule) -> tuple[Sizes, float]:
-    """How large the data are, and seconds to read a picture of them (0 where they are read already)."""
+def sizes_of(data: ImageDataModule) -> tuple[Sizes, float]:
+    """How large the data are, and seconds to read an image of them (0 where they are read already)."""
     census = data.census()
     sizes = Sizes(census.training, census.held_out, census.size, census.captions, data.half)
     return sizes, 0.0 if census.decode is None else timed(census.decode)
@@ -61,7 +61,7 @@ def of_queries(command: str, config: Any) -> list[Stage]:
         teaching = method("teacher", config.teacher, data, queries, rate, config.subsample or config.k)
         stages += [replace(stage, at_once=config.workers.count) if stage.each else stage for stage in teaching]
         return stages + [features(encoder, data, name) for name, encoder in config.features.items()]
-    queries = len(config.queries.prompts) + len(config.queries.pictures) + len(config.queries.regions)
+    queries = len(config.queries.prompts) + len(config.queries.images) + len(config.queries.regions)
     stages.append(drawing(len(config.queries.prompts), config.queries.sampling_steps, config.queries.guidance, rate))
     if command == "attribute":
         return stages + method(type(config.attributor).__name__, config.attributor, data, queries, rate)
@@ -111,7 +111,7 @@ def _removals(protocol: Any, methods: int, queries: int) -> int:
     return per_seed * len(protocol.seeds) + len(protocol.ladder) * protocol.ladder_draws
 
 
-def _begun(data: PicturesDataModule, model: DiffusionModel) -> tuple[list[Stage], TrainingData, float]:
+def _begun(data: ImageDataModule, model: DiffusionModel) -> tuple[list[Stage], TrainingData, float]:
     sizes, decode_s = sizes_of(data)
     stages, blank = encoding(model, sizes, decode_s)
     assert blank.latents is not None
@@ -129,13 +129,13 @@ def _training(words: Sequence[str]) -> tuple[list[Stage], float, Any]:
     module, data = cli.model, cli.datamodule
     if hasattr(module, "save_to"):
         module.save_to = None  # nothing is kept of what is tried here
-    if not isinstance(data, PicturesDataModule) or not isinstance(module, Autoencoder | LatentDiffusion):
+    if not isinstance(data, ImageDataModule) or not isinstance(module, Autoencoder | LatentDiffusion):
         return [], _real_steps(module, data, cli.trainer.max_steps), cli
     stages: list[Stage] = []
     sizes, decode_s = sizes_of(data)
     if isinstance(module, Autoencoder):
         count = sizes.training + sizes.held_out
-        stages.append(Stage(f"read {count:,} pictures", count * decode_s))
+        stages.append(Stage(f"read {count:,} images", count * decode_s))
         batch: Any = PixelBatch(torch.arange(data.batch_size), torch.zeros(data.batch_size, 3, *sizes.size))
     else:
         stages, blank = encoding(module.model_of(data.encoder), sizes, decode_s)

@@ -1,4 +1,4 @@
-"""A training experiment as a recipe: what decides its weights, and how to train it again on a part of the pictures."""
+"""A training experiment as a recipe: what decides its weights, and how to train it again on a part of the images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Recipe:
 
     Args:
         file: The file.
-        store: Where the data module keeps pictures and latents.
+        store: Where the data module keeps images and latents.
         every_n_steps: Steps between the checkpoints that an interrupted training goes on from.
 
     Raises:
@@ -68,7 +68,7 @@ class Recipe:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights, but for seed and pictures."""
+        """What decides the weights, but for seed and images."""
         model = dict(self.config["model"]["init_args"])
         start = model.get("init_from")
         return {

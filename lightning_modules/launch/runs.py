@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning.fabric import Fabric
 
-from datamodules.pictures import PicturesDataModule
+from datamodules.images import ImageDataModule
 from lightning_modules.launch.recipe import Recipe
 from wherefrom.attributors import Attributor, Query, Scores, TrainingData
 from wherefrom.commands.compare import attribute_at_cost
@@ -55,19 +55,19 @@ class Devices:
         return model.accelerate(self.precision == "bf16", self.compile, self.gradient_checkpointing)
 
 
-def training_data(data: PicturesDataModule, model: DiffusionModel) -> TrainingData:
-    """The training pictures and the held-out ones, with their latents by the model's own encoder."""
+def training_data(data: ImageDataModule, model: DiffusionModel) -> TrainingData:
+    """The training images and the held-out ones, with their latents by the model's own encoder."""
     data.encoder = model.encoder
     data.prepare_data()
     data.setup()
     return training_data_of(data)
 
 
-def training_data_of(data: PicturesDataModule) -> TrainingData:
-    """The training pictures and the held-out ones of a module that is set up."""
-    held_out = data.validation_pictures if len(data.validation_pictures) else None
+def training_data_of(data: ImageDataModule) -> TrainingData:
+    """The training images and the held-out ones of a module that is set up."""
+    held_out = data.validation_images if len(data.validation_images) else None
     return TrainingData(
-        data.train_pictures, data.train_latents, held_out, data.validation_latents if held_out is not None else None
+        data.train_images, data.train_latents, held_out, data.validation_latents if held_out is not None else None
     )
 
 
@@ -93,25 +93,25 @@ def prepare(config: Any, methods: Iterable[Attributor], with_queries: bool = Tru
     runner = Runner.current(fabric.device)
     console = Console(runner.is_main)
     model = devices.accelerate(load_model(config.model).to(fabric.device))
-    data_module: PicturesDataModule = config.data
+    data_module: ImageDataModule = config.data
     data_module.store = store = Store(config.store)
-    console.say("pictures, latents and captions")
+    console.log("images, latents and captions")
     if runner.is_main:
         training_data(data_module, model)
     runner.barrier()
     data = training_data(data_module, model)
     if not with_queries:
         return Run(model, data, [], store, runner, console)
-    console.say("queries")
+    console.log("queries")
     keep_trajectory = any("trajectory" in method.requires for method in methods)
     queries = make_queries(model, config.queries, *shapes(data), console.progress, keep_trajectory)
     return Run(model, data, queries, store, runner, console)
 
 
 def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """(C, H, W) of a latent, and (height, width) of a picture."""
+    """(C, H, W) of a latent, and (height, width) of an image."""
     assert data.latents is not None
-    height, width = (int(side) for side in data.pictures.pixels.shape[1:3])
+    height, width = (int(side) for side in data.images.pixels.shape[1:3])
     channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
     return (channels, rows, columns), (height, width)
 
@@ -130,7 +130,7 @@ class Trial:
 
 
 def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
-    """Draws the queries from the model with all pictures, attributes them by every method, and plans the sweep."""
+    """Draws the queries from the model with all images, attributes them by every method, and plans the sweep."""
     methods = methods_of(config)
     output, module = Path(config.output), config.data
     runner, console, store = Runner.current(), Console(), Store(config.store)
@@ -143,19 +143,19 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
     retrains = Retrains(store, recipe.identity(), data.latents.ids, data.latents.fingerprint, recipe.train)
     if config.model is not None:
         retrains.publish(Retrain((), seed), Path(config.model))
-    console.say("the model with all pictures")
+    console.log("the model with all images")
     model = retrains.model(Retrain((), seed)).to(runner.device)
     keep_trajectory = any("trajectory" in method.requires for method in methods.values())
     source: QuerySource = replace(config.queries, prompts=[*config.queries.prompts, *config.also])
     drawn = make_queries(model, source, *shapes(data), console.progress, keep_trajectory)
     panel = Panel(drawn, model, source, timesteps, config.similarity)
     queries = drawn[: len(drawn) - len(config.also)]
-    rankings, costs, common = {}, {}, (store, runner, config.report, console.say)
+    rankings, costs, common = {}, {}, (store, runner, config.report, console.log)
     for name, method in methods.items():
-        console.say(name)
+        console.log(name)
         method.progress = console.progress
         rankings[name], costs[name] = attribute_at_cost(output / name, method, data, model, queries, *common)
     table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    engine, pictures = config.workers.get(), output / evaluate.PICTURES
-    sweep = Sweep(retrains, panel, table, engine, console.say, pictures=pictures)
+    engine, images = config.workers.get(), output / evaluate.IMAGES
+    sweep = Sweep(retrains, panel, table, engine, console.log, images=images)
     return Trial(rankings, costs, sweep, Reattribution(output / AFTER, methods, data, retrains, queries, *common))

@@ -15,11 +15,18 @@ import pytest
 import torch
 
 from tests.support.tiny import one_process, tiny_folder, tiny_pipeline, tiny_ranker
-from wherefrom.attributors import TRAK, AttributionByUnlearning, Attributor, Fast, InfluenceFunction, TrainingData
+from wherefrom.attributors import (
+    TRAK,
+    AttributionByUnlearning,
+    Attributor,
+    InfluenceFunction,
+    LearnedRanker,
+    TrainingData,
+)
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.curvature import FisherSettings
-from wherefrom.data.image_folder import build_image_folder, split_pictures
-from wherefrom.data.latents import encode_pictures
+from wherefrom.data.encoded_images import encode_image_set
+from wherefrom.data.image_folder import build_image_folder, split_images
 from wherefrom.features.base import ImageEncoder, TextEncoder
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.projection import Projection
@@ -51,8 +58,8 @@ class Lengths(TextEncoder):
 
 
 def methods(folder: Path) -> dict[str, Attributor]:
-    step = UnlearningSettings(draws=32, measure_draws=32, rise=0.05)
-    grid, fisher = LossGrid(timesteps=4), FisherSettings(visits=2)
+    step = UnlearningSettings(noise_samples=32, measurement_samples=32, relative_loss_increase=0.05)
+    grid, fisher = LossGrid(timesteps=4), FisherSettings(samples_per_image=2)
     projection = Projection(dimension=128)
     ranker = tiny_ranker(folder / "ranker", {"lengths": 2, "colours": 3})
     return {
@@ -60,16 +67,16 @@ def methods(folder: Path) -> dict[str, Attributor]:
         "abu_plus": AttributionByUnlearning(unlearning=step, grid=grid, fisher=fisher, curvature="ekfac"),
         "trak": TRAK(weights="all", projection=projection, grid=grid),
         "d_trak": TRAK(weights="all", projection=projection, grid=grid, output="square_output"),
-        "influence": InfluenceFunction(draws=32, grid=grid, fisher=fisher, curvature="ekfac"),
-        "ranker": Fast(str(ranker), {"colours": MeanColour(), "lengths": Lengths()}),
+        "influence": InfluenceFunction(noise_samples=32, grid=grid, fisher=fisher, curvature="ekfac"),
+        "ranker": LearnedRanker(str(ranker), {"colours": MeanColour(), "lengths": Lengths()}),
     }
 
 
 def rankings(folder: Path) -> dict[str, dict[str, Any]]:
     """Method -> query -> ids from first to last, scores and those of the null as exact hexadecimal numbers."""
     model, store, runner = load_model(str(tiny_pipeline(folder / "model"))), Store(folder / "store"), one_process()
-    train, held_out = split_pictures(build_image_folder(store, tiny_folder(folder / "pictures", count=24)), 0.1)
-    latents = [encode_pictures(each, model.encoder, store) for each in (train, held_out)]
+    train, held_out = split_images(build_image_folder(store, tiny_folder(folder / "pictures", count=24)), 0.1)
+    latents = [encode_image_set(each, model.encoder, store) for each in (train, held_out)]
     data = TrainingData(train, latents[0], held_out, latents[1])
     queries = generate(model, ["a big red square", "light circle"], seed=0, shape=(4, 4, 4), sampling_steps=2)
     found: dict[str, dict[str, Any]] = {}

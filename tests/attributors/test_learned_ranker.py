@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import evaluate
 from tests.support.tiny import attribution_config, one_process, tiny_clip, tiny_ranker
-from wherefrom.attributors import AmongNearest, Attributor, Fast, Query, Random, RankEnsemble, Scores, TrainingData
+from wherefrom.attributors import Attributor, LearnedRanker, Query, Random, RankEnsemble, Rerank, Scores, TrainingData
 from wherefrom.commands.attribute import attribute
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.calibration import calibrate_ranker, load_calibration
 from wherefrom.distillation.ranker import Ranker, save_ranker
 from wherefrom.distillation.teacher_set import Features, TeacherSet, write_teacher_set
@@ -47,33 +47,33 @@ class Lengths(TextEncoder):
         return {"text_encoder": "lengths"}
 
 
-def pictures(count: int = COUNT, seed: int = 0) -> Pictures:
+def images(count: int = COUNT, seed: int = 0) -> ImageSet:
     random = np.random.default_rng(seed)
     captions = [("a " * int(number), "never read") for number in random.integers(1, 9, count)]
     pixels = random.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     # Far apart in colour: the mean of noise would be grey everywhere.
     pixels = (pixels * random.uniform(0, 1, (count, 1, 1, 3))).astype(np.uint8)
     columns = {"license": tuple(f"licence {index}" for index in range(count))}
-    return Pictures(tuple(f"{index:03d}" for index in range(count)), tuple(captions), pixels, columns, f"p{seed}")
+    return ImageSet(tuple(f"{index:03d}" for index in range(count)), tuple(captions), pixels, columns, f"p{seed}")
 
 
 def queries(count: int = 3) -> list[Query]:
-    drawn = pictures(count, seed=5)
+    drawn = images(count, seed=5)
     return [Query(f"q{index}", drawn.captions[index][0], drawn.pixels[index]) for index in range(count)]
 
 
-def fast(folder: Path, scale: float = -2.0, **settings) -> Fast:
+def fast(folder: Path, scale: float = -2.0, **settings) -> LearnedRanker:
     ranker = tiny_ranker(folder / "ranker", {"lengths": 2, "colours": 3}, scale)
-    return Fast(str(ranker), {"colours": Colours(), "lengths": Lengths()}, **settings)
+    return LearnedRanker(str(ranker), {"colours": Colours(), "lengths": Lengths()}, **settings)
 
 
-def fitted(folder: Path, held_out: Pictures | None = None, **settings) -> Fast:
+def fitted(folder: Path, held_out: ImageSet | None = None, **settings) -> LearnedRanker:
     method = fast(folder, **settings)
-    method.fit(TrainingData(pictures(), held_out=held_out), None, Store(folder / "store"), one_process())
+    method.fit(TrainingData(images(), held_out=held_out), None, Store(folder / "store"), one_process())
     return method
 
 
-def brute_force(method: Fast, query: Query, training: Pictures) -> np.ndarray:
+def brute_force(method: LearnedRanker, query: Query, training: ImageSet) -> np.ndarray:
     """Cosines from the ranker's weights in float64; features in the order of its manifest, of the first caption."""
     ranker = Ranker(**method.ranker.sizes).double().eval()
     ranker.load_state_dict(method.ranker.state_dict())
@@ -87,13 +87,13 @@ def brute_force(method: Fast, query: Query, training: Pictures) -> np.ndarray:
 
 
 def test_scores_are_the_cosines_of_embeddings(tmp_path: Path) -> None:
-    held_out = pictures(7, seed=9)
+    held_out = images(7, seed=9)
     method = fitted(tmp_path, held_out)
     asked = queries()
     for query, scores in zip(asked, method.score(asked), strict=True):
         assert scores.query is query
-        assert scores.ids == pictures().ids
-        assert scores.scores == pytest.approx(brute_force(method, query, pictures()), abs=1e-6)
+        assert scores.ids == images().ids
+        assert scores.scores == pytest.approx(brute_force(method, query, images()), abs=1e-6)
         assert scores.null == pytest.approx(brute_force(method, query, held_out), abs=1e-6)
         assert np.ptp(scores.scores) > 0.05
 
@@ -104,7 +104,7 @@ def test_candidates_score_as_they_do_among_all(tmp_path: Path) -> None:
     (some,) = method.score(queries(1), ["007", "002", "029"])
     assert some.ids == ("007", "002", "029")
     assert some.scores.tolist() == whole.scores[[7, 2, 29]].tolist()
-    with pytest.raises(ValueError, match="not training pictures, such as 'x'"):
+    with pytest.raises(ValueError, match="not training images, such as 'x'"):
         list(method.score(queries(1), ["x"]))
 
 
@@ -147,10 +147,10 @@ def test_a_run_that_was_finished_before_a_take_down_is_not_shown_again(tmp_path:
         attributors: dict[str, Attributor] = {
             "nothing": method,
             "ensemble": RankEnsemble([method, Random()]),
-            "among": AmongNearest(Random(), method, k=3),
+            "among": Rerank(Random(), method, k=3),
         }
         store = Store(tmp_path / "store")
-        data = TrainingData(pictures())
+        data = TrainingData(images())
         return attribute(tmp_path / "run", attributors[around], data, None, queries(1), store, one_process(), None)
 
     before = run()[0].scores.tolist()
@@ -177,9 +177,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
     folder = tiny_ranker(tmp_path / "two", {"lengths": 2, "colours": 3})
     for encoders in ({}, {"colours": Colours()}, {"colours": Colours(), "length": Lengths()}):
         with pytest.raises(ValueError, match="takes features of lengths, colours"):
-            Fast(str(folder), encoders)
+            LearnedRanker(str(folder), encoders)
     with pytest.raises(FileNotFoundError):
-        Fast(str(tmp_path / "nothing"), {})
+        LearnedRanker(str(tmp_path / "nothing"), {})
     with pytest.raises(ValueError, match="fit must run"):
         next(fast(tmp_path).score(queries()))
     with pytest.raises(ValueError, match="fit must run"):
@@ -189,9 +189,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
 def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
     save_ranker(tmp_path / "ranker", Ranker(9, 4, 1, 4), ["lengths", "colours"])
     wide = tiny_ranker(tmp_path / "wide", {"lengths": 4, "colours": 5})
-    method = Fast(str(wide), {"colours": Colours(), "lengths": Lengths()})
+    method = LearnedRanker(str(wide), {"colours": Colours(), "lengths": Lengths()})
     with pytest.raises(ValueError, match="takes 9 features, but lengths and colours give 5"):
-        method.fit(TrainingData(pictures()), None, Store(tmp_path / "store"), one_process())
+        method.fit(TrainingData(images()), None, Store(tmp_path / "store"), one_process())
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             return super().encode_images(pixels) * float("nan")
 
     ranker = tiny_ranker(tmp_path / "ranker", {"colours": 3})
-    method = Fast(str(ranker), {"colours": Broken()})
+    method = LearnedRanker(str(ranker), {"colours": Broken()})
     with pytest.raises(ValueError, match="Embedding 0 has length nan"):
-        method.fit(TrainingData(pictures()), None, Store(tmp_path / "store"), one_process())
+        method.fit(TrainingData(images()), None, Store(tmp_path / "store"), one_process())
 
 
 def test_a_region_is_refused(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_region_is_refused(tmp_path: Path) -> None:
         fitted(tmp_path).search([part], 1)
 
 
-def held_out_set(folder: Path, method: Fast, count: int = 60) -> Path:
+def held_out_set(folder: Path, method: LearnedRanker, count: int = 60) -> Path:
     """A teacher that says what the cosines say, and a little else."""
     random = np.random.default_rng(3)
     asked = queries(count)
@@ -221,7 +221,7 @@ def held_out_set(folder: Path, method: Fast, count: int = 60) -> Path:
     taught = np.exp(3 * np.take_along_axis(cosines, order, axis=1)) + 0.1 * random.normal(size=cosines.shape)
     features = {
         name: Features(
-            encode([first for first, _ in pictures().captions], pictures().pixels),
+            encode([first for first, _ in images().captions], images().pixels),
             encode([query.prompt for query in asked], np.stack([query.pixels for query in asked])),
         )
         for name, encode in (
@@ -231,10 +231,10 @@ def held_out_set(folder: Path, method: Fast, count: int = 60) -> Path:
     }
     prompts = tuple(query.prompt for query in asked)
     names = tuple(query.id for query in asked)
-    captions = tuple(first for first, _ in pictures().captions)
+    captions = tuple(first for first, _ in images().captions)
     identity = {"teacher": "planted"}
     taught_set = TeacherSet(
-        pictures().ids, captions, names, prompts, order, taught.astype(np.float32), features, identity
+        images().ids, captions, names, prompts, order, taught.astype(np.float32), features, identity
     )
     write_teacher_set(folder, taught_set)
     return folder
@@ -258,13 +258,13 @@ def test_a_calibration_says_influence_and_how_concentrated_it_is(tmp_path: Path)
         found = concentration(after.estimates.values)
         assert after.facts["influence_of_first_10"] == found.shares[10]
         assert after.facts["effective_pictures"] == found.effective
-    data, store = TrainingData(pictures()), Store(tmp_path / "store")
+    data, store = TrainingData(images()), Store(tmp_path / "store")
     runs = [attribute(tmp_path / "run", method, data, None, queries(), store, one_process()) for _ in range(2)]
     assert runs[1][0].estimates is not None, "read from what the first run kept"
     table = pq.read_table(tmp_path / "run" / "ranking.parquet").to_pydict()
-    by_picture = dict(zip(pictures().ids, runs[0][0].estimates.values.tolist(), strict=True))
+    by_image = dict(zip(images().ids, runs[0][0].estimates.values.tolist(), strict=True))
     rows = [row for row, query in enumerate(table["query"]) if query == "q0"]
-    assert [table["estimate"][row] for row in rows] == [by_picture[table["image"][row]] for row in rows]
+    assert [table["estimate"][row] for row in rows] == [by_image[table["image"][row]] for row in rows]
     assert all(table["low"][row] <= table["high"][row] for row in rows)
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count('<p class="p">influence ') == 3 * 20
@@ -291,7 +291,7 @@ def test_through_the_command_line(tmp_path: Path) -> None:
         for name, kind in (("clip", "Image"), ("clip_text", "Text"))
     }
     ranker = str(tiny_ranker(tmp_path / "ranker", {"clip": 6, "clip_text": 6}))
-    attributor = {"class_path": "Fast", "init_args": {"ranker": ranker, "encoders": encoders}}
+    attributor = {"class_path": "LearnedRanker", "init_args": {"ranker": ranker, "encoders": encoders}}
     config = str(attribution_config(tmp_path, attributor=attributor))
     evaluate.main(["attribute", "-c", config])
     ranking = pq.read_table(tmp_path / "run" / "ranking.parquet").to_pydict()

@@ -10,7 +10,7 @@ import pytest
 from tests.attributors.influence.test_attributor import OTHER, influence, run
 from tests.attributors.unlearning.test_attributor import QUERY
 from tests.support.tiny import tiny_encoder, tiny_model
-from wherefrom.attributors import BySize, InfluenceFunction
+from wherefrom.attributors import InfluenceFunction, Magnitude
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.score_reduction import Breakdown
 from wherefrom.models.diffusion import DiffusionModel
@@ -25,7 +25,7 @@ def test_the_sizes_are_those_of_the_methods_scores(model: DiffusionModel, tmp_pa
     def method() -> InfluenceFunction:
         return influence(grid=LossGrid(timesteps=4), breakdown=Breakdown(timestep_bands=2), flip="mean")
 
-    sized = run(BySize(method()), model, tmp_path, QUERY, OTHER)
+    sized = run(Magnitude(method()), model, tmp_path, QUERY, OTHER)
     signed = run(method(), model, tmp_path, QUERY, OTHER)
     for found, expected in zip(sized, signed, strict=True):
         assert len(expected.null)
@@ -39,7 +39,7 @@ def test_the_sizes_are_those_of_the_methods_scores(model: DiffusionModel, tmp_pa
 
 
 def test_it_is_another_method_and_needs_what_the_method_needs() -> None:
-    sized, signed = BySize(influence()), influence()
+    sized, signed = Magnitude(influence()), influence()
     assert sized.identity() == {"method": f"{signed.identity()['method']}, by size", "of": signed.identity()}
     assert sized.requires == signed.requires
     assert sized.takes_regions == signed.takes_regions

@@ -14,7 +14,7 @@ import torch
 
 from tests.support.tiny import one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, InfluenceFunction, Query, Scores, TrainingData
-from wherefrom.attributors.preconditioned import CurvedAttributor, Form
+from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.curvature import EKFAC, FisherSettings, fit_diagonal, fit_ekfac, save_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
@@ -50,11 +50,11 @@ def curvature_of_keys_and_values(root: Path, model: DiffusionModel, form: Form) 
 @pytest.mark.parametrize("form", ["diagonal", "ekfac"])
 @pytest.mark.parametrize("method", [AttributionByUnlearning, InfluenceFunction])
 def test_a_curvature_of_other_weights_is_refused_before_anything_is_measured(
-    tmp_path: Path, form: Form, method: Callable[..., CurvedAttributor], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, form: Form, method: Callable[..., PreconditionedAttributor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = tiny_model(encoder=tiny_encoder(tmp_path / "text")), tiny_latents(3)
     folder = curvature_of_keys_and_values(tmp_path, model, form)
-    training, fitted = TrainingData(data.pictures, data), tmp_path / "fitted"
+    training, fitted = TrainingData(data.images, data), tmp_path / "fitted"
     method("cross_attention_kv", grid=GRID, curvature=form, fisher_path=str(folder)).fit(
         training, model, Store(fitted), one_process()
     )
@@ -66,17 +66,17 @@ def test_a_curvature_of_other_weights_is_refused_before_anything_is_measured(
     assert not (tmp_path / "never").exists()
 
 
-def abu_plus(root: Path, store: Path) -> tuple[CurvedAttributor, Scores]:
+def abu_plus(root: Path, store: Path) -> tuple[PreconditionedAttributor, Scores]:
     """AbU+ of one query, from the curvature to the scores."""
     model, data = tiny_model(encoder=tiny_encoder(root / "text")), tiny_latents(COUNT)
     method = AttributionByUnlearning(
         "cross_attention",
-        UnlearningSettings(draws=16, measure_draws=16, rise=0.01),
+        UnlearningSettings(noise_samples=16, measurement_samples=16, relative_loss_increase=0.01),
         GRID,
         curvature="ekfac",
         fisher=FISHER,
     )
-    method.fit(TrainingData(data.pictures, data), model, Store(store), one_process())
+    method.fit(TrainingData(data.images, data), model, Store(store), one_process())
     (scores,) = method.score([QUERY])
     return method, scores
 
@@ -138,7 +138,7 @@ def test_abu_plus_goes_on_where_it_was_stopped_and_where_it_was_killed(
     assert seen == [(EigenvaluePass, 128), (EigenvaluePass, 256)]
     assert isinstance(found.curvature, EKFAC)
     assert isinstance(expected.curvature, EKFAC)
-    assert found.curvature.samples == COUNT * FISHER.per_picture
+    assert found.curvature.samples == COUNT * FISHER.per_image
     for name, factors in expected.curvature.layers.items():
         torch.testing.assert_close(found.curvature.layers[name].eigenvalues, factors.eigenvalues, rtol=1e-9, atol=1e-18)
     assert float(scores.scores.std()) > 1e-5

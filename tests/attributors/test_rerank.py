@@ -1,4 +1,4 @@
-"""A method among the nearest pictures: its own scores there, and all others after them."""
+"""A method among the nearest images: its own scores there, and all others after them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.attributors.influence.test_attributor import OTHER, influence, run
 from tests.attributors.unlearning.test_attributor import QUERY, TRAIN
 from tests.support.tiny import tiny_encoder, tiny_model
-from wherefrom.attributors import AmongNearest, PixelSimilarity
+from wherefrom.attributors import PixelSimilarity, Rerank
 from wherefrom.models.diffusion import DiffusionModel
 
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 def test_the_nearest_keep_the_methods_scores_and_the_rest_follows(model: DiffusionModel, tmp_path: Path) -> None:
-    pruned = run(AmongNearest(influence(), PixelSimilarity(), k=5), model, tmp_path, QUERY, OTHER)
+    pruned = run(Rerank(influence(), PixelSimilarity(), k=5), model, tmp_path, QUERY, OTHER)
     whole = run(influence(), model, tmp_path, QUERY, OTHER)
     near = run(PixelSimilarity(), model, tmp_path, QUERY, OTHER)
     for found, exact, similar in zip(pruned, whole, near, strict=True):
@@ -37,7 +37,7 @@ def test_the_nearest_keep_the_methods_scores_and_the_rest_follows(model: Diffusi
 
 
 def test_both_tails_are_chosen_half_and_half(model: DiffusionModel, tmp_path: Path) -> None:
-    (found,) = run(AmongNearest(influence(), PixelSimilarity(), k=5, tails="both"), model, tmp_path)
+    (found,) = run(Rerank(influence(), PixelSimilarity(), k=5, tails="both"), model, tmp_path)
     (similar,) = run(PixelSimilarity(), model, tmp_path)
     order = [name for name, _ in similar.top(len(TRAIN.ids))]
     ranked = [name for name, _ in found.top(len(TRAIN.ids))]
@@ -46,15 +46,15 @@ def test_both_tails_are_chosen_half_and_half(model: DiffusionModel, tmp_path: Pa
 
 
 def test_all_of_them_are_the_method_itself(model: DiffusionModel, tmp_path: Path) -> None:
-    (found,) = run(AmongNearest(influence(), PixelSimilarity(), k=len(TRAIN.ids)), model, tmp_path)
+    (found,) = run(Rerank(influence(), PixelSimilarity(), k=len(TRAIN.ids)), model, tmp_path)
     (exact,) = run(influence(), model, tmp_path)
     np.testing.assert_allclose(found.scores, exact.scores, rtol=1e-6)
 
 
 def test_settings_that_make_no_sense_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="k must be at least 1"):
-        AmongNearest(influence(), PixelSimilarity(), k=0)
+        Rerank(influence(), PixelSimilarity(), k=0)
     with pytest.raises(ValueError, match="Unknown tails 'last'"):
-        AmongNearest(influence(), PixelSimilarity(), k=1, tails="last")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=f"k is 1000, but there are {len(TRAIN.ids)} training pictures"):
-        run(AmongNearest(influence(), PixelSimilarity(), k=1000), model, tmp_path)
+        Rerank(influence(), PixelSimilarity(), k=1, tails="last")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"k is 1000, but there are {len(TRAIN.ids)} training images"):
+        run(Rerank(influence(), PixelSimilarity(), k=1000), model, tmp_path)

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from tests.support.tiny import one_process
 from wherefrom.attributors import Attributor, CaptionSimilarity, PixelSimilarity, Query, Random, Scores, TrainingData
-from wherefrom.data.image_set import Pictures, joined_pictures
+from wherefrom.data.image_set import ImageSet, joined_image_sets
 from wherefrom.runtime.artifacts import Store
 
 SIZE = 6
 
 
-def pictures(count: int, seed: int = 0, captions: int = 2) -> Pictures:
+def images(count: int, seed: int = 0, captions: int = 2) -> ImageSet:
     random = np.random.default_rng(seed)
-    return Pictures(
+    return ImageSet(
         ids=tuple(f"set{seed}/{index}" for index in range(count)),
         captions=tuple(
             tuple(f"{'red' if index % 2 else 'blue'} {k} {index}" for k in range(captions)) for index in range(count)
@@ -31,7 +31,7 @@ def pictures(count: int, seed: int = 0, captions: int = 2) -> Pictures:
     )
 
 
-TRAIN, HELD_OUT = pictures(7), pictures(3, seed=1)
+TRAIN, HELD_OUT = images(7), images(3, seed=1)
 QUERY = Query("query", "a red thing", np.random.default_rng(5).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
@@ -45,7 +45,7 @@ class Letters:
         return {"encoder": "letters"}
 
 
-def fitted(attributor: Attributor, tmp_path: Path, held_out: Pictures | None = HELD_OUT) -> Attributor:
+def fitted(attributor: Attributor, tmp_path: Path, held_out: ImageSet | None = HELD_OUT) -> Attributor:
     attributor.fit(TrainingData(TRAIN, held_out=held_out), None, Store(tmp_path), one_process())
     return attributor
 
@@ -77,10 +77,10 @@ def test_pixel_similarity_is_the_larger_cosine_of_both_mirror_images(tmp_path: P
     for found, data in ((scores.scores, TRAIN), (scores.null, HELD_OUT)):
         both = [
             [
-                cosine(shrink(query, size).ravel(), shrink(picture, size).ravel())
+                cosine(shrink(query, size).ravel(), shrink(image, size).ravel())
                 for query in (QUERY.pixels, QUERY.pixels[:, ::-1])
             ]
-            for picture in data.pixels
+            for image in data.pixels
         ]
         np.testing.assert_allclose(found, np.max(both, axis=1), rtol=1e-5, atol=1e-6)
         winners = {int(np.argmax(pair)) for pair in both}
@@ -93,7 +93,7 @@ def test_a_mirrored_query_has_the_same_pixel_scores(tmp_path: Path) -> None:
     np.testing.assert_allclose(score(attributor).scores, score(attributor, mirrored(QUERY)).scores, rtol=1e-12)
 
 
-def test_a_picture_is_most_like_itself_and_its_mirror_image(tmp_path: Path) -> None:
+def test_a_image_is_most_like_itself_and_its_mirror_image(tmp_path: Path) -> None:
     attributor = fitted(PixelSimilarity(), tmp_path)
     for index in range(len(TRAIN)):
         query = Query("self", "", TRAIN.pixels[index])
@@ -103,9 +103,9 @@ def test_a_picture_is_most_like_itself_and_its_mirror_image(tmp_path: Path) -> N
             assert found[index] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_pictures_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     query = Query("wide", "", np.zeros((SIZE, SIZE + 1, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"Query 'wide' has shape \(6, 7, 3\), the training pictures \(6, 6, 3\)"):
+    with pytest.raises(ValueError, match=r"Query 'wide' has shape \(6, 7, 3\), the training images \(6, 6, 3\)"):
         score(fitted(PixelSimilarity(), tmp_path), query)
 
 
@@ -137,10 +137,10 @@ def test_caption_similarity_takes_the_emoji_worlds_encoder_by_default(tmp_path: 
 
 
 @pytest.mark.parametrize("attributor", [PixelSimilarity(), CaptionSimilarity(Letters())])
-def test_joined_pictures_score_as_one_set(tmp_path: Path, attributor: Attributor) -> None:
+def test_joined_images_score_as_one_set(tmp_path: Path, attributor: Attributor) -> None:
     whole = score(fitted(attributor, tmp_path)).scores
     again = type(attributor)(**({} if isinstance(attributor, PixelSimilarity) else {"encoder": Letters()}))
-    both = joined_pictures(TRAIN.subset([0, 1, 2]), TRAIN.subset([3, 4, 5, 6]))
+    both = joined_image_sets(TRAIN.subset([0, 1, 2]), TRAIN.subset([3, 4, 5, 6]))
     again.fit(TrainingData(both, held_out=HELD_OUT), None, Store(tmp_path), one_process())
     np.testing.assert_allclose(score(again).scores, whole, rtol=1e-12)
 
@@ -172,7 +172,7 @@ def test_candidates_and_queries(tmp_path: Path, attributor: Attributor) -> None:
     assert np.array_equal(part.scores, whole.scores[[4, 0]])
     assert np.array_equal(part.null, whole.null)
     assert len(part.null) == len(HELD_OUT)
-    with pytest.raises(ValueError, match="1 candidates are not training pictures, such as 'nobody'"):
+    with pytest.raises(ValueError, match="1 candidates are not training images, such as 'nobody'"):
         score(attributor, candidates=["nobody", chosen[0]])
     names = [scores.query.id for scores in attributor.score([QUERY, Query("next", "blue", QUERY.pixels)])]
     assert names == ["query", "next"]

@@ -29,7 +29,9 @@ GRID = LossGrid(timesteps=1)
 METHODS: dict[str, tuple[Attributor, set[str], set[str]]] = {
     "abu": (
         AttributionByUnlearning(
-            unlearning=UnlearningSettings(draws=8, measure_draws=8, rise=None, alpha=1.0),
+            unlearning=UnlearningSettings(
+                noise_samples=8, measurement_samples=8, relative_loss_increase=None, alpha=1.0
+            ),
             grid=GRID,
             fisher=FisherSettings(1),
         ),
@@ -37,12 +39,12 @@ METHODS: dict[str, tuple[Attributor, set[str], set[str]]] = {
         {"gradient", "step", "pass", "rest"},
     ),
     "influence": (
-        InfluenceFunction(draws=8, grid=GRID, curvature="diagonal", fisher=FisherSettings(1)),
+        InfluenceFunction(noise_samples=8, grid=GRID, curvature="diagonal", fisher=FisherSettings(1)),
         {"curvature", "features"},
         {"gradient", "pass", "rest"},
     ),
     "trak": (
-        TRAK("cross_attention_kv", projection=Projection(100), grid=GRID, draws=8),
+        TRAK("cross_attention_kv", projection=Projection(100), grid=GRID, noise_samples=8),
         {"features"},
         {"gradient", "products", "rest"},
     ),
@@ -55,7 +57,7 @@ def test_the_parts_of_a_methods_seconds_are_told(name: str, tmp_path: Path) -> N
     method, once, query = METHODS[name]
     model = tiny_model(encoder=tiny_encoder(tmp_path / "text"))
     train, held_out = tiny_latents(6), tiny_latents(3, seed=1)
-    data = TrainingData(train.pictures, train, held_out.pictures, held_out)
+    data = TrainingData(train.images, train, held_out.images, held_out)
     queries = [Query(name, "red", np.zeros((8, 8, 3), dtype=np.uint8), torch.zeros(4, 4, 4)) for name in ("a", "b")]
     store = Store(tmp_path / "store")
     cost = attribution.measure(method, data, model, queries, store)
@@ -106,13 +108,13 @@ def test_the_reason_of_an_error_is_one_line() -> None:
     assert attribution.reason(ValueError()) == "ValueError"
 
 
-def test_a_part_of_the_pictures_keeps_the_share_of_the_null() -> None:
+def test_a_part_of_the_images_keeps_the_share_of_the_null() -> None:
     train, held_out = tiny_latents(12), tiny_latents(4, seed=1)
-    part = attribution.part_of(TrainingData(train.pictures, train, held_out.pictures, held_out), 6)
+    part = attribution.part_of(TrainingData(train.images, train, held_out.images, held_out), 6)
     assert part.latents is not None
     assert part.held_out is not None
-    assert part.latents.ids == part.pictures.ids
-    assert (len(part.pictures), len(part.held_out)) == (6, 2)
-    whole = attribution.part_of(TrainingData(train.pictures, train), 9)
-    assert set(part.pictures.ids) < set(whole.pictures.ids)
+    assert part.latents.ids == part.images.ids
+    assert (len(part.images), len(part.held_out)) == (6, 2)
+    whole = attribution.part_of(TrainingData(train.images, train), 9)
+    assert set(part.images.ids) < set(whole.images.ids)
     assert whole.held_out is None

@@ -28,7 +28,7 @@ from tests.support.tiny import (
 from wherefrom.attributors import PixelSimilarity, Query, TrainingData
 from wherefrom.commands.attribute import attribute, read_run
 from wherefrom.data.image_folder import build_image_folder
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.metrics.null_distribution import p_values
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import generate
@@ -43,7 +43,7 @@ COUNT, HELD_OUT = 16, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all runs share pictures, model and store."""
+    """Where all runs share images, model and store."""
     return tmp_path_factory.mktemp("attribution")
 
 
@@ -79,7 +79,7 @@ def test_a_run_leaves_a_complete_sorted_ranking(run: Path, folder: Path) -> None
     assert [row["query"] for row in rows] == sorted(row["query"] for row in rows)
 
 
-def test_the_p_values_are_those_of_the_held_out_pictures(run: Path) -> None:
+def test_the_p_values_are_those_of_the_held_out_images(run: Path) -> None:
     rows = pq.read_table(run / "ranking.parquet").to_pylist()
     for query in {row["query"] for row in rows}:
         null = load_file(run / "scores" / f"{identity_hash({'query': query})}.safetensors")["null"]
@@ -89,7 +89,7 @@ def test_the_p_values_are_those_of_the_held_out_pictures(run: Path) -> None:
         assert [row["p_value"] for row in part] == expected.tolist()
 
 
-def test_a_run_leaves_manifest_pictures_and_report(run: Path, folder: Path) -> None:
+def test_a_run_leaves_manifest_images_and_report(run: Path, folder: Path) -> None:
     manifest = read_run(run)
     identity = manifest["identity"]
     assert manifest["complete"] is True
@@ -100,8 +100,8 @@ def test_a_run_leaves_manifest_pictures_and_report(run: Path, folder: Path) -> N
     for query, _ in identity["queries"]:
         facts = manifest["facts"][query]
         assert facts["query_loss_rise"] == pytest.approx(0.01, rel=0.011)
-        picture = read_picture(query_file(run, query))
-        assert picture.shape == (8, 8, 3)
+        image = read_image(query_file(run, query))
+        assert image.shape == (8, 8, 3)
     page = (run / "report.html").read_text()
     for words in ("a big red square", "blue circle", "CC0-1.0", "author 1", "attribution by unlearning"):
         assert words in page
@@ -109,14 +109,14 @@ def test_a_run_leaves_manifest_pictures_and_report(run: Path, folder: Path) -> N
     drawn = generate(load_model(str(folder / "pipeline")), ["blue circle"], 0, (4, 4, 4), 2)[0]
     (query,) = (query for query, prompt in identity["queries"] if prompt == "blue circle")
     assert query == drawn.id
-    assert np.array_equal(read_picture(query_file(run, query)), drawn.pixels)
+    assert np.array_equal(read_image(query_file(run, query)), drawn.pixels)
 
 
 def query_file(run: Path, query: str) -> Path:
     return run / "queries" / f"{identity_hash({'query': query})}.png"
 
 
-def read_picture(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     with Image.open(path) as opened:
         return np.asarray(opened)
 
@@ -186,7 +186,7 @@ def test_a_folder_made_with_other_settings_is_refused(
     assert files(run) == before
 
 
-def test_excluded_pictures_are_not_ranked(run: Path, folder: Path) -> None:
+def test_excluded_images_are_not_ranked(run: Path, folder: Path) -> None:
     less = quick(folder, "less", "--data.init_args.exclude", "[train/train-003.png]")
     ((ids, _),) = read_ranking(less).values()
     assert len(ids) == COUNT - 1
@@ -199,23 +199,23 @@ def test_an_unknown_group_is_an_error_before_anything_is_scored(run: Path, folde
     with pytest.raises(ValueError, match=r"The data set has no column 'painter'; it has .*author.*license"):
         quick(folder, "groups", "--report.groups", "[painter]")
     assert not (folder / "groups").exists()
-    assert ReportOptions().columns(pictures(folder)) == ["author"]
+    assert ReportOptions().columns(images(folder)) == ["author"]
 
 
-def pictures(folder: Path) -> Pictures:
+def images(folder: Path) -> ImageSet:
     return build_image_folder(Store(folder / "store"), folder / "pictures")
 
 
-def picture(folder: Path, name: str, size: tuple[int, int] = (8, 8)) -> Path:
+def image(folder: Path, name: str, size: tuple[int, int] = (8, 8)) -> Path:
     path = folder / name
     pixels = np.random.default_rng(len(name)).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def test_picture_files_are_queries(run: Path, folder: Path) -> None:
+def test_image_files_are_queries(run: Path, folder: Path) -> None:
     given = [{"file": str(folder / "pictures" / "train" / "train-002.png"), "prompt": "grey"}]
-    given.append({"file": str(picture(folder, "mine.png")), "prompt": ""})
+    given.append({"file": str(image(folder, "mine.png")), "prompt": ""})
     out = quick(folder, "files", queries={"pictures": given})
     rankings = read_ranking(out)
     assert [name.rsplit("-", 1)[0] for name in rankings] == ["mine", "train-002"]
@@ -225,33 +225,33 @@ def test_picture_files_are_queries(run: Path, folder: Path) -> None:
     assert "The prompt is not known" in (out / "report.html").read_text()
 
 
-def test_a_picture_is_attributed_without_a_prompt(run: Path, folder: Path) -> None:
-    given = [{"file": str(picture(folder, "found.png")), "prompt": ""}]
+def test_a_image_is_attributed_without_a_prompt(run: Path, folder: Path) -> None:
+    given = [{"file": str(image(folder, "found.png")), "prompt": ""}]
     out = attributed(folder, "unknown prompt", queries={"pictures": given})
     ((ids, _),) = read_ranking(out).values()
     assert len(ids) == COUNT
 
 
 @pytest.mark.parametrize("size", [(9, 8), (16, 16)])
-def test_a_picture_of_another_size_is_refused_or_resized(run: Path, folder: Path, size: tuple[int, int]) -> None:
+def test_a_image_of_another_size_is_refused_or_resized(run: Path, folder: Path, size: tuple[int, int]) -> None:
     name = f"{size[0]} by {size[1]}"
-    given = {"pictures": [{"file": str(picture(folder, f"{name}.png", size)), "prompt": "red"}]}
-    message = rf"by.*\.png is {size[0]} × {size[1]} pixels, the model's pictures are 8 × 8.*queries\.resize"
+    given = {"pictures": [{"file": str(image(folder, f"{name}.png", size)), "prompt": "red"}]}
+    message = rf"by.*\.png is {size[0]} × {size[1]} pixels, the model's images are 8 × 8.*queries\.resize"
     with pytest.raises(ValueError, match=message):
         quick(folder, name, queries=given)
     out = quick(folder, f"{name} resized", "--queries.resize", "true", queries=given)
     (drawn,) = (out / "queries").iterdir()
-    assert read_picture(drawn).shape == (8, 8, 3)
+    assert read_image(drawn).shape == (8, 8, 3)
 
 
-def test_a_region_is_attributed_beside_its_picture(run: Path, folder: Path) -> None:
+def test_a_region_is_attributed_beside_its_image(run: Path, folder: Path) -> None:
     regions = [{"of": "blue circle", "box": [0, 0, 8, 8]}, {"of": "blue circle", "box": [0, 0, 2, 8]}]
     queries = {"prompts": ["blue circle"], "sampling_steps": 2, "regions": regions}
     out = attributed(folder, "regions", queries=queries)
     found = {name.partition(", ")[2]: dict(zip(*ranking, strict=True)) for name, ranking in read_ranking(out).items()}
     assert set(found) == {"", "box 0,0,8,8", "box 0,0,2,8"}
     rounding = 1e-2 * float(np.std(list(found[""].values())))  # the scores are differences in float32
-    assert found["box 0,0,8,8"] == pytest.approx(found[""], abs=rounding), "a box around all of the picture is no box"
+    assert found["box 0,0,8,8"] == pytest.approx(found[""], abs=rounding), "a box around all of the image is no box"
     assert found["box 0,0,2,8"] != pytest.approx(found[""], rel=1e-2)
     assert "box 0,0,2,8; the rest is shown faded" in (out / "report.html").read_text()
     with pytest.raises(ValueError, match=r"PixelSimilarity cannot attribute a region"):
@@ -296,7 +296,7 @@ def test_a_model_that_is_broken_is_an_error(folder: Path, tmp_path: Path) -> Non
     with torch.no_grad():
         unet.conv_out.bias[0] = float("nan")
     broken = tiny_pipeline(tmp_path / "pipeline", unet=unet)
-    source = attribution_config(folder, "source")  # leaves pictures where they are shared
+    source = attribution_config(folder, "source")  # leaves images where they are shared
     assert source.exists()
     with pytest.raises(ValueError, match=r"not finite|is nan"):
         attributed(folder, "broken", "--output", str(tmp_path / "out"), "--model", str(broken))
@@ -307,20 +307,20 @@ def test_an_unfinished_run_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     data = tiny_latents(3)
 
     class Interrupted(PixelSimilarity):
-        def compare(self, query: Query, pictures: Any) -> Any:
+        def compare(self, query: Query, images: Any) -> Any:
             if query.id == "second":
                 raise KeyboardInterrupt
-            return super().compare(query, pictures)
+            return super().compare(query, images)
 
     queries = [Query(name, "", np.full((8, 8, 3), 200, dtype=np.uint8)) for name in ("first", "second")]
-    arguments = TrainingData(data.pictures), None, queries, Store(tmp_path / "store"), one_process()
+    arguments = TrainingData(data.images), None, queries, Store(tmp_path / "store"), one_process()
     with pytest.raises(KeyboardInterrupt):
         attribute(tmp_path / "out", Interrupted(), *arguments)
     with pytest.raises(ValueError, match=r"is not complete: run the same .* again"):
         read_run(tmp_path / "out")
     before = files(tmp_path / "out" / "scores")
     said: list[str] = []
-    results = attribute(tmp_path / "out", PixelSimilarity(), *arguments, say=said.append)
+    results = attribute(tmp_path / "out", PixelSimilarity(), *arguments, log=said.append)
     assert said[0].startswith("1 of 2 queries are already done")
     assert [scores.query.id for scores in results] == ["first", "second"]
     assert before.items() <= files(tmp_path / "out" / "scores").items()
@@ -361,9 +361,9 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(tmp_path: Path) 
     attributor = {
         "class_path": "AttributionByUnlearning",
         "init_args": {
-            "unlearning": {"draws": 8, "measure_draws": 8, "rise": None, "alpha": 1.0},
+            "unlearning": {"noise_samples": 8, "measurement_samples": 8, "relative_loss_increase": None, "alpha": 1.0},
             "grid": {"timesteps": 2},
-            "fisher": {"visits": 1},
+            "fisher": {"samples_per_image": 1},
         },
     }
     config = attribution_config(tmp_path, attributor=attributor)

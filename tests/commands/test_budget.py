@@ -15,12 +15,12 @@ from datamodules import LAION, MSCOCO, ImageFolder
 from lightning_modules.launch.budget import _removals, sizes_of
 from tests.support.tiny import attribution_config, tiny_folder, tiny_model, tiny_pipeline, training_config
 from tests.support.worlds import make_coco, make_shards
-from wherefrom.attributors import AttributionByUnlearning, BySize, PixelSimilarity, RankEnsemble, TrainingData
-from wherefrom.commands.budget import Sizes, as_table, blank_latents, blank_pictures, encoding, method
+from wherefrom.attributors import AttributionByUnlearning, Magnitude, PixelSimilarity, RankEnsemble, TrainingData
+from wherefrom.commands.budget import Sizes, as_table, blank_images, blank_latents, encoding, method
 from wherefrom.commands.estimate import Stage, forward_rate
 from wherefrom.counterfactual.evaluate import plan
 from wherefrom.counterfactual.protocol import Protocol
-from wherefrom.data.latents import encode_pictures
+from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store
 
@@ -34,7 +34,7 @@ def test_disk_is_what_encoding_writes(tmp_path: Path) -> None:
     stages, blank = encoding(model, sizes, decode_s)
     training, held_out = module.load()
     assert model.encoder is not None
-    made = [encode_pictures(pictures, model.encoder, Store(tmp_path / "store")) for pictures in (training, held_out)]
+    made = [encode_image_set(images, model.encoder, Store(tmp_path / "store")) for images in (training, held_out)]
     assert stages[0].disk == training.pixels.nbytes + held_out.pixels.nbytes
     assert stages[1].disk == sum(each.latents.nbytes for each in made)
     assert stages[2].disk == sum(each.states.nbytes for each in made)
@@ -49,9 +49,7 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     module.encoder = model.encoder
     module.prepare_data()
     module.setup()
-    real = TrainingData(
-        module.train_pictures, module.train_latents, module.validation_pictures, module.validation_latents
-    )
+    real = TrainingData(module.train_images, module.train_latents, module.validation_images, module.validation_latents)
     _, blank = encoding(model, *sizes_of(module))
     attributor = AttributionByUnlearning()
     work = attributor.work(real, 3)
@@ -61,8 +59,8 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     assert queries.seconds == work.per_query / 10
     assert queries.times == 3
     few = method("abu", attributor, blank, 3, rate=10.0, candidates=4)
-    assert few[0] == once, "what is made once is made of all pictures"
-    assert method("abu", BySize(attributor), blank, 3, rate=10.0, candidates=4) == few
+    assert few[0] == once, "what is made once is made of all images"
+    assert method("abu", Magnitude(attributor), blank, 3, rate=10.0, candidates=4) == few
     both = method("both", RankEnsemble([attributor, PixelSimilarity()]), blank, 3, rate=10.0, candidates=4)
     assert [stage.seconds for stage in both] == [few[0].seconds, few[1].seconds, 0, 0]
     losses = attributor.losses_of(blank)
@@ -116,7 +114,7 @@ def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> No
 
 def test_the_rate_is_measured_with_few_passes_where_one_takes_long() -> None:
     model = tiny_model()
-    data = blank_latents(blank_pictures(4, (8, 8), 1), torch.zeros(4, 4, 4), torch.zeros(5, 12))
+    data = blank_latents(blank_images(4, (8, 8), 1), torch.zeros(4, 4, 4), torch.zeros(5, 12))
     sizes: list[int] = []
     losses = model.losses
 
@@ -140,8 +138,8 @@ def test_the_command_line_says_what_an_attribution_takes_and_makes_nothing(
     printed = capsys.readouterr().out
     names = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:]
     assert names == [
-        "read 20 pictures of 8 × 8",
-        "latents of 20 pictures and their mirror images",
+        "read 20 images of 8 × 8",
+        "latents of 20 images and their mirror images",
         "states of 20 captions",
         "draw the queries",
         "AttributionByUnlearning: once for this model",
@@ -197,9 +195,9 @@ def test_the_command_line_says_what_a_judgement_takes(
 
 
 def test_blank_data_take_no_memory() -> None:
-    pictures = blank_pictures(1000, (512, 512), 5)
-    assert pictures.pixels.shape == (1000, 512, 512, 3)
-    assert np.asarray(pictures.pixels).base is not None
-    latents = blank_latents(pictures, torch.zeros(4, 64, 64), torch.zeros(77, 1024))
+    images = blank_images(1000, (512, 512), 5)
+    assert images.pixels.shape == (1000, 512, 512, 3)
+    assert np.asarray(images.pixels).base is not None
+    latents = blank_latents(images, torch.zeros(4, 64, 64), torch.zeros(77, 1024))
     assert latents.states.shape == (1000, 5, 77, 1024)
     assert latents.states.untyped_storage().nbytes() == 4  # type: ignore[union-attr]

@@ -14,13 +14,13 @@ import evaluate
 from tests.support.tiny import attribution_config, tiny_latents
 from wherefrom.attributors import (
     TRAK,
-    AmongNearest,
     AttributionByUnlearning,
-    BySize,
     InfluenceBank,
     InfluenceFunction,
+    Magnitude,
     Query,
     Random,
+    Rerank,
     Scores,
     TrainingData,
 )
@@ -82,7 +82,7 @@ def test_methods_are_compared_through_the_command_line(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    train = tiny_latents(4).pictures
+    train = tiny_latents(4).images
     query = Query("q", "p", np.zeros((8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="There are no methods to compare"):
         compare(tmp_path, {}, TrainingData(train), None, [query], Store(tmp_path / "store"), Runner.current())
@@ -93,23 +93,23 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         load_methods([tmp_path / "a" / "random.yaml", tmp_path / "b" / "random.yaml"])
     assert isinstance(load_methods([tmp_path / "a" / "random.yaml"])["random"], Random)
     files = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("random", "influence")]
-    changed = load_methods(files, {"grid.timesteps": 3, "draws": 7}, strict=True)["influence"]
+    changed = load_methods(files, {"grid.timesteps": 3, "noise_samples": 7}, strict=True)["influence"]
     assert isinstance(changed, InfluenceFunction)
-    assert (changed.grid.timesteps, changed.draws) == (3, 7)
+    assert (changed.grid.timesteps, changed.noise_samples) == (3, 7)
     asking = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("abu_plus_bank", "abu_plus_by_size")]
-    nested = load_methods(asking, {"grid.timesteps": 3, "unlearning.draws": 7}, strict=True)
-    assert isinstance(nested["abu_plus_bank"], AmongNearest)
-    assert isinstance(nested["abu_plus_by_size"], BySize)
+    nested = load_methods(asking, {"grid.timesteps": 3, "unlearning.noise_samples": 7}, strict=True)
+    assert isinstance(nested["abu_plus_bank"], Rerank)
+    assert isinstance(nested["abu_plus_by_size"], Magnitude)
     for each in (nested["abu_plus_bank"].method, nested["abu_plus_bank"].nearest, nested["abu_plus_by_size"].method):
         assert isinstance(each, AttributionByUnlearning | InfluenceBank)
         assert each.grid.timesteps == 3
-        assert not isinstance(each, AttributionByUnlearning) or each.unlearning.draws == 7
-    for own in ({"influence/draws": 9, "draws": 7}, {"draws": 7, "influence/draws": 9}):
+        assert not isinstance(each, AttributionByUnlearning) or each.unlearning.noise_samples == 7
+    for own in ({"influence/noise_samples": 9, "noise_samples": 7}, {"noise_samples": 7, "influence/noise_samples": 9}):
         made = load_methods([*files, ROOT / "configs" / "attributor" / "trak.yaml"], own, strict=True)
         influence, trak = made["influence"], made["trak"]
         assert isinstance(influence, InfluenceFunction)
         assert isinstance(trak, TRAK)
-        assert (influence.draws, trak.draws) == (9, 7), "one method's own setting"
+        assert (influence.noise_samples, trak.noise_samples) == (9, 7), "one method's own setting"
     with pytest.raises(ValueError, match=r"settings: no method has 'random/draws'"):
         load_methods(files, {"random/draws": 3}, strict=True)
     with pytest.raises(ValueError, match=r"settings: no method has 'grid.timestep'; the methods are random, influence"):
@@ -120,8 +120,8 @@ def test_a_variant_is_one_of_the_methods_with_settings_of_its_own() -> None:
     files = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("trak", "abu_plus", "abu_plus_by_size")]
     settings = {"grid.timesteps": 3, "trak/relative_lambda": 2.0}
     variants = {
-        "softer": {"trak/relative_lambda": 4.0, "trak/draws": 9},
-        "larger": {"abu_plus_by_size/unlearning.rise": 3.0},
+        "softer": {"trak/relative_lambda": 4.0, "trak/noise_samples": 9},
+        "larger": {"abu_plus_by_size/unlearning.relative_loss_increase": 3.0},
     }
     made = load_methods(files, settings, variants, strict=True)
     assert list(made) == ["trak", "abu_plus", "abu_plus_by_size", "softer", "larger"]
@@ -129,19 +129,19 @@ def test_a_variant_is_one_of_the_methods_with_settings_of_its_own() -> None:
     assert isinstance(trak, TRAK)
     assert isinstance(softer, TRAK)
     assert (trak.relative_lambda, softer.relative_lambda) == (2.0, 4.0)
-    assert softer.draws == 9 != trak.draws
+    assert softer.noise_samples == 9 != trak.noise_samples
     assert softer.grid.timesteps == trak.grid.timesteps == 3, "the settings of all hold for variants"
-    assert isinstance(larger, BySize)
+    assert isinstance(larger, Magnitude)
     assert isinstance(larger.method, AttributionByUnlearning)
     assert isinstance(alone, AttributionByUnlearning)
-    assert (alone.unlearning.rise, larger.method.unlearning.rise) == (0.2, 3.0)
+    assert (alone.unlearning.relative_loss_increase, larger.method.unlearning.relative_loss_increase) == (0.2, 3.0)
     for name, changes in (
-        ("trak", {"trak/draws": 9}),
-        ("nobody", {"draws": 9}),
+        ("trak", {"trak/noise_samples": 9}),
+        ("nobody", {"noise_samples": 9}),
         ("nobody", {"random/draws": 9}),
         ("nobody", {}),
-        ("../up", {"trak/draws": 9}),
-        ("both", {"trak/draws": 9, "abu_plus/fisher.visits": 1}),
+        ("../up", {"trak/noise_samples": 9}),
+        ("both", {"trak/noise_samples": 9, "abu_plus/fisher.samples_per_image": 1}),
     ):
         with pytest.raises(
             ValueError, match=rf"variants: '{name}' needs a name of its own, without slashes, and settings"

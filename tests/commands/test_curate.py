@@ -17,12 +17,12 @@ from tests.attributors.influence.test_attributor import influence
 from tests.attributors.unlearning.test_attributor import HELD_OUT, TRAIN
 from tests.support.tiny import attribution_config, one_process, text_folder, tiny_encoder, tiny_model
 from wherefrom.attributors import (
-    AmongNearest,
     Attributor,
     CaptionSimilarity,
     PixelSimilarity,
     Random,
     RankEnsemble,
+    Rerank,
     TrainingData,
 )
 from wherefrom.commands.curate import Captions, curate
@@ -54,8 +54,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 @pytest.fixture(scope="module")
 def data() -> TrainingData:
     # Captions of the tiny set repeat; a teacher set draws each once.
-    pictures = replace(TRAIN.pictures, captions=tuple((f"caption {name}",) for name in TRAIN.ids))
-    return TrainingData(pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
+    images = replace(TRAIN.images, captions=tuple((f"caption {name}",) for name in TRAIN.ids))
+    return TrainingData(images, TRAIN, HELD_OUT.images, HELD_OUT)
 
 
 def made(folder: Path, model: DiffusionModel, data: TrainingData, **options: Any) -> TeacherSet:
@@ -73,8 +73,8 @@ def made(folder: Path, model: DiffusionModel, data: TrainingData, **options: Any
 def test_it_holds_what_the_teacher_says(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:
     found = made(tmp_path / "set", model, data, teacher=influence(), block_size=2)
     assert found.is_whole
-    assert found.images == data.pictures.ids
-    assert set(found.prompts) <= {several[0] for several in data.pictures.captions}
+    assert found.images == data.images.ids
+    assert set(found.prompts) <= {several[0] for several in data.images.captions}
     queries = generate(model, found.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
     assert found.queries == tuple(query.id for query in queries)
     teacher = influence()
@@ -136,7 +136,7 @@ def test_blocks_and_interruptions_do_not_matter(model: DiffusionModel, data: Tra
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        made(tmp_path / "set", model, data, block_size=1, say=stop)
+        made(tmp_path / "set", model, data, block_size=1, log=stop)
     assert not (tmp_path / "set" / "manifest.json").exists()
     scored: list[str] = []
 
@@ -206,10 +206,10 @@ def test_captions_are_chosen_once_each_and_test_sets_skip_what_training_took(dat
     held_out = Captions(count=1, of="held_out").choose(data)
     assert data.held_out is not None
     assert held_out[0] in {several[0] for several in data.held_out.captions}
-    with pytest.raises(ValueError, match="more than the 9 different captions of the training pictures"):
+    with pytest.raises(ValueError, match="more than the 9 different captions of the training images"):
         Captions(count=6, skip=4).choose(data)
-    with pytest.raises(ValueError, match="no held-out pictures"):
-        Captions(of="held_out").choose(TrainingData(data.pictures))
+    with pytest.raises(ValueError, match="no held-out images"):
+        Captions(of="held_out").choose(TrainingData(data.images))
     for settings in ({"count": 0}, {"skip": -1}, {"of": "web"}):
         with pytest.raises(ValueError, match=r"captions\."):
             Captions(**settings)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def test_settings_that_do_not_fit_together(model: DiffusionModel, data: Training
     with pytest.raises(ValueError, match="block_size must be positive; given 0"):
         made(tmp_path / "set", model, data, block_size=0)
     with pytest.raises(ValueError, match="between 1 and k, which is 3; given 4"):
-        AmongNearest(Random(), PixelSimilarity(), 3, subsample=4)
+        Rerank(Random(), PixelSimilarity(), 3, subsample=4)
 
 
 def test_an_ensemble_averages_ranks(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:

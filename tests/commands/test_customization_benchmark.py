@@ -22,27 +22,27 @@ from wherefrom.commands.customization_benchmark import (
     ROWS,
     Found,
     benchmark,
-    exemplar_pictures,
+    exemplar_images,
     hide,
     summarise,
     without_word,
 )
 from wherefrom.commands.customization_tasks import Task, cases_of, read_abc, read_all, read_tasks
 from wherefrom.curvature import FisherSettings
+from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
-from wherefrom.data.latents import encode_pictures
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.customization import add_word, encoder_of, save_customized
 from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_model
-from wherefrom.queries.sources import QueryPicture
+from wherefrom.queries.sources import QueryImage
 from wherefrom.queries.types import Query, Scores
 from wherefrom.runtime.artifacts import Store
 
 CASES = ("test_objects", "test_styles")
 
 
-def picture(path: Path, seed: int) -> str:
+def image(path: Path, seed: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
@@ -51,7 +51,7 @@ def picture(path: Path, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two test cases of two models, 3 exemplars and 2 pictures each, in the released layouts."""
+    """Two test cases of two models, 3 exemplars and 2 images each, in the released layouts."""
     root = tmp_path_factory.mktemp("customized")
     tiny_pipeline(root / "pipeline")
     tiny_folder(root / "background", 12)
@@ -61,9 +61,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(2):
             name, seed = f"{case}-{index}", 1000 + 100 * first + 10 * index
             for number in range(3):
-                picture(root / "dataset" / "exemplar" / name / f"{number}.png", seed + number)
+                image(root / "dataset" / "exemplar" / name / f"{number}.png", seed + number)
             for number in range(2):
-                picture(root / "synth" / name / f"{number}.png", seed + number)  # it draws its exemplars again
+                image(root / "synth" / name / f"{number}.png", seed + number)  # it draws its exemplars again
                 tasks.append(
                     {
                         "synth_image_path": f"synth/{name}/{number}.png",
@@ -92,12 +92,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def background(root: Path, store: Store, latents: bool = False) -> TrainingData:
-    pictures = build_image_folder(store, root / "background", ImageFolderOptions()).where("split", "train")
+    images = build_image_folder(store, root / "background", ImageFolderOptions()).where("split", "train")
     if not latents:
-        return TrainingData(pictures)
+        return TrainingData(images)
     encoder = load_model(str(root / "pipeline")).encoder
     assert encoder is not None
-    return TrainingData(pictures, encode_pictures(pictures, encoder, store))
+    return TrainingData(images, encode_image_set(images, encoder, store))
 
 
 def test_both_layouts_are_read(root: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_prompt_loses_its_new_words() -> None:
 
 
 class Known(Attributor):
-    """Scores as a test says: by a function of picture ids."""
+    """Scores as a test says: by a function of image ids."""
 
     def __init__(self, score: Any) -> None:
         self.given = score
@@ -172,7 +172,7 @@ class Known(Attributor):
         return {"method": "known"}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        ids = self.data.pictures.ids
+        ids = self.data.images.ids
         for query in queries:
             self.asked.append(query)
             yield Scores(query, ids, np.array([self.given(name) for name in ids], dtype=float), np.empty(0))
@@ -223,16 +223,16 @@ def test_errors_are_of_means_over_models() -> None:
 def test_exemplars_are_hidden_once(root: Path, tmp_path: Path) -> None:
     task = read_tasks(root / "tasks.json", root)[0]
     data = background(root, Store(tmp_path))
-    exemplars = exemplar_pictures(task, 8, data.pictures.columns)
-    together = hide(data.pictures, exemplars)
+    exemplars = exemplar_images(task, 8, data.images.columns)
+    together = hide(data.images, exemplars)
     assert together.ids[-1] == "exemplar/test_objects/0/2"
     assert together.captions[-1] == ("<new1> square",)
-    np.testing.assert_array_equal(np.asarray(together.pixels)[:12], data.pictures.pixels)
+    np.testing.assert_array_equal(np.asarray(together.pixels)[:12], data.images.pixels)
     np.testing.assert_array_equal(np.asarray(together.pixels)[12:], exemplars.pixels)
     with pytest.raises(ValueError, match="occur more than once"):
         hide(together, exemplars)
     with pytest.raises(ValueError, match="cannot be one set"):
-        hide(data.pictures, exemplar_pictures(task, 4, data.pictures.columns))
+        hide(data.images, exemplar_images(task, 4, data.images.columns))
 
 
 def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tmp_path: Path) -> None:
@@ -240,8 +240,10 @@ def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tm
     data, model = background(root, store, latents=True), load_model(str(root / "pipeline"))
 
     def made() -> AttributionByUnlearning:
-        settings = UnlearningSettings(draws=32, measure_draws=32, rise=0.01)
-        return AttributionByUnlearning("all", settings, LossGrid(timesteps=2), fisher=FisherSettings(visits=1))
+        settings = UnlearningSettings(noise_samples=32, measurement_samples=32, relative_loss_increase=0.01)
+        return AttributionByUnlearning(
+            "all", settings, LossGrid(timesteps=2), fisher=FisherSettings(samples_per_image=1)
+        )
 
     method, seen = made(), []
     real = method.fit
@@ -296,7 +298,7 @@ def test_what_cannot_be_benchmarked_is_refused(root: Path, tmp_path: Path) -> No
         run([replace(tasks[0], model=None)], {"abu": AttributionByUnlearning("all")})
     with pytest.raises(ValueError, match=r"names the model .*nowhere, which is no folder"):
         run([replace(tasks[0], model=tmp_path / "nowhere")], {"pixel": PixelSimilarity()})
-    odd = replace(tasks[0], queries=(QueryPicture(str(tmp_path / "none.png"), ""),))
+    odd = replace(tasks[0], queries=(QueryImage(str(tmp_path / "none.png"), ""),))
     with pytest.raises(ValueError, match="is not a file"):
         run([odd], {"pixel": PixelSimilarity()})
 

@@ -27,7 +27,7 @@ from wherefrom.rankings.ranking_file import RANKING, write_ranking
 from wherefrom.runtime.artifacts import read_manifest, write_json, write_manifest
 
 N, QUERIES = 40, ("first", "second", "third")
-IMAGES = [f"picture {index:02d}" for index in range(N)]
+IMAGES = [f"image {index:02d}" for index in range(N)]
 
 
 def scores_of(seed: int) -> NDArray[np.float64]:
@@ -37,7 +37,7 @@ def scores_of(seed: int) -> NDArray[np.float64]:
 def run_folder(
     folder: Path, scores: NDArray[np.float64], shuffle: int = 0, queries: tuple[str, ...] = QUERIES, **identity: Any
 ) -> Path:
-    """What `evaluate.py attribute` leaves, as far as it is read here; pictures and queries in any order."""
+    """What `evaluate.py attribute` leaves, as far as it is read here; images and queries in any order."""
     random = np.random.default_rng(shuffle)
     order = random.permutation(N)
     ids = [IMAGES[index] for index in order]
@@ -119,7 +119,7 @@ def test_a_teacher_set_is_as_good_as_its_run(tmp_path: Path) -> None:
     assert of_set == retrieval(tmp_path / "b", run_folder(tmp_path / "run", teacher), {"m": method})
     swapped = retrieval(tmp_path / "c", method, {"m": teacher_folder(tmp_path / "again", teacher)})
     assert [row.metric for row in swapped] == [row.metric for row in of_set]
-    with pytest.raises(ValueError, match=r"ranks 12 of 40 training pictures: .* the whole set"):
+    with pytest.raises(ValueError, match=r"ranks 12 of 40 training images: .* the whole set"):
         retrieval(tmp_path, teacher_folder(tmp_path / "cut", teacher, 12), {"m": method})
     with pytest.raises(ValueError, match="are of other models: m and another"):
         retrieval(tmp_path, teacher_folder(tmp_path / "other", teacher, model="another"), {"m": method})
@@ -142,7 +142,7 @@ def test_depths(k: float, number: int) -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, 41])
 def test_wrong_depths_are_refused(k: float) -> None:
-    with pytest.raises(ValueError, match=f"from 1 to 40, the number of training pictures; given {k}"):
+    with pytest.raises(ValueError, match=f"from 1 to 40, the number of training images; given {k}"):
         Depth.of(k, 40)
 
 
@@ -186,7 +186,7 @@ def cut(columns: dict[str, list[Any]]) -> None:
 
 
 def rename(columns: dict[str, list[Any]]) -> None:
-    columns["image"] = ["other" if name == "picture 07" else name for name in columns["image"]]
+    columns["image"] = ["other" if name == "image 07" else name for name in columns["image"]]
 
 
 def repeat(columns: dict[str, list[Any]]) -> None:
@@ -197,16 +197,16 @@ def repeat(columns: dict[str, list[Any]]) -> None:
     ("change", "message"),
     [
         (manifest(complete=False), "is not complete: run the same evaluate.py attribute command again"),
-        (manifest(cut=100), "is cut: it keeps only the first 100 pictures"),
+        (manifest(cut=100), "is cut: it keeps only the first 100 images"),
         (manifest(model="n"), "are of other models: n and m"),
-        (manifest(training_pictures="u"), "are of other training pictures: u and t"),
+        (manifest(training_images="u"), "are of other training images: u and t"),
         (
             manifest(queries=[["first", "else"]]),
             "other queries by 'first': its prompts are 'else' and 'prompt of first'",
         ),
         (rewritten(cut), "not at all for query 'second'"),
-        (rewritten(repeat), r"ranking.parquet ranks 'picture \d\d' (twice|not at all) for query 'first'"),
-        (rewritten(rename), "rank other training pictures: 40 and 40; only one of them has 'other', 'picture 07'"),
+        (rewritten(repeat), r"ranking.parquet ranks 'image \d\d' (twice|not at all) for query 'first'"),
+        (rewritten(rename), "rank other training images: 40 and 40; only one of them has 'other', 'image 07'"),
         (
             rewritten(lambda columns: columns["rank"].reverse()),
             "not sorted by query and rank, from 1 on, at query 'first'",

@@ -1,4 +1,4 @@
-"""What wandb is told of a run, kept offline: configuration, numbers, ranked pictures, artifacts and their lineage."""
+"""What wandb is told of a run, kept offline: configuration, numbers, ranked images, artifacts and their lineage."""
 
 from __future__ import annotations
 
@@ -98,15 +98,15 @@ def test_results_become_tables_and_numbers(tmp_path: Path, kept: Kept) -> None:
     assert "counterfactual/pixel/loss.own.1" not in kept.summary
 
 
-def test_the_table_shows_both_pictures(tmp_path: Path) -> None:
-    pictures = build_image_folder(Store(tmp_path / "store"), tiny_folder(tmp_path / "pictures")).where("split", "train")
+def test_the_table_shows_both_images(tmp_path: Path) -> None:
+    images = build_image_folder(Store(tmp_path / "store"), tiny_folder(tmp_path / "pictures")).where("split", "train")
     method = PixelSimilarity()
-    method.fit(TrainingData(pictures), None, Store(tmp_path / "store"), one_process())
-    results = list(method.score([Query("q", "a circle", np.array(pictures.pixels[2]))]))
-    table = ranked(results, pictures, 2)
-    assert table.data[0][3:5] == [1, pictures.ids[2]]
-    assert table.data[0][7:] == [pictures.captions[2][0], "CC0-1.0"]
-    np.testing.assert_array_equal(np.asarray(table.data[0][6].image), pictures.pixels[2])
+    method.fit(TrainingData(images), None, Store(tmp_path / "store"), one_process())
+    results = list(method.score([Query("q", "a circle", np.array(images.pixels[2]))]))
+    table = ranked(results, images, 2)
+    assert table.data[0][3:5] == [1, images.ids[2]]
+    assert table.data[0][7:] == [images.captions[2][0], "CC0-1.0"]
+    np.testing.assert_array_equal(np.asarray(table.data[0][6].image), images.pixels[2])
 
 
 def test_files_are_uploaded_on_request(tmp_path: Path) -> None:

@@ -62,6 +62,6 @@ def test_synergy_is_what_both_do_beyond_the_sum() -> None:
     assert stored["estimates"]["both"][0] == pytest.approx(0.8)
 
 
-def test_one_picture_has_no_halves() -> None:
+def test_one_image_has_no_halves() -> None:
     with pytest.raises(ValueError, match="K must be at least 2"):
         halve([Removal("m", 1, ("q",), ("p00",))], RANKINGS, TRAINING)

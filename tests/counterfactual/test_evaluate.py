@@ -48,7 +48,7 @@ REVERSED = QuerySource(prompts=SOURCE.prompts[::-1], sampling_steps=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all share pictures, latents and frozen parts."""
+    """Where all share images, latents and frozen parts."""
     return tmp_path_factory.mktemp("judge")
 
 
@@ -177,7 +177,7 @@ def test_the_table_outlives_the_weights(recipe_file: Path, sweep: Sweep, panel: 
     assert Panel(panel.queries, sweep.retrains.model(Retrain()), SOURCE, timesteps=5).name != panel.name
 
 
-def test_a_picture_file_cannot_be_drawn_again(base: DiffusionModel, panel: Panel) -> None:
+def test_a_image_file_cannot_be_drawn_again(base: DiffusionModel, panel: Panel) -> None:
     with pytest.raises(ValueError, match="A panel's queries are drawn from prompts"):
         Panel(panel.queries[:1], base, SOURCE)
 
@@ -258,7 +258,7 @@ def test_the_command_line_trains_on_halves(recipe_file: Path, folder: Path) -> N
 
 
 def test_halves_are_random_and_of_one_size() -> None:
-    ids = [f"picture {index}" for index in range(41)]
+    ids = [f"image {index}" for index in range(41)]
     subsets = Halves(count=200).subsets(ids)
     assert (subsets.sum(axis=1) == 20).all()
     assert abs(subsets.mean(axis=0) - 20 / 41).max() < 0.15
@@ -341,7 +341,7 @@ def test_names_of_the_judges_own_rows_are_refused() -> None:
 
 def test_a_method_that_is_added_changes_no_removal_of_the_others() -> None:
     random = np.random.default_rng(0)
-    ids = [f"picture {index}" for index in range(COUNT)]
+    ids = [f"image {index}" for index in range(COUNT)]
     rankings = {
         method: {f"query {query}": random.permutation(ids).tolist() for query in range(6)} for method in ("a", "b", "c")
     }

@@ -29,7 +29,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
 def test_one_round_is_all_at_once(judge: Judge) -> None:
     first = rankings(judge.first())
     pool = tuple(query.id for query in judge.queries)
-    at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.pictures.ids)
+    at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.images.ids)
     measured = judge.sweep.measure([Retrain(), Retrain(at_once[0].ids)])
     (found,) = remove_greedily(first, at_once, 1, measured, judge.sweep, judge.again, [0])
     assert found.removals == at_once
@@ -41,7 +41,7 @@ def test_one_round_is_all_at_once(judge: Judge) -> None:
 def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
     first = rankings(judge.first())
     pool = tuple(query.id for query in judge.queries)
-    at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.pictures.ids)
+    at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.images.ids)
     measured = judge.sweep.measure([Retrain(ids, seed) for seed in (0, 1) for ids in ((), at_once[0].ids)])
     (found,) = remove_greedily(first, at_once, 2, measured, judge.sweep, judge.again, [0, 1])
     gone = {name for query in pool for name in first["influence"][query][:1]}
@@ -76,7 +76,7 @@ def test_the_judge_says_its_plan_and_goes_on_after_an_interruption(judge: Judge,
     assert after == "after the models, 6 queries are attributed again, in 2 runs"
     assert "greedy removal in 2 rounds: up to 2 further models, 1 for each round" in plan
     assert "not for pixel: what asks no model" in plan
-    assert models.startswith("7 models, "), "all pictures, and of two methods both halves and the whole"
+    assert models.startswith("7 models, "), "all images, and of two methods both halves and the whole"
     stored = json.loads((tmp_path / "counterfactual.json").read_text())
     assert early == {name: value for name, value in stored.items() if name not in ("greedy", "not_greedy")}
     assert [(each["method"], each["k"]) for each in stored["groups"]] == [("influence", K), ("pixel", K)]
@@ -97,10 +97,10 @@ def test_rounds_that_could_take_too_much_are_refused_before_any_training(tmp_pat
     first, *others = judge.first()["influence"]
     alike = {"influence": [first, *(replace(each, scores=first.scores) for each in others)]}
     judge.trained.clear()
-    with pytest.raises(ValueError, match="could leave out 6 of 50 pictures for a pool of 3 queries and K 2, more than"):
+    with pytest.raises(ValueError, match="could leave out 6 of 50 images for a pool of 3 queries and K 2, more than"):
         judge_by(tmp_path / "judged", alike, judge.sweep, Protocol(ks=[2], pools=[3], greedy=2), judge.again)
     assert judge.trained == []
-    pool, ids = tuple(query.id for query in judge.queries), judge.data.pictures.ids
+    pool, ids = tuple(query.id for query in judge.queries), judge.data.images.ids
     check_greedy([Removal("influence", 2, pool[:2], ids[:2]), Removal("influence", 6, pool[:1], ids[:6])], len(ids))
 
 

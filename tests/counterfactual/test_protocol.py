@@ -7,7 +7,7 @@ import pytest
 from wherefrom.counterfactual.protocol import Protocol
 
 
-def test_groups_need_two_pictures_each() -> None:
+def test_groups_need_two_images_each() -> None:
     with pytest.raises(ValueError, match=r"every K must be at least 2; given ks \[4, 1\]"):
         Protocol(ks=[4, 1], groups=True)
     assert Protocol(ks=[2], groups=True).groups

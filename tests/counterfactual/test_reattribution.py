@@ -44,7 +44,7 @@ def test_what_is_left_is_ranked_as_by_a_method_fitted_by_hand(judge: Judge) -> N
     found = judge.again("influence", retrain, [query.id])
     method, left = quick_influence(), judge.again.left(retrain)
     assert left.latents is not None
-    assert set(left.pictures.ids) == set(left.latents.ids) == set(judge.data.pictures.ids) - set(retrain.exclude)
+    assert set(left.images.ids) == set(left.latents.ids) == set(judge.data.images.ids) - set(retrain.exclude)
     method.fit(left, judge.retrains.model(retrain), judge.store, one_process())
     (scores,) = method.score([query])
     assert found[query.id] == [name for name, _ in scores.top(8)]
@@ -88,7 +88,7 @@ def test_pixels_rank_what_is_left_as_before(judge: Judge) -> None:
 
 
 def test_a_finished_run_needs_no_weights_and_another_one_is_refused(judge: Judge) -> None:
-    retrain, names = Retrain(judge.data.pictures.ids[:1]), [query.id for query in judge.queries[:2]]
+    retrain, names = Retrain(judge.data.images.ids[:1]), [query.id for query in judge.queries[:2]]
     found = judge.again("influence", retrain, names)
     shutil.rmtree(judge.store.path("retrain", judge.retrains.identity(retrain)))
     before = len(judge.trained)
@@ -101,8 +101,8 @@ def test_a_finished_run_needs_no_weights_and_another_one_is_refused(judge: Judge
     judge.methods["influence"] = method
 
 
-def test_two_pools_that_name_the_same_pictures_have_folders_of_their_own(judge: Judge) -> None:
-    retrain, (first, second, _) = Retrain(judge.data.pictures.ids[:2]), [query.id for query in judge.queries]
+def test_two_pools_that_name_the_same_images_have_folders_of_their_own(judge: Judge) -> None:
+    retrain, (first, second, _) = Retrain(judge.data.images.ids[:2]), [query.id for query in judge.queries]
     one = judge.again("pixel", retrain, [first])
     other = judge.again("pixel", retrain, [second])
     assert set(one) == {first}
@@ -142,9 +142,9 @@ def test_means_are_over_the_queries(judge: Judge) -> None:
     assert stored["chance"][0] == pytest.approx(2 / (12 - len(removal.ids)))
 
 
-def test_pictures_are_kept_for_the_page(judge: Judge, tmp_path: Path) -> None:
-    ids = judge.data.pictures.ids
-    captions = write_shown(tmp_path, judge.data.pictures, [ids[3], ids[1], ids[3]])
-    assert captions == {name: judge.data.pictures.captions[ids.index(name)][0] for name in (ids[1], ids[3])}
+def test_images_are_kept_for_the_page(judge: Judge, tmp_path: Path) -> None:
+    ids = judge.data.images.ids
+    captions = write_shown(tmp_path, judge.data.images, [ids[3], ids[1], ids[3]])
+    assert captions == {name: judge.data.images.captions[ids.index(name)][0] for name in (ids[1], ids[3])}
     with Image.open(shown_file(tmp_path, ids[3])) as opened:
-        assert np.array_equal(np.asarray(opened), judge.data.pictures.pixels[3])
+        assert np.array_equal(np.asarray(opened), judge.data.images.pixels[3])

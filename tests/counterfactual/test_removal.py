@@ -1,4 +1,4 @@
-"""Which pictures a retraining leaves out, and what its changes mean."""
+"""Which images a retraining leaves out, and what its changes mean."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from wherefrom.counterfactual.removal import (
 )
 
 TRAINING = [f"picture/{index:03d}" for index in range(200)]
-# Queries 0 and 1 share their first five pictures; all others are apart.
+# Queries 0 and 1 share their first five images; all others are apart.
 RANKINGS = {f"query {index}": TRAINING[10 * max(1, index) :] + TRAINING[: 10 * max(1, index)] for index in range(6)}
 
 
-def test_a_pool_holds_queries_that_share_few_pictures() -> None:
+def test_a_pool_holds_queries_that_share_few_images() -> None:
     tops = {query: frozenset(ids[:5]) for query, ids in RANKINGS.items()}
     pools = pool_queries(tops, size=2)
     assert sorted(query for pool in pools for query in pool) == sorted(RANKINGS)
@@ -41,16 +41,14 @@ def test_a_removal_is_the_union_of_its_queries_tops() -> None:
 
 def test_removals_that_cannot_be_are_refused() -> None:
     pool = [tuple(RANKINGS)]
-    with pytest.raises(ValueError, match=r"A pool of 6 queries would leave out 25 of 200 pictures, more than 10%"):
+    with pytest.raises(ValueError, match=r"A pool of 6 queries would leave out 25 of 200 images, more than 10%"):
         plan_removals("abu", RANKINGS, 5, pool, TRAINING)
     plan_removals("abu", RANKINGS, 150, [("query 0",)], TRAINING)  # alone, a query may take what it likes
-    with pytest.raises(ValueError, match=r"K is 201, but the ranking of query 'query 0' holds 200 pictures"):
+    with pytest.raises(ValueError, match=r"K is 201, but the ranking of query 'query 0' holds 200 images"):
         plan_removals("abu", RANKINGS, 201, [("query 0",)], TRAINING)
-    with pytest.raises(
-        ValueError, match=r"abu ranks 2 pictures that are not in the training set, such as 'picture/010'"
-    ):
+    with pytest.raises(ValueError, match=r"abu ranks 2 images that are not in the training set, such as 'picture/010'"):
         plan_removals("abu", RANKINGS, 2, [("query 0",)], TRAINING[50:])
-    with pytest.raises(ValueError, match="holds a picture twice"):
+    with pytest.raises(ValueError, match="holds an image twice"):
         plan_removals("abu", {"query": ["a", "a"]}, 2, [("query",)], ["a"])
     with pytest.raises(ValueError, match="at least one query; given 0"):
         pool_queries({}, 0)

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from wherefrom.counterfactual.replacement_prediction import foresight
 
-IDS = [f"picture {index}" for index in range(30)]
+IDS = [f"image {index}" for index in range(30)]
 
 
 def test_numbers_are_those_of_a_hand_made_case() -> None:
@@ -46,20 +46,20 @@ def test_nothing_removed_and_nothing_moved_is_full_foresight() -> None:
     assert foresight(IDS, (), IDS[::-1], 7).spearman == pytest.approx(-1.0)
 
 
-def test_few_pictures_that_are_left_are_all_counted() -> None:
+def test_few_images_that_are_left_are_all_counted() -> None:
     found = foresight(list("abc"), {"a", "b"}, ["c"], 2)
     assert np.isnan(found.spearman)
     assert (found.share, found.chance) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("after", [["b"], ["a", "b", "c"], ["b", "b"], ["b", "d"]])
-def test_rankings_of_other_pictures_are_refused(after: list[str]) -> None:
+def test_rankings_of_other_images_are_refused(after: list[str]) -> None:
     with pytest.raises(ValueError, match="are not just the 2 of the first ranking that are left"):
         foresight(list("abc"), {"a"}, after, 1)
 
 
-def test_no_place_and_no_picture_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs a positive K and a picture that is left; given 0 and 3"):
+def test_no_place_and_no_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs a positive K and an image that is left; given 0 and 3"):
         foresight(list("abc"), (), list("abc"), 0)
     with pytest.raises(ValueError, match="given 1 and 0"):
         foresight(list("a"), {"a"}, [], 1)

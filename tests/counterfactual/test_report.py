@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from wherefrom.counterfactual.evaluate import PICTURES, RESULT
+from wherefrom.counterfactual.evaluate import IMAGES, RESULT
 from wherefrom.counterfactual.measurements import read_strip, write_strip
 from wherefrom.counterfactual.report import CURVES, PAGE, write_judge_report
 
@@ -54,12 +54,12 @@ def judged(folder: Path) -> dict[str, Any]:
     }
     (folder / RESULT).write_text(json.dumps(result))
     for name, level in (("whole", 0), ("without", 100)):
-        pictures = {query: np.full((8, 8, 3), level + index, np.uint8) for index, query in enumerate(("a", "b"))}
-        write_strip(folder / PICTURES / f"{name}.png", pictures)
+        images = {query: np.full((8, 8, 3), level + index, np.uint8) for index, query in enumerate(("a", "b"))}
+        write_strip(folder / IMAGES / f"{name}.png", images)
     return result
 
 
-def test_the_page_shows_curves_table_and_pictures(tmp_path: Path) -> None:
+def test_the_page_shows_curves_table_and_images(tmp_path: Path) -> None:
     judged(tmp_path)
     page, curves = write_judge_report(tmp_path)
     assert (page, curves) == (tmp_path / PAGE, tmp_path / CURVES)
@@ -70,9 +70,9 @@ def test_the_page_shows_curves_table_and_pictures(tmp_path: Path) -> None:
     assert re.search(
         r"<td>pixel</td><td>4</td><td>8</td><td>2</td><td>0.45 ± 0.05</td><td>0</td>.*<td>30 \(20 to inf\)</td>", html
     )
-    pictures = re.findall(r"<td>(<img[^>]*>|–)</td>", html.split("Pictures before")[1])
-    assert [each == "–" for each in pictures] == [False, False, True] * 2, "what was deleted is left out"
-    assert len(set(pictures)) == 5, "each query and model has a picture of its own"
+    images = re.findall(r"<td>(<img[^>]*>|–)</td>", html.split("Images before")[1])
+    assert [each == "–" for each in images] == [False, False, True] * 2, "what was deleted is left out"
+    assert len(set(images)) == 5, "each query and model has an image of its own"
     assert html.count("data:image/png") == 1 + 4
     with Image.open(curves) as opened:
         width, height = opened.size
@@ -82,26 +82,26 @@ def test_the_page_shows_curves_table_and_pictures(tmp_path: Path) -> None:
     assert (curves.read_bytes(), page.read_text()) == before
 
 
-def test_a_judgement_of_one_k_and_no_pictures(tmp_path: Path) -> None:
+def test_a_judgement_of_one_k_and_no_images(tmp_path: Path) -> None:
     result = judged(tmp_path)
     result["rows"] = [row("pixel", 4, 0.4), row("random", 4, 0.1)]
     (tmp_path / RESULT).write_text(json.dumps(result))
-    for path in (tmp_path / PICTURES).iterdir():
+    for path in (tmp_path / IMAGES).iterdir():
         path.unlink()
     page, _ = write_judge_report(tmp_path)
-    assert "Pictures before" not in page.read_text()
+    assert "Images before" not in page.read_text()
 
 
 def test_strips_are_read_as_they_were_written_and_wrong_ones_refused(tmp_path: Path) -> None:
     judged(tmp_path)
-    path = tmp_path / PICTURES / "without.png"
+    path = tmp_path / IMAGES / "without.png"
     found = read_strip(path, ["b", "a"])
     assert (found["a"] == 100).all()
     assert (found["b"] == 101).all()
     with pytest.raises(ValueError, match="16 pixels wide, which is no multiple of its 3 queries"):
         read_strip(path, ["a", "b", "c"])
-    path.write_text("no picture")
-    with pytest.raises(ValueError, match="is not a picture that can be read"):
+    path.write_text("no image")
+    with pytest.raises(ValueError, match="is not an image that can be read"):
         write_judge_report(tmp_path)
 
 

@@ -67,7 +67,7 @@ def test_the_page_shows_what_was_asked(tmp_path: Path) -> None:
     assert f"<td>2</td>{cells}" in html
     before, after = re.findall(r'<ol class="taken">(.*?)</ol>', html)
     assert before.count("<li") == 3
-    assert before.count('<li class="gone">–<span><b>removed</b>') == 1, "its picture was deleted"
+    assert before.count('<li class="gone">–<span><b>removed</b>') == 1, "its image was deleted"
     assert after.count("<img") == 2
     assert "removed" not in after
 
@@ -114,10 +114,10 @@ def test_effect_against_cost_is_one_more_panel(tmp_path: Path) -> None:
     assert with_costs == pytest.approx(width() * 4 / 3), "an older judgement, without costs, has three panels"
 
 
-def test_a_picture_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_image_that_is_none_is_refused(tmp_path: Path) -> None:
     further(tmp_path)
-    shown_file(tmp_path, IDS[1]).write_text("no picture")
-    with pytest.raises(ValueError, match="is not a picture that can be read"):
+    shown_file(tmp_path, IDS[1]).write_text("no image")
+    with pytest.raises(ValueError, match="is not an image that can be read"):
         write_judge_report(tmp_path)
 
 

@@ -76,9 +76,9 @@ def test_a_model_that_fails_does_not_stop_the_others(sweep: Sweep, panel: Panel,
     assert said[0].startswith("3 models, 0 of them measured before; 3 to train: time is known after the first, ")
     assert "MiB of weights" in said[0]
     assert [line.split(":")[0] for line in said[1:]] == [
-        "model 1 of 3 (seed 0, without 1 pictures)",
+        "model 1 of 3 (seed 0, without 1 images)",
         "FAILED",
-        "model 3 of 3 (seed 0, without 1 pictures)",
+        "model 3 of 3 (seed 0, without 1 images)",
     ]
     count = len(sweep.trained)
     found = sweeping.measure([*wanted, wanted[0]])
@@ -94,7 +94,7 @@ def test_a_run_finds_what_models_drew_before_it(sweep: Sweep, panel: Panel, reci
     kept = sweep.store.root / "drawn" / panel.name / strip
 
     def brought(retrains: Retrains, folder: str, said: list[str]) -> Path:
-        Sweeps(retrains, panel, table, say=said.append, pictures=tmp_path / folder).measure([wanted])
+        Sweeps(retrains, panel, table, log=said.append, images=tmp_path / folder).measure([wanted])
         return tmp_path / folder / strip
 
     said: list[str] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
 from wherefrom.curvature import Diagonal, FisherSettings, fit_diagonal, load_diagonal
 from wherefrom.curvature.diagonal import FisherPass
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, select_weights
 from wherefrom.runtime import keyed_random
@@ -26,23 +26,23 @@ def names_of(model: DiffusionModel, subset: Subset = "cross_attention_kv") -> li
 
 
 def brute_force(
-    model: DiffusionModel, data: LatentSet, names: list[str], settings: FisherSettings
+    model: DiffusionModel, data: EncodedImages, names: list[str], settings: FisherSettings
 ) -> tuple[dict[str, Tensor], set[tuple[int, int]]]:
     """The mean of squared gradients of one image at a time, from the formulas; also the (timestep, caption) drawn."""
-    draws = FisherPass(model, data, names, settings, 1).draws
+    noise_samples = FisherPass(model, data, names, settings, 1).noise_samples
     parameters = {name: parameter for name, parameter in model.denoiser.named_parameters() if name in names}
     totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     alphas, seen, count = model.process.signal.square(), set(), 0
     model.denoiser.requires_grad_(True)
-    for picture in range(len(data)):
+    for image in range(len(data)):
         for flip in range(2 if settings.flips else 1):
-            for visit in range(settings.visits):
-                key = (torch.tensor([value]) for value in (picture, flip, visit))
-                timestep, caption, noise_key = draws(*key)
-                latent, alpha = data.latents[picture, flip], alphas[timestep[0]]
+            for visit in range(settings.samples_per_image):
+                key = (torch.tensor([value]) for value in (image, flip, visit))
+                timestep, caption, noise_key = noise_samples(*key)
+                latent, alpha = data.latents[image, flip], alphas[timestep[0]]
                 noise = keyed_random.normal(noise_key, latent.shape, torch.float64)[0]
                 noisy = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
-                states = data.states[picture, caption]
+                states = data.states[image, caption]
                 output = model.denoiser(noisy[None], timestep, encoder_hidden_states=states).sample[0]
                 loss = (alpha.sqrt() * noise - (1 - alpha).sqrt() * latent - output).square().mean()
                 for total, gradient in zip(
@@ -73,7 +73,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: flo
 @pytest.mark.parametrize("flips", [True, False])
 def test_the_fisher_equals_a_loop_over_single_images(subset: Subset, flips: bool) -> None:
     model = tiny_model()
-    names, settings = names_of(model, subset), FisherSettings(visits=3, seed=4, flips=flips)
+    names, settings = names_of(model, subset), FisherSettings(samples_per_image=3, seed=4, flips=flips)
     expected, seen = brute_force(model, DATA, names, settings)
     assert len(seen) == len(DATA) * 3 * (1 + flips)
     assert {caption for _, caption in seen} == {0, 1}
@@ -95,10 +95,10 @@ def test_flips_and_seeds_are_other_samples() -> None:
             assert not torch.allclose(left, right, rtol=1e-3)
 
 
-def test_the_timesteps_of_a_picture_cover_the_schedule_evenly() -> None:
-    work = FisherPass(tiny_model(), DATA, [], FisherSettings(visits=10), 1)
+def test_the_timesteps_of_a_image_cover_the_schedule_evenly() -> None:
+    work = FisherPass(tiny_model(), DATA, [], FisherSettings(samples_per_image=10), 1)
     flip, visit = (part.flatten() for part in torch.meshgrid(torch.arange(2), torch.arange(10), indexing="ij"))
-    timestep, _, keys = work.draws(torch.full((20,), 3), flip, visit)
+    timestep, _, keys = work.noise_samples(torch.full((20,), 3), flip, visit)
     ordered = timestep.sort().values
     assert int(ordered[0]) >= 0
     assert int(ordered[-1]) < 1000
@@ -110,7 +110,7 @@ def test_the_timesteps_of_a_picture_cover_the_schedule_evenly() -> None:
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_batch_size_does_not_matter(batch_size: int) -> None:
     model = tiny_model()
-    names, settings = names_of(model), FisherSettings(visits=2)
+    names, settings = names_of(model), FisherSettings(samples_per_image=2)
     assert_same(one_pass(model, names, settings, batch_size), one_pass(model, names, settings, 256), 1e-11)
 
 

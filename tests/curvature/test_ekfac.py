@@ -22,7 +22,7 @@ from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 
 DATA = tiny_latents(4, captions=2)
-SETTINGS = FisherSettings(visits=2, seed=3)
+SETTINGS = FisherSettings(samples_per_image=2, seed=3)
 CROSS = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
@@ -79,14 +79,14 @@ class Loop:
             def merge(self, state) -> None: ...
             def state_dict(self) -> dict[str, Tensor]: ...
 
-        draws = Draws(self.model, DATA, [], SETTINGS, 1).draws
-        for picture in range(len(DATA)):
+        noise_samples = Draws(self.model, DATA, [], SETTINGS, 1).noise_samples
+        for image in range(len(DATA)):
             for flip in range(2):
-                for visit in range(SETTINGS.visits):
-                    timestep, caption, key = draws(*(torch.tensor([value]) for value in (picture, flip, visit)))
-                    latent = DATA.latents[picture, flip][None]
+                for visit in range(SETTINGS.samples_per_image):
+                    timestep, caption, key = noise_samples(*(torch.tensor([value]) for value in (image, flip, visit)))
+                    latent = DATA.latents[image, flip][None]
                     noise = keyed_random.normal(key, latent.shape[1:], torch.float64)
-                    loss = self.model.losses(latent, DATA.states[picture, caption], timestep, noise).sum()
+                    loss = self.model.losses(latent, DATA.states[image, caption], timestep, noise).sum()
                     targets = [*self.outputs.values(), *self.parameters.values()]
                     found = torch.autograd.grad(loss, targets)
                     yield (
@@ -220,7 +220,7 @@ def test_factors_survive_a_round_trip_through_the_files(tmp_path: Path) -> None:
     sums = load_file(tmp_path / "saved" / "lambda_matrix.safetensors")
     counts = load_file(tmp_path / "saved" / "num_lambda_processed.safetensors")
     name = f"{CROSS}.to_k"
-    assert int(counts[name]) == fitted.samples == len(DATA) * SETTINGS.per_picture
+    assert int(counts[name]) == fitted.samples == len(DATA) * SETTINGS.per_image
     torch.testing.assert_close(sums[name], fitted.layers[name].eigenvalues * fitted.samples)
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.support.tiny import tiny_latents, tiny_process
+from tests.support.tiny import tiny_latents, tiny_schedule
 from wherefrom.curvature import FisherSettings, ekfac_passes
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
 from wherefrom.models.diffusion import DiffusionModel
 
 DATA = tiny_latents(4, captions=2)
-SETTINGS = FisherSettings(visits=2, seed=3)
+SETTINGS = FisherSettings(samples_per_image=2, seed=3)
 EVERYTHING = range(len(DATA))
 
 
@@ -50,7 +50,7 @@ def model() -> DiffusionModel:
         torch.manual_seed(4)
         denoiser = Odd().double()
     denoiser.requires_grad_(False)
-    return DiffusionModel(denoiser, tiny_process())
+    return DiffusionModel(denoiser, tiny_schedule())
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ Calls = Mapping[str, list[tuple[Tensor, Tensor]]]
 
 def single_samples(model: DiffusionModel, plan: LayerPlan) -> Iterator[tuple[Calls, dict[str, Tensor]]]:
     """(input and output gradient of each layer's calls, gradient of each parameter) of one sample after the other."""
-    draws, denoiser = covariance_pass(model, plan), model.denoiser
+    noise_samples, denoiser = covariance_pass(model, plan), model.denoiser
     parameters = dict(denoiser.named_parameters())
     kept: list[tuple[str, Tensor, Tensor]] = []
     handles = [
@@ -92,11 +92,11 @@ def single_samples(model: DiffusionModel, plan: LayerPlan) -> Iterator[tuple[Cal
         for layer in plan.layers
     ]
     denoiser.requires_grad_(True)
-    for picture in EVERYTHING:
+    for image in EVERYTHING:
         for flip in range(2):
-            for visit in range(SETTINGS.visits):
+            for visit in range(SETTINGS.samples_per_image):
                 kept.clear()
-                loss = draws.losses(*(torch.tensor([value]) for value in (picture, flip, visit))).sum()
+                loss = noise_samples.losses(*(torch.tensor([value]) for value in (image, flip, visit))).sum()
                 found = torch.autograd.grad(loss, [*(output for _, _, output in kept), *parameters.values()])
                 calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
                 for (name, inputs, _), grad in zip(kept, found, strict=False):
@@ -179,7 +179,7 @@ def test_states_add_up(model: DiffusionModel, plan: LayerPlan, make) -> None:
     for part, positions in zip(parts, (range(1), range(1, len(DATA))), strict=True):
         part.step(positions)
         merged.merge(part.state_dict())
-    assert merged.samples == whole.samples == len(DATA) * SETTINGS.per_picture
+    assert merged.samples == whole.samples == len(DATA) * SETTINGS.per_image
     assert_same(
         {name: value.double() for name, value in merged.state_dict().items()},
         {name: value.double() for name, value in whole.state_dict().items()},

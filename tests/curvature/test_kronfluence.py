@@ -25,7 +25,7 @@ pytestmark = [
     # kronfluence 1.0.1 calls torch by a name that is on its way out.
     pytest.mark.filterwarnings(r"ignore:`torch\.cuda\.amp\.GradScaler\(args\.\.\.\)` is deprecated:FutureWarning"),
 ]
-SETTINGS = FisherSettings(visits=2, seed=3)
+SETTINGS = FisherSettings(samples_per_image=2, seed=3)
 
 
 class Fits(NamedTuple):

@@ -103,9 +103,9 @@ def test_the_estimate_grows_with_samples_and_sides(monkeypatch: pytest.MonkeyPat
     clock, model = Clock(), tiny_model()
     batch, eigh = SampledPass._batch, torch.linalg.eigh
 
-    def slow_batch(self: SampledPass, picture: Tensor, flip: Tensor, visit: Tensor) -> None:
-        batch(self, picture, flip, visit)
-        clock.now += len(picture) * (10.0 if isinstance(self, CovariancePass) else 30.0)
+    def slow_batch(self: SampledPass, image: Tensor, flip: Tensor, visit: Tensor) -> None:
+        batch(self, image, flip, visit)
+        clock.now += len(image) * (10.0 if isinstance(self, CovariancePass) else 30.0)
 
     def slow_eigh(matrix: Tensor):
         clock.now += 7.0 * len(matrix) ** 3
@@ -116,7 +116,7 @@ def test_the_estimate_grows_with_samples_and_sides(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.linalg, "eigh", slow_eigh)
     plan = plan_layers(model, DATA, names_of(model, "cross_attention_kv"))
     sides = [12, *(layer.outputs for layer in plan.layers)]
-    samples = len(DATA) * SETTINGS.per_picture
+    samples = len(DATA) * SETTINGS.per_image
     expected = 40.0 * samples + 7.0 * sum(side**3 for side in sides)
     assert planning.fit_seconds(model, DATA, plan, SETTINGS) == pytest.approx(expected)
     shared = planning.fit_seconds(model, DATA, plan, SETTINGS, world_size=4)

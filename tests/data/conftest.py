@@ -10,7 +10,7 @@ import pytest
 
 from wherefrom.data.emoji import build_emoji
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.runtime.artifacts import Store
 
 
@@ -23,7 +23,7 @@ def emoji_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="session")
-def emoji_pictures(emoji_store: Store) -> Pictures:
+def emoji_images(emoji_store: Store) -> ImageSet:
     """The default emoji world."""
     return build_emoji(emoji_store)
 
@@ -34,8 +34,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def build(tmp_path: Path, folder: Path) -> Callable[..., Pictures]:
-    def build(**options: Any) -> Pictures:
+def build(tmp_path: Path, folder: Path) -> Callable[..., ImageSet]:
+    def build(**options: Any) -> ImageSet:
         return build_image_folder(Store(tmp_path / "store"), folder, ImageFolderOptions(**options))
 
     return build

@@ -18,7 +18,7 @@ from datamodules.mscoco import ReadyMade
 from tests.support.tiny import LENGTH, attribution_config
 from tests.support.worlds import make_coco
 from wherefrom.data.cached_latents import read_cached_latents
-from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
+from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.mscoco import CocoOptions, build_mscoco
 from wherefrom.data.stream import Visit
 from wherefrom.models.pipeline import load_model
@@ -42,14 +42,14 @@ def arrays(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def read(tmp_path: Path, arrays: dict[str, Any]) -> Callable[..., LatentSet]:
-    def read(ids: list[str] = IDS, **options: Any) -> LatentSet:
+def read(tmp_path: Path, arrays: dict[str, Any]) -> Callable[..., EncodedImages]:
+    def read(ids: list[str] = IDS, **options: Any) -> EncodedImages:
         return read_cached_latents(tmp_path / "latents.npy", tmp_path / "states.npy", ids, **options)
 
     return read
 
 
-def test_mirror_images_come_after_the_images(read: Callable[..., LatentSet], arrays: dict[str, Any]) -> None:
+def test_mirror_images_come_after_the_images(read: Callable[..., EncodedImages], arrays: dict[str, Any]) -> None:
     made = read()
     assert made.ids == tuple(IDS)
     assert made.latents.shape == (COUNT, 2, 4, 4, 4)
@@ -57,14 +57,14 @@ def test_mirror_images_come_after_the_images(read: Callable[..., LatentSet], arr
         for flip in range(2):
             assert np.array_equal(made.latents[row, flip], arrays["latents"][row + flip * COUNT])
     assert np.array_equal(made.states, arrays["states"])
-    assert made.pictures.pixels.shape == (COUNT, 32, 32, 3)
-    assert made.pictures.pixels.base.nbytes <= 8, "the grey pictures take no memory"
+    assert made.images.pixels.shape == (COUNT, 32, 32, 3)
+    assert made.images.pixels.base.nbytes <= 8, "the grey images take no memory"
     part = made.subset([4, 1])
     assert np.array_equal(part.latents[0, 1], arrays["latents"][4 + COUNT])
 
 
 def test_nothing_is_read_but_what_is_used(
-    tmp_path: Path, read: Callable[..., LatentSet], arrays: dict[str, Any]
+    tmp_path: Path, read: Callable[..., EncodedImages], arrays: dict[str, Any]
 ) -> None:
     made = read()
     np.load(tmp_path / "latents.npy", mmap_mode="r+")[COUNT + 2] = 7  # seen through the map: it is no copy
@@ -72,7 +72,7 @@ def test_nothing_is_read_but_what_is_used(
 
 
 def test_training_without_the_empty_caption(
-    tmp_path: Path, read: Callable[..., LatentSet], arrays: dict[str, Any]
+    tmp_path: Path, read: Callable[..., EncodedImages], arrays: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match=r"caption_dropout needs the states of the empty caption"):
         LatentVisits(read(), seed=0)
@@ -85,7 +85,7 @@ def test_training_without_the_empty_caption(
     assert np.array_equal(dropped.states, arrays["null"])
 
 
-def test_the_fingerprint_follows_ids_and_numbers(tmp_path: Path, read: Callable[..., LatentSet]) -> None:
+def test_the_fingerprint_follows_ids_and_numbers(tmp_path: Path, read: Callable[..., EncodedImages]) -> None:
     first = read().fingerprint
     assert read().fingerprint == first
     assert read(IDS[::-1]).fingerprint != first
@@ -94,14 +94,14 @@ def test_the_fingerprint_follows_ids_and_numbers(tmp_path: Path, read: Callable[
     assert read().fingerprint != first
 
 
-def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, read: Callable[..., LatentSet]) -> None:
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, read: Callable[..., EncodedImages]) -> None:
     with pytest.raises(ValueError, match=r"latents\.npy holds torch\.float16 of shape \(14, 4, 4, 4\), but .*\(12, C"):
         read(IDS[:6])
     with pytest.raises(ValueError, match=r"2 image ids|1 image ids occur more than once"):
         read([*IDS[:6], IDS[0]])
     with pytest.raises(ValueError, match=r"There are no ids"):
         read([])
-    with pytest.raises(ValueError, match=r"holds 5 captions of each of 7 pictures"):
+    with pytest.raises(ValueError, match=r"holds 5 captions of each of 7 images"):
         read(captions=[("a", "b")] * COUNT)
     np.save(tmp_path / "null.npy", np.zeros((4, 12), np.float32))
     with pytest.raises(ValueError, match=r"null\.npy has shape \(4, 12\), but a caption's states .*\(6, 12\)"):
@@ -117,7 +117,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, read: Callable[..., 
         read()
 
 
-def test_ready_made_arrays_give_the_ranking_of_encoded_pictures(tmp_path: Path) -> None:
+def test_ready_made_arrays_give_the_ranking_of_encoded_images(tmp_path: Path) -> None:
     make_coco(tmp_path / "coco")
     data: dict[str, Any] = {
         "class_path": "MSCOCO",
@@ -131,18 +131,18 @@ def test_ready_made_arrays_give_the_ranking_of_encoded_pictures(tmp_path: Path) 
 
     encoded = scores("encoded")
     folder, captions = tmp_path / "coco" / "train2017", tmp_path / "coco" / "annotations" / "captions_train2017.json"
-    pictures = build_mscoco(Store(tmp_path / "store"), folder, captions, CocoOptions(size=8))
+    images = build_mscoco(Store(tmp_path / "store"), folder, captions, CocoOptions(size=8))
     encoder = load_model(str(tmp_path / "pipeline")).encoder
     assert encoder is not None
     assert encoder.text.length == LENGTH
-    made = encode_pictures(pictures, encoder, Store(tmp_path / "store"))
+    made = encode_image_set(images, encoder, Store(tmp_path / "store"))
     np.save(tmp_path / "l.npy", np.concatenate([made.latents[:, 0].numpy(), made.latents[:, 1].numpy()]))
     np.save(tmp_path / "s.npy", made.states.numpy())
     data["init_args"]["ready_made"] = {"latents": str(tmp_path / "l.npy"), "states": str(tmp_path / "s.npy")}
     ready = scores("ready")
     assert ready == pytest.approx(encoded, rel=1e-5, abs=1e-9)
 
-    subset = list(pictures.ids[3:8:2])
+    subset = list(images.ids[3:8:2])
     module = MSCOCO(
         str(tmp_path / "coco"),
         CocoOptions(size=8),
@@ -155,4 +155,4 @@ def test_ready_made_arrays_give_the_ranking_of_encoded_pictures(tmp_path: Path) 
     module.setup()
     assert module.train_latents.ids == tuple(subset)
     assert torch.equal(module.train_latents.latents[1, 1], torch.from_numpy(np.load(tmp_path / "l.npy")[5 + 12]))
-    assert module.train_latents.pictures.captions == module.train_pictures.captions
+    assert module.train_latents.images.captions == module.train_images.captions

@@ -11,17 +11,17 @@ import pytest
 from datamodules import Emoji
 from wherefrom.data.copies import Copies, plant
 from wherefrom.data.emoji import EmojiOptions
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 
 
-def some(count: int = 5) -> Pictures:
+def some(count: int = 5) -> ImageSet:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
     ids = tuple(f"style/{index}" for index in range(count))
     captions = tuple((f"caption {index}",) for index in range(count))
-    return Pictures(ids, captions, pixels, {"license": tuple(map(str, range(count)))}, "some")
+    return ImageSet(ids, captions, pixels, {"license": tuple(map(str, range(count)))}, "some")
 
 
-def test_copies_come_after_the_pictures_with_their_captions_and_columns() -> None:
+def test_copies_come_after_the_images_with_their_captions_and_columns() -> None:
     planted = plant(some(), Copies(["style/3", "style/1"], 2))
     assert planted.ids == (*some().ids, "style/3/copy1", "style/3/copy2", "style/1/copy1", "style/1/copy2")
     assert planted.captions[5:] == (("caption 3",),) * 2 + (("caption 1",),) * 2
@@ -30,8 +30,8 @@ def test_copies_come_after_the_pictures_with_their_captions_and_columns() -> Non
 
 
 def test_a_copy_is_its_original_one_pixel_off_and_slightly_recoloured() -> None:
-    copies, pictures = Copies(["style/2"], 8), some()
-    planted, original = plant(pictures, copies), pictures.pixels[2].astype(int)
+    copies, images = Copies(["style/2"], 8), some()
+    planted, original = plant(images, copies), images.pixels[2].astype(int)
     steps = set()
     for copy in planted.pixels[5:].astype(int):
         (step,) = [
@@ -62,7 +62,7 @@ def inner(difference: np.ndarray, copy: np.ndarray) -> np.ndarray | None:
 
 
 def test_copies_are_part_of_what_the_set_is() -> None:
-    def planted(*ids: str, **settings: int) -> Pictures:
+    def planted(*ids: str, **settings: int) -> ImageSet:
         return plant(some(), Copies(list(ids), **settings))
 
     one = planted("style/1")
@@ -77,7 +77,7 @@ def test_copies_of_nothing_are_refused() -> None:
     for settings in ({"ids": []}, {"ids": ["a", "a"]}, {"ids": ["a"], "count": 0}, {"ids": ["a"], "count": 9}):
         with pytest.raises(ValueError, match="copies needs originals, each named once, and 1 to 8"):
             Copies(**settings)
-    with pytest.raises(ValueError, match="1 pictures that are not in the training set, such as 'nobody'"):
+    with pytest.raises(ValueError, match="1 images that are not in the training set, such as 'nobody'"):
         plant(some(), Copies(["nobody"]))
     taken = plant(some(), Copies(["style/1"]))
     with pytest.raises(ValueError, match="occur more than once"):
@@ -88,11 +88,11 @@ def test_the_emoji_world_has_them_in_training_only(tmp_path: Path) -> None:
     options, store = EmojiOptions(size=8, concepts=(0.0, 0.02), validation_share=0.5), str(tmp_path)
     whole = Emoji(options, store=store)
     whole.setup()
-    copies = Copies([whole.train_pictures.ids[7]], 2)
+    copies = Copies([whole.train_images.ids[7]], 2)
     planted = Emoji(options, store=store, copies=copies, exclude=[copies.planted[0]])
     planted.setup()
-    assert planted.train_pictures.ids == (*whole.train_pictures.ids, copies.planted[1])
-    assert planted.validation_pictures.ids == whole.validation_pictures.ids
-    held_out = Emoji(options, store=store, copies=Copies([whole.validation_pictures.ids[0]]))
+    assert planted.train_images.ids == (*whole.train_images.ids, copies.planted[1])
+    assert planted.validation_images.ids == whole.validation_images.ids
+    held_out = Emoji(options, store=store, copies=Copies([whole.validation_images.ids[0]]))
     with pytest.raises(ValueError, match="not in the training set"):
         held_out.setup()

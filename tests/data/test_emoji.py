@@ -12,67 +12,67 @@ import pytest
 from datamodules import Emoji
 from wherefrom.data import emoji
 from wherefrom.data.emoji import EmojiOptions, Style, build_emoji, caption, held_out
-from wherefrom.data.image_set import Pictures, keep_indices
+from wherefrom.data.image_set import ImageSet, keep_indices
 from wherefrom.runtime.artifacts import Store
 
 
-def test_ids_are_style_and_code_points(emoji_pictures: Pictures) -> None:
-    columns = emoji_pictures.columns
-    assert "twemoji/1f98a" in emoji_pictures.ids
-    assert emoji_pictures.ids == tuple(f"{s}/{c}" for s, c in zip(columns["style"], columns["concept"], strict=True))
-    assert all(re.fullmatch(r"(openmoji|twemoji)/[0-9a-f]+(-[0-9a-f]+)*", name) for name in emoji_pictures.ids)
-    assert list(emoji_pictures.ids) == sorted(emoji_pictures.ids)
-    assert len(set(emoji_pictures.ids)) == len(emoji_pictures) > 2000
+def test_ids_are_style_and_code_points(emoji_images: ImageSet) -> None:
+    columns = emoji_images.columns
+    assert "twemoji/1f98a" in emoji_images.ids
+    assert emoji_images.ids == tuple(f"{s}/{c}" for s, c in zip(columns["style"], columns["concept"], strict=True))
+    assert all(re.fullmatch(r"(openmoji|twemoji)/[0-9a-f]+(-[0-9a-f]+)*", name) for name in emoji_images.ids)
+    assert list(emoji_images.ids) == sorted(emoji_images.ids)
+    assert len(set(emoji_images.ids)) == len(emoji_images) > 2000
 
 
-def test_captions_follow_the_template(emoji_pictures: Pictures) -> None:
-    columns = emoji_pictures.columns
+def test_captions_follow_the_template(emoji_images: ImageSet) -> None:
+    columns = emoji_images.columns
     expected = [(f"{n}, {s} style",) for n, s in zip(columns["name"], columns["style"], strict=True)]
-    assert list(emoji_pictures.captions) == expected
-    assert emoji_pictures.captions[emoji_pictures.ids.index("twemoji/1f98a")] == (caption("fox", "twemoji"),)
+    assert list(emoji_images.captions) == expected
+    assert emoji_images.captions[emoji_images.ids.index("twemoji/1f98a")] == (caption("fox", "twemoji"),)
 
 
-def test_one_concept_has_one_name_and_different_drawings(emoji_pictures: Pictures) -> None:
-    a, b = (emoji_pictures.ids.index(f"{style}/1f98a") for style in ("twemoji", "openmoji"))
-    assert emoji_pictures.columns["name"][a] == emoji_pictures.columns["name"][b] == "fox"
-    assert np.abs(emoji_pictures.pixels[a].astype(int) - emoji_pictures.pixels[b]).mean() > 5
+def test_one_concept_has_one_name_and_different_drawings(emoji_images: ImageSet) -> None:
+    a, b = (emoji_images.ids.index(f"{style}/1f98a") for style in ("twemoji", "openmoji"))
+    assert emoji_images.columns["name"][a] == emoji_images.columns["name"][b] == "fox"
+    assert np.abs(emoji_images.pixels[a].astype(int) - emoji_images.pixels[b]).mean() > 5
 
 
-def test_every_picture_names_its_author_and_licence(emoji_pictures: Pictures) -> None:
-    licences = set(zip(emoji_pictures.columns["style"], emoji_pictures.columns["license"], strict=True))
+def test_every_image_names_its_author_and_licence(emoji_images: ImageSet) -> None:
+    licences = set(zip(emoji_images.columns["style"], emoji_images.columns["license"], strict=True))
     assert licences == {("twemoji", "CC-BY-4.0"), ("openmoji", "CC-BY-SA-4.0")}
-    assert all(emoji_pictures.columns["author"])
+    assert all(emoji_images.columns["author"])
 
 
-def test_pixels_are_drawings_on_white(emoji_pictures: Pictures) -> None:
-    pixels = np.asarray(emoji_pictures.pixels)
-    assert pixels.shape == (len(emoji_pictures), 32, 32, 3)
+def test_pixels_are_drawings_on_white(emoji_images: ImageSet) -> None:
+    pixels = np.asarray(emoji_images.pixels)
+    assert pixels.shape == (len(emoji_images), 32, 32, 3)
     assert pixels.dtype == np.uint8
-    assert isinstance(emoji_pictures.pixels, np.memmap)
+    assert isinstance(emoji_images.pixels, np.memmap)
     # A transparent corner that was not put on white would be black.
     assert np.mean((pixels[:, 0, 0] >= 250).all(-1)) > 0.95
     assert np.mean(pixels.reshape(len(pixels), -1).min(axis=1) < 200) > 0.95
 
 
-def test_held_out_concepts_stay_in_training_in_the_other_style(emoji_pictures: Pictures) -> None:
-    train, validation = emoji_pictures.where("split", "train"), emoji_pictures.where("split", "validation")
-    assert len(train) + len(validation) == len(emoji_pictures)
+def test_held_out_concepts_stay_in_training_in_the_other_style(emoji_images: ImageSet) -> None:
+    train, validation = emoji_images.where("split", "train"), emoji_images.where("split", "validation")
+    assert len(train) + len(validation) == len(emoji_images)
     trained = set(train.columns["concept"])
     assert all(concept in trained for concept in validation.columns["concept"])
     assert not set(train.ids) & set(validation.ids)
     assert len(set(validation.columns["concept"])) == len(validation)
 
 
-def test_held_out_share_is_that_of_the_shared_concepts(emoji_pictures: Pictures) -> None:
-    counts = Counter(emoji_pictures.columns["concept"])
+def test_held_out_share_is_that_of_the_shared_concepts(emoji_images: ImageSet) -> None:
+    counts = Counter(emoji_images.columns["concept"])
     shared = sum(count > 1 for count in counts.values())
-    validation = emoji_pictures.where("split", "validation")
+    validation = emoji_images.where("split", "validation")
     assert abs(len(validation) - 0.1 * shared) < 4 * math.sqrt(shared * 0.1 * 0.9)
     by_style = Counter(validation.columns["style"])
     assert abs(by_style["twemoji"] - len(validation) / 2) < 4 * math.sqrt(len(validation)) / 2
 
 
-def test_split_does_not_move_when_pictures_are_left_out() -> None:
+def test_split_does_not_move_when_images_are_left_out() -> None:
     rows = [(f"{point:x}", style) for point in range(500) for style in ("a", "b")]
     chosen = held_out(rows, 0.2)
     kept = [row for row in rows if int(row[0], 16) % 3]
@@ -100,20 +100,20 @@ def test_styles_are_chosen() -> None:
     assert {style for _, _, style, _ in emoji._rows(EmojiOptions(styles=("openmoji",)))} == {"openmoji"}
 
 
-def test_drawing_again_gives_the_same_pixels(emoji_pictures: Pictures) -> None:
+def test_drawing_again_gives_the_same_pixels(emoji_images: ImageSet) -> None:
     rows = list(emoji._rows(EmojiOptions()))
     for index in range(0, len(rows), len(rows) // 15):
         concept, _, style, path = rows[index]
-        assert emoji_pictures.ids[index] == f"{style}/{concept}"
-        np.testing.assert_array_equal(emoji._draw(path, 32), emoji_pictures.pixels[index])
+        assert emoji_images.ids[index] == f"{style}/{concept}"
+        np.testing.assert_array_equal(emoji._draw(path, 32), emoji_images.pixels[index])
 
 
-def test_building_twice_draws_once(emoji_store: Store, emoji_pictures: Pictures) -> None:
+def test_building_twice_draws_once(emoji_store: Store, emoji_images: ImageSet) -> None:
     drawn: list[int] = []
     again = build_emoji(emoji_store, EmojiOptions(styles=("openmoji", "twemoji")), lambda done, _: drawn.append(done))
     assert not drawn
-    assert again.ids == emoji_pictures.ids
-    assert again.fingerprint == emoji_pictures.fingerprint
+    assert again.ids == emoji_images.ids
+    assert again.fingerprint == emoji_images.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -136,19 +136,19 @@ def test_a_missing_package_is_named(emoji_store: Store, monkeypatch: pytest.Monk
         build_emoji(emoji_store, EmojiOptions(styles=("nosuch",)))
 
 
-def test_unknown_ids_in_exclude_are_refused(emoji_store: Store, emoji_pictures: Pictures) -> None:
+def test_unknown_ids_in_exclude_are_refused(emoji_store: Store, emoji_images: ImageSet) -> None:
     with pytest.raises(ValueError, match=r"1 ids .* such as 'twemoji/nosuch'; its ids look like 'openmoji/"):
-        keep_indices(emoji_pictures.ids, ["twemoji/1f98a", "twemoji/nosuch"])
+        keep_indices(emoji_images.ids, ["twemoji/1f98a", "twemoji/nosuch"])
     with pytest.raises(ValueError, match="twemoji/nosuch"):
         Emoji(store=str(emoji_store.root), exclude=["twemoji/nosuch"]).setup()
 
 
-def test_exclude_leaves_pictures_out_of_training_only(emoji_store: Store) -> None:
+def test_exclude_leaves_images_out_of_training_only(emoji_store: Store) -> None:
     whole, less = (Emoji(store=str(emoji_store.root), exclude=out) for out in (None, ["twemoji/1f98a"]))
     whole.setup()
     less.setup()
-    assert set(whole.train_pictures.ids) - set(less.train_pictures.ids) == {"twemoji/1f98a"}
-    assert less.validation_pictures.ids == whole.validation_pictures.ids
+    assert set(whole.train_images.ids) - set(less.train_images.ids) == {"twemoji/1f98a"}
+    assert less.validation_images.ids == whole.validation_images.ids
 
 
 def test_two_ranges_of_concepts_share_none_and_are_all() -> None:

@@ -1,4 +1,4 @@
-"""A folder of captioned pictures: pixels, cache, unreadable pictures, splits and the data module."""
+"""A folder of captioned images: pixels, cache, unreadable images, splits and the data module."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from PIL import Image
 
 from datamodules import ImageFolder
 from tests.support.folders import make, paint, write_metadata
-from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_pictures
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_images
+from wherefrom.data.image_set import ImageSet
 from wherefrom.runtime.artifacts import StorageError, Store, read_manifest
 
 
@@ -64,7 +64,7 @@ def test_transparency_is_put_on_white(tmp_path: Path) -> None:
         (8, np.rot90),
     ],
 )
-def test_pictures_stand_upright(tmp_path: Path, orientation: int, upright: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_images_stand_upright(tmp_path: Path, orientation: int, upright: Callable[[np.ndarray], np.ndarray]) -> None:
     pixels = paint(tmp_path / "x.png", 0, (5, 3))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -77,7 +77,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     assert draw(tmp_path / "x.png", None)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_floating_point_pixels_have_no_white(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_floating_point_pixels_have_no_white(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, 1)
     Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "x.tif")
     write_metadata(folder, [{"file_name": name, "text": "x"} for name in ("0.png", "x.tif")])
@@ -85,14 +85,14 @@ def test_floating_point_pixels_have_no_white(folder: Path, build: Callable[..., 
         build()
 
 
-def test_formats_that_run_programs_are_not_opened(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_formats_that_run_programs_are_not_opened(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, 1)
     Image.new("RGB", (8, 8)).save(folder / "0.png", format="EPS")
     with pytest.raises(ValueError, match=r"0\.png .*cannot be read: cannot identify"):
         build()
 
 
-def test_one_size_is_asked_for(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_one_size_is_asked_for(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder)
     paint(folder / "1.png", 1, (9, 8))
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_one_size_is_asked_for(folder: Path, build: Callable[..., Pictures]) -> 
         build(size=0)
 
 
-def test_pictures_of_one_size_need_not_be_square(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_images_of_one_size_need_not_be_square(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, 1)
     pixels = paint(folder / "0.png", 1, (9, 5))
     np.testing.assert_array_equal(build().pixels[0], pixels)
@@ -113,7 +113,7 @@ def test_pictures_of_one_size_need_not_be_square(folder: Path, build: Callable[.
 def test_the_store_is_used_and_never_stale(tmp_path: Path, folder: Path) -> None:
     store, drawn = Store(tmp_path / "store"), []
 
-    def build(place: Path, **options: Any) -> Pictures:
+    def build(place: Path, **options: Any) -> ImageSet:
         drawn.clear()
         return build_image_folder(store, place, ImageFolderOptions(**options), lambda *step: drawn.append(step))
 
@@ -149,7 +149,7 @@ def test_the_store_is_used_and_never_stale(tmp_path: Path, folder: Path) -> None
     assert build(folder, size=4).pixels.shape[1] == 4
 
 
-def test_pixels_are_not_held_in_memory(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_pixels_are_not_held_in_memory(folder: Path, build: Callable[..., ImageSet]) -> None:
     count, size = 60, 160
     folder.mkdir()
     Image.new("RGB", (1, 1), "red").save(folder / "one.png")
@@ -157,12 +157,12 @@ def test_pixels_are_not_held_in_memory(folder: Path, build: Callable[..., Pictur
     build(size=2)
     tracemalloc.start()
     try:
-        pictures = build(size=size)
+        images = build(size=size)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < pictures.pixels.nbytes / 4
-    assert (pictures.pixels == (255, 0, 0)).all()
+    assert peak < images.pixels.nbytes / 4
+    assert (images.pixels == (255, 0, 0)).all()
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_full_disk_is_a_storage_error(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_a_full_disk_is_a_storage_error(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder)
     earlier = build()
     with full_disk(100_000), pytest.raises(StorageError, match=r"Cannot write .*pixels\.npy: File too large"):
@@ -185,16 +185,16 @@ def test_a_full_disk_is_a_storage_error(folder: Path, build: Callable[..., Pictu
 
 
 def spoil(folder: Path) -> list[str]:
-    """Cuts one picture short, replaces one by text, and empties one."""
+    """Cuts one image short, replaces one by text, and empties one."""
     make(folder, 5)
     whole = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "2.png").write_text("not a picture")
+    (folder / "2.png").write_text("not an image")
     (folder / "4.png").write_bytes(b"")
     return ["1.png", "2.png", "4.png"]
 
 
-def test_unreadable_pictures_are_named(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_unreadable_images_are_named(folder: Path, build: Callable[..., ImageSet]) -> None:
     for name in spoil(folder):
         with pytest.raises(ValueError, match=rf"{name} \(.*metadata\.jsonl, line .*cannot be read: .*skip_unreadable"):
             build()
@@ -202,33 +202,33 @@ def test_unreadable_pictures_are_named(folder: Path, build: Callable[..., Pictur
     assert len(build()) == 5
 
 
-def test_unreadable_pictures_are_skipped_if_asked_and_counted(
-    tmp_path: Path, folder: Path, build: Callable[..., Pictures], caplog: pytest.LogCaptureFixture
+def test_unreadable_images_are_skipped_if_asked_and_counted(
+    tmp_path: Path, folder: Path, build: Callable[..., ImageSet], caplog: pytest.LogCaptureFixture
 ) -> None:
     spoiled = spoil(folder)
     for _ in range(2):  # built, then found in the store
         with caplog.at_level(logging.WARNING):
-            pictures = build(skip_unreadable=True)
-        assert "left out 3 of 5 pictures that cannot be read: '1.png', '2.png', '4.png'" in caplog.text
+            images = build(skip_unreadable=True)
+        assert "left out 3 of 5 images that cannot be read: '1.png', '2.png', '4.png'" in caplog.text
         caplog.clear()
-    assert pictures.ids == ("0.png", "3.png")
-    expected = np.stack([np.asarray(Image.open(folder / name)) for name in pictures.ids])
-    np.testing.assert_array_equal(pictures.pixels, expected)
+    assert images.ids == ("0.png", "3.png")
+    expected = np.stack([np.asarray(Image.open(folder / name)) for name in images.ids])
+    np.testing.assert_array_equal(images.pixels, expected)
     (made,) = (tmp_path / "store" / "image_folder").iterdir()
     assert read_manifest(made)["skipped"] == spoiled
     with pytest.raises(ValueError, match=r"1\.png"):
         build()
 
 
-def test_a_folder_without_any_readable_picture(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_a_folder_without_any_readable_image(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, 1)
     (folder / "0.png").write_text("x")
-    with pytest.raises(ValueError, match="None of the 1 pictures"):
+    with pytest.raises(ValueError, match="None of the 1 images"):
         build(skip_unreadable=True)
 
 
 def test_decompression_bombs_are_named(
-    folder: Path, build: Callable[..., Pictures], monkeypatch: pytest.MonkeyPatch
+    folder: Path, build: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(folder)
     paint(folder / "1.png", 1, (30, 30))
@@ -237,31 +237,31 @@ def test_decompression_bombs_are_named(
         build(size=8)
 
 
-def unsplit(count: int, **columns: tuple[str, ...]) -> Pictures:
+def unsplit(count: int, **columns: tuple[str, ...]) -> ImageSet:
     ids = tuple(f"{index}.png" for index in range(count))
-    return Pictures(ids, (("x",),) * count, np.zeros((count, 1, 1, 3), np.uint8), columns)
+    return ImageSet(ids, (("x",),) * count, np.zeros((count, 1, 1, 3), np.uint8), columns)
 
 
 def test_a_share_is_held_out_by_id() -> None:
-    train, validation = split_pictures(unsplit(4000), 0.05)
+    train, validation = split_images(unsplit(4000), 0.05)
     assert abs(len(validation) - 200) < 4 * math.sqrt(4000 * 0.05 * 0.95)
     assert sorted(train.ids + validation.ids) == sorted(unsplit(4000).ids)
     fewer = unsplit(4000).subset(range(0, 4000, 3))
-    assert set(split_pictures(fewer, 0.05)[1].ids) == set(validation.ids) & set(fewer.ids)
-    assert set(validation.ids) < set(split_pictures(unsplit(4000), 0.1)[1].ids)
+    assert set(split_images(fewer, 0.05)[1].ids) == set(validation.ids) & set(fewer.ids)
+    assert set(validation.ids) < set(split_images(unsplit(4000), 0.1)[1].ids)
 
 
-def test_a_share_is_taken_from_training_pictures_only() -> None:
+def test_a_share_is_taken_from_training_images_only() -> None:
     split = tuple("test" if index % 2 else "train" for index in range(400))
-    train, validation = split_pictures(unsplit(400, split=split), 0.3)
+    train, validation = split_images(unsplit(400, split=split), 0.3)
     assert len(train) + len(validation) == 200
     assert set(validation.columns["split"]) == {"train"}
 
 
 @pytest.mark.parametrize(("split", "share"), [("train", 0.0), ("train", 1.0), ("validation", 0.1), ("test", 0.1)])
-def test_both_splits_need_pictures(split: str, share: float) -> None:
-    with pytest.raises(ValueError, match=r"Of 5 pictures, \d are for training and \d for validation.*validation_share"):
-        split_pictures(unsplit(5, split=(split,) * 5), share)
+def test_both_splits_need_images(split: str, share: float) -> None:
+    with pytest.raises(ValueError, match=r"Of 5 images, \d are for training and \d for validation.*validation_share"):
+        split_images(unsplit(5, split=(split,) * 5), share)
 
 
 def test_data_module_trains_on_what_is_neither_held_out_nor_excluded(tmp_path: Path, folder: Path) -> None:
@@ -271,11 +271,11 @@ def test_data_module_trains_on_what_is_neither_held_out_nor_excluded(tmp_path: P
     data = ImageFolder(str(folder), store=str(tmp_path / "store"), exclude=str(tmp_path / "exclude.txt"), batch_size=2)
     data.prepare_data()
     data.setup()
-    assert data.train_pictures.ids == ("0.png", "1.png", "3.png")
-    assert data.validation_pictures.ids == ("4.png", "5.png")
+    assert data.train_images.ids == ("0.png", "1.png", "3.png")
+    assert data.validation_images.ids == ("4.png", "5.png")
     (batch,) = data.val_dataloader()
     seen = {tuple(pixels.flatten().tolist()) for pixels in batch.pixels}
-    held = np.moveaxis(data.validation_pictures.pixels, -1, 1).astype(np.float32) / np.float32(127.5) - 1
+    held = np.moveaxis(data.validation_images.pixels, -1, 1).astype(np.float32) / np.float32(127.5) - 1
     assert seen == {tuple(pixels.flatten().tolist()) for pixels in held}
     with pytest.raises(ValueError, match=r"'nosuch'; its ids look like '0\.png'"):
         ImageFolder(str(folder), store=str(tmp_path / "store"), exclude=["nosuch"]).setup()
@@ -285,6 +285,6 @@ def test_data_module_holds_a_share_out(tmp_path: Path, folder: Path) -> None:
     make(folder, 6)
     data = ImageFolder(str(folder), validation_share=0.5, store=str(tmp_path / "store"))
     train, validation = data.load()
-    expected = split_pictures(build_image_folder(Store(tmp_path / "store"), folder), 0.5)
+    expected = split_images(build_image_folder(Store(tmp_path / "store"), folder), 0.5)
     assert (train.ids, validation.ids) == (expected[0].ids, expected[1].ids)
     assert len(train) + len(validation) == 6

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tests.support.folders import FORMATS, make, paint, write_metadata
-from wherefrom.data.image_folder import split_pictures
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_folder import split_images
+from wherefrom.data.image_set import ImageSet
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_each_format_gives_the_same_pictures(folder: Path, build: Callable[..., Pictures], kind: str) -> None:
+def test_each_format_gives_the_same_images(folder: Path, build: Callable[..., ImageSet], kind: str) -> None:
     captions = ["<script>alert('x')</script>", 'quotes " and, commas\nand lines', "naïve 🦊" * 50_000]
     pixels = [paint(folder / f"{name}.png", index) for index, name in enumerate(("c", "sub/b", "a"))]
     rows = [
@@ -26,27 +26,27 @@ def test_each_format_gives_the_same_pictures(folder: Path, build: Callable[..., 
     ]
     write_metadata(folder, rows, kind)
     limit = csv.field_size_limit()
-    pictures = build()
+    images = build()
     assert csv.field_size_limit() == limit
-    assert pictures.ids == ("a.png", "c.png", "sub/b.png")
-    assert pictures.captions == ((captions[2],), (captions[0],), (captions[1],))
-    assert pictures.columns == {
+    assert images.ids == ("a.png", "c.png", "sub/b.png")
+    assert images.captions == ((captions[2],), (captions[0],), (captions[1],))
+    assert images.columns == {
         "artist": ("z", "x", ""),
-        "file_name": pictures.ids,
+        "file_name": images.ids,
         "license": ("unknown",) * 3,
     }
-    np.testing.assert_array_equal(pictures.pixels, np.stack([pixels[2], pixels[0], pixels[1]]))
-    assert isinstance(pictures.pixels, np.memmap)
+    np.testing.assert_array_equal(images.pixels, np.stack([pixels[2], pixels[0], pixels[1]]))
+    assert isinstance(images.pixels, np.memmap)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_several_captions(folder: Path, build: Callable[..., Pictures], kind: str) -> None:
+def test_several_captions(folder: Path, build: Callable[..., ImageSet], kind: str) -> None:
     rows = make(folder, kind=kind)
     write_metadata(folder, [{**row, "text": [row["text"], "other"]} for row in rows], kind)
     assert build().captions == tuple((f"number {index}", "other") for index in range(3))
 
 
-def test_the_caption_column_has_a_name(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_the_caption_column_has_a_name(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, captions="better")
     assert build(caption="captions").captions == (("better",),) * 3
     with pytest.raises(ValueError, match=r"line 1: there is a column 'captions' beside 'text'"):
@@ -54,7 +54,7 @@ def test_the_caption_column_has_a_name(folder: Path, build: Callable[..., Pictur
     assert build(columns=()).captions[0] == ("number 0",)
 
 
-def test_licences_are_never_dropped(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_licences_are_never_dropped(folder: Path, build: Callable[..., ImageSet]) -> None:
     rows = make(folder, 4)
     for row, cells in zip(rows, ({"license": "CC0"}, {"license": " "}, {"license": None}, {}), strict=True):
         row.update(cells, artist="x")
@@ -65,21 +65,21 @@ def test_licences_are_never_dropped(folder: Path, build: Callable[..., Pictures]
     assert build(columns=("artist",)).columns["artist"] == ("x",) * 4
 
 
-def test_ids_from_a_column(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_ids_from_a_column(folder: Path, build: Callable[..., ImageSet]) -> None:
     rows = make(folder)
     write_metadata(folder, [{**row, "id": key} for row, key in zip(rows, ("é", 17, "007"), strict=True)])
-    pictures = build()
-    assert pictures.ids == ("007", "17", "é")
-    assert pictures.columns["file_name"] == ("2.png", "1.png", "0.png")
-    assert "id" not in pictures.columns
+    images = build()
+    assert images.ids == ("007", "17", "é")
+    assert images.columns["file_name"] == ("2.png", "1.png", "0.png")
+    assert "id" not in images.columns
 
 
-def test_csv_ids_keep_their_zeros(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_csv_ids_keep_their_zeros(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, 1, "csv", id="007")
     assert build().ids == ("007",)
 
 
-def test_columns_may_hold_numbers_and_gaps(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_columns_may_hold_numbers_and_gaps(folder: Path, build: Callable[..., ImageSet]) -> None:
     rows = make(folder)
     for row, year in zip(rows, (1999, float("nan"), None), strict=True):
         row["year"] = year
@@ -91,21 +91,21 @@ def test_columns_may_hold_numbers_and_gaps(folder: Path, build: Callable[..., Pi
     assert build(columns=("year",)).columns["year"] == ("1999", "", "")
 
 
-def test_parquet_columns_that_are_not_wanted_are_not_read(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_parquet_columns_that_are_not_wanted_are_not_read(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, kind="parquet", image=bytes(4 << 20))
     with pytest.raises(ValueError, match="'image' holds a bytes"):
         build()
     tracemalloc.start()
     try:
-        pictures = build(columns=())
+        images = build(columns=())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert "image" not in pictures.columns
+    assert "image" not in images.columns
     assert peak < 2 << 20
 
 
-def test_files_that_are_no_pictures_may_lie_around(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_files_that_are_no_images_may_lie_around(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder)
     for name in ("README.md", ".hidden.png", ".cache/x.png", "__MACOSX/x.png"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -113,29 +113,29 @@ def test_files_that_are_no_pictures_may_lie_around(folder: Path, build: Callable
     assert len(build()) == 3
 
 
-def test_split_column(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_split_column(folder: Path, build: Callable[..., ImageSet]) -> None:
     rows = make(folder, 4)
     splits = ("train", "validation", "test", "train")
     write_metadata(folder, [{**row, "split": split} for row, split in zip(rows, splits, strict=True)])
-    pictures = build()
-    assert pictures.columns["split"] == splits
-    train, validation = split_pictures(pictures, 0.9)
+    images = build()
+    assert images.columns["split"] == splits
+    train, validation = split_images(images, 0.9)
     assert (train.ids, validation.ids) == (("0.png", "3.png"), ("1.png",))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_split_folders_with_metadata_each(folder: Path, build: Callable[..., Pictures], kind: str) -> None:
+def test_split_folders_with_metadata_each(folder: Path, build: Callable[..., ImageSet], kind: str) -> None:
     make(folder / "train", 3, kind)
     make(folder / "validation", 2, kind)
-    pictures = build()
-    assert pictures.ids == ("train/0.png", "train/1.png", "train/2.png", "validation/0.png", "validation/1.png")
-    assert pictures.columns["split"] == ("train",) * 3 + ("validation",) * 2
+    images = build()
+    assert images.ids == ("train/0.png", "train/1.png", "train/2.png", "validation/0.png", "validation/1.png")
+    assert images.columns["split"] == ("train",) * 3 + ("validation",) * 2
     write_metadata(folder / "train", [{"file_name": f"{i}.png", "text": "x", "split": "test"} for i in range(3)], kind)
     with pytest.raises(ValueError, match=r"'test' is not that of its folder, 'train'"):
         build()
 
 
-def test_split_folders_below_one_metadata_file(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_split_folders_below_one_metadata_file(folder: Path, build: Callable[..., ImageSet]) -> None:
     names = ["train/a.png", "train/deep/b.png", "validation/a.png"]
     for index, name in enumerate(names):
         paint(folder / name, index)
@@ -143,11 +143,11 @@ def test_split_folders_below_one_metadata_file(folder: Path, build: Callable[...
     assert build().columns["split"] == ("train", "train", "validation")
     paint(folder / "c.png", 9)
     write_metadata(folder, [{"file_name": name, "text": "x"} for name in [*names, "c.png"]])
-    with pytest.raises(ValueError, match=r"pictures in 'validation' and others beside them.*Add a column 'split'"):
+    with pytest.raises(ValueError, match=r"images in 'validation' and others beside them.*Add a column 'split'"):
         build()
 
 
-def test_a_class_called_train_is_no_split(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_a_class_called_train_is_no_split(folder: Path, build: Callable[..., ImageSet]) -> None:
     names = ["train/a.png", "bus/a.png"]
     for index, name in enumerate(names):
         paint(folder / name, index)
@@ -155,7 +155,7 @@ def test_a_class_called_train_is_no_split(folder: Path, build: Callable[..., Pic
     assert "split" not in build().columns
 
 
-def test_no_folder_no_metadata_two_metadata(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_no_folder_no_metadata_two_metadata(folder: Path, build: Callable[..., ImageSet]) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
         build()
     make(folder)
@@ -168,7 +168,7 @@ def test_no_folder_no_metadata_two_metadata(folder: Path, build: Callable[..., P
         build()
 
 
-def test_metadata_above_and_below(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_metadata_above_and_below(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder)
     make(folder / "train")
     with pytest.raises(ValueError, match=r"holds a metadata file and so do its subfolders .*train/metadata\.jsonl"):
@@ -178,12 +178,12 @@ def test_metadata_above_and_below(folder: Path, build: Callable[..., Pictures]) 
         build()
 
 
-def test_pictures_that_no_metadata_names(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_images_that_no_metadata_names(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder)
     for index in range(6):
         paint(folder / "more" / f"{index}.JPG", index)
     with pytest.raises(
-        ValueError, match=r"holds 6 pictures that no metadata names: 'more/0\.JPG'.*, …\. Add a row for each"
+        ValueError, match=r"holds 6 images that no metadata names: 'more/0\.JPG'.*, …\. Add a row for each"
     ):
         build()
 
@@ -199,10 +199,10 @@ def test_pictures_that_no_metadata_names(folder: Path, build: Callable[..., Pict
         ({"text": ["x", ""]}, r"line 2: the caption \('text'\) is missing"),
         ({"text": {"en": "x"}}, r"line 2: 'text' holds a dict, not text"),
         ({"text": ["x", ["y"]]}, r"line 2: 'text' holds a list, not text"),
-        ({"text": ["x", "y"]}, r"line 2: the picture has 2 captions, but that of .*line 1 has 1"),
+        ({"text": ["x", "y"]}, r"line 2: the image has 2 captions, but that of .*line 1 has 1"),
         ({"text": "\ud83d"}, r"line 2: 'text' holds half a surrogate pair"),
         ({"file_name": None}, r"line 2: 'file_name' is missing"),
-        ({"file_name": "nosuch.png"}, r"line 2: there is no file 'nosuch\.png' in .*Add the picture or remove the row"),
+        ({"file_name": "nosuch.png"}, r"line 2: there is no file 'nosuch\.png' in .*Add the image or remove the row"),
         ({"file_name": "."}, r"line 2: there is no file '\.'"),
         ({"file_name": "x" * 5000}, r"line 2: there is no file 'xxx"),
         ({"file_name": "1.png\0"}, r"line 2: the file name .* holds a NUL"),
@@ -219,12 +219,12 @@ def test_pictures_that_no_metadata_names(folder: Path, build: Callable[..., Pict
         ({"id": 1.0}, r"line 2: the id 1\.0 is not one"),
         ({"id": "0.png"}, r"line 1 and .*line 2 have the same id '0\.png'"),
         ({"file_name": "./0.png"}, r"line 1 and .*line 2 have the same id '0\.png'.* as a list"),
-        ({"split": "train"}, r"line 1: the split is missing, while other pictures have one"),
+        ({"split": "train"}, r"line 1: the split is missing, while other images have one"),
         ({"split": "dev"}, r"line 2: the split 'dev' is not one of train, validation, test"),
     ],
 )
 def test_bad_rows(
-    tmp_path: Path, folder: Path, build: Callable[..., Pictures], change: dict[str, Any], message: str
+    tmp_path: Path, folder: Path, build: Callable[..., ImageSet], change: dict[str, Any], message: str
 ) -> None:
     rows = make(folder)
     if "id" in change:
@@ -239,15 +239,15 @@ def test_bad_rows(
         build()
 
 
-def test_links_within_the_folder_are_followed(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_links_within_the_folder_are_followed(folder: Path, build: Callable[..., ImageSet]) -> None:
     rows = make(folder, 1)
     (folder / "1.png").symlink_to("0.png")
     write_metadata(folder, [rows[0], {"file_name": "1.png", "text": "x"}])
-    pictures = build()
-    np.testing.assert_array_equal(pictures.pixels[0], pictures.pixels[1])
+    images = build()
+    np.testing.assert_array_equal(images.pixels[0], images.pixels[1])
 
 
-def test_either_all_pictures_have_an_id_or_none(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_either_all_images_have_an_id_or_none(folder: Path, build: Callable[..., ImageSet]) -> None:
     rows = make(folder)
     write_metadata(folder, [{**rows[0], "id": "x"}, *rows[1:]])
     with pytest.raises(ValueError, match="line 2: the id None is not one"):
@@ -256,7 +256,7 @@ def test_either_all_pictures_have_an_id_or_none(folder: Path, build: Callable[..
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("column", ["file_name", "text"])
-def test_missing_columns(folder: Path, build: Callable[..., Pictures], kind: str, column: str) -> None:
+def test_missing_columns(folder: Path, build: Callable[..., ImageSet], kind: str, column: str) -> None:
     make(folder, kind=kind)
     other = "file_name" if column == "text" else "text"
     write_metadata(folder, [{other: "0.png", "more": "x"}], kind)
@@ -265,7 +265,7 @@ def test_missing_columns(folder: Path, build: Callable[..., Pictures], kind: str
         build()
 
 
-def test_a_wanted_column_that_is_not_there(folder: Path, build: Callable[..., Pictures]) -> None:
+def test_a_wanted_column_that_is_not_there(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder)
     with pytest.raises(ValueError, match="has no column 'artist', only 'file_name', 'text'"):
         build(columns=("artist",))
@@ -274,13 +274,13 @@ def test_a_wanted_column_that_is_not_there(folder: Path, build: Callable[..., Pi
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", b"", "lists no picture"),
+        ("metadata.jsonl", b"", "lists no image"),
         ("metadata.jsonl", b'\n\n{"file_name": "0.png"', r"line 3 is not valid JSON"),
         ("metadata.jsonl", b'["0.png", "x"]', r"line 1 is not a JSON object"),
         ("metadata.jsonl", b"[" * 200_000, r"line 1 is not valid JSON"),
         ("metadata.jsonl", b'{"file_name": "\xff"}', r"metadata\.jsonl is not UTF-8"),
-        ("metadata.csv", b"", "lists no picture"),
-        ("metadata.csv", b"file_name,text\n", "lists no picture"),
+        ("metadata.csv", b"", "lists no image"),
+        ("metadata.csv", b"file_name,text\n", "lists no image"),
         ("metadata.csv", b"file_name,text\n0.png,red, round\n", "line 2 has 3 cells, but the header names 2"),
         ("metadata.csv", b"file_name,text\n0.png\n", "line 2 has 1 cells, but the header names 2"),
         ("metadata.csv", b'file_name,text\n0.png,"x\n', "is not valid CSV"),
@@ -290,7 +290,7 @@ def test_a_wanted_column_that_is_not_there(folder: Path, build: Callable[..., Pi
         ("metadata.parquet", b"", "is not a readable parquet file"),
     ],
 )
-def test_broken_metadata(folder: Path, build: Callable[..., Pictures], name: str, content: bytes, message: str) -> None:
+def test_broken_metadata(folder: Path, build: Callable[..., ImageSet], name: str, content: bytes, message: str) -> None:
     paint(folder / "0.png", 0)
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -299,7 +299,7 @@ def test_broken_metadata(folder: Path, build: Callable[..., Pictures], name: str
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_byte_order_mark_is_not_part_of_the_first_column(
-    folder: Path, build: Callable[..., Pictures], kind: str
+    folder: Path, build: Callable[..., ImageSet], kind: str
 ) -> None:
     make(folder, kind=kind)
     path = folder / f"metadata.{kind}"

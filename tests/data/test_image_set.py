@@ -1,4 +1,4 @@
-"""Pictures in memory and on disk."""
+"""Images in memory and on disk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 
 from wherefrom.data.image_set import (
     PIXELS,
-    Pictures,
+    ImageSet,
     keep_indices,
     read_ids,
-    read_pictures,
-    write_pictures,
+    read_image_set,
+    write_image_set,
     write_pixels_header,
 )
 from wherefrom.runtime.artifacts import write_manifest
 
 
-def some(count: int = 5) -> Pictures:
+def some(count: int = 5) -> ImageSet:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 6, 3), dtype=np.uint8)
-    return Pictures(
+    return ImageSet(
         ids=tuple(f"set/{index}" for index in range(count)),
         captions=tuple((f"a {index}", f"b <b>{index}</b>\n\0é") for index in range(count)),
         pixels=pixels,
@@ -32,22 +32,22 @@ def some(count: int = 5) -> Pictures:
 
 def test_duplicate_ids_are_named() -> None:
     with pytest.raises(ValueError, match=r"2 image ids occur more than once: 'a', 'b'\."):
-        Pictures(tuple("abcabb"), (("x",),) * 6, np.zeros((6, 1, 1, 3), np.uint8))
+        ImageSet(tuple("abcabb"), (("x",),) * 6, np.zeros((6, 1, 1, 3), np.uint8))
 
 
 def test_caption_counts_must_agree() -> None:
     with pytest.raises(ValueError, match=r"equally many captions each; found \[1, 2\]"):
-        Pictures(("a", "b"), (("x",), ("x", "y")), np.zeros((2, 1, 1, 3), np.uint8))
+        ImageSet(("a", "b"), (("x",), ("x", "y")), np.zeros((2, 1, 1, 3), np.uint8))
 
 
-def test_subset_takes_everything_of_a_picture_along() -> None:
-    pictures = some()
-    part = pictures.subset([3, 0])
+def test_subset_takes_everything_of_a_image_along() -> None:
+    images = some()
+    part = images.subset([3, 0])
     assert part.ids == ("set/3", "set/0")
-    assert part.captions == (pictures.captions[3], pictures.captions[0])
+    assert part.captions == (images.captions[3], images.captions[0])
     assert part.columns == {"license": ("y", "x"), "style": ("d", "a")}
-    np.testing.assert_array_equal(part.pixels, pictures.pixels[[3, 0]])
-    assert len(pictures.subset([])) == 0
+    np.testing.assert_array_equal(part.pixels, images.pixels[[3, 0]])
+    assert len(images.subset([])) == 0
 
 
 def test_where_selects_by_column() -> None:
@@ -56,22 +56,22 @@ def test_where_selects_by_column() -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    pictures = some()
-    write_pictures(tmp_path, pictures.ids, pictures.captions, pictures.pixels, pictures.columns)
+    images = some()
+    write_image_set(tmp_path, images.ids, images.captions, images.pixels, images.columns)
     with pytest.raises(FileNotFoundError, match="not an artifact"):
-        read_pictures(tmp_path)
+        read_image_set(tmp_path)
     write_manifest(tmp_path, {}, fingerprint="f")
-    read = read_pictures(tmp_path)
-    assert (read.ids, read.captions, read.columns) == (pictures.ids, pictures.captions, pictures.columns)
+    read = read_image_set(tmp_path)
+    assert (read.ids, read.captions, read.columns) == (images.ids, images.captions, images.columns)
     assert read.fingerprint == "f"
     assert isinstance(read.pixels, np.memmap)
-    np.testing.assert_array_equal(read.pixels, pictures.pixels)
+    np.testing.assert_array_equal(read.pixels, images.pixels)
 
 
 def test_pixels_that_are_not_contiguous_are_written_in_order(tmp_path: Path) -> None:
-    pictures = some()
-    write_pictures(tmp_path, pictures.ids, pictures.captions, pictures.pixels[:, :, ::-1], {})
-    np.testing.assert_array_equal(np.load(tmp_path / PIXELS), pictures.pixels[:, :, ::-1])
+    images = some()
+    write_image_set(tmp_path, images.ids, images.captions, images.pixels[:, :, ::-1], {})
+    np.testing.assert_array_equal(np.load(tmp_path / PIXELS), images.pixels[:, :, ::-1])
 
 
 def test_the_head_of_the_pixels_has_one_length_for_any_count(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_head_of_the_pixels_has_one_length_for_any_count(tmp_path: Path) -> 
 
 def test_a_column_may_not_take_the_place_of_the_tables_own(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        write_pictures(tmp_path, ["a"], [["x"]], np.zeros((1, 1, 1, 3), np.uint8), {"captions": ["y"]})
+        write_image_set(tmp_path, ["a"], [["x"]], np.zeros((1, 1, 1, 3), np.uint8), {"captions": ["y"]})
 
 
 def test_read_ids(tmp_path: Path) -> None:

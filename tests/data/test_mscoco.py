@@ -1,4 +1,4 @@
-"""COCO 2017: captions, licences, pictures, bad files, resume, and the same pipeline as the emoji world."""
+"""COCO 2017: captions, licences, images, bad files, resume, and the same pipeline as the emoji world."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from datamodules import MSCOCO
 from tests.support.tiny import attribution_config
 from tests.support.worlds import LICENSES, make_coco, write_captions
 from wherefrom.data import mscoco
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions
 from wherefrom.runtime.artifacts import Store, read_manifest
 
@@ -36,10 +36,10 @@ def told(folder: Path) -> Told:
 
 
 @pytest.fixture
-def coco(tmp_path: Path, folder: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pictures]:
+def coco(tmp_path: Path, folder: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageSet]:
     monkeypatch.setattr(mscoco, "_PART", 5)
 
-    def build(store: str = "store", subset: Any = None, progress: Any = None, **options: Any) -> Pictures:
+    def build(store: str = "store", subset: Any = None, progress: Any = None, **options: Any) -> ImageSet:
         captions = folder / "annotations" / "captions_train2017.json"
         given = CocoOptions(**{"size": 8, **options})
         return build_mscoco(Store(tmp_path / store), folder / "train2017", captions, given, subset, progress=progress)
@@ -47,28 +47,28 @@ def coco(tmp_path: Path, folder: Path, told: Told, monkeypatch: pytest.MonkeyPat
     return build
 
 
-def test_ids_captions_licences_and_pixels(folder: Path, told: Told, coco: Callable[..., Pictures]) -> None:
-    pictures = coco()
+def test_ids_captions_licences_and_pixels(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
+    image_set = coco()
     ids = sorted(image["id"] for image in told["images"])
-    assert pictures.ids == tuple(map(str, ids))
-    assert sorted(pictures.ids) != list(pictures.ids), "numbers are not sorted as text"
+    assert image_set.ids == tuple(map(str, ids))
+    assert sorted(image_set.ids) != list(image_set.ids), "numbers are not sorted as text"
     assert ids != [image["id"] for image in told["images"]], "nor is the file in their order"
     names = {entry["id"]: entry["name"] for entry in LICENSES}
     images = {image["id"]: image for image in told["images"]}
     for row, image in enumerate(ids):
         written = [each["caption"] for each in told["annotations"] if each["image_id"] == image]
-        assert pictures.captions[row] == tuple(written[:5])
-        assert pictures.columns["license"][row] == names[images[image]["license"]]
-        assert pictures.columns["url"][row] == images[image]["flickr_url"]
+        assert image_set.captions[row] == tuple(written[:5])
+        assert image_set.columns["license"][row] == names[images[image]["license"]]
+        assert image_set.columns["url"][row] == images[image]["flickr_url"]
         with Image.open(folder / "train2017" / images[image]["file_name"]) as opened:
             side = min(opened.size)
             left, top = (opened.width - side) // 2, (opened.height - side) // 2
             square = opened.crop((left, top, left + side, top + side)).resize((8, 8), Image.Resampling.LANCZOS)
-        np.testing.assert_array_equal(pictures.pixels[row], np.asarray(square))
-    assert isinstance(pictures.pixels, np.memmap)
+        np.testing.assert_array_equal(image_set.pixels[row], np.asarray(square))
+    assert isinstance(image_set.pixels, np.memmap)
 
 
-def test_the_first_captions_of_each_image(folder: Path, told: Told, coco: Callable[..., Pictures]) -> None:
+def test_the_first_captions_of_each_image(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
     five, two = coco(), coco(captions=2)
     assert two.captions == tuple(several[:2] for several in five.captions)
     with pytest.raises(ValueError, match=r"12 images have fewer than 6 captions"):
@@ -117,12 +117,12 @@ def changed(told: Told, path: tuple[Any, ...], value: Any) -> Told:
         ),
         (
             lambda told: changed(told, ("images", 1, "file_name"), "no.jpg"),
-            r"train2017 lacks 1 of 12 pictures: 'no\.jpg'",
+            r"train2017 lacks 1 of 12 images: 'no\.jpg'",
         ),
     ],
 )
 def test_bad_files_are_refused_before_anything_is_decoded(
-    tmp_path: Path, folder: Path, told: Told, coco: Callable[..., Pictures], spoil: Callable[[Told], Any], message: str
+    tmp_path: Path, folder: Path, told: Told, coco: Callable[..., ImageSet], spoil: Callable[[Told], Any], message: str
 ) -> None:
     write_captions(folder, "train2017", spoil(told))
     with pytest.raises(ValueError, match=message):
@@ -130,7 +130,7 @@ def test_bad_files_are_refused_before_anything_is_decoded(
     assert not (tmp_path / "store").exists()
 
 
-def test_missing_files_and_folders(folder: Path, told: Told, coco: Callable[..., Pictures]) -> None:
+def test_missing_files_and_folders(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
     (folder / "annotations" / "captions_train2017.json").rename(folder / "x.json")
     with pytest.raises(ValueError, match=r"captions_train2017\.json is not a file\. Unpack"):
         coco()
@@ -140,8 +140,8 @@ def test_missing_files_and_folders(folder: Path, told: Told, coco: Callable[...,
         coco()
 
 
-def test_unreadable_pictures_are_named_or_skipped_and_counted(
-    tmp_path: Path, folder: Path, told: Told, coco: Callable[..., Pictures], caplog: pytest.LogCaptureFixture
+def test_unreadable_images_are_named_or_skipped_and_counted(
+    tmp_path: Path, folder: Path, told: Told, coco: Callable[..., ImageSet], caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = folder / "train2017" / told["images"][2]["file_name"]
     broken.write_bytes(broken.read_bytes()[:200])
@@ -149,16 +149,16 @@ def test_unreadable_pictures_are_named_or_skipped_and_counted(
         coco()
     for _ in range(2):  # decoded, then found
         with caplog.at_level(logging.WARNING):
-            pictures = coco(skip_unreadable=True)
-        assert f"11 pictures are used; left out were 1 cannot be read: '{broken.name}'" in caplog.text
+            images = coco(skip_unreadable=True)
+        assert f"11 images are used; left out were 1 cannot be read: '{broken.name}'" in caplog.text
         caplog.clear()
-    assert len(pictures) == len(pictures.pixels) == 11
-    assert str(told["images"][2]["id"]) not in pictures.ids
+    assert len(images) == len(images.pixels) == 11
+    assert str(told["images"][2]["id"]) not in images.ids
     (made,) = (path for path in (tmp_path / "store" / "mscoco").iterdir() if path.suffix != ".partial")
     assert [name for name, _, _ in read_manifest(made)["problems"]] == [broken.name]
 
 
-def test_a_subset_by_ids(coco: Callable[..., Pictures]) -> None:
+def test_a_subset_by_ids(coco: Callable[..., ImageSet]) -> None:
     whole = coco()
     part = coco(subset=[whole.ids[7], whole.ids[0]])
     assert part.ids == (whole.ids[0], whole.ids[7])
@@ -169,14 +169,14 @@ def test_a_subset_by_ids(coco: Callable[..., Pictures]) -> None:
         coco(subset=[whole.ids[0]] * 2)
 
 
-def test_workers_and_places_change_nothing(coco: Callable[..., Pictures]) -> None:
+def test_workers_and_places_change_nothing(coco: Callable[..., ImageSet]) -> None:
     one, three = coco(), coco("other", workers=3)
     assert one.fingerprint == three.fingerprint
     assert one.ids == three.ids
     np.testing.assert_array_equal(one.pixels, three.pixels)
 
 
-def test_the_store_is_used_until_a_file_changes(folder: Path, told: Told, coco: Callable[..., Pictures]) -> None:
+def test_the_store_is_used_until_a_file_changes(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
     seen: list[int] = []
     first = coco(progress=lambda done, total: seen.append(done))
     assert seen == [*range(1, 13)]
@@ -207,7 +207,7 @@ mscoco.build_mscoco(Store(store), Path(folder, "train2017"), captions, mscoco.Co
 """
 
 
-def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, folder: Path, coco: Callable[..., Pictures]) -> None:
+def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, folder: Path, coco: Callable[..., ImageSet]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(folder)],
         cwd=ROOT,
@@ -248,9 +248,9 @@ def test_data_module(tmp_path: Path, folder: Path, told: Told) -> None:
     )
     data.prepare_data()
     data.setup()
-    assert set(data.train_pictures.ids) == set(ids[1:6])
-    assert len(data.validation_pictures) == 4
-    assert not set(data.validation_pictures.ids) & set(ids)
+    assert set(data.train_images.ids) == set(ids[1:6])
+    assert len(data.validation_images) == 4
+    assert not set(data.validation_images.ids) & set(ids)
     assert sum(len(batch.pixels) for batch in data.val_dataloader()) == 4
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet, LatentVisits
+from wherefrom.data.encoded_images import EncodedImages, LatentVisits
+from wherefrom.data.image_set import ImageSet
 from wherefrom.data.stream import KeyedBatches, LatentBatch, PixelVisits, Visit, flips, visit_keys, visit_times
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import keyed_random
@@ -26,8 +26,8 @@ def named(batches: KeyedBatches, ids: tuple[str, ...] = IDS) -> list[tuple[str, 
     return [(ids[index], visit) for batch in batches for index, visit in batch]
 
 
-def test_every_epoch_visits_every_picture_once() -> None:
-    visits = named(stream(steps=23))  # 23 * 8 visits are exactly 8 epochs of 23 pictures
+def test_every_epoch_visits_every_image_once() -> None:
+    visits = named(stream(steps=23))  # 23 * 8 visits are exactly 8 epochs of 23 images
     assert Counter(visits) == Counter((name, epoch) for epoch in range(8) for name in IDS)
     assert [epoch for _, epoch in visits] == sorted(epoch for _, epoch in visits)
 
@@ -36,12 +36,12 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [tuple(stream().order(epoch)) for epoch in range(50)]
     other = KeyedBatches(keyed_random.hash_texts(IDS), 6, 8, 1)
     assert len({*orders, tuple(other.order(0))}) == 51
-    # Each picture's mean place over the epochs is that of a uniform one.
+    # Each image's mean place over the epochs is that of a uniform one.
     places = np.argsort(np.array([stream().order(epoch) for epoch in range(400)]), axis=1).mean(0)
     assert np.abs(places - 11).max() < 4.5 * math.sqrt((23**2 - 1) / 12 / 400)
 
 
-def test_leaving_pictures_out_changes_nothing_else() -> None:
+def test_leaving_images_out_changes_nothing_else() -> None:
     out = {IDS[3], IDS[4], IDS[19]}
     kept = tuple(name for name in IDS if name not in out)
     whole, less = named(stream(steps=23)), named(stream(kept, steps=20), kept)  # both are 8 whole epochs
@@ -133,13 +133,13 @@ def test_pixel_visits_mirror_by_key() -> None:
 
 
 @pytest.fixture
-def latents() -> LatentSet:
+def latents() -> EncodedImages:
     """Latents are position + 0.5 for the mirror image; states are 100 * position + caption, or -1 for none."""
     count, captions = len(IDS), 3
     number = torch.arange(count, dtype=torch.float32)
     mirror = torch.tensor([0.0, 0.5])
-    return LatentSet(
-        Pictures(IDS, tuple(("a", "b", "c") for _ in IDS), np.zeros((count, 1, 1, 3), np.uint8)),
+    return EncodedImages(
+        ImageSet(IDS, tuple(("a", "b", "c") for _ in IDS), np.zeros((count, 1, 1, 3), np.uint8)),
         (number[:, None] + mirror)[..., None, None, None].expand(count, 2, 2, 3, 3),
         (100 * number[:, None] + torch.arange(captions))[..., None, None].expand(count, captions, 4, 5),
         torch.full((4, 5), -1.0),
@@ -154,7 +154,7 @@ def rows(batch: LatentBatch) -> list[tuple[float, ...]]:
     ]
 
 
-def test_a_visit_draws_the_same_whatever_the_batch(latents: LatentSet) -> None:
+def test_a_visit_draws_the_same_whatever_the_batch(latents: EncodedImages) -> None:
     data = LatentVisits(latents, seed=4)
     visits = [Visit(index, visit) for visit in range(4) for index in range(23)]
     alone = {visit: rows(data.__getitems__([visit]))[0] for visit in visits}
@@ -165,7 +165,7 @@ def test_a_visit_draws_the_same_whatever_the_batch(latents: LatentSet) -> None:
             assert rows(data.__getitems__(part)) == [alone[visit] for visit in part]
 
 
-def test_a_visit_draws_the_same_when_other_pictures_are_left_out(latents: LatentSet) -> None:
+def test_a_visit_draws_the_same_when_other_images_are_left_out(latents: EncodedImages) -> None:
     less = latents.without(IDS[2:9:3])
     whole, part = LatentVisits(latents, seed=4), LatentVisits(less, seed=4)
     for visit in range(6):
@@ -173,7 +173,7 @@ def test_a_visit_draws_the_same_when_other_pictures_are_left_out(latents: Latent
         assert rows(part.__getitems__([Visit(index, visit) for index in range(len(less))])) == rows(expected)
 
 
-def test_visits_mix_mirror_images_and_captions_in_their_shares(latents: LatentSet) -> None:
+def test_visits_mix_mirror_images_and_captions_in_their_shares(latents: EncodedImages) -> None:
     data = LatentVisits(latents, seed=4, flip_share=0.5, caption_dropout=0.25)
     visits = [Visit(index, visit) for visit in range(200) for index in range(23)]
     batch = data.__getitems__(visits)
@@ -193,20 +193,20 @@ def test_visits_mix_mirror_images_and_captions_in_their_shares(latents: LatentSe
         assert abs(found.item() - trials * share) < 4 * math.sqrt(trials * share * (1 - share))
 
 
-def test_without_flips_and_dropout_visits_are_plain(latents: LatentSet) -> None:
+def test_without_flips_and_dropout_visits_are_plain(latents: EncodedImages) -> None:
     data = LatentVisits(latents, seed=4, flip_share=0.0, caption_dropout=0.0)
     batch = data.__getitems__([Visit(5, visit) for visit in range(99)])
     assert (batch.latents == 5).all()
     assert (batch.states != -1).all()
 
 
-def test_seeds_draw_differently(latents: LatentSet) -> None:
+def test_seeds_draw_differently(latents: EncodedImages) -> None:
     visits = [Visit(index, 0) for index in range(23)]
     one, two = (rows(LatentVisits(latents, seed).__getitems__(visits)) for seed in (1, 2))
     assert not set(one) & set(two)
 
 
-def test_a_subset_has_a_fingerprint_of_its_own(latents: LatentSet) -> None:
+def test_a_subset_has_a_fingerprint_of_its_own(latents: EncodedImages) -> None:
     prints = [latents.subset(chosen).fingerprint for chosen in ([0, 1], [1, 0], [0], list(range(23)))]
     assert len({latents.fingerprint, *prints}) == 5
     assert latents.subset([0, 1]).fingerprint == prints[0]

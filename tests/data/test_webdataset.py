@@ -19,16 +19,16 @@ from PIL import Image
 import evaluate
 from datamodules import LAION
 from tests.support.tiny import attribution_config
-from tests.support.worlds import make_shards, picture, plain, sample_of, write_shard, write_table
+from tests.support.worlds import image, make_shards, plain, sample_of, write_shard, write_table
 from wherefrom.data import webdataset
 from wherefrom.data.decoding import Problem, Sample, share_out
-from wherefrom.data.image_folder import split_pictures
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_folder import split_images
+from wherefrom.data.image_set import ImageSet
 from wherefrom.data.shards import DAMAGED, LARGE, REFUSED
 from wherefrom.data.webdataset import (
     LOST,
     NO_CAPTION,
-    NO_PICTURE,
+    NO_IMAGE,
     UNDECODABLE,
     ShardOptions,
     build_laion,
@@ -46,7 +46,7 @@ def keys(folder: Path) -> list[list[str]]:
     return make_shards(folder)
 
 
-def build(tmp_path: Path, folder: Path, store: str = "store", subset: Any = None, **options: Any) -> Pictures:
+def build(tmp_path: Path, folder: Path, store: str = "store", subset: Any = None, **options: Any) -> ImageSet:
     return build_laion(Store(tmp_path / store), folder, ShardOptions(**{"size": 8, **options}), subset)
 
 
@@ -56,23 +56,23 @@ def problems(tmp_path: Path, store: str = "store") -> list[Problem]:
 
 
 def test_keys_captions_columns_and_pixels(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
-    pictures = build(tmp_path, folder, license="LICENSE", columns=("url", "caption"))
+    images = build(tmp_path, folder, license="LICENSE", columns=("url", "caption"))
     every = [key for several in keys for key in several]
-    assert pictures.ids == tuple(every)
+    assert images.ids == tuple(every)
     for index, key in enumerate(every):
         members = dict(sample_of(key, index))
-        assert pictures.captions[index] == (members[f"{key}.txt"].decode(),)
+        assert images.captions[index] == (members[f"{key}.txt"].decode(),)
         (name,) = (name for name in members if not name.endswith((".txt", ".json")))
         path = tmp_path / name
         path.write_bytes(members[name])
         with Image.open(path) as opened:
             square = opened.convert("RGB").crop((2, 0, 14, 12)).resize((8, 8), Image.Resampling.LANCZOS)
-        np.testing.assert_array_equal(pictures.pixels[index], np.asarray(square))
-    assert pictures.columns["url"] == tuple(f"http://x/{key}" for key in every)
-    assert pictures.columns["shard"][10] == "00001.tar"
-    assert pictures.columns["license"] == tuple("?" if index % 2 else "unknown" for _ in keys for index in range(10))
+        np.testing.assert_array_equal(images.pixels[index], np.asarray(square))
+    assert images.columns["url"] == tuple(f"http://x/{key}" for key in every)
+    assert images.columns["shard"][10] == "00001.tar"
+    assert images.columns["license"] == tuple("?" if index % 2 else "unknown" for _ in keys for index in range(10))
     assert not problems(tmp_path)
-    assert isinstance(pictures.pixels, np.memmap)
+    assert isinstance(images.pixels, np.memmap)
 
 
 CUTS = ["in a header", "between header and data", "in data", "after a member", "before the end mark", "first block"]
@@ -96,17 +96,17 @@ def test_a_cut_shard_loses_only_what_is_behind_the_cut(
         "first block": (100, 0),
     }[cut]
     path.write_bytes(path.read_bytes()[:at])
-    pictures = build(tmp_path, folder)
+    images = build(tmp_path, folder)
     lost = keys[2][kept:]
-    assert pictures.ids == tuple(key for several in keys for key in several if key not in lost)
+    assert images.ids == tuple(key for several in keys for key in several if key not in lost)
     whole = build_laion(Store(tmp_path / "whole"), make(tmp_path / "again"), SMALL)
-    where = [whole.ids.index(name) for name in pictures.ids]
-    np.testing.assert_array_equal(pictures.pixels, np.asarray(whole.pixels)[where])
+    where = [whole.ids.index(name) for name in images.ids]
+    np.testing.assert_array_equal(images.pixels, np.asarray(whole.pixels)[where])
     found = problems(tmp_path)
     (damage,) = (problem for problem in found if problem.kind == DAMAGED)
     assert damage.name == "00002.tar"
     assert f"of {at:,}" in damage.detail
-    named = {problem.name.partition(": ")[2] for problem in found if problem.kind in (LOST, NO_PICTURE, NO_CAPTION)}
+    named = {problem.name.partition(": ")[2] for problem in found if problem.kind in (LOST, NO_IMAGE, NO_CAPTION)}
     assert named == set(lost), "every lost sample is named"
 
 
@@ -118,7 +118,7 @@ def make(folder: Path) -> Path:
 def test_broken_members_are_counted_by_name(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, text = picture(0, (16, 12)), b"a caption"
+    good, text = image(0, (16, 12)), b"a caption"
     told = json.dumps({"caption": "from the json"}).encode()
     members = [
         *[("ok.jpg", good), ("ok.txt", text)],
@@ -130,33 +130,33 @@ def test_broken_members_are_counted_by_name(
         *[("half.jpg", good), ("half.json", b'{"caption": "\\ud800"}')],
         *[("latin.jpg", good), ("latin.txt", b"caf\xe9")],
         *[("blind.txt", text), ("blind.json", told)],
-        *[("bomb.png", picture(0, (30, 30), "PNG")), ("bomb.txt", text)],
-        *[("warned.png", picture(0, (20, 15), "PNG")), ("warned.txt", text)],
+        *[("bomb.png", image(0, (30, 30), "PNG")), ("bomb.txt", text)],
+        *[("warned.png", image(0, (20, 15), "PNG")), ("warned.txt", text)],
         *[("big.jpg", good + bytes(5000)), ("big.txt", text)],
-        *[("twice.jpg", good), ("twice.jpg", picture(1, (16, 12))), ("twice.txt", text)],
-        *[("ok.png", picture(2, (16, 12), "PNG")), ("ok.txt", b"again")],
+        *[("twice.jpg", good), ("twice.jpg", image(1, (16, 12))), ("twice.txt", text)],
+        *[("ok.png", image(2, (16, 12), "PNG")), ("ok.txt", b"again")],
         *[("last.JPG", good), ("last.txt", text), ("last.npy", b"x")],
     ]
     names = dict.fromkeys(name.partition(".")[0] for name, _ in members)
     write_shard(folder, plain(members), [*names, "gone"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     with caplog.at_level(logging.WARNING):
-        pictures = build(tmp_path, folder, largest_member=5000)
-    assert pictures.ids == ("ok", "json", "twice", "last")
-    assert pictures.captions[1] == ("from the json",)
-    np.testing.assert_array_equal(pictures.pixels[0], pictures.pixels[2])
+        images = build(tmp_path, folder, largest_member=5000)
+    assert images.ids == ("ok", "json", "twice", "last")
+    assert images.captions[1] == ("from the json",)
+    np.testing.assert_array_equal(images.pixels[0], images.pixels[2])
     found: dict[str, list[str]] = {}
     for problem in problems(tmp_path):
         found.setdefault(problem.kind, []).append(problem.name.removeprefix("00000.tar: "))
     assert found == {
         UNDECODABLE: ["cut", "not", "bomb", "warned"],
         NO_CAPTION: ["mute", "blank", "half", "latin"],
-        NO_PICTURE: ["blind", "big"],
+        NO_IMAGE: ["blind", "big"],
         LARGE: ["big.jpg"],
         REFUSED: ["twice.jpg", "ok.png", "ok.txt"],
         LOST: ["gone"],
     }
-    assert "4 pictures are used; left out were 4 pictures that cannot be decoded: '00000.tar: cut'" in caplog.text
+    assert "4 images are used; left out were 4 images that cannot be decoded: '00000.tar: cut'" in caplog.text
     assert "decompression bomb" in next(each.detail for each in problems(tmp_path) if each.name.endswith("warned"))
 
 
@@ -200,7 +200,7 @@ def test_bad_folders_and_tables_are_refused_before_anything_is_decoded(
 
 def test_nothing_usable_is_an_error(tmp_path: Path, folder: Path) -> None:
     write_shard(folder, plain([("a.jpg", b"x"), ("a.txt", b"x")]), ["a"])
-    with pytest.raises(ValueError, match=r"None of the pictures can be used: 1 pictures that cannot be decoded"):
+    with pytest.raises(ValueError, match=r"None of the images can be used: 1 images that cannot be decoded"):
         build(tmp_path, folder)
 
 
@@ -285,8 +285,8 @@ def test_data_module(tmp_path: Path, folder: Path, keys: list[list[str]]) -> Non
     )
     data.prepare_data()
     data.setup()
-    assert sorted(data.train_pictures.ids + data.validation_pictures.ids) == every[:30]
-    assert len(data.validation_pictures) > 0
+    assert sorted(data.train_images.ids + data.validation_images.ids) == every[:30]
+    assert len(data.validation_images) > 0
 
 
 def test_the_pipeline_attributes_to_shards_and_trusts_no_caption(tmp_path: Path, folder: Path) -> None:
@@ -294,9 +294,7 @@ def test_the_pipeline_attributes_to_shards_and_trusts_no_caption(tmp_path: Path,
     hostile = b"<script>alert(1)</script> ../../etc/passwd"
     write_shard(
         folder,
-        plain(
-            [part for key in keys for part in ((f"{key}.jpg", picture(int(key), (16, 12))), (f"{key}.txt", hostile))]
-        ),
+        plain([part for key in keys for part in ((f"{key}.jpg", image(int(key), (16, 12))), (f"{key}.txt", hostile))]),
         keys,
     )
     data = {
@@ -306,7 +304,7 @@ def test_the_pipeline_attributes_to_shards_and_trusts_no_caption(tmp_path: Path,
     config = attribution_config(tmp_path, "run", data=data, attributor={"class_path": "PixelSimilarity"})
     evaluate.main(["attribute", "-c", str(config)])
     ranked = set(pq.read_table(tmp_path / "run" / "ranking.parquet")["image"].to_pylist())
-    train, held_out = split_pictures(build_laion(Store(tmp_path / "store"), folder, SMALL), 0.3)
+    train, held_out = split_images(build_laion(Store(tmp_path / "store"), folder, SMALL), 0.3)
     assert ranked == set(train.ids)
     assert sorted([*train.ids, *held_out.ids]) == keys
     page = (tmp_path / "run" / "report.html").read_text()

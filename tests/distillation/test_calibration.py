@@ -34,17 +34,17 @@ from wherefrom.runtime.artifacts import ArtifactMismatchError
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64], list[str]]
 
 
-def planted(seed: int, queries: int, pictures: int = 20, first: int = 0) -> Arrays:
+def planted(seed: int, queries: int, images: int = 20, first: int = 0) -> Arrays:
     """Influence rises with similarity; noise grows with it; every query has a shift and a size of noise of its own."""
     random = np.random.default_rng(seed)
-    cosines = random.uniform(-1, 1, size=(queries, pictures))
+    cosines = random.uniform(-1, 1, size=(queries, images))
     shift, size = random.normal(size=(queries, 1)), random.exponential(size=(queries, 1))
     scores = np.exp(2 * cosines) + 0.5 * shift + size * (1.2 + cosines) * random.normal(size=cosines.shape)
     return cosines, scores, [f"query {first + index}" for index in range(queries)]
 
 
 def test_the_curve_of_four_points_by_hand() -> None:
-    # Pool adjacent violators: 1, (4, 2) -> 3, 5; every query has the same four pictures.
+    # Pool adjacent violators: 1, (4, 2) -> 3, 5; every query has the same four images.
     settings = CalibrationSettings(confidence=0.5, shares=())
     cosines = np.tile([0.1, 0.2, 0.3, 0.9], (8, 1))
     scores = np.tile([1.0, 4.0, 2.0, 5.0], (8, 1))
@@ -117,7 +117,7 @@ TRIALS = 400
 
 
 def test_intervals_cover_new_queries() -> None:
-    """One new query and one of its pictures for each of many calibrations: hits are independent with one probability.
+    """One new query and one of its images for each of many calibrations: hits are independent with one probability.
 
     It is at least 0.9, and without ties at most 0.9 + 2/(K + 1) with K queries in the bin (20 here, for each tail).
     """
@@ -139,8 +139,8 @@ def test_intervals_cover_new_queries() -> None:
         assert lowest <= found_hits <= highest
 
 
-def test_quantiles_of_all_pictures_alike_would_not_cover() -> None:
-    """Why queries are the groups: where a query's pictures err together, nine queries are nine values, not 180.
+def test_quantiles_of_all_images_alike_would_not_cover() -> None:
+    """Why queries are the groups: where a query's images err together, nine queries are nine values, not 180.
 
     The 160th of 180 is the eighth of nine, which the tenth is below in 8 of 10.
     """
@@ -148,13 +148,13 @@ def test_quantiles_of_all_pictures_alike_would_not_cover() -> None:
     groups = np.repeat(np.arange(9), 20)
     for trial in range(trials):
         residuals = np.random.default_rng(trial).normal(size=10)
-        pictures = residuals[groups]
-        naive += int(residuals[9] <= group_quantile(pictures, np.arange(180), 0.88))
-        proper += int(residuals[9] <= group_quantile(pictures, groups, 0.88))
+        images = residuals[groups]
+        naive += int(residuals[9] <= group_quantile(images, np.arange(180), 0.88))
+        proper += int(residuals[9] <= group_quantile(images, groups, 0.88))
     assert naive < binom.ppf(0.001, trials, 0.88) <= proper
 
 
-def test_the_order_of_queries_and_pictures_does_not_matter() -> None:
+def test_the_order_of_queries_and_images_does_not_matter() -> None:
     cosines, scores, names = planted(3, 80)
     cosines = np.round(cosines, 1)  # with ties
     expected = fit_calibration(cosines, scores, names)
@@ -170,7 +170,7 @@ def test_the_order_of_queries_and_pictures_does_not_matter() -> None:
 
 def test_bins_with_too_few_queries_are_joined() -> None:
     cosines, scores, names = planted(4, 80, 30)
-    cosines[5:, :] = np.minimum(cosines[5:, :], 0.5)  # hardly a query has very similar pictures
+    cosines[5:, :] = np.minimum(cosines[5:, :], 0.5)  # hardly a query has very similar images
     found = fit_calibration(cosines, scores, names)
     assert (found.edges <= 0.5).all()
     assert np.isfinite(found.low).all()

@@ -75,7 +75,7 @@ def test_a_ranker_that_knows_nothing_is_not_handed_the_teachers_order() -> None:
     assert shuffled_halves(teacher_set(), ranker, ["a", "b"], HALVES, k=10)["nothing"].mean < 0.2
 
 
-def test_as_they_are_it_is_map_of_the_scored_pictures() -> None:
+def test_as_they_are_it_is_map_of_the_scored_images() -> None:
     torch.manual_seed(0)
     teacher, ranker = teacher_set(2, width=50), Ranker(2 * WIDTH, 8, 1, 8)
     found = shuffled_halves(teacher, ranker, ["a", "b"], HALVES, k=0.1)["nothing"]

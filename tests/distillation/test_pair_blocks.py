@@ -26,7 +26,7 @@ def pairs_of(teacher: TeacherSet, candidates: int | None = None, double: bool = 
 
 
 def dense(sampler: BlockSampler, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean weight of every (query, picture) over many blocks, and its standard error."""
+    """Mean weight of every (query, image) over many blocks, and its standard error."""
     shape = steps, len(sampler.pairs.queries), len(sampler.pairs.images)
     weights = torch.zeros(shape, dtype=torch.float64)
     for step in range(steps):
@@ -85,7 +85,7 @@ def test_whole_rankings_have_no_outside() -> None:
     assert sampler.steps() == round(12 * 30 / 28)
 
 
-def test_without_outside_pictures_only_labelled_pairs_weigh() -> None:
+def test_without_outside_images_only_labelled_pairs_weigh() -> None:
     block = BlockSampler(pairs_of(NEAR), seed=0, queries=4, images=20, outside=0.0).block(0)
     assert torch.equal(block.weights > 0, block.labelled)
     assert not block.labelled.all()
@@ -183,10 +183,10 @@ def test_scores_that_are_all_alike_are_the_mean() -> None:
 
 def test_sizes_are_refused() -> None:
     for settings in ({"queries": 0}, {"images": 1}, {"outside": 1.0}, {"outside": -0.1}):
-        with pytest.raises(ValueError, match="A block needs at least one query and two pictures"):
+        with pytest.raises(ValueError, match="A block needs at least one query and two images"):
             BlockSampler(pairs_of(NEAR), 0, **settings)
     for candidates in (0, 10):
-        with pytest.raises(ValueError, match=f"candidates is {candidates}, but the teacher scored 9 pictures"):
+        with pytest.raises(ValueError, match=f"candidates is {candidates}, but the teacher scored 9 images"):
             pairs_of(NEAR, candidates)
 
 

@@ -114,15 +114,15 @@ HOLES = FIRST.training.copy()
 HOLES[5, 1] = np.nan
 REPEATED = TEACHER.images[TEACHER.rows[1, 0]]
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"images": ("picture/0001", *TEACHER.images[1:])}, "ids of the training pictures hold one twice: 'picture/0001'"),
+    ({"images": ("picture/0001", *TEACHER.images[1:])}, "ids of the training images hold one twice: 'picture/0001'"),
     ({"queries": ("a", "b", "c", "b")}, "ids of the queries hold one twice: 'b'"),
-    ({"captions": ("one",)}, "9 training pictures have 1 captions, and 4 queries 4 prompts"),
-    ({"prompts": ()}, "9 training pictures have 9 captions, and 4 queries 0 prompts"),
+    ({"captions": ("one",)}, "9 training images have 1 captions, and 4 queries 4 prompts"),
+    ({"prompts": ()}, "9 training images have 9 captions, and 4 queries 0 prompts"),
     ({"rows": TEACHER.rows[:, :2]}, r"Rows \(4, 2\) and scores \(4, 3\) must be"),
     ({"rows": TEACHER.rows[:3], "scores": TEACHER.scores[:3]}, r"Rows \(3, 3\) and scores \(3, 3\) must be"),
-    ({"rows": TEACHER.rows[:, :0], "scores": TEACHER.scores[:, :0]}, "No picture was scored for any query"),
-    ({"rows": changed("rows", (2, 1), 9)}, "Query 'query/002' ranks picture 9 of a training set of 9"),
-    ({"rows": changed("rows", (2, 1), -1)}, "Query 'query/002' ranks picture -1 of"),
+    ({"rows": TEACHER.rows[:, :0], "scores": TEACHER.scores[:, :0]}, "No image was scored for any query"),
+    ({"rows": changed("rows", (2, 1), 9)}, "Query 'query/002' ranks image 9 of a training set of 9"),
+    ({"rows": changed("rows", (2, 1), -1)}, "Query 'query/002' ranks image -1 of"),
     ({"rows": changed("rows", (1, 2), TEACHER.rows[1, 0])}, f"Query 'query/001' ranks '{REPEATED}' twice"),
     ({"scores": changed("scores", (3, 1), np.inf)}, "Query 'query/003': the score of 'picture/.*' is inf"),
     ({"features": features_with("training", FIRST.training[:8])}, r"'first' of training have shape \(8, 4\); 9 rows"),
@@ -158,12 +158,12 @@ def test_a_damaged_table_is_refused(tmp_path: Path, name: str) -> None:
         read_teacher_set(tmp_path)
 
 
-def test_queries_with_fewer_scored_pictures_are_refused(tmp_path: Path) -> None:
+def test_queries_with_fewer_scored_images_are_refused(tmp_path: Path) -> None:
     write_teacher_set(tmp_path, TEACHER)
     rows = pq.read_table(tmp_path / QUERIES).to_pylist()
     rows[1]["images"] = rows[1]["images"][:2]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / QUERIES)
-    with pytest.raises(ValueError, match="cannot be used: the queries have between 2 and 3 scored pictures"):
+    with pytest.raises(ValueError, match="cannot be used: the queries have between 2 and 3 scored images"):
         read_teacher_set(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The alignment judge and the recognisability benchmark, in a small world of pictures linear in captions."""
+"""The alignment judge and the recognisability benchmark, in a small world of images linear in captions."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from experiments.alignment import AlignmentJudge, AlignmentModel, Moments, rank_of_prompt, rate, rate_ratio
 from experiments.recognisability import choose_prompts, contact_sheet, drawing_with, recognisability, summary
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder, freeze
 from wherefrom.models.factories import autoencoder_from_config, unet_from_config
-from wherefrom.models.noise_schedule import ForwardProcess
+from wherefrom.models.noise_schedule import NoiseSchedule
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 
@@ -48,7 +48,7 @@ class Images:
         return {"images": "pixels"}
 
 
-def world(concepts: int = 60, linear: bool = True) -> Pictures:
+def world(concepts: int = 60, linear: bool = True) -> ImageSet:
     """Every concept in two styles; pixels are linear in the caption's vector, or (not `linear`) unrelated to it."""
     ids, captions, columns = [], [], {"concept": [], "style": [], "split": []}
     for style in STYLES:
@@ -67,7 +67,7 @@ def world(concepts: int = 60, linear: bool = True) -> Pictures:
         values = np.random.default_rng(1).normal(128, 40, size=(concepts, size))
         values = np.concatenate([values, values])
     pixels = values.round().clip(0, 255).astype(np.uint8).reshape(-1, SIDE, SIDE, 3)
-    return Pictures(
+    return ImageSet(
         tuple(ids),
         tuple(captions),
         pixels,
@@ -76,12 +76,12 @@ def world(concepts: int = 60, linear: bool = True) -> Pictures:
     )
 
 
-def fitted(pictures: Pictures, tmp_path, **settings) -> AlignmentJudge:
-    return AlignmentJudge(Images(), Texts(), Store(tmp_path), **settings).fit(pictures)
+def fitted(images: ImageSet, tmp_path, **settings) -> AlignmentJudge:
+    return AlignmentJudge(Images(), Texts(), Store(tmp_path), **settings).fit(images)
 
 
-def asked(pictures: Pictures):
-    return pictures.pixels, pictures.columns["concept"], pictures.columns["style"]
+def asked(images: ImageSet):
+    return images.pixels, images.columns["concept"], images.columns["style"]
 
 
 def tiny_model(folder) -> DiffusionModel:
@@ -116,11 +116,11 @@ def tiny_model(folder) -> DiffusionModel:
             "norm_num_groups": 2,
         }
     )
-    return DiffusionModel(freeze(unet), ForwardProcess(DDPMScheduler()), LatentEncoder(vae, text))
+    return DiffusionModel(freeze(unet), NoiseSchedule(DDPMScheduler()), LatentEncoder(vae, text))
 
 
 class TestAlignmentModel:
-    @pytest.mark.parametrize(("count", "width"), [(50, 7), (5, 12)])  # more pictures than features, and fewer
+    @pytest.mark.parametrize(("count", "width"), [(50, 7), (5, 12)])  # more images than features, and fewer
     @pytest.mark.parametrize("alpha", [1e-3, 0.5, 20.0])
     def test_is_the_least_squares_solution_of_the_augmented_system(self, count, width, alpha) -> None:
         generator = np.random.default_rng(0)
@@ -168,7 +168,7 @@ class TestRankOfPrompt:
             cosines = c @ p / np.linalg.norm(c, axis=1) / np.linalg.norm(p)
             assert ranks[row] == 1 + np.argsort(-cosines).tolist().index(own[row])
 
-    def test_ties_and_nan_count_against_the_picture(self) -> None:
+    def test_ties_and_nan_count_against_the_image(self) -> None:
         candidates = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
         assert rank_of_prompt(torch.tensor([[1.0, 0.1]]), candidates, torch.tensor([0])).tolist() == [2]
         assert rank_of_prompt(torch.full((1, 2), torch.nan), candidates, torch.tensor([0])).tolist() == [3]
@@ -179,7 +179,7 @@ class TestRates:
         found = rate(np.array([True, False, False, False]))
         assert (found.value, found.count) == (0.25, 4)
         assert found.error == pytest.approx(np.sqrt(0.25 * 0.75 / 4))
-        with pytest.raises(ValueError, match="no pictures"):
+        with pytest.raises(ValueError, match="no images"):
             rate(np.array([], dtype=bool))
 
     def test_error_of_a_ratio_is_its_spread_over_repetitions(self) -> None:
@@ -196,51 +196,51 @@ class TestRates:
     def test_ratio_without_a_reference(self) -> None:
         nothing = np.zeros(3, dtype=bool)
         assert np.isnan(rate_ratio(~nothing, nothing).value)
-        with pytest.raises(ValueError, match="3 and 2 pictures"):
+        with pytest.raises(ValueError, match="3 and 2 images"):
             rate_ratio(nothing, nothing[:2])
 
 
 class TestJudge:
     def test_finds_the_prompts_of_concepts_that_it_never_saw(self, tmp_path) -> None:
-        pictures = world()
-        judge, ink = fitted(pictures, tmp_path), pictures.where("style", "ink")
+        images = world()
+        judge, ink = fitted(images, tmp_path), images.where("style", "ink")
         assert (judge.ranks(*asked(ink)) == 1).mean() > 0.9
         assert judge.top5(*asked(ink)).all()
 
     def test_what_can_only_be_learned_by_heart_is_not_found(self, tmp_path) -> None:
-        pictures = world(linear=False)
+        images = world(linear=False)
         features, captions = (
-            Images().encode_images(pictures.pixels),
-            Texts().encode_texts([c[0] for c in pictures.captions]),
+            Images().encode_images(images.pixels),
+            Texts().encode_texts([c[0] for c in images.captions]),
         )
-        ink = pictures.where("style", "ink")
+        ink = images.where("style", "ink")
         by_heart = AlignmentModel.fit(features, captions, 1e-6)
         ranks = rank_of_prompt(by_heart.predict(features[:60]), captions[:60], torch.arange(60), by_heart.centre)
-        found = fitted(pictures, tmp_path).top5(*asked(ink)).mean()
+        found = fitted(images, tmp_path).top5(*asked(ink)).mean()
         assert (ranks <= 5).float().mean() > 0.5
         assert found < 5 / 60 + 3 * np.sqrt(5 / 60 * 55 / 60 / 60)  # chance, and three standard errors
 
     def test_a_concept_never_reaches_its_own_ridge(self, tmp_path) -> None:
-        pictures = world()
-        judge = fitted(pictures, tmp_path / "before")
-        pixels = np.array(pictures.pixels)
+        images = world()
+        judge = fitted(images, tmp_path / "before")
+        pixels = np.array(images.pixels)
         pixels[[7, 67]] = 255 - pixels[[7, 67]]  # concept 7 in both styles
-        changed = Pictures(pictures.ids, pictures.captions, pixels, pictures.columns, "changed")
+        changed = ImageSet(images.ids, images.captions, pixels, images.columns, "changed")
         after = fitted(changed, tmp_path / "after")
         same = [torch.equal(a.weight, b.weight) for a, b in zip(judge.models, after.models, strict=True)]
         assert same == [k == judge.fold("7") for k in range(5)]
 
-    def test_ranks_match_a_loop_over_pictures(self, tmp_path) -> None:
-        pictures = world(30)
-        judge = fitted(pictures, tmp_path, folds=4, alphas=(0.3,), seed=3)
+    def test_ranks_match_a_loop_over_images(self, tmp_path) -> None:
+        images = world(30)
+        judge = fitted(images, tmp_path, folds=4, alphas=(0.3,), seed=3)
         rows = [0, 31, 2, 33, 4, 35, 26]
-        chosen = pictures.subset(rows)
-        features, texts = Images().encode_images(pictures.pixels).double().numpy(), Texts()
-        targets = texts.encode_texts([c[0] for c in pictures.captions]).double().numpy()
+        chosen = images.subset(rows)
+        features, texts = Images().encode_images(images.pixels).double().numpy(), Texts()
+        targets = texts.encode_texts([c[0] for c in images.captions]).double().numpy()
         expected = []
         for row in rows:
-            concept, style = pictures.columns["concept"][row], pictures.columns["style"][row]
-            train = [i for i, c in enumerate(pictures.columns["concept"]) if judge.fold(c) != judge.fold(concept)]
+            concept, style = images.columns["concept"][row], images.columns["style"][row]
+            train = [i for i, c in enumerate(images.columns["concept"]) if judge.fold(c) != judge.fold(concept)]
             x, y = features[train], targets[train]
             gram = (x - x.mean(0)).T @ (x - x.mean(0))
             ridge = 0.3 * np.trace(gram) / len(gram) * np.eye(len(gram))
@@ -252,8 +252,8 @@ class TestJudge:
         assert judge.ranks(*asked(chosen)).tolist() == expected
 
     def test_prompts_compete_within_their_style_only(self, tmp_path) -> None:
-        pictures = world()
-        judge = fitted(pictures, tmp_path)
+        images = world()
+        judge = fitted(images, tmp_path)
         competing = []
 
         class Recorded(Texts):
@@ -262,22 +262,18 @@ class TestJudge:
                 return super().encode_texts(captions)
 
         judge.texts = Recorded()
-        judge.ranks(*asked(pictures.subset([0, 61, 2])))
+        judge.ranks(*asked(images.subset([0, 61, 2])))
         assert competing == [[f"thing {number}, {style} style" for number in range(3)] for style in STYLES]
 
     def test_strength_is_best_on_the_folds_that_are_not_judged(self, tmp_path) -> None:
-        pictures, alphas = world(50, linear=True), (1e-4, 1.0, 1e4)
-        noisy = np.array(pictures.pixels).astype(int) + np.random.default_rng(5).integers(
-            -90, 91, pictures.pixels.shape
-        )
-        pictures = Pictures(
-            pictures.ids, pictures.captions, noisy.clip(0, 255).astype(np.uint8), pictures.columns, "noisy"
-        )
-        judge = fitted(pictures, tmp_path, folds=3, alphas=alphas)
-        x = Images().encode_images(pictures.pixels)
-        y = Texts().encode_texts([c[0] for c in pictures.captions])
-        fold = np.array([judge.fold(c) for c in pictures.columns["concept"]])
-        style = np.array(pictures.columns["style"])
+        images, alphas = world(50, linear=True), (1e-4, 1.0, 1e4)
+        noisy = np.array(images.pixels).astype(int) + np.random.default_rng(5).integers(-90, 91, images.pixels.shape)
+        images = ImageSet(images.ids, images.captions, noisy.clip(0, 255).astype(np.uint8), images.columns, "noisy")
+        judge = fitted(images, tmp_path, folds=3, alphas=alphas)
+        x = Images().encode_images(images.pixels)
+        y = Texts().encode_texts([c[0] for c in images.captions])
+        fold = np.array([judge.fold(c) for c in images.columns["concept"]])
+        style = np.array(images.columns["style"])
         for judged in range(3):
             hits = []
             for alpha in alphas:
@@ -294,18 +290,18 @@ class TestJudge:
             assert judge.chosen_alphas[judged] == alphas[int(np.argmax(hits))]
 
     def test_misuse_is_refused(self, tmp_path) -> None:
-        pictures = world()
+        images = world()
         judge = AlignmentJudge(Images(), Texts(), Store(tmp_path))
-        ink = pictures.where("style", "ink").subset(range(10))
+        ink = images.where("style", "ink").subset(range(10))
         pixels, concepts, styles = asked(ink)
-        with pytest.raises(ValueError, match=r"call fit\(pictures\) first"):
+        with pytest.raises(ValueError, match=r"call fit\(images\) first"):
             judge.ranks(pixels, concepts, styles)
         with pytest.raises(ValueError, match="fill only"):
             judge.fit(world(2))
         with pytest.raises(ValueError, match="need a column 'concept'"):
-            judge.fit(Pictures(ink.ids, ink.captions, ink.pixels, {"license": ("x",) * 10}))
-        judge.fit(pictures)
-        with pytest.raises(ValueError, match="10 pictures, 9 concepts and 10 styles"):
+            judge.fit(ImageSet(ink.ids, ink.captions, ink.pixels, {"license": ("x",) * 10}))
+        judge.fit(images)
+        with pytest.raises(ValueError, match="10 images, 9 concepts and 10 styles"):
             judge.ranks(pixels, concepts[:9], styles)
         with pytest.raises(ValueError, match="'1' occurs more than once"):
             judge.ranks(pixels, ("1", "1", *concepts[2:]), styles)
@@ -317,43 +313,41 @@ class TestJudge:
 
 class TestRecognisability:
     def test_prompts_are_distinct_training_concepts_that_do_not_move(self) -> None:
-        pictures = world()
-        rows = choose_prompts(pictures, 40, seed=0)
-        concepts = [pictures.columns["concept"][row] for row in rows]
+        images = world()
+        rows = choose_prompts(images, 40, seed=0)
+        concepts = [images.columns["concept"][row] for row in rows]
         assert len(set(concepts)) == 40
-        assert {pictures.columns["split"][row] for row in rows} == {"train"}
-        assert {pictures.columns["style"][row] for row in rows} == set(STYLES)
-        assert choose_prompts(pictures, 20, seed=0) == rows[:20]
-        assert choose_prompts(pictures, 40, seed=1) != rows
+        assert {images.columns["split"][row] for row in rows} == {"train"}
+        assert {images.columns["style"][row] for row in rows} == set(STYLES)
+        assert choose_prompts(images, 20, seed=0) == rows[:20]
+        assert choose_prompts(images, 40, seed=1) != rows
         # A concept that is not in every style has no caption in the other; it and nothing else drops out.
-        without = pictures.subset([row for row in range(len(pictures)) if pictures.ids[row] != pictures.ids[rows[0]]])
+        without = images.subset([row for row in range(len(images)) if images.ids[row] != images.ids[rows[0]]])
         ids = [without.ids[row] for row in choose_prompts(without, 39, seed=0)]
-        assert ids == [pictures.ids[row] for row in rows[1:]]
+        assert ids == [images.ids[row] for row in rows[1:]]
 
     def test_one_caption_for_two_concepts_is_one_prompt(self) -> None:
-        pictures = world()
-        captions = list(pictures.captions)
+        images = world()
+        captions = list(images.captions)
         captions[1], captions[61] = captions[2], captions[62]
-        twins = Pictures(pictures.ids, tuple(captions), pictures.pixels, pictures.columns, "twins")
+        twins = ImageSet(images.ids, tuple(captions), images.pixels, images.columns, "twins")
         chosen = [twins.columns["concept"][row] for row in choose_prompts(twins, 59, seed=0)]
         assert len({"1", "2"} & set(chosen)) == 1
         with pytest.raises(ValueError, match="only 59 training concepts"):
             choose_prompts(twins, 60, seed=0)
 
-    def test_real_pictures_reach_a_ratio_of_one_and_others_chance(self, tmp_path) -> None:
-        pictures = world()
-        judge = fitted(pictures, tmp_path)
-        by_caption = {captions[0]: pixels for captions, pixels in zip(pictures.captions, pictures.pixels, strict=True)}
+    def test_real_images_reach_a_ratio_of_one_and_others_chance(self, tmp_path) -> None:
+        images = world()
+        judge = fitted(images, tmp_path)
+        by_caption = {captions[0]: pixels for captions, pixels in zip(images.captions, images.pixels, strict=True)}
 
         def copy(prompts):
             return np.stack([by_caption[prompt] for prompt in prompts])
 
-        perfect = recognisability(judge, pictures, copy, 60, seed=0, among=20)
+        perfect = recognisability(judge, images, copy, 60, seed=0, among=20)
         real, generated, ratio = perfect.rates(5)
         assert (real.value, generated.value, ratio.value, ratio.error, ratio.count) == (1.0, 1.0, 1.0, 0.0, 60)
-        wrong = recognisability(
-            judge, pictures, lambda prompts: np.roll(copy(prompts), 1, axis=0), 60, seed=0, among=20
-        )
+        wrong = recognisability(judge, images, lambda prompts: np.roll(copy(prompts), 1, axis=0), 60, seed=0, among=20)
         assert wrong.rates(5)[1].value < 0.5
         assert wrong.rates(5)[2].value == wrong.rates(5)[1].value
         assert wrong.prompts == perfect.prompts
@@ -363,19 +357,19 @@ class TestRecognisability:
         assert "top 1" in text
 
     def test_blocks_are_ranked_apart(self, tmp_path) -> None:
-        pictures = world()
-        judge = fitted(pictures, tmp_path)
-        real = {c[0]: p for c, p in zip(pictures.captions, pictures.pixels, strict=True)}
-        result = recognisability(judge, pictures, lambda ps: 255 - np.stack([real[p] for p in ps]), 60, among=10)
-        assert result.generated_ranks.max() == 10  # the reversed picture is as far from its prompt as it can be
+        images = world()
+        judge = fitted(images, tmp_path)
+        real = {c[0]: p for c, p in zip(images.captions, images.pixels, strict=True)}
+        result = recognisability(judge, images, lambda ps: 255 - np.stack([real[p] for p in ps]), 60, among=10)
+        assert result.generated_ranks.max() == 10  # the reversed image is as far from its prompt as it can be
 
     def test_misuse_is_refused(self, tmp_path) -> None:
-        pictures = world()
-        judge = fitted(pictures, tmp_path)
+        images = world()
+        judge = fitted(images, tmp_path)
         with pytest.raises(ValueError, match="multiple of 100"):
-            recognisability(judge, pictures, lambda prompts: pictures.pixels[: len(prompts)], 50)
-        with pytest.raises(ValueError, match="returned 3 pictures for 20 prompts"):
-            recognisability(judge, pictures, lambda prompts: pictures.pixels[:3], 20, among=20)
+            recognisability(judge, images, lambda prompts: images.pixels[: len(prompts)], 50)
+        with pytest.raises(ValueError, match="returned 3 images for 20 prompts"):
+            recognisability(judge, images, lambda prompts: images.pixels[:3], 20, among=20)
 
     def test_a_drawing_depends_on_prompt_and_seed_only(self, tmp_path) -> None:
         model = tiny_model(tmp_path)
@@ -387,11 +381,11 @@ class TestRecognisability:
         assert np.abs(drawn.astype(int) - drawing_with(model, 1, 3, 2.0)(prompts)).max() > 10
         assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 10
 
-    def test_sheet_shows_the_generated_picture_above_the_real_one(self, tmp_path) -> None:
-        pictures = world()
-        judge = fitted(pictures, tmp_path)
+    def test_sheet_shows_the_generated_image_above_the_real_one(self, tmp_path) -> None:
+        images = world()
+        judge = fitted(images, tmp_path)
         result = recognisability(
-            judge, pictures, lambda ps: np.full((len(ps), SIDE, SIDE, 3), (255, 0, 0), np.uint8), 20, among=20
+            judge, images, lambda ps: np.full((len(ps), SIDE, SIDE, 3), (255, 0, 0), np.uint8), 20, among=20
         )
         sheet = np.asarray(contact_sheet(result, columns=5, cell=8))
         red, last = (sheet == (255, 0, 0)).all(-1), result.real[19].repeat(2, 0).repeat(2, 1)

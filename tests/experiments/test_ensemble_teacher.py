@@ -18,7 +18,7 @@ from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set, wri
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 
@@ -32,7 +32,7 @@ class Kept(Attributor):
         return dict(self.teacher.identity)
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         pass
 
@@ -51,7 +51,7 @@ class Kept(Attributor):
 
 
 def teachers() -> list[TeacherSet]:
-    """The first scored 12 of 30 pictures, the others all, by other embeddings."""
+    """The first scored 12 of 30 images, the others all, by other embeddings."""
     first = planted_teacher(scored=12)
     others = [planted_teacher(seed=seed) for seed in (1, 2)]
     return [first, *(replace(other, features={}) for other in others)]
@@ -94,7 +94,7 @@ def test_sets_that_do_not_fit_are_refused() -> None:
     first, whole, _ = teachers()
     with pytest.raises(ValueError, match="at least two teacher sets; given 1"):
         ensemble([first])
-    with pytest.raises(ValueError, match="Set 2 is not of the training pictures and queries of the first"):
+    with pytest.raises(ValueError, match="Set 2 is not of the training images and queries of the first"):
         ensemble([first, planted_teacher(queries=5)])
     with pytest.raises(ValueError, match=r"A set did not score 'picture/.*' for the query 'query/000'; the first did"):
         ensemble([whole, first])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments import known_answers, method_table, rises, second_order
+from experiments import known_answers, loss_increases, method_table, second_order
 from wherefrom.attributors import Query, Scores, TrainingData
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 
 NAMES = tuple(f"{style}/{concept:03d}" for style in ("openmoji", "twemoji") for concept in range(100))
 
@@ -21,14 +21,14 @@ def test_rises_are_compared_with_the_default() -> None:
     values = np.arange(200.0)
     flipped = np.where(values < 150, values, 349 - values)  # the 50 best in reverse: the same top 100
     found = {0.2: [ranked(values)], 0.5: [ranked(flipped)], 2.0: [ranked(-values)]}
-    rows = rises.compare(found, [NAMES[198]])
+    rows = loss_increases.compare(found, [NAMES[198]])
     assert [row.own_rank for row in rows.values()] == [[2], [49], [199]]
     assert [row.top_kept for row in rows.values()] == [[1.0], [1.0], [0.0]]
     assert rows[0.2].spearman[0] == pytest.approx(1.0)
     assert rows[2.0].spearman[0] == pytest.approx(-1.0)
     squares = float(((values - flipped) ** 2).sum())
     assert rows[0.5].spearman[0] == pytest.approx(1 - 6 * squares / (200 * (200**2 - 1)))
-    assert "| 50% | 3 | 0.97 | 1.00 | 0.50 | 49 |" in rises.table(rows)
+    assert "| 50% | 3 | 0.97 | 1.00 | 0.50 | 49 |" in loss_increases.table(rows)
 
 
 def test_the_rank_of_each_target_is_read() -> None:
@@ -42,14 +42,14 @@ def test_the_rank_of_each_target_is_read() -> None:
 def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
     query = Query("query", "thing, twemoji style", np.zeros((2, 2, 3), dtype=np.uint8))
     names, styles = NAMES, tuple(name.split("/")[0] for name in NAMES)
-    pictures = Pictures(names, (("",),) * 200, np.zeros((200, 1, 1, 3), np.uint8), {"style": styles})
+    images = ImageSet(names, (("",),) * 200, np.zeros((200, 1, 1, 3), np.uint8), {"style": styles})
     values = np.arange(200.0)  # twemoji first: the last of NAMES scores highest
     results = [
         Scores(query, names, values, np.zeros(0), {"seconds": 2.0}),
         Scores(query, names, -values, np.zeros(0), {"seconds": 3.0, "split_half_reliability": 0.5}),
     ]
     case = known_answers.Case(query, {"own": NAMES[199], "other style": NAMES[99]})
-    found = method_table.measure(results, {"own": [case, case]}, TrainingData(pictures))
+    found = method_table.measure(results, {"own": [case, case]}, TrainingData(images))
     assert found == {
         "own/own": [0.0, 199 / 200],
         "own/other style": [0.5, 0.495],
@@ -65,7 +65,7 @@ def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
 
 
 def test_the_second_order_is_judged_by_where_it_puts_the_exact_first() -> None:
-    # Of 300 pictures the exact first is the bank's last for the first query, and the bank's first for the second.
+    # Of 300 images the exact first is the bank's last for the first query, and the bank's first for the second.
     exact = np.tile(np.linspace(1, 0, 300), (2, 1))
     bank = exact.copy()
     bank[0, 0] = -10

@@ -1,11 +1,11 @@
-"""The two pictures of a query: found by caption, and counted at both ends of a ranking."""
+"""The two images of a query: found by caption, and counted at both ends of a ranking."""
 
 from __future__ import annotations
 
 from experiments.twins import by_size, ranks, shares, twins
 
 
-def test_own_picture_and_twin_are_found_by_caption() -> None:
+def test_own_image_and_twin_are_found_by_caption() -> None:
     captions = {
         "a": "fox, red style",
         "b": "fox, blue style",

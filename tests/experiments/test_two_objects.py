@@ -15,7 +15,7 @@ from experiments.alignment import rate
 from experiments.scenes import AMONG, Admission, Scene, admit, denoised, fits, make_scenes
 from tests.support.tiny import tiny_latents, tiny_model, tiny_text_encoder
 from wherefrom.attributors import Query, Scores, TrainingData
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder
 from wherefrom.runtime import keyed_random
@@ -24,11 +24,11 @@ STYLES = ("openmoji", "twemoji")
 TIMESTEP, SAMPLING_STEPS = 300, 50
 
 
-def world(concepts: int) -> Pictures:
-    """Every concept in both styles; a picture's pixels are the number of its row."""
+def world(concepts: int) -> ImageSet:
+    """Every concept in both styles; an image's pixels are the number of its row."""
     pairs = [(f"{concept:03x}", style) for style in STYLES for concept in range(concepts)]
     shape = (len(pairs), 4, 4, 3)
-    return Pictures(
+    return ImageSet(
         ids=tuple(f"{style}/{concept}" for concept, style in pairs),
         captions=tuple((f"thing {concept}, {style} style",) for concept, style in pairs),
         pixels=np.broadcast_to(np.arange(len(pairs), dtype=np.uint8).reshape(-1, 1, 1, 1), shape),
@@ -41,9 +41,9 @@ def world(concepts: int) -> Pictures:
     )
 
 
-def test_a_scene_is_two_pictures_of_one_style() -> None:
-    pictures = world(4)
-    scenes = make_scenes(pictures, [0, 6, 5, 3])  # the second is chosen in the other style, and taken in the first's
+def test_a_scene_is_two_images_of_one_style() -> None:
+    images = world(4)
+    scenes = make_scenes(images, [0, 6, 5, 3])  # the second is chosen in the other style, and taken in the first's
     assert [scene.id for scene in scenes] == ["openmoji/000|openmoji/002", "twemoji/001|twemoji/003"]
     assert scenes[0].prompt == "thing 000 and thing 002, openmoji style"
     assert scenes[1].concepts == ("001", "003")
@@ -61,7 +61,7 @@ def test_a_caption_that_is_cut_does_not_fit(tmp_path: Path) -> None:
 
 
 def ddim(model: DiffusionModel, latents: torch.Tensor, states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Song et al. 2021, eq. 12 with σ = 0, one picture at a time."""
+    """Song et al. 2021, eq. 12 with σ = 0, one image at a time."""
     signal, stride = model.process.signal, 1000 // SAMPLING_STEPS
     found = []
     for latent, state, key in zip(latents, states, keys, strict=True):
@@ -95,7 +95,7 @@ def test_denoising_starts_at_its_timestep() -> None:
 
 
 def test_scenes_are_tried_until_enough_are_admitted() -> None:
-    pictures = world(2 * AMONG)
+    images = world(2 * AMONG)
     seen: list[str] = []
 
     def judged(scenes: Sequence[Scene]) -> Admission:
@@ -104,31 +104,31 @@ def test_scenes_are_tried_until_enough_are_admitted() -> None:
         ranks[3:, 1] = 6  # one object is not enough
         return Admission(list(scenes), torch.zeros(len(scenes), 1), np.zeros((len(scenes), 1)), ranks)
 
-    assert [block.admitted().tolist() for block in admit(pictures, 3, 0, judged, most=2)] == [[0, 1, 2]]
-    assert len(admit(pictures, 4, 0, judged, most=2)) == 2
-    assert len(admit(pictures, 40, 0, judged, most=2)) == 2
+    assert [block.admitted().tolist() for block in admit(images, 3, 0, judged, most=2)] == [[0, 1, 2]]
+    assert len(admit(images, 4, 0, judged, most=2)) == 2
+    assert len(admit(images, 40, 0, judged, most=2)) == 2
     assert seen[:50] == seen[50:100]
     assert len(set(seen)) == AMONG
-    concepts = [concept for scene in make_scenes(pictures, range(20)) for concept in scene.concepts]
+    concepts = [concept for scene in make_scenes(images, range(20)) for concept in scene.concepts]
     assert len(set(concepts)) == 20
 
     def blind(scenes: Sequence[Scene]) -> Admission:
         return Admission(list(scenes), torch.zeros(0), np.zeros(0), np.full((len(scenes), 2), 6))
 
     with pytest.raises(ValueError, match=r"Of 100 scenes the model shows none"):
-        admit(pictures, 1, 0, blind, most=2)
+        admit(images, 1, 0, blind, most=2)
 
 
-def ranked(query: Query, pictures: Pictures, best: Sequence[str]) -> Scores:
-    """The best pictures first, the others by id."""
-    order = [*best, *(name for name in pictures.ids if name not in best)]
-    values = np.array([-float(order.index(name)) for name in pictures.ids])
-    return Scores(query, pictures.ids, values, np.zeros(0), {})
+def ranked(query: Query, images: ImageSet, best: Sequence[str]) -> Scores:
+    """The best images first, the others by id."""
+    order = [*best, *(name for name in images.ids if name not in best)]
+    values = np.array([-float(order.index(name)) for name in images.ids])
+    return Scores(query, images.ids, values, np.zeros(0), {})
 
 
 def test_a_box_wins_if_its_own_concept_comes_first() -> None:
-    pictures = world(6)
-    scenes = make_scenes(pictures, [0, 1, 8, 9])
+    images = world(6)
+    scenes = make_scenes(images, [0, 1, 8, 9])
     queries = [query for scene in scenes for query in two_objects.queries_of(scene, torch.zeros(1, 1, 2))]
     assert len({query.name for query in queries}) == 6
     inside = [None if query.region is None else query.region.mask[0].tolist() for query in queries[:3]]
@@ -141,8 +141,8 @@ def test_a_box_wins_if_its_own_concept_comes_first() -> None:
         ["openmoji/002", "openmoji/000", "twemoji/003"],
         ["openmoji/002", "openmoji/003"],
     ]
-    results = [ranked(query, pictures, names) for query, names in zip(queries, best, strict=True)]
-    concepts = dict(zip(pictures.ids, pictures.columns["concept"], strict=True))
+    results = [ranked(query, images, names) for query, names in zip(queries, best, strict=True)]
+    concepts = dict(zip(images.ids, images.columns["concept"], strict=True))
     found = two_objects.ranks_of(results, scenes, concepts)
     assert (found["left"].a, found["left"].b) == ([2, 1], [3, 2])
     assert (found["right"].a, found["right"].b) == ([1, 1], [2, 3])
@@ -152,21 +152,21 @@ def test_a_box_wins_if_its_own_concept_comes_first() -> None:
     last = two_objects.table({"method": found}, 12).splitlines()[-1]
     assert last == "| method | 2 | 100% ± 0% | 0% ± 0% | 50% ± 35% | 2, 2 | 1, 2 | 2, 2 |"
     shown = np.broadcast_to(np.array([200, 0, 200], dtype=np.uint8), (2, 4, 8, 3))
-    sheet = np.asarray(two_objects.contact_sheet(scenes, shown, results, pictures))
+    sheet = np.asarray(two_objects.contact_sheet(scenes, shown, results, images))
     assert (sheet[10, 10].tolist(), sheet[10, 200].tolist()) == ([0, 0, 0], [200, 0, 200])
     for bar in ((50, 205, 50), (255, 0, 0)):
         assert (sheet == bar).all(axis=2).any()
 
 
-def test_a_part_of_the_pictures_holds_the_scenes_concepts() -> None:
+def test_a_part_of_the_images_holds_the_scenes_concepts() -> None:
     latents = tiny_latents(12)
-    pictures = world(6)
-    data = TrainingData(pictures, replace(latents, pictures=pictures))
-    scenes = make_scenes(pictures, [0, 4])
+    images = world(6)
+    data = TrainingData(images, replace(latents, images=images))
+    scenes = make_scenes(images, [0, 4])
     part = two_objects.part_of(data, scenes, 6)
-    assert len(part.pictures) == 6
-    assert {"openmoji/000", "twemoji/000", "openmoji/004", "twemoji/004"} <= set(part.pictures.ids)
+    assert len(part.images) == 6
+    assert {"openmoji/000", "twemoji/000", "openmoji/004", "twemoji/004"} <= set(part.images.ids)
     assert part.latents is not None
-    assert part.latents.ids == part.pictures.ids
-    with pytest.raises(ValueError, match=r"1 pictures cannot hold all 2 concepts"):
+    assert part.latents.ids == part.images.ids
+    with pytest.raises(ValueError, match=r"1 images cannot hold all 2 concepts"):
         two_objects.part_of(data, scenes, 1)

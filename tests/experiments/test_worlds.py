@@ -15,18 +15,18 @@ from datamodules import LAION, MSCOCO
 from experiments.customized import plan, rasterise, read_style, write_exemplars
 from experiments.worlds import CAPTIONS, pairs, write_coco, write_shards
 from wherefrom.data.image_folder import build_image_folder
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.runtime.artifacts import Store
 
 SQUARE = '<path fill="#ff0000" d="M0 0h16v16H0z"/>'
 
 
-def drawings(count: int) -> Pictures:
-    """Pictures as the emoji world has them."""
+def drawings(count: int) -> ImageSet:
+    """Images as the emoji world has them."""
     random = np.random.default_rng(0)
     styles = tuple(("twemoji", "openmoji")[index % 2] for index in range(count))
     names = tuple(f"thing {index // 2}" for index in range(count))
-    return Pictures(
+    return ImageSet(
         tuple(f"e/{index}" for index in range(count)),
         tuple((f"{name}, {style} style",) for name, style in zip(names, styles, strict=True)),
         random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
@@ -36,21 +36,21 @@ def drawings(count: int) -> Pictures:
 
 
 def test_scenes_are_coco(tmp_path: Path) -> None:
-    pictures = drawings(40)
-    write_coco(tmp_path / "coco", pictures, 10)
+    images = drawings(40)
+    write_coco(tmp_path / "coco", images, 10)
     module = MSCOCO(str(tmp_path / "coco"), store=str(tmp_path / "store"))
     train, held_out = module.load()
     assert (len(train), len(held_out)) == (10, 2)
-    (first, second), *_ = pairs(pictures, 12)
-    names = pictures.columns["name"][first], pictures.columns["name"][second]
+    (first, second), *_ = pairs(images, 12)
+    names = images.columns["name"][first], images.columns["name"][second]
     assert all(name in train.captions[0][place] for name in names for place in range(5))
     assert len(set(train.captions[0])) == len(CAPTIONS)
-    assert pictures.columns["style"][first] == pictures.columns["style"][second]
+    assert images.columns["style"][first] == images.columns["style"][second]
 
 
 def test_shards_lose_only_what_lies_behind_the_cut(tmp_path: Path) -> None:
-    pictures = drawings(12)
-    write_shards(tmp_path / "laion", pictures, shards=2, members=8)
+    images = drawings(12)
+    write_shards(tmp_path / "laion", images, shards=2, members=8)
     module = LAION(str(tmp_path / "laion"), validation_share=0.3, store=str(tmp_path / "store"))
     train, held_out = module.load()
     keys = sorted((*train.ids, *held_out.ids))
@@ -105,10 +105,10 @@ def test_models_share_no_exemplar_and_ask_for_other_things(tmp_path: Path) -> No
         assert {style for style, _ in each.exemplars} == set(styles)
         assert len({name for _, name in each.exemplars}) == 1
     files = write_exemplars(plans[0], styles, tmp_path / "exemplars")
-    pictures = build_image_folder(Store(tmp_path / "store"), tmp_path / "exemplars")
-    assert len(files) == len(pictures) == 10
-    assert pictures.columns["license"][0] == "CC-BY-4.0"
-    assert set(pictures.captions) == {("<new1> style",)}
+    images = build_image_folder(Store(tmp_path / "store"), tmp_path / "exemplars")
+    assert len(files) == len(images) == 10
+    assert images.columns["license"][0] == "CC-BY-4.0"
+    assert set(images.captions) == {("<new1> style",)}
     with Image.open(files[0]) as opened:
         assert opened.size == (32, 32)
     with pytest.raises(ValueError, match="things left for model"):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from wherefrom.data.emoji import STYLES, _draw, _files
-from wherefrom.data.image_set import Pictures, joined_pictures
+from wherefrom.data.image_set import ImageSet, joined_image_sets
 from wherefrom.features.base import (
     EfficientNetLite0Encoder,
     MiniLMEncoder,
@@ -37,10 +37,10 @@ def pixels(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def pictures(count: int) -> Pictures:
-    return Pictures(
+def images(count: int) -> ImageSet:
+    return ImageSet(
         ids=tuple(f"p/{index}" for index in range(count)),
-        captions=tuple((f"picture {index}",) for index in range(count)),
+        captions=tuple((f"image {index}",) for index in range(count)),
         pixels=pixels(count),
         fingerprint="abc",
     )
@@ -66,14 +66,14 @@ class TestPixels:
         assert encoder.model.seen.shape == (1, 3, 16, 16)
         assert torch.allclose(features, torch.tensor([[1.0, 0.0, -127 / 128]]), atol=1e-6)
 
-    def test_upsampling_does_not_leave_the_range_of_a_picture(self) -> None:
+    def test_upsampling_does_not_leave_the_range_of_a_image(self) -> None:
         encoder = EfficientNetLite0Encoder(Affine(), side=64)
         checkers = np.where((np.indices((8, 8)).sum(0) % 2)[..., None], 255, 0).astype(np.uint8)
         encoder.encode_images(np.broadcast_to(checkers, (1, 8, 8, 3)))
         assert encoder.model.seen.max() == pytest.approx(1.0)
         assert encoder.model.seen.min() == pytest.approx(-127 / 128)
 
-    def test_bytes_floats_and_read_only_arrays_are_the_same_picture(self) -> None:
+    def test_bytes_floats_and_read_only_arrays_are_the_same_image(self) -> None:
         encoder = EfficientNetLite0Encoder(Affine(), side=16)
         given = pixels(5)
         expected = encoder.encode_images(given)
@@ -176,7 +176,7 @@ class TestMiniLM:
 
 
 class Counting(EfficientNetLite0Encoder):
-    """Counts the pictures that it encoded."""
+    """Counts the images that it encoded."""
 
     done = 0
     fails_after = 10**9
@@ -190,7 +190,7 @@ class Counting(EfficientNetLite0Encoder):
 
 class TestCache:
     def test_computed_once_and_equal_to_the_encoder(self, tmp_path) -> None:
-        encoder, data, store = Counting(Affine(), side=8), pictures(600), Store(tmp_path)
+        encoder, data, store = Counting(Affine(), side=8), images(600), Store(tmp_path)
         first = image_features(data, encoder, store)
         assert encoder.done == 600
         assert torch.equal(image_features(data, encoder, store), first)
@@ -198,7 +198,7 @@ class TestCache:
         assert torch.allclose(first, EfficientNetLite0Encoder(Affine(), side=8).encode_images(data.pixels))
 
     def test_goes_on_from_finished_parts(self, tmp_path) -> None:
-        data, store = pictures(600), Store(tmp_path)
+        data, store = images(600), Store(tmp_path)
         encoder = Counting(Affine(), side=8)
         encoder.fails_after = 512
         with pytest.raises(KeyboardInterrupt):
@@ -212,23 +212,23 @@ class TestCache:
         assert sorted(path.name for path in folder.iterdir()) == ["features.npy", "manifest.json"]
 
     def test_never_stale(self, tmp_path) -> None:
-        encoder, data, store = Counting(Affine(), side=8), pictures(4), Store(tmp_path)
+        encoder, data, store = Counting(Affine(), side=8), images(4), Store(tmp_path)
         first = image_features(data, encoder, store)
         reordered = data.subset([3, 2, 1, 0])
         assert torch.equal(image_features(reordered, encoder, store), first.flip(0))
         encoder.model.scale.data.fill_(2.0)
         assert torch.allclose(image_features(data, encoder, store), 2 * first)
 
-    def test_what_is_known_of_a_part_of_joined_pictures_is_found_again(self, tmp_path) -> None:
+    def test_what_is_known_of_a_part_of_joined_images_is_found_again(self, tmp_path) -> None:
         encoder, store = Counting(Affine(), side=8), Store(tmp_path)
-        known, new = pictures(5), pictures(7).subset([5, 6])
+        known, new = images(5), images(7).subset([5, 6])
         image_features(known, encoder, store)
-        both = joined_pictures(known, new)
+        both = joined_image_sets(known, new)
         found = image_features(both, encoder, store)
         assert encoder.done == 7
-        assert torch.allclose(found, EfficientNetLite0Encoder(Affine(), side=8).encode_images(pictures(7).pixels))
+        assert torch.allclose(found, EfficientNetLite0Encoder(Affine(), side=8).encode_images(images(7).pixels))
         # Other pixels under a fingerprint of their own are no longer what was joined.
-        changed = replace(both, pixels=pictures(7).pixels[:, ::-1], fingerprint="upside down")
+        changed = replace(both, pixels=images(7).pixels[:, ::-1], fingerprint="upside down")
         assert changed.parts == (changed,)
         upside_down = EfficientNetLite0Encoder(Affine(), side=8).encode_images(changed.pixels)
         assert torch.allclose(image_features(changed, encoder, store), upside_down)

@@ -88,16 +88,16 @@ def test_a_map_is_linear_with_bias(dino_folder: Path, tmp_path: Path) -> None:
         MappedEncoder(encoder, str(tmp_path / "wrong.safetensors"))
 
 
-def test_image_similarity_is_the_larger_cosine_of_picture_and_mirror_image(dino_folder: Path, tmp_path: Path) -> None:
+def test_image_similarity_is_the_larger_cosine_of_image_and_mirror_image(dino_folder: Path, tmp_path: Path) -> None:
     encoder = TransformersImageEncoder(str(dino_folder))
-    data = TrainingData(TRAIN.pictures, held_out=HELD_OUT.pictures)
+    data = TrainingData(TRAIN.images, held_out=HELD_OUT.images)
     method = ImageSimilarity(encoder)
     with pytest.raises(ValueError, match="fit must run before score"):
         next(iter(method.score([QUERY])))
     method.fit(data, None, Store(tmp_path), one_process())
     (found,) = method.score([QUERY])
     query = encoder.encode_images(QUERY.pixels[None])
-    sides = [encoder.encode_images(p) for p in (TRAIN.pictures.pixels, TRAIN.pictures.pixels[:, :, ::-1].copy())]
+    sides = [encoder.encode_images(p) for p in (TRAIN.images.pixels, TRAIN.images.pixels[:, :, ::-1].copy())]
     expected = torch.stack([torch.nn.functional.cosine_similarity(side, query) for side in sides]).amax(0)
     np.testing.assert_allclose(found.scores, expected.numpy(), rtol=1e-5)
     assert found.null.shape == (len(HELD_OUT),)
@@ -107,13 +107,13 @@ def test_image_similarity_is_the_larger_cosine_of_picture_and_mirror_image(dino_
     save_file({"weight": narrow, "bias": torch.zeros(2)}, tmp_path / "map.safetensors")
     other = ImageSimilarity(encoder, MappedEncoder(encoder, str(tmp_path / "map.safetensors")))
     other.fit(data, None, Store(tmp_path), one_process())
-    with pytest.raises(ValueError, match="The query's features have 2 numbers, those of the pictures 8"):
+    with pytest.raises(ValueError, match="The query's features have 2 numbers, those of the images 8"):
         next(iter(other.score([QUERY])))
 
 
 def test_caption_similarity_takes_a_clip(clip_folder: Path, tmp_path: Path) -> None:
     method = CaptionSimilarity(OpenCLIPTextEncoder(str(clip_folder)))
-    method.fit(TrainingData(TRAIN.pictures), None, Store(tmp_path), one_process())
+    method.fit(TrainingData(TRAIN.images), None, Store(tmp_path), one_process())
     (found,) = method.score([QUERY])
     assert found.scores.shape == (len(TRAIN),)
     assert np.isfinite(found.scores).all()

@@ -1,4 +1,4 @@
-"""The loss of a query beside training pictures' losses."""
+"""The loss of a query beside training images' losses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_querys_loss_is_the_mean_of_single_draws() -> None:
     assert loss_of(model, latent, states, seed=5) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
-def test_typical_losses_are_those_of_pictures_chosen_by_their_ids(tmp_path: Path) -> None:
+def test_typical_losses_are_those_of_images_chosen_by_their_ids(tmp_path: Path) -> None:
     model, data = tiny_model(), tiny_latents(300)
     found = typical_losses(model, data, Store(tmp_path), one_process())
     assert found.shape == (256,)

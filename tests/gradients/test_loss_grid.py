@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass, measure_losses
 from wherefrom.gradients.score_reduction import Flip, reduce_losses
 from wherefrom.models.diffusion import DiffusionModel
@@ -21,10 +21,10 @@ from wherefrom.runtime.artifacts import Store
 
 LOSS = 201  # the salt of the draws is part of the contract
 DATA = tiny_latents(5, captions=2)
-GRID = LossGrid(timesteps=3, draws=2, seed=4)
+GRID = LossGrid(timesteps=3, noise_samples=2, seed=4)
 
 
-def losses(model: DiffusionModel, data: LatentSet, grid: LossGrid = GRID, batch_size: int = 64) -> Tensor:
+def losses(model: DiffusionModel, data: EncodedImages, grid: LossGrid = GRID, batch_size: int = 64) -> Tensor:
     work = LossPass(model, data, grid, batch_size)
     half = len(data) // 2
     work.step(range(half))
@@ -33,7 +33,12 @@ def losses(model: DiffusionModel, data: LatentSet, grid: LossGrid = GRID, batch_
 
 
 def change(
-    model: DiffusionModel, moved: DiffusionModel, data: LatentSet, grid: LossGrid, batch_size: int, flip: Flip = "max"
+    model: DiffusionModel,
+    moved: DiffusionModel,
+    data: EncodedImages,
+    grid: LossGrid,
+    batch_size: int,
+    flip: Flip = "max",
 ) -> np.ndarray:
     """τ."""
     return reduce_losses(losses(moved, data, grid, batch_size) - losses(model, data, grid, batch_size), flip).numpy()
@@ -75,7 +80,7 @@ def test_the_batch_size_does_not_matter(batch_size: int) -> None:
     assert np.array_equal(order_of(data.ids, small), order_of(data.ids, large))
 
 
-def test_neither_the_order_of_the_pictures_nor_the_others_matter() -> None:
+def test_neither_the_order_of_the_images_nor_the_others_matter() -> None:
     model = tiny_model()
     whole = losses(model, DATA)
     torch.testing.assert_close(losses(model, DATA.subset([3, 0, 4, 2, 1])), whole[[3, 0, 4, 2, 1]], rtol=1e-10, atol=0)
@@ -84,8 +89,8 @@ def test_neither_the_order_of_the_pictures_nor_the_others_matter() -> None:
 
 def test_a_finer_grid_keeps_the_draws_of_a_coarser_one() -> None:
     model = tiny_model()
-    coarse = losses(model, DATA, LossGrid(timesteps=2, draws=1, seed=4))
-    fine = losses(model, DATA, LossGrid(timesteps=4, draws=3, seed=4))
+    coarse = losses(model, DATA, LossGrid(timesteps=2, noise_samples=1, seed=4))
+    fine = losses(model, DATA, LossGrid(timesteps=4, noise_samples=3, seed=4))
     torch.testing.assert_close(fine[:, :, :, ::2, :1], coarse, rtol=1e-10, atol=0)
 
 
@@ -93,10 +98,10 @@ def test_seeds_ids_and_flips_have_noise_of_their_own() -> None:
     model = tiny_model()
     base = losses(model, DATA)
     assert not torch.isclose(losses(model, DATA, LossGrid(3, 2, seed=5)), base, rtol=1e-4).any()
-    pictures = DATA.pictures.subset([1, 2, 3, 4, 0])  # the same latents under other ids
-    renamed = LatentSet(pictures, DATA.latents, DATA.states, DATA.null_states, "renamed")
+    images = DATA.images.subset([1, 2, 3, 4, 0])  # the same latents under other ids
+    renamed = EncodedImages(images, DATA.latents, DATA.states, DATA.null_states, "renamed")
     assert not torch.isclose(losses(model, renamed), base, rtol=1e-4).any()
-    symmetric = LatentSet(DATA.pictures, DATA.latents[:, [0, 0]], DATA.states, DATA.null_states, "symmetric")
+    symmetric = EncodedImages(DATA.images, DATA.latents[:, [0, 0]], DATA.states, DATA.null_states, "symmetric")
     both = losses(model, symmetric)
     assert torch.equal(both[:, 0], base[:, 0])
     assert not torch.isclose(both[:, 0], both[:, 1], rtol=1e-4).any()
@@ -106,7 +111,7 @@ def test_seeds_ids_and_flips_have_noise_of_their_own() -> None:
 def test_it_does_not_matter_which_of_the_two_mirror_images_is_stored_first(flip: Flip) -> None:
     model = tiny_model()
     moved = moved_copy(model)
-    swapped = LatentSet(DATA.pictures, DATA.latents.flip(1), DATA.states, DATA.null_states, "swapped")
+    swapped = EncodedImages(DATA.images, DATA.latents.flip(1), DATA.states, DATA.null_states, "swapped")
 
     def swapped_losses(which: DiffusionModel) -> Tensor:
         work = LossPass(which, swapped, GRID, 64)
@@ -119,7 +124,7 @@ def test_it_does_not_matter_which_of_the_two_mirror_images_is_stored_first(flip:
     np.testing.assert_allclose(found, change(model, moved, DATA, GRID, 64, flip), rtol=1e-9, atol=1e-12)
 
 
-def test_without_flips_only_the_picture_itself_is_measured() -> None:
+def test_without_flips_only_the_image_itself_is_measured() -> None:
     model = tiny_model()
     alone = losses(model, DATA, LossGrid(3, 2, 4, flips=False))
     assert alone.shape == (5, 1, 2, 3, 2)
@@ -143,18 +148,18 @@ def test_single_precision_gives_the_same_ranking(batch_size: int) -> None:
 
 def test_flips_are_reduced_after_captions_timesteps_and_draws() -> None:
     table = torch.zeros(2, 2, 2, 2, 1)
-    table[0, 0] = 1.0  # the picture itself changed by 1, its mirror image by 0
+    table[0, 0] = 1.0  # the image itself changed by 1, its mirror image by 0
     table[1, 1, 0] = 4.0  # the mirror image changed by 4 under one of two captions
-    table[1, 0, 1, 0] = 10.0  # the picture itself by 10 at one caption and timestep of four
+    table[1, 0, 1, 0] = 10.0  # the image itself by 10 at one caption and timestep of four
     assert reduce_losses(table, "max").tolist() == [1.0, 2.5]
     assert reduce_losses(table, "mean").tolist() == [0.5, 2.25]
 
 
-def test_a_loss_that_is_no_number_names_the_picture() -> None:
+def test_a_loss_that_is_no_number_names_the_image() -> None:
     latents = DATA.latents.clone()
     latents[3, 1, 0, 0, 0] = float("inf")
-    broken = LatentSet(DATA.pictures, latents, DATA.states, DATA.null_states, "broken")
-    with pytest.raises(ValueError, match=r"The loss of picture 'picture/003' is not finite"):
+    broken = EncodedImages(DATA.images, latents, DATA.states, DATA.null_states, "broken")
+    with pytest.raises(ValueError, match=r"The loss of image 'picture/003' is not finite"):
         losses(tiny_model(), broken)
 
 
@@ -176,7 +181,7 @@ def test_losses_are_kept_and_found_again(tmp_path: Path) -> None:
     chunks: list[tuple[int, int]] = []
 
     def measure(
-        model: DiffusionModel, data: LatentSet = DATA, grid: LossGrid = GRID, name: str | None = None
+        model: DiffusionModel, data: EncodedImages = DATA, grid: LossGrid = GRID, name: str | None = None
     ) -> Tensor:
         chunks.clear()
         return measure_losses(

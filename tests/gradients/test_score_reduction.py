@@ -23,11 +23,11 @@ def test_the_parts_average_to_the_score(flip: Flip) -> None:
 
 def test_a_part_is_the_mean_over_its_part_of_the_grid() -> None:
     parts = Breakdown(timestep_bands=5, captions=True).parts(CHANGE, STEPS, "mean")
-    for picture in range(7):
-        band = [float(CHANGE[picture, f, k, 1, r]) for f in range(2) for k in range(3) for r in range(2)]
-        assert parts["timesteps 200 to 200"][picture] == pytest.approx(np.mean(band), rel=1e-12)
-        caption = [float(CHANGE[picture, f, 2, t, r]) for f in range(2) for t in range(5) for r in range(2)]
-        assert parts["caption 3"][picture] == pytest.approx(np.mean(caption), rel=1e-12)
+    for image in range(7):
+        band = [float(CHANGE[image, f, k, 1, r]) for f in range(2) for k in range(3) for r in range(2)]
+        assert parts["timesteps 200 to 200"][image] == pytest.approx(np.mean(band), rel=1e-12)
+        caption = [float(CHANGE[image, f, 2, t, r]) for f in range(2) for t in range(5) for r in range(2)]
+        assert parts["caption 3"][image] == pytest.approx(np.mean(caption), rel=1e-12)
 
 
 def test_nothing_is_broken_down_unless_asked_for() -> None:

@@ -126,9 +126,9 @@ class TestEmbedding:
         store, runner = Store(tmp_path), Runner(CPU)
         with pytest.raises(ValueError, match="takes 7 features, but a give 4"):
             embed_training_set(ranker(), ["a"], features()[:1], TRAINING, store, runner)
-        with pytest.raises(ValueError, match=r"features of \[2, 500\] pictures"):
+        with pytest.raises(ValueError, match=r"features of \[2, 500\] images"):
             embed_training_set(ranker(), NAMES, [features()[0], features()[1][:2]], TRAINING, store, runner)
-        with pytest.raises(ValueError, match=r"\[0\] pictures"):
+        with pytest.raises(ValueError, match=r"\[0\] images"):
             embed_training_set(ranker(), NAMES, features(0), TRAINING, store, runner)
         for scale in (1.0, 0.0, float("nan")):
             with pytest.raises(ValueError, match=r"scale is .* needs a negative one"):
@@ -266,7 +266,7 @@ class TestBuild:
         refused("FAISS makes no index 'PQ5' of 16", factory="PQ5")
         refused("leave IDMap out", factory="IDMap,Flat")
         refused("'nprobe=2' do not fit", search="nprobe=2")
-        refused(r"499 pictures and vectors of shape \(500, 16\)", ids=IDS[:-1])
+        refused(r"499 images and vectors of shape \(500, 16\)", ids=IDS[:-1])
         refused(r"cannot be trained on 500 vectors .*fewer lists", factory="IVF512,Flat")
         refused("must hold vectors; given 0", sample=0)
         refused("nothing to index", removed=IDS)

@@ -85,7 +85,7 @@ class TestSearch:
 
 class TestChanges:
     @pytest.mark.parametrize("factory", TYPES)
-    def test_removed_pictures_are_gone_and_k_are_found(self, store: Path, tmp_path: Path, factory: str) -> None:
+    def test_removed_images_are_gone_and_k_are_found(self, store: Path, tmp_path: Path, factory: str) -> None:
         index = opened(copy_of(store, tmp_path / "index", factory))
         best = [hits.images for hits in index.search(embeddings(QUERIES[:5]), 40)]
         gone = {name for images in best for name in images}
@@ -105,7 +105,7 @@ class TestChanges:
         without = opened(built(tmp_path / "store", [IDS[place] for place in kept], VECTORS[kept]))
         assert same(index.search(embeddings(QUERIES), 30), without.search(embeddings(QUERIES), 30))
 
-    def test_vectors_of_removed_pictures_leave_the_file_where_the_type_can(self, store: Path, tmp_path: Path) -> None:
+    def test_vectors_of_removed_images_leave_the_file_where_the_type_can(self, store: Path, tmp_path: Path) -> None:
         for factory in ("Flat", LISTS):
             folder = copy_of(store, tmp_path / factory, factory)
             index = opened(folder)
@@ -117,7 +117,7 @@ class TestChanges:
             assert len(list(folder.iterdir())) == 4  # the files of the state before are gone
 
     @pytest.mark.parametrize("factory", ["Flat", LISTS, "HNSW8", "IVF8,SQ8,RFlat"])
-    def test_a_removed_picture_comes_back_only_when_restored(self, store: Path, tmp_path: Path, factory: str) -> None:
+    def test_a_removed_image_comes_back_only_when_restored(self, store: Path, tmp_path: Path, factory: str) -> None:
         folder = copy_of(store, tmp_path / "index", factory)
         index = opened(folder, search=None if factory in ("Flat", "HNSW8") else "nprobe=8")
         name, vector = IDS[5], VECTORS[5:6]
@@ -168,7 +168,7 @@ class TestChanges:
         index.merge(*parts[1:])
         assert sorted(index.rows["image"].to_pylist()) == sorted(IDS)
         settings = {"search": "nprobe=8"} if "IVF" in factory else {}
-        k = 20 if factory != "HNSW8" else COUNT  # another graph may miss a picture, but not all of them
+        k = 20 if factory != "HNSW8" else COUNT  # another graph may miss an image, but not all of them
         one, other = (opened(folder, **settings).search(embeddings(QUERIES), k) for folder in (parts[0], whole))
         if factory == "Flat":
             assert same(one, other)
@@ -178,7 +178,7 @@ class TestChanges:
         assert all(len(opened(part)) == size for part, size in zip(parts[1:], (1, COUNT - 151), strict=True))
 
     def test_keys_are_never_used_twice(self, tmp_path: Path) -> None:
-        # The vector of a removed picture stays in a graph: under a key used again it would answer for the new picture.
+        # The vector of a removed image stays in a graph: under a key used again it would answer for the new image.
         index = opened(built(tmp_path, IDS[:50], VECTORS[:50], "HNSW8"))
         index.remove(IDS[40:50])
         index.add(table(["new"]), embeddings(-VECTORS[45:46]))
@@ -226,11 +226,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize("k", [0, -1, COUNT + 1])
     def test_a_k_that_cannot_be_found(self, folder: Path, k: int) -> None:
-        with pytest.raises(ValueError, match=rf"between 1 and the {COUNT} pictures of the index; given {k}"):
+        with pytest.raises(ValueError, match=rf"between 1 and the {COUNT} images of the index; given {k}"):
             opened(folder).search(embeddings(QUERIES), k)
         index = opened(folder)
         index.remove(IDS[:1])
-        with pytest.raises(ValueError, match=f"the {COUNT - 1} pictures"):
+        with pytest.raises(ValueError, match=f"the {COUNT - 1} images"):
             index.search(embeddings(QUERIES), COUNT)
 
     @pytest.mark.parametrize(
@@ -255,11 +255,11 @@ class TestRefusals:
 
     def test_batches_that_do_not_fit(self, folder: Path) -> None:
         index = opened(folder)
-        with pytest.raises(ValueError, match=r"2 pictures and vectors of shape \(1, 16\) do not fit"):
+        with pytest.raises(ValueError, match=r"2 images and vectors of shape \(1, 16\) do not fit"):
             index.add(table(["x", "y"]), embeddings(unit(1)))
         with pytest.raises(ValueError, match=r"\(1, 3\) do not fit"):
             index.add(table(["x"]), embeddings(unit(1, width=3)))
-        with pytest.raises(ValueError, match=f"1 pictures are in the index already, such as '{IDS[4]}'"):
+        with pytest.raises(ValueError, match=f"1 images are in the index already, such as '{IDS[4]}'"):
             index.add(table(["x", IDS[4]]), embeddings(unit(2)))
         with pytest.raises(ValueError, match="more than once, such as 'x'"):
             make_rows(["x", "y", "x"], [["a"]] * 3)
@@ -338,7 +338,7 @@ class TestCommandLine:
         main(["remove", str(folder), best.images[0], "--file", str(listed)])
         printed = capsys.readouterr().out
         assert "not in the index, and kept out from now on: not there" in printed
-        assert f"{COUNT - 2} pictures can be found; 3 were taken down" in printed
+        assert f"{COUNT - 2} images can be found; 3 were taken down" in printed
         assert opened(folder).search(embeddings(QUERIES[:1]), 1)[0].images == (best.images[2],)
         main(["removed", str(folder)])
         assert capsys.readouterr().out.split("\n")[:-1] == sorted([*best.images[:2], "not there"])
@@ -347,7 +347,7 @@ class TestCommandLine:
 
     def test_mistakes_change_nothing(self, store: Path, tmp_path: Path) -> None:
         folder = copy_of(store, tmp_path / "index", "Flat")
-        with pytest.raises(ValueError, match="No picture is named"):
+        with pytest.raises(ValueError, match="No image is named"):
             main(["remove", str(folder)])
         with pytest.raises(ValueError, match="was not taken down"):
             main(["restore", str(folder), IDS[0]])

@@ -68,7 +68,7 @@ def test_rankings_and_features_of_the_training_queries(tmp_path: Path) -> None:
     np.testing.assert_array_equal(both.queries[:, :6], np.load(folder / "feats" / "dino" / "train_query_feats.npy"))
 
 
-def test_rankings_of_the_test_queries_are_of_all_pictures(tmp_path: Path) -> None:
+def test_rankings_of_the_test_queries_are_of_all_images(tmp_path: Path) -> None:
     teacher = read_fastgda_teacher(coco(tmp_path), "test", ["dino"])
     assert teacher.is_whole
     assert teacher.rows.shape == (T, N)
@@ -136,8 +136,8 @@ def turn_one(content: dict[str, Any]) -> None:
         (set_key("rank", lambda content: content["rank"].tolist()), "'rank' is list; it must be whole numbers"),
         (set_key("rank", lambda content: content["rank"] + 0.5), "'rank' is float64 of shape"),
         (set_key("influence_subset", lambda content: content["influence_subset"][0]), r"\(12,\); it must be floats"),
-        (poke("rank", (2, 3), N), "'rank' names picture 30 of a training set of 30 pictures"),
-        (poke("rank", (2, 3), -1), "'rank' names picture -1"),
+        (poke("rank", (2, 3), N), "'rank' names image 30 of a training set of 30 images"),
+        (poke("rank", (2, 3), -1), "'rank' names image -1"),
         (set_key("rank", lambda content: np.tile(content["rank"][:, :1], M)), "ranks 'row .*' twice"),
         (poke("rank_influence_subset", (1, 0), M), "query 1 must name each of 0 to 11 once"),
         (poke("influence_subset", (3, 1), np.nan), "query 3 has the influence nan"),
@@ -157,7 +157,7 @@ def test_files_of_other_queries_are_refused(tmp_path: Path) -> None:
     near = folder / "query_train" / "nn_dino.pkl"
     content, rank = train_content(7)
     near.write_bytes(pickle.dumps({"fixed": {"rank": rank[:, :M]}}))
-    with pytest.raises(ValueError, match=r"nn_dino.pkl: picture \d+, which query 0 ranks, is not among its neighbours"):
+    with pytest.raises(ValueError, match=r"nn_dino.pkl: image \d+, which query 0 ranks, is not among its neighbours"):
         read_fastgda_teacher(folder)
     near.write_bytes(pickle.dumps({"fixed": {"rank": rank[:-1]}}))
     with pytest.raises(ValueError, match="neighbours of 4 queries, but 5 are ranked"):
@@ -201,12 +201,12 @@ def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_teacher_set_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, output = coco(tmp_path / "coco"), tmp_path / "teacher"
     images = [f"{index:012d}" for index in range(N)]
-    table = {"image": images, "caption": [f"a picture of {index}" for index in range(N)]}
+    table = {"image": images, "caption": [f"an image of {index}" for index in range(N)]}
     pq.write_table(pa.table(table), tmp_path / "pictures.parquet")
     pq.write_table(pa.table({"query": list("abcde"), "prompt": list("vwxyz")}), tmp_path / "queries.parquet")
     names = ["--pictures", str(tmp_path / "pictures.parquet"), "--queries", str(tmp_path / "queries.parquet")]
     main(["fastgda-teacher", str(folder), str(output), *names])
-    assert capsys.readouterr().out == f"{output}: 5 queries, 12 of 30 pictures each; features clip_text, dino\n"
+    assert capsys.readouterr().out == f"{output}: 5 queries, 12 of 30 images each; features clip_text, dino\n"
     teacher, direct = read_teacher_set(output), read_fastgda_teacher(folder)
     assert teacher.images == tuple(images)
     assert (teacher.queries, teacher.prompts) == (tuple("abcde"), tuple("vwxyz"))

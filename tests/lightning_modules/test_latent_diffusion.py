@@ -47,7 +47,7 @@ SGD = ["--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.opti
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all runs share their pictures, latents and frozen parts."""
+    """Where all runs share their images, latents and frozen parts."""
     return tmp_path_factory.mktemp("training")
 
 
@@ -111,9 +111,9 @@ def test_a_resumed_run_ends_bit_identical(run: LightningCLI, folder: Path) -> No
     assert last[0]["lr_schedulers"][0]["_last_lr"] == last[1]["lr_schedulers"][0]["_last_lr"]
 
 
-def test_leaving_pictures_out_changes_the_run(run: LightningCLI, folder: Path) -> None:
+def test_leaving_images_out_changes_the_run(run: LightningCLI, folder: Path) -> None:
     left_out = fit(folder, "less", "--data.init_args.exclude", "[train/train-003.png]")
-    assert len(left_out.datamodule.train_pictures) == 15
+    assert len(left_out.datamodule.train_images) == 15
     assert not torch.equal(
         left_out.model.state_dict()["unet.conv_in.weight"], run.model.state_dict()["unet.conv_in.weight"]
     )
@@ -190,7 +190,7 @@ def test_five_steps_give_the_recorded_losses(folder: Path) -> None:
     np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-3)
 
 
-def test_the_weight_of_a_timestep_caps_the_weight_of_the_squared_error_of_the_picture() -> None:
+def test_the_weight_of_a_timestep_caps_the_weight_of_the_squared_error_of_the_image() -> None:
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     module = LatentDiffusion(tiny_unet(), scheduler, max_snr_weight=5.0)
     timesteps = torch.tensor([0, 50, 100, 200, 999])
@@ -278,7 +278,7 @@ def test_wandb_works_offline_and_gets_the_configuration(folder: Path) -> None:
 
 
 def autoencoder(folder: Path, name: str, *options: str) -> list[str]:
-    """Arguments of a short training of a tiny autoencoder on the same pictures."""
+    """Arguments of a short training of a tiny autoencoder on the same images."""
     training_config(folder, name)
     vae = {
         "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -355,7 +355,7 @@ def test_the_decoder_learns_from_latents_with_keyed_noise(tmp_path: Path) -> Non
     # A standard deviation that is uniform between 0 and s has a mean square of s²/3.
     mean_square = added.square().flatten(1).mean(dim=1)
     assert float(mean_square.mean()) == pytest.approx((0.4 * spread) ** 2 / 3, rel=0.1)
-    assert float(mean_square.min()) < 0.01 * float(mean_square.max()), "each picture has a spread of its own"
+    assert float(mean_square.min()) < 0.01 * float(mean_square.max()), "each image has a spread of its own"
     with pytest.raises(ValueError, match=re.escape("latent_noise -1.0: it must be positive")):
         Autoencoder(vae, **{**settings, "latent_noise": -1.0})
     with pytest.raises(ValueError, match="decoder_only true"):
@@ -366,14 +366,14 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
     """The ablation module moves the weights exactly as the plain function does, and logs what it did."""
     pipeline = tiny_pipeline(tmp_path / "pipeline")
     tiny_folder(tmp_path / "pictures")
-    settings = {"steps": 2, "draws": 8, "measure_draws": 8, "rise": 0.01}
+    settings = {"steps": 2, "noise_samples": 8, "measurement_samples": 8, "relative_loss_increase": 0.01}
     parts = {
         "--model": "Unlearning",
         "--model.init_args.model": str(pipeline),
         "--model.init_args.prompt": "a red square",
         "--model.init_args.weights": "all",
         "--model.init_args.settings": str(settings),
-        "--model.init_args.fisher.visits": "1",
+        "--model.init_args.fisher.samples_per_image": "1",
         "--model.init_args.grid.timesteps": "2",
         "--model.init_args.save_to": str(tmp_path / "moved.safetensors"),
         "--data": "ImageFolder",
@@ -408,8 +408,8 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
     assert (tmp_path / "moved.safetensors").exists()
     rows = read_metrics(tmp_path / "log")
     assert [float(row["unlearning/alpha"]) for row in rows] == pytest.approx(expected.alphas, rel=1e-5)
-    rises = [loss - expected.losses[0] for loss in expected.losses[1:]]
-    assert [float(row["loss_change/query"]) for row in rows] == pytest.approx(rises, rel=1e-4)
+    loss_increases = [loss - expected.losses[0] for loss in expected.losses[1:]]
+    assert [float(row["loss_change/query"]) for row in rows] == pytest.approx(loss_increases, rel=1e-4)
     assert all(float(row["loss_change/held_out"]) != 0 for row in rows)
     with pytest.raises(ValueError, match=r"trainer\.max_steps is 3, settings\.steps 2: make them equal"):
         train.main([*arguments, "--trainer.max_steps", "3"])

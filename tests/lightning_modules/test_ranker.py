@@ -269,7 +269,7 @@ def test_splits_are_by_query_and_nested(folder: Path) -> None:
     np.testing.assert_array_equal(first.device_pairs.rows, whole.device_pairs.rows[:, :9])
     assert (first.device_pairs.used, first.device_pairs.outside) == (9, 71)
     assert first.validation_pairs.used == 80  # what is measured against stays whole
-    with pytest.raises(ValueError, match="scored 80 pictures a query; its first 81 were asked for"):
+    with pytest.raises(ValueError, match="scored 80 images a query; its first 81 were asked for"):
         made(first=81)
     for queries in (0, 271):
         with pytest.raises(ValueError, match=f"queries is {queries}, but .*whole leaves 270 to train on"):
@@ -287,7 +287,7 @@ def test_validation_queries_may_be_of_another_folder(folder: Path) -> None:
     data.setup()
     assert data.validation_set.queries == ("a", "b")
     assert len(data.train_set.queries) == 24
-    with pytest.raises(ValueError, match=r"near ranks 50 training pictures, .*whole 80"):
+    with pytest.raises(ValueError, match=r"near ranks 50 training images, .*whole 80"):
         TeacherRankings(str(folder / "whole"), ["first"], str(folder / "near")).setup()
 
 
@@ -298,7 +298,7 @@ def test_features_of_another_width_are_refused(folder: Path) -> None:
 
 def test_a_k_beyond_what_was_scored_is_refused(folder: Path) -> None:
     options = ["--trainer.callbacks", '[{"class_path": "RetrievalMetrics", "init_args": {"k": [16]}}]']
-    with pytest.raises(ValueError, match="asked for k = 16, but the teacher scored 15 pictures a query"):
+    with pytest.raises(ValueError, match="asked for k = 16, but the teacher scored 15 images a query"):
         fit(folder, "far", *options)
     for k in ([], [0, 3]):
         with pytest.raises(ValueError, match="at least one k, all positive"):

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 import train
 from tests.support.tiny import LENGTH, text_folder, training_config
 from wherefrom.data.stream import NOISE, LatentBatch
-from wherefrom.models.noise_schedule import FlowProcess
+from wherefrom.models.noise_schedule import FlowSchedule
 from wherefrom.models.pipeline import load_model, save_pipeline
 from wherefrom.models.prompt_encoders import PixArtPrompts, SDXLPrompts
 from wherefrom.runtime import keyed_random
@@ -70,7 +70,7 @@ def test_what_is_saved_is_what_was_trained(done: tuple[Path, object]) -> None:
     folder, module = done
     model = load_model(str(folder / "run model"))
     assert isinstance(model.denoiser, PixArtTransformer2DModel)
-    assert isinstance(model.process, FlowProcess)
+    assert isinstance(model.process, FlowSchedule)
     trained = module.ema.state_dict()  # type: ignore[attr-defined]
     for name, value in model.denoiser.state_dict().items():
         torch.testing.assert_close(value, trained[name].half().float())

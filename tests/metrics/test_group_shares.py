@@ -15,7 +15,7 @@ def _sample(seed: int, count: int = 60) -> tuple[NDArray[np.float64], list[str]]
 
 
 def _brute_force(scores: NDArray[np.float64], groups: list[str], top: int) -> dict[str, float]:
-    """Shares of pictures without ties, one picture after the other."""
+    """Shares of images without ties, one image after the other."""
     median = float(np.median(scores))
     ranked = sorted(zip(scores, groups, strict=True), reverse=True)[:top]
     masses = dict.fromkeys(sorted(set(groups)), 0.0)
@@ -42,13 +42,13 @@ def test_brute_force(top: int) -> None:
     assert [each.share for each in shares] == sorted((each.share for each in shares), reverse=True)
 
 
-def test_pictures_below_the_median_have_no_mass() -> None:
+def test_images_below_the_median_have_no_mass() -> None:
     scores, groups = _sample(1)
     assert group_shares(scores, groups, top=30) == group_shares(scores, groups, top=60)
 
 
 def test_bootstrap_is_that_of_real_resampled_data() -> None:
-    """The intervals equal those of shares recomputed from explicitly drawn pictures, with the ties that this makes."""
+    """The intervals equal those of shares recomputed from explicitly drawn images, with the ties that this makes."""
     scores, groups = _sample(2, count=25)
     order = np.lexsort((np.unique(groups, return_inverse=True)[1], -scores))
     generator = np.random.default_rng(7)
@@ -56,7 +56,7 @@ def test_bootstrap_is_that_of_real_resampled_data() -> None:
     for _ in range(200):
         positions = order[generator.integers(25, size=25)]
         again = scores[positions]
-        # Copies of one picture tie with themselves only, so the order among equals cannot matter here.
+        # Copies of one image tie with themselves only, so the order among equals cannot matter here.
         drawn.append(_brute_force(again, [groups[position] for position in positions], top=6))
     for each in group_shares(scores, groups, top=6, seed=7, resamples=200):
         column = [shares.get(each.name, 0.0) for shares in drawn]
@@ -75,7 +75,7 @@ def test_interval_covers_the_truth() -> None:
     assert inside >= 34  # 38 expected; fewer than 34 have a probability of 1 %, and the seeds are fixed
 
 
-def test_more_pictures_narrow_the_interval() -> None:
+def test_more_images_narrow_the_interval() -> None:
     widths = []
     for count in (60, 960):
         scores, groups = _sample(3, count)
@@ -96,14 +96,14 @@ def test_invariances() -> None:
 
 
 def test_ties_at_the_edge_share_what_is_left() -> None:
-    # One place is left for three pictures with the same score: each gets a third of it.
+    # One place is left for three images with the same score: each gets a third of it.
     scores = np.array([4.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     shares = {each.name: each.share for each in group_shares(scores, list("abbcddddd"), top=2)}
     assert shares == pytest.approx({"a": 4 / 6, "b": 2 * 2 / 3 / 6, "c": 2 / 3 / 6, "d": 0.0})
 
 
 def test_draws_without_influence_are_left_out() -> None:
-    # With two pictures, half of all draws hold one of them twice and nothing exceeds the median.
+    # With two images, half of all draws hold one of them twice and nothing exceeds the median.
     assert group_shares(np.array([1.0, 0.0]), ["a", "b"], top=1) == [
         Share("a", 1.0, 1.0, 1.0, 0.5),
         Share("b", 0.0, 0.0, 0.0, 0.5),

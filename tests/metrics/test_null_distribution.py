@@ -1,4 +1,4 @@
-"""p-values against pictures never trained on: counts, validity, and the family-wise tail."""
+"""p-values against images never trained on: counts, validity, and the family-wise tail."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def test_p_values_equal_a_loop() -> None:
 def test_p_values_are_valid() -> None:
     # A score from the null itself has p ≤ k / (m + 1) with probability k / (m + 1), for every k.
     random = np.random.default_rng(1)
-    draws = random.normal(size=(4000, 20))
-    found = np.array([p_values(row[:1], row[1:])[0] for row in draws])
+    noise_samples = random.normal(size=(4000, 20))
+    found = np.array([p_values(row[:1], row[1:])[0] for row in noise_samples])
     for k in range(1, 21):
         share = k / 20
         assert abs((found <= share + 1e-12).mean() - share) < 4.5 * np.sqrt(share * (1 - share) / 4000) + 1e-12
 
 
 def test_an_empty_null_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least one picture that was never trained on"):
+    with pytest.raises(ValueError, match=r"at least one image that was never trained on"):
         p_values(np.ones(3), np.empty(0))
-    with pytest.raises(ValueError, match=r"at least 10 pictures.*there are 9"):
+    with pytest.raises(ValueError, match=r"at least 10 images.*there are 9"):
         standing_out(np.ones(3), np.arange(9.0))
 
 
@@ -54,7 +54,7 @@ def test_a_best_score_below_the_tail_is_no_surprise() -> None:
 
 
 @pytest.mark.parametrize("draw", ["normal", "exponential"])
-def test_pictures_never_trained_on_seldom_stand_out(draw: str) -> None:
+def test_images_never_trained_on_seldom_stand_out(draw: str) -> None:
     random = np.random.default_rng(2)
     sample = getattr(random, draw)
     found = np.array([standing_out(sample(size=300), sample(size=600)) for _ in range(1000)])

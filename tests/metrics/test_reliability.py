@@ -13,10 +13,10 @@ from wherefrom.metrics.reliability import split_half
 Values = NDArray[np.float64]
 
 
-def table(noise: float, draws: int, pictures: int = 3000) -> Values:
-    """Scores of each picture at each draw: a signal of variance 1 and independent noise."""
+def table(noise: float, noise_samples: int, images: int = 3000) -> Values:
+    """Scores of each image at each draw: a signal of variance 1 and independent noise."""
     random = np.random.default_rng(0)
-    return random.normal(size=(pictures, 1)) + noise * random.normal(size=(pictures, draws))
+    return random.normal(size=(images, 1)) + noise * random.normal(size=(images, noise_samples))
 
 
 def reliability(values: Values, seed: int = 0) -> float:
@@ -25,14 +25,14 @@ def reliability(values: Values, seed: int = 0) -> float:
 
 @pytest.mark.parametrize("noise", [0.5, 2.0, 5.0])
 @pytest.mark.parametrize("draws", [4, 20])
-def test_it_is_the_share_of_signal_in_the_variance(noise: float, draws: int) -> None:
+def test_it_is_the_share_of_signal_in_the_variance(noise: float, noise_samples: int) -> None:
     # Between normal variables Spearman's correlation is 6/π asin(r/2) of Pearson's.
-    half = 1 / (1 + noise**2 / (draws / 2))
+    half = 1 / (1 + noise**2 / (noise_samples / 2))
     spearman = 6 / math.pi * math.asin(half / 2)
     expected = 2 * spearman / (1 + spearman)
-    assert reliability(table(noise, draws)) == pytest.approx(expected, abs=0.04)
+    assert reliability(table(noise, noise_samples)) == pytest.approx(expected, abs=0.04)
     # … which is, within 2 %, the squared correlation of the scores with the signal: what reliability means.
-    assert expected == pytest.approx(1 / (1 + noise**2 / draws), abs=0.02)
+    assert expected == pytest.approx(1 / (1 + noise**2 / noise_samples), abs=0.02)
 
 
 def test_without_noise_it_is_one_and_without_signal_about_zero() -> None:

@@ -61,12 +61,12 @@ def test_what_a_teacher_ranks_highest() -> None:
     for row, teacher in zip(RELEVANT, TEACHER, strict=True):
         assert teacher[row].min() > teacher[~row].max()
     assert top_of(torch.zeros(1, 3), 2).tolist() == [[True, True, False]]
-    with pytest.raises(ValueError, match="k must lie between 1 and the 40 pictures that are ranked; given 41"):
+    with pytest.raises(ValueError, match="k must lie between 1 and the 40 images that are ranked; given 41"):
         top_of(TEACHER, 41)
 
 
 def test_the_linear_datamodeling_score_of_a_linear_model_with_exact_influence_is_one() -> None:
-    # A loss that is a sum over what the model saw, each picture's part known exactly.
+    # A loss that is a sum over what the model saw, each image's part known exactly.
     influence = torch.randn(3, 40, generator=RANDOM, dtype=torch.float64)
     subsets = torch.rand(32, 40, generator=RANDOM) < 0.5
     losses = 5.0 - influence @ subsets.double().T
@@ -98,13 +98,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
         QueryMean().update(torch.tensor([float("nan")]))
     with pytest.raises(ValueError, match="k must be at least 1; given 0"):
         RecallAtK(0)
-    with pytest.raises(ValueError, match="k is 41, but only 40 pictures are ranked"):
+    with pytest.raises(ValueError, match="k is 41, but only 40 images are ranked"):
         RecallAtK(41).update(SCORES, RELEVANT)
-    with pytest.raises(ValueError, match=r"must be \(queries, pictures\) alike"):
+    with pytest.raises(ValueError, match=r"must be \(queries, images\) alike"):
         MeanAveragePrecision().update(SCORES, RELEVANT[:2])
     with pytest.raises(ValueError, match="A score is not finite"):
         MeanAveragePrecision().update(SCORES * float("inf"), RELEVANT)
     with pytest.raises(ValueError, match="nothing relevant"):
         MeanAveragePrecision().update(SCORES, torch.zeros_like(RELEVANT))
-    with pytest.raises(ValueError, match=r"2 subsets \(at least 3\) of 40 pictures do not fit"):
+    with pytest.raises(ValueError, match=r"2 subsets \(at least 3\) of 40 images do not fit"):
         LinearDatamodelingScore().update(SCORES, RELEVANT[:2], SCORES[:, :2])

@@ -28,28 +28,28 @@ PROMPT = "house, openmoji style"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    """A tenth of emoji-1k's pictures."""
+    """A tenth of emoji-1k's images."""
     module = Emoji(EmojiOptions(concepts=(0.0, 0.032)), store=str(tmp_path_factory.mktemp("store")))
     module.encoder = load_model(WEIGHTS).encoder
     module.prepare_data()
     module.setup()
     first = range(96)
-    return TrainingData(module.train_pictures.subset(first), module.train_latents.subset(first))
+    return TrainingData(module.train_images.subset(first), module.train_latents.subset(first))
 
 
 @pytest.fixture(scope="module")
 def query(data: TrainingData) -> Query:
-    """A picture of the model's own."""
+    """An image of the model's own."""
     (made,) = generate(load_model(WEIGHTS), [PROMPT], 0, (4, 8, 8), sampling_steps=20)
     return made
 
 
 def scores(model: DiffusionModel, data: TrainingData, query: Query, folder: Path) -> np.ndarray:
     method = AttributionByUnlearning(
-        unlearning=UnlearningSettings(draws=128, measure_draws=128, rise=0.2),
+        unlearning=UnlearningSettings(noise_samples=128, measurement_samples=128, relative_loss_increase=0.2),
         grid=LossGrid(timesteps=4, flips=False),
         curvature="ekfac",
-        fisher=FisherSettings(visits=1),
+        fisher=FisherSettings(samples_per_image=1),
         batch_size=128,  # few shapes to compile for
     )
     method.fit(data, model, Store(folder), one_process())

@@ -11,13 +11,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tests.models.test_pipeline import pictures
+from tests.models.test_pipeline import images
 from tests.support.pipelines import stable_diffusion
 from tests.support.tiny import one_process
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
 from wherefrom.curvature import FisherSettings
-from wherefrom.data.latents import encode_pictures
+from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
@@ -52,17 +52,17 @@ def model(folder: Path) -> DiffusionModel:
     return load_model(str(folder), torch.float64)
 
 
-def draws(model: DiffusionModel, count: int = 3) -> tuple[Any, ...]:
+def noise_samples(model: DiffusionModel, count: int = 3) -> tuple[Any, ...]:
     random = torch.Generator().manual_seed(0)
     assert model.encoder is not None
-    states = model.encoder.text.encode([f"picture {index}" for index in range(count)])
+    states = model.encoder.text.encode([f"image {index}" for index in range(count)])
     latents, noise = torch.randn(2, count, 4, 4, 4, generator=random, dtype=torch.float64)
     return latents, states, torch.arange(count) * 300, noise
 
 
 def test_the_adapter_is_added_to_the_weights(model: DiffusionModel, tmp_path: Path) -> None:
     base = load_model(str(stable_diffusion(tmp_path)), torch.float64)
-    given = draws(model)
+    given = noise_samples(model)
     found = model.losses(*given)
     assert (found / base.losses(*given) - 1).abs().max() > 1e-3
     state, merged = model.denoiser.state_dict(), {}
@@ -90,7 +90,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(model: DiffusionMod
         assert {"to_k.lora_A", "to_v.lora_B", "attn2.to_k", "attn2.to_v"} <= parts
     assert any(".base_layer." in name for name in parameters) is (subset == "cross_attention_kv")
     assert any(".lora_A." in name for name in parameters)
-    latents, states, steps, noise = draws(model)
+    latents, states, steps, noise = noise_samples(model)
     with PerSampleGradients(model.denoiser, list(parameters)) as tap:
         found = dict(tap.per_sample(model.losses(latents, states, steps, noise)))
     assert found.keys() == parameters.keys()
@@ -105,10 +105,10 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(model: DiffusionMod
 
 @pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
 def test_fit_unlearn_score_and_rank(model: DiffusionModel, curvature: Any, tmp_path: Path) -> None:
-    train, store = pictures(4), Store(tmp_path)
+    train, store = images(4), Store(tmp_path)
     assert model.encoder is not None
-    data = TrainingData(train, encode_pictures(train, model.encoder, store))
-    settings = UnlearningSettings(draws=8, measure_draws=8, rise=1e-3)
+    data = TrainingData(train, encode_image_set(train, model.encoder, store))
+    settings = UnlearningSettings(noise_samples=8, measurement_samples=8, relative_loss_increase=1e-3)
     method = AttributionByUnlearning(
         "adapter",
         settings,

@@ -315,7 +315,7 @@ def test_a_prior_without_weight_is_no_prior_and_a_resumed_run_is_a_whole_one(wor
     assert torch.equal(resumed.embeddings[WORD], with_it.embeddings[WORD])
 
 
-def test_pictures_are_attributed_by_prompts_with_the_new_word(world: Path, tmp_path: Path) -> None:
+def test_images_are_attributed_by_prompts_with_the_new_word(world: Path, tmp_path: Path) -> None:
     model = fit(world, "asked")
     config = attribution_config(tmp_path, model=str(model))
     evaluate.main(["attribute", "-c", str(config), "--queries.prompts", json.dumps([f"a {WORD} circle"])])

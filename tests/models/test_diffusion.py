@@ -17,9 +17,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tests.support.tiny import LENGTH, moved_copy, text_folder, tiny_encoder, tiny_model, tiny_pipeline, tiny_process
+from tests.support.tiny import LENGTH, moved_copy, text_folder, tiny_encoder, tiny_model, tiny_pipeline, tiny_schedule
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.noise_schedule import FlowProcess, ForwardProcess
+from wherefrom.models.noise_schedule import FlowSchedule, NoiseSchedule
 from wherefrom.models.pipeline import load_model, load_pipeline, model_from_pipeline, save_pipeline
 from wherefrom.models.sampling import sample
 from wherefrom.runtime import keyed_random
@@ -59,13 +59,13 @@ def test_the_loss_is_the_formula(prediction: str) -> None:
 
 def test_other_schedulers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prediction_type 'sample' is not supported"):
-        tiny_process("sample")
+        tiny_schedule("sample")
     with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler"):
-        ForwardProcess(FlowMatchEulerDiscreteScheduler())
+        NoiseSchedule(FlowMatchEulerDiscreteScheduler())
 
 
 def by_hand(model: DiffusionModel, states: Tensor, steps: int, guidance: float, eta: float) -> Tensor:
-    """DDIM (Song et al., equation 12) from the keyed noise of `KEYS`, one picture at a time."""
+    """DDIM (Song et al., equation 12) from the keyed noise of `KEYS`, one image at a time."""
     alphas = model.process.signal.square()
     timesteps = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
     drawn = []
@@ -102,7 +102,7 @@ def test_sampling_is_ddim(prediction: str, guidance: float, eta: float) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_picture_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: float) -> None:
+def test_a_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: float) -> None:
     model, states = tiny_model(), states_of(3)
 
     def draw(rows: list[int], seed: int = 0) -> Tensor:
@@ -138,7 +138,7 @@ def test_the_fingerprint_is_that_of_weights_and_process() -> None:
         moved_copy(model, 1e-12).fingerprint(),
         tiny_model(prediction="epsilon").fingerprint(),
         tiny_model(dtype=torch.float32).fingerprint(),
-        DiffusionModel(model.denoiser, ForwardProcess(DDPMScheduler(beta_end=0.03))).fingerprint(),
+        DiffusionModel(model.denoiser, NoiseSchedule(DDPMScheduler(beta_end=0.03))).fingerprint(),
     }
     assert len(prints) == 4 + 1
     assert tiny_model().fingerprint() == model.fingerprint()
@@ -146,12 +146,12 @@ def test_the_fingerprint_is_that_of_weights_and_process() -> None:
 
 def test_a_fingerprint_is_the_same_on_machines_that_round_differently() -> None:
     model, scheduler = tiny_model(), DDPMScheduler(prediction_type="v_prediction")
-    expected = DiffusionModel(model.denoiser, ForwardProcess(scheduler)).fingerprint()
+    expected = DiffusionModel(model.denoiser, NoiseSchedule(scheduler)).fingerprint()
     scheduler.alphas_cumprod = torch.nextafter(scheduler.alphas_cumprod, torch.ones(()))
-    assert DiffusionModel(model.denoiser, ForwardProcess(scheduler)).fingerprint() == expected
+    assert DiffusionModel(model.denoiser, NoiseSchedule(scheduler)).fingerprint() == expected
     others = [PNDMScheduler(prediction_type="v_prediction"), DDIMScheduler(prediction_type="v_prediction")]
-    assert {DiffusionModel(model.denoiser, ForwardProcess(each)).fingerprint() for each in others} == {expected}
-    flows = [FlowProcess(FlowMatchEulerDiscreteScheduler(shift=shift)) for shift in (1.0, 3.0)]
+    assert {DiffusionModel(model.denoiser, NoiseSchedule(each)).fingerprint() for each in others} == {expected}
+    flows = [FlowSchedule(FlowMatchEulerDiscreteScheduler(shift=shift)) for shift in (1.0, 3.0)]
     assert len({DiffusionModel(model.denoiser, each).fingerprint() for each in flows}) == 2
 
 
@@ -180,7 +180,7 @@ def test_a_pipeline_comes_back_from_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_diffusers_own_pipeline_draws_the_same_picture(tmp_path: Path, guidance: float) -> None:
+def test_diffusers_own_pipeline_draws_the_same_image(tmp_path: Path, guidance: float) -> None:
     pipeline = load_pipeline(str(tiny_pipeline(tmp_path / "model")))
     assert isinstance(pipeline, StableDiffusionPipeline)
     pipeline.set_progress_bar_config(disable=True)

@@ -21,11 +21,11 @@ from tests.support.pipelines import (
     tiny_vae_of,
     unet_with,
 )
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import encode_pictures
+from wherefrom.data.encoded_images import encode_image_set
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.families.base import pack, unpack, unpack_masked
-from wherefrom.models.noise_schedule import FlowProcess, process_of
+from wherefrom.models.noise_schedule import FlowSchedule, noise_schedule_of
 from wherefrom.models.pipeline import load_model, load_pipeline, model_from_pipeline, save_pipeline
 from wherefrom.models.sampling import sample
 from wherefrom.runtime.artifacts import Store
@@ -174,12 +174,12 @@ def test_each_loss_is_its_own_examples(tmp_path: Path, save: Callable[[Path], Pa
 
 def test_noise_levels_are_the_schedulers_and_sampling_leaves_them_alone() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    fresh = FlowProcess(scheduler)
+    fresh = FlowSchedule(scheduler)
     assert fresh.steps == 1000
     assert float(fresh.spread[-1]) == 1.0
     assert float(fresh.times(torch.tensor([999]))) == 1000.0
     scheduler.set_timesteps(5)
-    assert torch.equal(FlowProcess(scheduler).spread, fresh.spread)
+    assert torch.equal(FlowSchedule(scheduler).spread, fresh.spread)
     assert (fresh.spread.diff() > 0).all()
     path = fresh.sampler(5).path
     assert path[0] == (999, 1000.0)
@@ -197,12 +197,12 @@ def test_noise_levels_are_the_schedulers_and_sampling_leaves_them_alone() -> Non
 )
 def test_other_schedules_are_refused(scheduler: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        process_of(scheduler)
+        noise_schedule_of(scheduler)
 
 
 def test_flow_matching_needs_its_scheduler_and_adds_no_noise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DDPMScheduler is not supported: flow matching needs"):
-        FlowProcess(DDPMScheduler())
+        FlowSchedule(DDPMScheduler())
     model = load_model(str(stable_diffusion_3(tmp_path)), torch.float64)
     states = torch.zeros(1, 77 + 256 + 1, 24)
     with pytest.raises(ValueError, match="eta must be 0"):
@@ -262,15 +262,15 @@ def test_what_can_only_be_read_is_not_saved(tmp_path: Path) -> None:
         save_pipeline(tmp_path / "again", model, "nowhere")
 
 
-def test_the_size_that_sdxl_is_told_is_the_pictures(tmp_path: Path) -> None:
+def test_the_size_that_sdxl_is_told_is_the_images(tmp_path: Path) -> None:
     encoder = load_model(str(stable_diffusion_xl(tmp_path / "xl"))).encoder
     assert encoder is not None
     before = encoder.text.encode(["red"])
     assert unpack(before, 16)[1][0, 10:].tolist() == [8, 8, 0, 0, 8, 8]
     identity = encoder.identity()
     random = np.random.default_rng(0).integers(0, 255, (2, 16, 24, 3), dtype=np.uint8)
-    train = Pictures(("a", "b"), (("red",), ("blue",)), random, {"license": ("", "")}, "wide")
-    states = encode_pictures(train, encoder, Store(tmp_path / "store")).states[:, 0]
+    train = ImageSet(("a", "b"), (("red",), ("blue",)), random, {"license": ("", "")}, "wide")
+    states = encode_image_set(train, encoder, Store(tmp_path / "store")).states[:, 0]
     tokens, extra = unpack(states, 16)
     assert extra[:, 10:].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
     assert torch.equal(tokens[:1], unpack(before, 16)[0])

@@ -16,7 +16,7 @@ from tests.support.tiny import (
     tiny_encoder,
     tiny_model,
     tiny_pipeline,
-    tiny_process,
+    tiny_schedule,
     tiny_unet,
     unet_config,
 )
@@ -27,7 +27,7 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.factories import unet_from_config
 from wherefrom.models.model_ensemble import check_member, load_ensemble
-from wherefrom.models.noise_schedule import ForwardProcess
+from wherefrom.models.noise_schedule import NoiseSchedule
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store
 
@@ -69,18 +69,18 @@ def test_another_encoder_is_refused(change: Callable[[LatentEncoder], None], wha
 @pytest.mark.parametrize(
     ("process", "what"),
     [
-        (tiny_process("epsilon"), "prediction type: 'epsilon', where the model that is attributed has 'v_prediction'"),
+        (tiny_schedule("epsilon"), "prediction type: 'epsilon', where the model that is attributed has 'v_prediction'"),
         (
-            ForwardProcess(DDPMScheduler(prediction_type="v_prediction", num_train_timesteps=500)),
+            NoiseSchedule(DDPMScheduler(prediction_type="v_prediction", num_train_timesteps=500)),
             "number of timesteps: 500, where the model that is attributed has 1000",
         ),
         (
-            ForwardProcess(DDPMScheduler(prediction_type="v_prediction", beta_start=0.0002)),
+            NoiseSchedule(DDPMScheduler(prediction_type="v_prediction", beta_start=0.0002)),
             "noise schedule (√ᾱ at timestep 0): 0.99990000",
         ),
     ],
 )
-def test_another_noise_schedule_is_refused(process: ForwardProcess, what: str) -> None:
+def test_another_noise_schedule_is_refused(process: NoiseSchedule, what: str) -> None:
     model = tiny_model()
     other = DiffusionModel(tiny_unet(1), process)
     with pytest.raises(ValueError, match=f"differs in its {re.escape(what)}.*with the same noise scheduler"):
@@ -105,10 +105,10 @@ def test_it_is_refused_before_anything_is_projected(tmp_path: Path) -> None:
     tiny_pipeline(tmp_path / "first")
     tiny_pipeline(tmp_path / "second", unet=tiny_unet(1, (4, 16)))
     model, second = load_model(str(tmp_path / "first")), str(tmp_path / "second")
-    attributor = TRAK(projection=Projection(100), grid=LossGrid(timesteps=1), draws=1, ensemble=[second])
+    attributor = TRAK(projection=Projection(100), grid=LossGrid(timesteps=1), noise_samples=1, ensemble=[second])
     store = Store(tmp_path / "store")
     with pytest.raises(ValueError, match=f"Ensemble member {second} differs in its shape of conv_in"):
-        attributor.fit(TrainingData(TRAIN.pictures, TRAIN), model, store, one_process())
+        attributor.fit(TrainingData(TRAIN.images, TRAIN), model, store, one_process())
     assert not store.root.exists()
     with pytest.raises(ValueError, match="fit must run before score"):
         next(attributor.score([QUERY]))

@@ -14,7 +14,7 @@ from tests.support.pipelines import pixart_transformer, sd3_transformer, unet_wi
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.families.base import pack
-from wherefrom.models.noise_schedule import process_of
+from wherefrom.models.noise_schedule import noise_schedule_of
 from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
 
 XL = {
@@ -72,7 +72,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(
 ) -> None:
     network = make().double().eval()
     flow = hasattr(network, "time_text_embed")
-    model = DiffusionModel(network, process_of(FlowMatchEulerDiscreteScheduler() if flow else DDPMScheduler()))
+    model = DiffusionModel(network, noise_schedule_of(FlowMatchEulerDiscreteScheduler() if flow else DDPMScheduler()))
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():  # some layers are initialised to nothing
         for parameter in network.parameters():

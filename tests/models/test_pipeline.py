@@ -18,8 +18,8 @@ from tests.support.tiny import attribution_config, one_process
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
 from wherefrom.curvature import FisherSettings
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import encode_pictures
+from wherefrom.data.encoded_images import encode_image_set
+from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.noise_schedule import sampling_scheduler
@@ -48,9 +48,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save(tmp_path_factory.mktemp(kind)) for kind, save in KINDS.items()}
 
 
-def pictures(count: int = 5, size: int = 8) -> Pictures:
+def images(count: int = 5, size: int = 8) -> ImageSet:
     random = np.random.default_rng(0)
-    return Pictures(
+    return ImageSet(
         tuple(f"picture/{index}" for index in range(count)),
         tuple((f"{PROMPTS[index % 3]} number {index}",) for index in range(count)),
         random.integers(0, 255, (count, size, size, 3), dtype=np.uint8),
@@ -80,12 +80,12 @@ def key_and_value(name: str, kind: str) -> bool:
 def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvature: Any, tmp_path: Path) -> None:
     model, store = load_model(str(folders[kind]), torch.float64), Store(tmp_path)
     assert model.encoder is not None
-    train = pictures()
-    data = TrainingData(train, encode_pictures(train, model.encoder, store))
+    train = images()
+    data = TrainingData(train, encode_image_set(train, model.encoder, store))
     assert data.latents is not None
     shape = tuple(data.latents.latents.shape[2:])
     (query,) = generate(model, ["a big red square"], 0, shape, sampling_steps=2)
-    settings = UnlearningSettings(draws=8, measure_draws=8, rise=1e-3)
+    settings = UnlearningSettings(noise_samples=8, measurement_samples=8, relative_loss_increase=1e-3)
     method = AttributionByUnlearning(
         "cross_attention_kv",
         settings,
@@ -124,17 +124,17 @@ def test_the_captions_that_are_cut_are_counted(
     first, second = encoder.text.encode([long, long + " and more"])
     assert torch.equal(first, second)
     assert not torch.equal(encoder.text.encode(["a"])[0], encoder.text.encode(["b"])[0])
-    train = pictures(3)
+    train = images(3)
     captions = ((long,), ("short",), (long,))
-    latents = Pictures(train.ids, captions, train.pixels, train.columns, "long")
-    encode_pictures(latents, encoder, Store(tmp_path))
+    latents = ImageSet(train.ids, captions, train.pixels, train.columns, "long")
+    encode_image_set(latents, encoder, Store(tmp_path))
     assert "2 of 3 captions are longer than the text encoder reads (77 tokens)" in caplog.text
     (manifest,) = tmp_path.glob("latents/*/manifest.json")
     assert '"captions_cut": 2' in manifest.read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_own_pipeline_draws_the_same_picture(folders: dict[str, Path], kind: str) -> None:
+def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], kind: str) -> None:
     pipeline: Any = load_pipeline(str(folders[kind]))
     pipeline.set_progress_bar_config(disable=True)
     model = model_from_pipeline(pipeline)
@@ -169,7 +169,7 @@ def test_the_command_line_attributes(folders: dict[str, Path], kind: str, tmp_pa
     settings = json.loads(config.read_text())
     settings["attributor"]["init_args"] |= {
         "weights": "cross_attention_kv",
-        "unlearning": {"draws": 8, "measure_draws": 8, "rise": 1e-3},
+        "unlearning": {"noise_samples": 8, "measurement_samples": 8, "relative_loss_increase": 1e-3},
     }
     config.write_text(json.dumps(settings))
     evaluate.main(["attribute", "-c", str(config)])

@@ -45,7 +45,7 @@ def test_a_mask_counts_what_is_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("box", [(0, 0, 13, 4), (-1, 0, 4, 4), (4, 0, 4, 4), (0, 6, 4, 2), (0, 0, 4)])
-def test_a_box_that_is_no_part_of_the_picture_is_refused(box: tuple[int, ...]) -> None:
+def test_a_box_that_is_no_part_of_the_image_is_refused(box: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape(str(list(box)))):
         Region.from_box(box, SIZE)
 
@@ -59,7 +59,7 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     Image.new("L", (12, 8)).save(tmp_path / "black.png")
     with pytest.raises(ValueError, match=r"is empty: its mask is 0 everywhere"):
         Region.from_file(tmp_path / "black.png", SIZE)
-    with pytest.raises(ValueError, match=r"Mask .*black\.png is 12 × 8 pixels, its picture 12 × 12"):
+    with pytest.raises(ValueError, match=r"Mask .*black\.png is 12 × 8 pixels, its image 12 × 12"):
         Region.from_file(tmp_path / "black.png", (12, 12))
     with pytest.raises(ValueError, match=r"numbers from 0 \(outside\) to 1 \(inside\)"):
         Region("bright", np.full(SIZE, 2.0, dtype=np.float32))
@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_the_cells_inside(square: bool) -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_region_of_the_whole_picture_changes_nothing_and_boxes_differ() -> None:
+def test_a_region_of_the_whole_image_changes_nothing_and_boxes_differ() -> None:
     model, query = tiny_model(), tiny_query()
     parameters = select_weights(model.denoiser, "cross_attention_kv")
 
@@ -103,18 +103,18 @@ def test_a_region_of_the_whole_picture_changes_nothing_and_boxes_differ() -> Non
 
 
 def test_a_method_without_a_query_loss_refuses_a_region(tmp_path: Path) -> None:
-    pictures = tiny_latents().pictures
+    images = tiny_latents().images
     region = Region.from_box((0, 0, 4, 8), (8, 8))
     query = Query("query", "a prompt", np.zeros((8, 8, 3), np.uint8), region=region)
     with pytest.raises(ValueError, match=r"PixelSimilarity cannot attribute a region, but query 'query' asks for 'box"):
         attribute(
-            tmp_path / "run", PixelSimilarity(), TrainingData(pictures), None, [query], Store(tmp_path), one_process()
+            tmp_path / "run", PixelSimilarity(), TrainingData(images), None, [query], Store(tmp_path), one_process()
         )
 
 
 def test_two_queries_of_one_name_are_refused(tmp_path: Path) -> None:
     query = Query("query", "a prompt", np.zeros((8, 8, 3), np.uint8))
-    data, store = TrainingData(tiny_latents().pictures), Store(tmp_path)
+    data, store = TrainingData(tiny_latents().images), Store(tmp_path)
     with pytest.raises(ValueError, match="Two queries are called 'query'"):
         attribute(tmp_path / "run", PixelSimilarity(), data, None, [query, query], store, one_process())
 

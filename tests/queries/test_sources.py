@@ -1,4 +1,4 @@
-"""Queries: what they are named by, and picture files that cannot be any."""
+"""Queries: what they are named by, and image files that cannot be any."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from PIL import Image
 
 from tests.support.tiny import tiny_encoder, tiny_model
 from wherefrom.attributors import Query
-from wherefrom.models.diffusion import _START
-from wherefrom.queries.sources import QueryPicture, QueryRegion, QuerySource, generate, make_queries, read_query
+from wherefrom.models.sampling import _START
+from wherefrom.queries.sources import QueryImage, QueryRegion, QuerySource, generate, make_queries, read_query
 from wherefrom.runtime import keyed_random
 
 
-def test_pictures_that_cannot_be_queries_are_named(tmp_path: Path) -> None:
+def test_images_that_cannot_be_queries_are_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG no more")
-    with pytest.raises(ValueError, match=r"Query picture .*broken\.png cannot be read"):
-        read_query(QueryPicture(str(broken), ""), (8, 8))
-    with pytest.raises(ValueError, match=r"Query picture .*nothing\.png is not a file"):
-        read_query(QueryPicture(str(tmp_path / "nothing.png"), ""), (8, 8))
+    with pytest.raises(ValueError, match=r"Query image .*broken\.png cannot be read"):
+        read_query(QueryImage(str(broken), ""), (8, 8))
+    with pytest.raises(ValueError, match=r"Query image .*nothing\.png is not a file"):
+        read_query(QueryImage(str(tmp_path / "nothing.png"), ""), (8, 8))
     path = tmp_path / "twice.png"
     Image.new("RGB", (8, 8)).save(path)
     model = tiny_model()
     with pytest.raises(ValueError, match=r"There are no queries: give queries.prompts"):
         make_queries(model, QuerySource(), (4, 4, 4), (8, 8))
-    twice = [QueryPicture(str(path), "")] * 2
-    with pytest.raises(ValueError, match=r"A query picture is given twice"):
-        make_queries(model, QuerySource(pictures=twice), (4, 4, 4), (8, 8))
+    twice = [QueryImage(str(path), "")] * 2
+    with pytest.raises(ValueError, match=r"A query image is given twice"):
+        make_queries(model, QuerySource(images=twice), (4, 4, 4), (8, 8))
     with pytest.raises(ValueError, match=r"Generating needs a model with an encoder"):
         generate(model, ["red"], 0, (4, 4, 4))
 
@@ -66,7 +66,7 @@ def test_a_generated_query_is_named_by_all_that_made_it(tmp_path: Path) -> None:
     assert generate(model, [], 0, (4, 4, 4)) == []
 
 
-def test_each_region_is_a_query_beside_its_whole_picture(tmp_path: Path) -> None:
+def test_each_region_is_a_query_beside_its_whole_image(tmp_path: Path) -> None:
     model = tiny_model(dtype=torch.float32, encoder=tiny_encoder(tmp_path / "text"))
     path = tmp_path / "mine.png"
     Image.new("RGB", (8, 8)).save(path)
@@ -74,7 +74,7 @@ def test_each_region_is_a_query_beside_its_whole_picture(tmp_path: Path) -> None
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(mask)
     source = QuerySource(
         prompts=["red", "blue"],
-        pictures=[QueryPicture(str(path), "")],
+        images=[QueryImage(str(path), "")],
         regions=[
             QueryRegion("blue", box=[0, 0, 4, 8]),
             QueryRegion(str(path), mask=str(mask)),
@@ -92,15 +92,15 @@ def test_each_region_is_a_query_beside_its_whole_picture(tmp_path: Path) -> None
         ("blue", "box 4,0,8,8"),
     ]
     assert len({query.name for query in queries}) == 6
-    assert len({query.id for query in queries}) == 3, "a region shares its picture's noise"
+    assert len({query.id for query in queries}) == 3, "a region shares its image's noise"
     assert queries[4].latent is queries[3].latent
 
 
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        ([QueryRegion("green", box=[0, 0, 4, 8])], r"'green' is neither a prompt nor a picture file.*there are 'red'"),
-        ([QueryRegion("red", box=[0, 0, 9, 8])], r"Box \[0, 0, 9, 8\] is not a part of the picture"),
+        ([QueryRegion("green", box=[0, 0, 4, 8])], r"'green' is neither a prompt nor an image file.*there are 'red'"),
+        ([QueryRegion("red", box=[0, 0, 9, 8])], r"Box \[0, 0, 9, 8\] is not a part of the image"),
         ([QueryRegion("red", mask="none.png")], r"Mask none\.png is not a file"),
         ([QueryRegion("red", box=[0, 0, 4, 8])] * 2, r"box 0,0,4,8 of 'red' is given twice"),
     ],
@@ -136,7 +136,7 @@ def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: fl
         assert with_steps.latent is not None
         assert with_steps.trajectory.timesteps == (999, 749, 499, 249)
         assert with_steps.trajectory.predicted.shape == (4, 4, 4, 4)
-        # The last step goes to timestep -1, where there is no noise: its prediction is the picture.
+        # The last step goes to timestep -1, where there is no noise: its prediction is the image.
         torch.testing.assert_close(with_steps.trajectory.predicted[-1], with_steps.latent, rtol=1e-4, atol=1e-4)
     # The first is predicted from pure noise, which is keyed: x̂₀ = √ᾱ x - √(1 - ᾱ) v.
     start = keyed_random.combine(

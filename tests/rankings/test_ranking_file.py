@@ -27,7 +27,7 @@ def test_order_is_by_score_and_then_by_id() -> None:
     assert order_of((), np.empty(0)).tolist() == []
 
 
-def test_order_does_not_depend_on_the_order_of_the_pictures() -> None:
+def test_order_does_not_depend_on_the_order_of_the_images() -> None:
     random = np.random.default_rng(0)
     ids, scores = [f"picture/{index}" for index in range(50)], random.integers(0, 8, 50).astype(float)
     expected = [ids[index] for index in order_of(ids, scores)]
@@ -37,8 +37,8 @@ def test_order_does_not_depend_on_the_order_of_the_pictures() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_score_that_is_no_number_names_the_picture(bad: float) -> None:
-    with pytest.raises(ValueError, match=f"The score of picture 'd' is {bad}; rankings need finite scores"):
+def test_a_score_that_is_no_number_names_the_image(bad: float) -> None:
+    with pytest.raises(ValueError, match=f"The score of image 'd' is {bad}; rankings need finite scores"):
         order_of(IDS, np.array([1.0, 2.0, bad, 0.0]))
 
 
@@ -68,7 +68,7 @@ def test_the_file_is_sorted_by_query_and_rank(tmp_path: Path) -> None:
     ]
 
 
-def test_p_values_go_with_their_pictures(tmp_path: Path) -> None:
+def test_p_values_go_with_their_images(tmp_path: Path) -> None:
     write_ranking(tmp_path, RANKINGS, {"first": np.array([0.1, 0.2]), "second": np.array([0.3, 0.4, 0.5, 0.6])})
     table = pq.read_table(tmp_path / RANKING).to_pydict()
     assert dict(zip(table["image"], table["p_value"], strict=True)) == {
@@ -92,7 +92,7 @@ def test_a_ranking_comes_back(tmp_path: Path) -> None:
 def test_a_bad_score_leaves_the_former_file(tmp_path: Path) -> None:
     write_ranking(tmp_path, RANKINGS)
     before = (tmp_path / RANKING).read_bytes()
-    with pytest.raises(ValueError, match="picture 'x'"):
+    with pytest.raises(ValueError, match="image 'x'"):
         write_ranking(tmp_path, {"first": (("x",), np.array([float("nan")]))})
     assert (tmp_path / RANKING).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [RANKING]

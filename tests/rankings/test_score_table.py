@@ -59,7 +59,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ScoreTable(tmp_path / "table", ["fox"])
     with pytest.raises(ValueError, match=r"shape \(2, 1\), but 2 queries and 2 ids"):
         table.write(0, ["a", "b"], np.zeros((2, 1)))
-    with pytest.raises(ValueError, match="Picture 'b' scores nan for query 'a house'"):
+    with pytest.raises(ValueError, match="Image 'b' scores nan for query 'a house'"):
         table.write(0, ["a", "b"], np.array([[0.0, 0.0], [0.0, np.nan]]))
     assert table.parts() == []
     with pytest.raises(ValueError, match="no query 'dog'"):

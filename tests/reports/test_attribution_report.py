@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.reports.attribution_report import QueryReport, RankedPicture, Share, write_report
+from wherefrom.reports.attribution_report import QueryReport, RankedImage, Share, write_report
 from wherefrom.reports.images import png_data_uri
 
 # Those that neither run anything nor load anything; an image's source and a link's target are looked at besides.
@@ -84,8 +84,8 @@ def _pixels(seed: int, shape: tuple[int, int] = (8, 8)) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-def _picture(rank: int = 1, score: float = 0.5, p_value: float | None = 0.007, **changes: str) -> RankedPicture:
-    picture = RankedPicture(
+def _image(rank: int = 1, score: float = 0.5, p_value: float | None = 0.007, **changes: str) -> RankedImage:
+    image = RankedImage(
         f"style/{rank}",
         rank,
         score,
@@ -95,11 +95,11 @@ def _picture(rank: int = 1, score: float = 0.5, p_value: float | None = 0.007, *
         "CC-BY-4.0",
         {"author": "Ada", "license": "X"},
     )
-    return replace(picture, **changes)  # type: ignore[arg-type]
+    return replace(image, **changes)  # type: ignore[arg-type]
 
 
 def _query(
-    ranked: Sequence[RankedPicture] = (_picture(1), _picture(2, -0.25)),
+    ranked: Sequence[RankedImage] = (_image(1), _image(2, -0.25)),
     prompt: str = "a fox",
     shares: Mapping[str, Sequence[Share]] | None = None,
 ) -> QueryReport:
@@ -147,22 +147,22 @@ def test_shows_everything(tmp_path: Path) -> None:
         assert term in page.texts
 
 
-def test_pictures_are_the_right_ones(tmp_path: Path) -> None:
+def test_images_are_the_right_ones(tmp_path: Path) -> None:
     page = _write(tmp_path)
     images = page.all("img")
     for image, seed, side in zip(images, (99, 1, 2), (256, 128, 128), strict=True):
         np.testing.assert_array_equal(_decode(image["src"]), _pixels(seed))
         assert (image["width"], image["height"], image["class"]) == (str(side), str(side), "pixels")
     assert [image["alt"] for image in images] == [
-        "Generated picture 1: a fox",
-        "Training picture style/1: caption 1",
-        "Training picture style/2: caption 2",
+        "Generated image 1: a fox",
+        "Training image style/1: caption 1",
+        "Training image style/2: caption 2",
     ]
     assert ".pixels{image-rendering:pixelated}" in page.source
 
 
-def test_large_pictures_are_reduced_in_proportion(tmp_path: Path) -> None:
-    large = replace(_picture(), pixels=_pixels(0, (300, 900)))
+def test_large_images_are_reduced_in_proportion(tmp_path: Path) -> None:
+    large = replace(_image(), pixels=_pixels(0, (300, 900)))
     image = _write(tmp_path, _query([large])).all("img")[1]
     assert _decode(image["src"]).shape == (85, 256, 3)
     assert (image["width"], image["height"], image.get("class")) == ("128", "43", None)
@@ -181,9 +181,9 @@ def test_nothing_from_outside_and_no_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_text_is_inert_everywhere(tmp_path: Path, hostile: str) -> None:
     calm = _write(tmp_path, _query(shares={"group": [Share("name", 0.5, 0.4, 0.6, 0.5)]}), _query())
-    picture = RankedPicture(hostile, 1, 0.5, None, _pixels(1), hostile, hostile, {hostile: hostile})
+    image = RankedImage(hostile, 1, 0.5, None, _pixels(1), hostile, hostile, {hostile: hostile})
     shares = {hostile: [Share(hostile, 0.5, 0.4, 0.6, 0.5)]}
-    query = QueryReport(hostile, hostile, _pixels(99), [picture, picture], shares, {hostile: hostile}, [hostile])
+    query = QueryReport(hostile, hostile, _pixels(99), [image, image], shares, {hostile: hostile}, [hostile])
     path = tmp_path / "hostile.html"
     write_report(path, hostile, [query, query], {hostile: hostile}, [hostile], hostile)
     page = Page(path)
@@ -200,21 +200,21 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path, hostile: str) -> None:
     if hostile.startswith(("<", '"', "'")):
         shown = [text for text in page.texts if text == hostile]
         # Title twice; run fact (2), note, method; per query: prompt (and in the navigation), id, fact (2), note,
-        # share column and name; per picture: id, caption, licence, group (2).
+        # share column and name; per image: id, caption, licence, group (2).
         assert len(shown) == 2 + 2 + 1 + 1 + 2 * (2 + 1 + 2 + 1 + 2) + 4 * 5
 
 
 def test_controls_are_written_out(tmp_path: Path) -> None:
-    page = _write(tmp_path, _query([_picture(caption="\u202egnp.exe\x00")]))
+    page = _write(tmp_path, _query([_image(caption="\u202egnp.exe\x00")]))
     assert "⟦U+202E⟧gnp.exe⟦U+0000⟧" in page.texts
 
 
 def test_missing_texts_are_said(tmp_path: Path) -> None:
-    page = _write(tmp_path, _query([_picture(p_value=None, caption=" ", license="")], prompt=" \n"))
+    page = _write(tmp_path, _query([_image(p_value=None, caption=" ", license="")], prompt=" \n"))
     for text in ("(no prompt given)", "no p-value", "(no caption)", "not stated"):
         assert text in page.texts
-    assert page.all("img")[0]["alt"] == "Generated picture 1"
-    assert "No training picture was ranked." in _write(tmp_path, _query([])).texts
+    assert page.all("img")[0]["alt"] == "Generated image 1"
+    assert "No training image was ranked." in _write(tmp_path, _query([])).texts
 
 
 def test_navigation_only_between_several(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_navigation_only_between_several(tmp_path: Path) -> None:
     ],
 )
 def test_scores(tmp_path: Path, scores: list[float], shown: list[str]) -> None:
-    page = _write(tmp_path, _query([_picture(rank, score) for rank, score in enumerate(scores, 1)]))
+    page = _write(tmp_path, _query([_image(rank, score) for rank, score in enumerate(scores, 1)]))
     texts = [text.replace("\u202f", " ") for text in page.texts]
     assert [text for text in texts if text in shown] == shown
 
@@ -257,7 +257,7 @@ def test_scores(tmp_path: Path, scores: list[float], shown: list[str]) -> None:
     ],
 )
 def test_p_values(tmp_path: Path, p: float, shown: str) -> None:
-    page = _write(tmp_path, _query([_picture(p_value=p)]))
+    page = _write(tmp_path, _query([_image(p_value=p)]))
     assert shown in [text.replace("\u202f", " ") for text in page.texts]
 
 
@@ -291,12 +291,12 @@ def test_small_shares_get_a_longer_scale_and_the_rest_is_summed(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        (_query([_picture(1), _picture(2, float("nan"))]), "'style/2'.*is nan"),
-        (_query([_picture(1, float("inf"))]), "'style/1'.*is inf"),
-        (_query([_picture(1, p_value=1.5)]), "p-value of training picture 'style/1'.*is 1.5"),
-        (_query([_picture(1, p_value=float("nan"))]), "p-value of training picture 'style/1'.*is nan"),
-        (_query([replace(_picture(), pixels=np.zeros((4, 4), np.uint8))]), "'style/1'.*uint8 RGB"),
-        (_query([replace(_picture(), pixels=np.zeros((4, 4, 3)))]), "'style/1'.*float64"),  # type: ignore[arg-type]
+        (_query([_image(1), _image(2, float("nan"))]), "'style/2'.*is nan"),
+        (_query([_image(1, float("inf"))]), "'style/1'.*is inf"),
+        (_query([_image(1, p_value=1.5)]), "p-value of training image 'style/1'.*is 1.5"),
+        (_query([_image(1, p_value=float("nan"))]), "p-value of training image 'style/1'.*is nan"),
+        (_query([replace(_image(), pixels=np.zeros((4, 4), np.uint8))]), "'style/1'.*uint8 RGB"),
+        (_query([replace(_image(), pixels=np.zeros((4, 4, 3)))]), "'style/1'.*float64"),  # type: ignore[arg-type]
         (_query(shares={"author": [Share("a", float("nan"), 0.0, 1.0, None)]}), "author 'a'"),
         (_query(shares={"author": [Share("a", 0.5, 0.6, 0.5, None)]}), "author 'a'"),
         (_query(shares={"author": [Share("a", 0.5, 0.4, 0.6, 1.2)]}), "author 'a'"),

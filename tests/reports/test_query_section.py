@@ -14,7 +14,7 @@ from wherefrom.runtime.artifacts import Store
 
 
 def test_the_report_says_when_nothing_stands_out(tmp_path: Path) -> None:
-    train_set, held_out = tiny_latents(12).pictures, tiny_latents(30, seed=1).pictures
+    train_set, held_out = tiny_latents(12).images, tiny_latents(30, seed=1).images
     query = Query("query", "red", np.zeros((8, 8, 3), dtype=np.uint8))
     for seed in range(3):
         data = TrainingData(train_set, held_out=held_out)
@@ -23,26 +23,26 @@ def test_the_report_says_when_nothing_stands_out(tmp_path: Path) -> None:
         assert "Nothing stands out" in (folder / "report.html").read_text()
 
 
-def test_the_report_warns_of_a_picture_that_the_model_cannot_represent(tmp_path: Path) -> None:
+def test_the_report_warns_of_a_image_that_the_model_cannot_represent(tmp_path: Path) -> None:
     data = tiny_latents(40)
-    training = TrainingData(data.pictures, data)
+    training = TrainingData(data.images, data)
     model = tiny_model(encoder=tiny_encoder(tmp_path / "text"))
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     queries = [
         Query("usual", "red", pixels, data.latents[3, 0]),
         Query("strange", "red", pixels, data.latents[3, 0] * 9),
     ]
-    method = InfluenceFunction(draws=4, grid=LossGrid(timesteps=1), curvature="identity")
+    method = InfluenceFunction(noise_samples=4, grid=LossGrid(timesteps=1), curvature="identity")
     results = attribute(tmp_path / "run", method, training, model, queries, Store(tmp_path / "store"), one_process())
     usual, strange = (scores.facts["loss_excess"] for scores in results)
     assert usual < 3 < strange
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("The model cannot represent this picture well") == 1
+    assert page.count("The model cannot represent this image well") == 1
     assert f"{strange:.1f} interquartile ranges" in page
 
 
 def test_the_report_warns_of_scores_that_are_nearly_uniform(tmp_path: Path) -> None:
-    data = TrainingData(tiny_latents(400).pictures)
+    data = TrainingData(tiny_latents(400).images)
     query = Query("query", "red", np.zeros((8, 8, 3), dtype=np.uint8))
     attribute(tmp_path / "run", Random(0), data, None, [query], Store(tmp_path / "store"), one_process())
     assert "The scores are nearly uniform" in (tmp_path / "run" / "report.html").read_text()

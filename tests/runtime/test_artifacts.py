@@ -217,7 +217,7 @@ FULL_DISK = """
     def text(folder, count):
         write_json(folder / "file", ["x" * 3072] * count)
 
-    write = {"pictures": pictures, "plain": plain, "tensors": tensors, "table": table, "text": text}[writer]
+    write = {"images": images, "plain": plain, "tensors": tensors, "table": table, "text": text}[writer]
     store = Store(root)
     earlier = store.make("kind", {"count": 2}, lambda folder: write(folder, 2))
     before = {path.name: path.read_bytes() for path in earlier.iterdir()}

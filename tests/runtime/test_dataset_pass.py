@@ -21,17 +21,17 @@ from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.dataset_pass import MERGED, RANK_FILES, run_pass
 from wherefrom.runtime.distributed import Runner
 
-COUNT, CHUNK = 21, 2  # eleven chunks, the last of one picture
+COUNT, CHUNK = 21, 2  # eleven chunks, the last of one image
 IDENTITY = {"test": "passes"}
 ROOT = Path(__file__).parents[2]
 
 
 class Count:
-    """Counts how often each picture is seen, and sums numbers whose order of summation shows in the last digits.
+    """Counts how often each image is seen, and sums numbers whose order of summation shows in the last digits.
 
     Args:
         log: File to which every step is written, before it is done.
-        stop: First picture of the chunk at which to stop.
+        stop: First image of the chunk at which to stop.
         kill: Stop by SIGKILL instead of an exception.
     """
 
@@ -122,7 +122,7 @@ def run_together(root: Path, world_size: int) -> list[Count]:
 
 
 def steps(root: Path) -> list[int]:
-    """First pictures of the chunks that were begun, over all processes."""
+    """First images of the chunks that were begun, over all processes."""
     return [int(line) for log in sorted(root.glob("steps*.log")) for line in log.read_text().split()]
 
 
@@ -216,7 +216,7 @@ def test_a_pass_that_is_stopped_again_and_again_gets_done(tmp_path: Path) -> Non
 
 
 def test_another_number_of_processes_goes_on_with_what_several_left(tmp_path: Path) -> None:
-    # Rank r of three begins with the chunks r, r + 3, …: pictures 0 6 12, 2 8 14 and 4 10 16.
+    # Rank r of three begins with the chunks r, r + 3, …: images 0 6 12, 2 8 14 and 4 10 16.
     for rank, stop in ((0, 12), (1, 14), (2, 10)):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, Alone(CPU, rank, 3), stop)

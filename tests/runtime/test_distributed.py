@@ -32,7 +32,7 @@ from tests.support.tiny import (
 from wherefrom.attributors import AttributionByUnlearning, JourneyTRAK, Query, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.curvature import Diagonal, FisherSettings
-from wherefrom.gradients.loss_grid import LossDraws, LossGrid
+from wherefrom.gradients.loss_grid import LossGrid, LossSamples
 from wherefrom.gradients.projection import Projection
 from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
@@ -65,20 +65,20 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     model, data = tiny_model(encoder=LatentEncoder(tiny_vae(), text)), tiny_latents(COUNT)
     attributor = AttributionByUnlearning(
         "all",
-        UnlearningSettings(steps=2, draws=160, rise=0.05, measure_draws=160),
+        UnlearningSettings(steps=2, noise_samples=160, relative_loss_increase=0.05, measurement_samples=160),
         LossGrid(timesteps=2),
-        fisher=FisherSettings(visits=1),
+        fisher=FisherSettings(samples_per_image=1),
     )
     held_out = tiny_latents(6, seed=1)
-    training = TrainingData(data.pictures, data, held_out.pictures, held_out)
+    training = TrainingData(data.images, data, held_out.images, held_out)
     attributor.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
     assert isinstance(attributor.curvature, Diagonal)
     plus = AttributionByUnlearning(
         "cross_attention",
-        UnlearningSettings(draws=160, rise=0.01, measure_draws=160),
+        UnlearningSettings(noise_samples=160, relative_loss_increase=0.01, measurement_samples=160),
         LossGrid(timesteps=2),
         curvature="ekfac",
-        fisher=FisherSettings(visits=1),
+        fisher=FisherSettings(samples_per_image=1),
     )
     plus.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
     latent = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -86,7 +86,7 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     (scores,) = attributor.score([query])
     (plus_scores,) = plus.score([query])
     trajectory = Trajectory((999, 499), torch.stack([latent.flip(0), latent]))
-    journey = JourneyTRAK(projection=Projection(128), grid=LossDraws(draws=1), resamplings=5)
+    journey = JourneyTRAK(projection=Projection(128), grid=LossSamples(noise_samples=1), resamplings=5)
     journey.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
     (journey_scores,) = journey.score([replace(query, trajectory=trajectory)])
     weights = select_weights(model.denoiser, "all")

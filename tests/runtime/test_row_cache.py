@@ -1,4 +1,4 @@
-"""Rows by picture: the same however the work is cut, never done twice, and on disk only."""
+"""Rows by image: the same however the work is cut, never done twice, and on disk only."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_chunks_of_another_size_are_not_mixed_in(tmp_path: Path) -> None:
     assert not list(Store(tmp_path).path("squares", IDENTITY).glob("chunk-*"))
 
 
-def test_rows_of_other_pictures_are_refused(tmp_path: Path) -> None:
+def test_rows_of_other_images_are_refused(tmp_path: Path) -> None:
     make(tmp_path, squares([]))
-    with pytest.raises(ArtifactMismatchError, match="holds rows of 10 other pictures than the 2 asked for"):
+    with pytest.raises(ArtifactMismatchError, match="holds rows of 10 other images than the 2 asked for"):
         make_rows(squares([]), ["a", "b"], Store(tmp_path), "squares", IDENTITY, one_process())

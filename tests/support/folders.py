@@ -1,4 +1,4 @@
-"""Small folders of captioned pictures to test with."""
+"""Small folders of captioned images to test with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def paint(path: Path, seed: int, size: tuple[int, int] = (8, 8)) -> np.ndarray:
 
 
 def make(folder: Path, count: int = 3, kind: str = "jsonl", **cells: Any) -> Rows:
-    """Pictures 0.png, 1.png, … with captions; further cells are the same for all."""
+    """Images 0.png, 1.png, … with captions; further cells are the same for all."""
     rows = [{"file_name": f"{index}.png", "text": f"number {index}", **cells} for index in range(count)]
     for index, row in enumerate(rows):
         paint(folder / row["file_name"], index)

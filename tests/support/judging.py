@@ -10,7 +10,7 @@ import torch
 
 from datamodules import ImageFolder
 from lightning_modules.launch import runs
-from tests.support.tiny import LENGTH, one_process, text_folder, tiny_folder, tiny_pipeline, tiny_process, tiny_unet
+from tests.support.tiny import LENGTH, one_process, text_folder, tiny_folder, tiny_pipeline, tiny_schedule, tiny_unet
 from wherefrom.attributors import Attributor, InfluenceFunction, Scores
 from wherefrom.counterfactual.measurements import Measurements
 from wherefrom.counterfactual.reattribution import Reattribution
@@ -29,23 +29,23 @@ SOURCE = QuerySource(prompts=["red square", "blue circle", "a big stripe"], samp
 
 def quick_influence() -> Attributor:
     """A method that asks a model, in moments."""
-    return InfluenceFunction(draws=2, grid=LossGrid(timesteps=1, flips=False), curvature="identity")
+    return InfluenceFunction(noise_samples=2, grid=LossGrid(timesteps=1, flips=False), curvature="identity")
 
 
 class Judge:
-    """Pictures, models, a panel and methods below one folder; `trained` and `said` list what was.
+    """Images, models, a panel and methods below one folder; `trained` and `said` list what was.
 
     It is interrupted as it says `stop_at`.
     """
 
     def __init__(self, folder: Path, methods: dict[str, Attributor], count: int = 12, **keywords: Any) -> None:
-        pictures, pipeline = folder / "pictures", folder / "pipeline"
-        if not pictures.exists():
-            tiny_folder(pictures, count)
+        images, pipeline = folder / "pictures", folder / "pipeline"
+        if not images.exists():
+            tiny_folder(images, count)
             tiny_pipeline(pipeline)
         encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
         store = Store(folder / "store")
-        module = ImageFolder(str(pictures), encoder=encoder, store=str(store.root))
+        module = ImageFolder(str(images), encoder=encoder, store=str(store.root))
         module.prepare_data()
         module.setup()
         self.folder, self.methods, self.store = folder, methods, store
@@ -57,10 +57,10 @@ class Judge:
         def train(retrain: Retrain, place: Path) -> None:
             self.trained.append(retrain)
             seed = hash_text(f"{retrain.seed}/{'/'.join(sorted(retrain.exclude))}") % 2**31
-            model = DiffusionModel(tiny_unet(seed), tiny_process(), encoder)
+            model = DiffusionModel(tiny_unet(seed), tiny_schedule(), encoder)
             save_pipeline(place / "pipeline", model, str(text_folder(pipeline)), torch.float32)
 
-        def say(message: str) -> None:
+        def log(message: str) -> None:
             self.said.append(message)
             if message == self.stop_at:
                 raise KeyboardInterrupt
@@ -72,7 +72,7 @@ class Judge:
         self.queries = generate(self.base, SOURCE.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
         panel = Panel(self.queries, self.base, SOURCE, timesteps=4)
         table = Measurements(folder / "retrains.parquet")
-        self.sweep = Sweep(self.retrains, panel, table, say=say, **keywords)
+        self.sweep = Sweep(self.retrains, panel, table, log=log, **keywords)
         self.again = Reattribution(
             folder / "after",
             methods,
@@ -81,11 +81,11 @@ class Judge:
             self.queries,
             store,
             one_process(),
-            say=say,
+            log=log,
         )
 
     def first(self) -> dict[str, list[Scores]]:
-        """Method -> scores of all queries under the model with all pictures."""
+        """Method -> scores of all queries under the model with all images."""
         found = {}
         for name, method in self.methods.items():
             method.fit(self.data, self.base, self.store, one_process())

@@ -31,7 +31,7 @@ def names(count: int, first: int = 0) -> list[str]:
 
 
 def table(ids: Sequence[str]) -> pa.Table:
-    """Rows of pictures with these ids."""
+    """Rows of images with these ids."""
     columns = {"license": [f"licence {name}" for name in ids], "group": ["one"] * len(ids)}
     return make_rows(ids, [[f"caption of {name}"] for name in ids], columns)
 

@@ -17,9 +17,9 @@ def planted_teacher(
 
     Args:
         queries: Number of queries.
-        images: Number of training pictures.
+        images: Number of training images.
         width: Width of the features, side by side.
-        scored: The teacher scores this many nearest pictures (cosine of the raw features); None is all.
+        scored: The teacher scores this many nearest images (cosine of the raw features); None is all.
         seed: Seed of features and teacher.
     """
     random = torch.Generator().manual_seed(seed)

@@ -24,14 +24,14 @@ from transformers import (
     ViTModel,
 )
 
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.ranker import Ranker, save_ranker
 from wherefrom.gradients.query_loss import QueryLatent
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder, freeze
 from wherefrom.models.factories import unet_from_config
-from wherefrom.models.noise_schedule import ForwardProcess
+from wherefrom.models.noise_schedule import NoiseSchedule
 from wherefrom.models.pipeline import save_pipeline
 from wherefrom.runtime.distributed import Runner
 
@@ -80,15 +80,15 @@ def tiny_unet(seed: int = 0, channels: tuple[int, ...] = (8, 16)) -> UNet2DCondi
     return unet
 
 
-def tiny_process(prediction: str = "v_prediction") -> ForwardProcess:
+def tiny_schedule(prediction: str = "v_prediction") -> NoiseSchedule:
     """The papers' forward process."""
-    return ForwardProcess(DDPMScheduler(prediction_type=prediction))
+    return NoiseSchedule(DDPMScheduler(prediction_type=prediction))
 
 
-def tiny_latents(count: int = 12, captions: int = 1, seed: int = 0) -> LatentSet:
+def tiny_latents(count: int = 12, captions: int = 1, seed: int = 0) -> EncodedImages:
     """Random latents and states in float64, with ids that are not in the order of their hashes."""
     random = torch.Generator().manual_seed(seed)
-    pictures = Pictures(
+    images = ImageSet(
         ids=tuple(f"picture/{index:03d}" for index in range(count)),
         captions=tuple(tuple(f"caption {index} {k}" for k in range(captions)) for index in range(count)),
         pixels=np.zeros((count, 8, 8, 3), dtype=np.uint8),
@@ -98,7 +98,7 @@ def tiny_latents(count: int = 12, captions: int = 1, seed: int = 0) -> LatentSet
     latents = torch.randn(count, 2, 4, 4, 4, generator=random, dtype=torch.float64)
     states = torch.randn(count, captions, LENGTH, 12, generator=random, dtype=torch.float64)
     null = torch.zeros(LENGTH, 12, dtype=torch.float64)
-    return LatentSet(pictures, latents, states, null, pictures.fingerprint)
+    return EncodedImages(images, latents, states, null, images.fingerprint)
 
 
 def tiny_model(
@@ -109,7 +109,7 @@ def tiny_model(
     channels: tuple[int, ...] = (8, 16),
 ) -> DiffusionModel:
     """A tiny model, without an encoder unless one is given."""
-    return DiffusionModel(tiny_unet(seed, channels).to(dtype), tiny_process(prediction), encoder)
+    return DiffusionModel(tiny_unet(seed, channels).to(dtype), tiny_schedule(prediction), encoder)
 
 
 def moved_copy(model: DiffusionModel, size: float = 0.02, seed: int = 7) -> DiffusionModel:
@@ -157,7 +157,7 @@ def tiny_text_encoder(folder: Path) -> Path:
 
 
 def tiny_vae() -> AutoencoderKL:
-    """A random autoencoder from 8 x 8 pictures to 4 x 4 x 4 latents."""
+    """A random autoencoder from 8 x 8 images to 4 x 4 x 4 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         vae = AutoencoderKL(
@@ -186,13 +186,13 @@ def tiny_encoder(folder: Path) -> LatentEncoder:
 def tiny_pipeline(folder: Path, seed: int = 0, unet: UNet2DConditionModel | None = None) -> Path:
     """A diffusers pipeline folder of tiny random parts."""
     encoder = tiny_encoder(text_folder(folder))
-    model = DiffusionModel(tiny_unet(seed) if unet is None else unet, tiny_process(), encoder)
+    model = DiffusionModel(tiny_unet(seed) if unet is None else unet, tiny_schedule(), encoder)
     save_pipeline(folder, model, str(text_folder(folder)), torch.float32)
     return folder
 
 
 def tiny_folder(folder: Path, count: int = 16, size: int = 8, seed: int = 0) -> Path:
-    """A folder of small random pictures in Hugging Face's imagefolder layout, with a validation split."""
+    """A folder of small random images in Hugging Face's imagefolder layout, with a validation split."""
     random = np.random.default_rng(seed)
     rows = []
     for split, number in (("train", count), ("validation", max(4, count // 4))):
@@ -217,9 +217,9 @@ def training_config(folder: Path, name: str = "run", steps: int = 8, count: int 
 
     Folder and pipeline are made once, so several runs below one folder share data and frozen parts.
     """
-    pictures, pipeline, run = folder / "pictures", folder / "pipeline", folder / name
-    if not pictures.exists():
-        tiny_folder(pictures, count)
+    images, pipeline, run = folder / "pictures", folder / "pipeline", folder / name
+    if not images.exists():
+        tiny_folder(images, count)
         tiny_pipeline(pipeline)
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.0}}
     schedule = {"total_steps": steps, "warmup_steps": 2, "decay_steps": 3}
@@ -246,7 +246,7 @@ def training_config(folder: Path, name: str = "run", steps: int = 8, count: int 
         "data": {
             "class_path": "ImageFolder",
             "init_args": {
-                "folder": str(pictures),
+                "folder": str(images),
                 "store": str(folder / "store"),
                 "batch_size": 6,
                 "encoder": {
@@ -279,21 +279,21 @@ def training_config(folder: Path, name: str = "run", steps: int = 8, count: int 
 
 
 def attribution_config(folder: Path, name: str = "run", count: int = 16, **settings: Any) -> Path:
-    """An experiment file that attributes one drawn picture of a tiny pipeline over a tiny folder, in a few seconds."""
-    pictures, pipeline = folder / "pictures", folder / "pipeline"
-    if not pictures.exists():
-        tiny_folder(pictures, count)
+    """An experiment file that attributes one drawn image of a tiny pipeline over a tiny folder, in a few seconds."""
+    images, pipeline = folder / "pictures", folder / "pipeline"
+    if not images.exists():
+        tiny_folder(images, count)
         tiny_pipeline(pipeline)
     config = {
         "model": str(pipeline),
-        "data": {"class_path": "ImageFolder", "init_args": {"folder": str(pictures)}},
+        "data": {"class_path": "ImageFolder", "init_args": {"folder": str(images)}},
         "attributor": {
             "class_path": "AttributionByUnlearning",
             "init_args": {
                 "weights": "all",
-                "unlearning": {"draws": 32, "measure_draws": 32, "rise": 0.01},
+                "unlearning": {"noise_samples": 32, "measurement_samples": 32, "relative_loss_increase": 0.01},
                 "grid": {"timesteps": 2},
-                "fisher": {"visits": 1},
+                "fisher": {"samples_per_image": 1},
             },
         },
         "queries": {"prompts": ["a big red square"], "sampling_steps": 2},

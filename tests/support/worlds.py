@@ -21,8 +21,8 @@ LICENSES = [
 ]
 
 
-def picture(seed: int, size: tuple[int, int], kind: str = "JPEG") -> bytes:
-    """A picture of large soft blobs, which JPEG keeps."""
+def jpeg_of(seed: int, size: tuple[int, int], kind: str = "JPEG") -> bytes:
+    """An image of large soft blobs, which JPEG keeps."""
     small = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(small).resize(size).save(stream, kind, **({"quality": 95} if kind == "JPEG" else {}))
@@ -40,7 +40,7 @@ def make_coco(folder: Path, train: int = 12, validation: int = 4, captions: int 
         for index, image in enumerate(ids):
             name = f"{image:012d}.jpg"
             size = ((20, 14), (12, 18))[index % 2]
-            (folder / split / name).write_bytes(picture(image, size))
+            (folder / split / name).write_bytes(jpeg_of(image, size))
             images.append(
                 {
                     "license": (1, 8)[index % 2],
@@ -81,10 +81,10 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes, **fields: Any) -
 def sample_of(key: str, seed: int, order: int = 0) -> list[tuple[str, bytes]]:
     """The members of a sample, in one of six orders."""
     kind, extension = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))[seed % 3]
-    caption = f"a big {WORDS[seed % len(WORDS)]} picture"
+    caption = f"a big {WORDS[seed % len(WORDS)]} image"
     told = {"key": key, "caption": caption, "url": f"http://x/{key}", "width": 16, "height": 12, "status": "success"}
     members = [
-        (f"{key}.{extension}", picture(seed, (16, 12), kind)),
+        (f"{key}.{extension}", jpeg_of(seed, (16, 12), kind)),
         (f"{key}.json", json.dumps(told).encode()),
         (f"{key}.txt", caption.encode()),
     ]

@@ -3,10 +3,10 @@
 from wherefrom.attributors.base import Attributor
 from wherefrom.attributors.influence.attributor import InfluenceFunction
 from wherefrom.attributors.influence.banked import InfluenceBank
-from wherefrom.attributors.learned_ranker import Fast
-from wherefrom.attributors.magnitude import BySize
+from wherefrom.attributors.learned_ranker import LearnedRanker
+from wherefrom.attributors.magnitude import Magnitude
 from wherefrom.attributors.rank_ensemble import RankEnsemble
-from wherefrom.attributors.rerank import AmongNearest
+from wherefrom.attributors.rerank import Rerank
 from wherefrom.attributors.similarity import CaptionSimilarity, ImageSimilarity, PixelSimilarity, Random
 from wherefrom.attributors.trak.attributor import TRAK
 from wherefrom.attributors.trak.journey import JourneyTRAK
@@ -15,20 +15,20 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 
 __all__ = [
     "TRAK",
-    "AmongNearest",
     "AttributionByUnlearning",
     "Attributor",
-    "BySize",
     "CaptionSimilarity",
-    "Fast",
     "ImageSimilarity",
     "InfluenceBank",
     "InfluenceFunction",
     "JourneyTRAK",
+    "LearnedRanker",
+    "Magnitude",
     "PixelSimilarity",
     "Query",
     "Random",
     "RankEnsemble",
+    "Rerank",
     "Scores",
     "TrainingData",
 ]

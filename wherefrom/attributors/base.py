@@ -10,7 +10,7 @@ from typing import Any, Literal
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Progress, Say, silent
+from wherefrom.runtime.console import Log, Progress, no_log
 from wherefrom.runtime.distributed import Runner
 
 Need = Literal["model", "gradients", "features", "prompt", "trajectory"]
@@ -54,16 +54,16 @@ class Attributor(ABC):
 
     @abstractmethod
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes what the method needs once per training set and model, keeps it in the store and finds it again.
 
         Args:
-            data: Training pictures and the null.
+            data: Training images and the null.
             model: The model, for methods that require one.
             store: Where what is made is kept.
             runner: This process's place.
-            say: Is told what is being made.
+            log: Receives lines about what is being made.
 
         Raises:
             ValueError: Something that the method requires is missing.
@@ -71,10 +71,10 @@ class Attributor(ABC):
 
     @abstractmethod
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """Scores all training pictures, or only the candidates, yielding one query at a time as it is ready.
+        """Scores all training images, or only the candidates, yielding one query at a time as it is ready.
 
         Raises:
-            ValueError: `fit` has not run, or a candidate is not a training picture.
+            ValueError: `fit` has not run, or a candidate is not a training image.
         """
 
     @abstractmethod
@@ -82,14 +82,14 @@ class Attributor(ABC):
         """The settings that decide the scores."""
 
     def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """Ids of training pictures that were taken down, which no ranking may name first any more; none by default."""
+        """Ids of training images that were taken down, which no ranking may name first any more; none by default."""
         return frozenset()
 
     def check(self, queries: Sequence[Query]) -> None:
         """Refuses queries that the method cannot attribute, before anything long.
 
         Raises:
-            ValueError: A query asks for a region, and the method knows only whole pictures.
+            ValueError: A query asks for a region, and the method knows only whole images.
         """
         for query in queries:
             if query.region is not None and not self.takes_regions:
@@ -110,5 +110,5 @@ class Attributor(ABC):
         where = {name: index for index, name in enumerate(ids)}
         unknown = [name for name in candidates if name not in where]
         if unknown:
-            raise ValueError(f"{len(unknown)} candidates are not training pictures, such as {unknown[0]!r}.")
+            raise ValueError(f"{len(unknown)} candidates are not training images, such as {unknown[0]!r}.")
         return [where[name] for name in candidates]

@@ -1,4 +1,4 @@
-"""Fast attribution: a learned ranker embeds query and training pictures, and the nearest are the most influential.
+"""Fast attribution: a learned ranker embeds query and training images, and the nearest are the most influential.
 
 Fast Data Attribution, section 4: the ranker has learned the order of a slow method (see
 `wherefrom.distillation.teacher_set`), so that what took hours is a search by cosine.
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wherefrom.attributors.base import Attributor, Need, Work
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.calibration import load_calibration
 from wherefrom.distillation.ranker import load_ranker
-from wherefrom.features.base import ImageEncoder, TextEncoder, picture_features, query_features
+from wherefrom.features.base import ImageEncoder, TextEncoder, query_features, training_features
 from wherefrom.index import Embeddings, Hits, Index, build_index, embed, embed_training_set, ranker_identity, rows_of
 from wherefrom.index.build import KIND, index_identity
 from wherefrom.index.contents import read_removed
@@ -30,16 +30,16 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.estimates import Estimates
 from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 TAKEN_DOWN = -2.0  # below any cosine
 
 
-class Fast(Attributor):
-    """Cosine of a learned ranker's embeddings; `search` finds the first pictures in an index.
+class LearnedRanker(Attributor):
+    """Cosine of a learned ranker's embeddings; `search` finds the first images in an index.
 
-    A picture's features are those of its pixels and of its first caption, a query's those of its pixels and prompt.
+    An image's features are those of its pixels and of its first caption, a query's those of its pixels and prompt.
 
     Args:
         ranker: Folder of the ranker; see `save_ranker`.
@@ -81,7 +81,7 @@ class Fast(Attributor):
         place = None if calibration is None else Path(calibration)
         self.calibration = None if place is None else load_calibration(place, self.ranker, self.names)
         self._calibrated = {} if place is None else {"calibration": read_manifest(place)["curve"]}
-        self._ready: tuple[Pictures, Embeddings, Index, Embeddings | None] | None = None
+        self._ready: tuple[ImageSet, Embeddings, Index, Embeddings | None] | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
@@ -90,63 +90,63 @@ class Fast(Attributor):
 
     def work(self, data: TrainingData, queries: int) -> Work:
         """Bytes of embeddings and of an index that keeps them as they are; passes of a model it needs none."""
-        return Work(disk=2 * 4 * len(data.pictures) * int(self.ranker.sizes["outputs"]))
+        return Work(disk=2 * 4 * len(data.images) * int(self.ranker.sizes["outputs"]))
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes features, embeddings and index once, or finds them in the store."""
-        say(f"embeddings of {len(data.pictures):,} training pictures by {' and '.join(self.names)}")
+        log(f"embeddings of {len(data.images):,} training images by {' and '.join(self.names)}")
         self.ranker.to(runner.device)
-        embeddings = self._embeddings(data.pictures, store, runner)
+        embeddings = self._embeddings(data.images, store, runner)
         held_out = data.held_out
         null = self._embeddings(held_out, store, runner) if held_out is not None and len(held_out) else None
-        say(f"index {self.factory}")
+        log(f"index {self.factory}")
         folder = build_index(
             store,
             runner,
-            rows_of(data.pictures),
+            rows_of(data.images),
             embeddings,
-            self._training(data.pictures),
+            self._training(data.images),
             self.factory,
             progress=self.progress,
         )
         index = Index(folder, self.ranker_identity, self.settings, self.mmap, self.gpu)
-        self._ready = data.pictures, embeddings, index, null
+        self._ready = data.images, embeddings, index, null
 
     def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """What was taken down from the index of these pictures, where there is one."""
-        training, dimension = self._training(data.pictures), int(self.ranker.sizes["outputs"])
+        """What was taken down from the index of these images, where there is one."""
+        training, dimension = self._training(data.images), int(self.ranker.sizes["outputs"])
         folder = store.find(KIND, index_identity(self.ranker_identity, training, self.factory, dimension))
         return frozenset() if folder is None else frozenset(read_removed(folder, read_manifest(folder)))
 
     @property
     def index(self) -> Index:
-        """The index, to add pictures to it or take them down.
+        """The index, to add images to it or take them down.
 
         Raises:
             ValueError: `fit` has not run.
         """
         return self._fitted()[2]
 
-    def _fitted(self) -> tuple[Pictures, Embeddings, Index, Embeddings | None]:
+    def _fitted(self) -> tuple[ImageSet, Embeddings, Index, Embeddings | None]:
         if self._ready is None:
             raise ValueError("fit must run before score and search.")
         return self._ready
 
-    def _training(self, pictures: Pictures) -> dict[str, Any]:
+    def _training(self, images: ImageSet) -> dict[str, Any]:
         """Identity of the training set, of its rows and features."""
-        rows = {"captions": pictures.captions, "columns": {name: list(c) for name, c in pictures.columns.items()}}
+        rows = {"captions": images.captions, "columns": {name: list(c) for name, c in images.columns.items()}}
         return {
-            "pictures": pictures.fingerprint,
-            "ids": identity_hash({"ids": list(pictures.ids)}),
+            "pictures": images.fingerprint,
+            "ids": identity_hash({"ids": list(images.ids)}),
             "rows": identity_hash(rows),
             "encoders": {name: encoder.identity() for name, encoder in self.encoders.items()},
         }
 
-    def _embeddings(self, pictures: Pictures, store: Store, runner: Runner) -> Embeddings:
-        features = [picture_features(pictures, each, store, self.progress) for each in self.encoders.values()]
-        training = self._training(pictures)
+    def _embeddings(self, images: ImageSet, store: Store, runner: Runner) -> Embeddings:
+        features = [training_features(images, each, store, self.progress) for each in self.encoders.values()]
+        training = self._training(images)
         return embed_training_set(self.ranker, self.names, features, training, store, runner, self.progress)
 
     def embed_queries(self, queries: Sequence[Query]) -> Embeddings:
@@ -159,23 +159,23 @@ class Fast(Attributor):
         return Embeddings(embed(self.ranker, features, self.names), self.ranker_identity)
 
     def search(self, queries: Sequence[Query], k: int) -> list[Hits]:
-        """The k most influential pictures of each query, by the index.
+        """The k most influential images of each query, by the index.
 
         Raises:
-            ValueError: `fit` has not run, a query asks for a region, or the index has not k pictures.
+            ValueError: `fit` has not run, a query asks for a region, or the index has not k images.
         """
         self.check(queries)
         index = self._fitted()[2]
         return index.search(self.embed_queries(queries), k)
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time: exact cosines with all training pictures, whatever the index.
+        """One query at a time: exact cosines with all training images, whatever the index.
 
-        Pictures that were taken down from the index come after all others, at `TAKEN_DOWN`.
+        Images that were taken down from the index come after all others, at `TAKEN_DOWN`.
         """
-        pictures, embeddings, index, null = self._fitted()
-        chosen = self.positions(pictures.ids, candidates)
-        ids = tuple(pictures.ids[index] for index in chosen)
+        images, embeddings, index, null = self._fitted()
+        chosen = self.positions(images.ids, candidates)
+        ids = tuple(images.ids[index] for index in chosen)
         vectors = embeddings.vectors if candidates is None else embeddings.vectors[np.asarray(chosen, dtype=np.intp)]
         gone = np.isin(np.asarray(ids), list(index.removed))
         for query in queries:

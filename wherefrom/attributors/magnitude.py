@@ -12,7 +12,7 @@ from wherefrom.attributors.base import Attributor, Work
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 
@@ -22,10 +22,10 @@ def by_size(scores: Scores) -> Scores:
     return replace(scores, scores=np.abs(scores.scores), null=np.abs(scores.null), parts=parts)
 
 
-class BySize(Attributor):
-    """Ranks by |score|: pictures that a method says much about, for or against.
+class Magnitude(Attributor):
+    """Ranks by |score|: images that a method says much about, for or against.
 
-    Scores that are changes of a loss have a sign. Pictures that share a caption or a new word are learned at each
+    Scores that are changes of a loss have a sign. Images that share a caption or a new word are learned at each
     other's expense: what makes a model forget one of them can make it better at the others, which then come last.
 
     Args:
@@ -55,11 +55,11 @@ class BySize(Attributor):
         return self.method.work(data, queries)
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes what the method needs."""
         self.method.progress = self.progress
-        self.method.fit(data, model, store, runner, say)
+        self.method.fit(data, model, store, runner, log)
         self.fit_s = self.method.fit_s
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:

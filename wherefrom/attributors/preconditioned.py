@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from wherefrom.curvature import (
     load_diagonal,
     load_ekfac,
 )
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.query_loss import QueryLatent, as_latent
 from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights, reduce_losses, spread_weights
@@ -34,20 +33,21 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, select_weights
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.stable_names import settings_identity
 
 Form = Literal["diagonal", "ekfac", "identity"]
-_REFERENCE = 256  # training pictures whose changes say how far a timestep's changes spread
+_REFERENCE = 256  # training images whose changes say how far a timestep's changes spread
 
 
-class CurvedAttributor(Attributor):
+class PreconditionedAttributor(Attributor):
     """Base of the methods with a curvature.
 
     Args:
         weights: Which weights' gradients count.
         grid: Where training losses are measured.
-        flip: How a picture's score is made from its own and its mirror image's.
+        flip: How an image's score is made from its own and its mirror image's.
         curvature: Form of the Fisher information: its diagonal, EK-FAC, or none.
         fisher: How it is sampled.
         damping: Its relative damping.
@@ -57,7 +57,7 @@ class CurvedAttributor(Attributor):
         batch_size: Forward passes at a time; does not change the result.
         breakdown: Which parts of the scores are kept beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training pictures, so that no timestep drowns the others.
+            timestep's changes by their spread over 256 training images, so that no timestep drowns the others.
 
     Raises:
         ValueError: The form of curvature or the timesteps' weights are unknown, or there are more timestep bands than
@@ -93,11 +93,11 @@ class CurvedAttributor(Attributor):
         self.form: Form = curvature
         self.fisher, self.damping, self.layers_per_pass = fisher, damping, layers_per_pass
         self.fisher_path, self.curvature_from = fisher_path, curvature_from
-        self._ready: tuple[DiffusionModel, LatentSet, LatentSet | None, Store, Runner] | None = None
+        self._ready: tuple[DiffusionModel, EncodedImages, EncodedImages | None, Store, Runner] | None = None
         self._taken: Curvature | None = None
 
     def take_curvature(
-        self, model: DiffusionModel, data: TrainingData, store: Store, runner: Runner, say: Say = silent
+        self, model: DiffusionModel, data: TrainingData, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes the curvature on this model and data, and uses it from now on, whatever model is attributed.
 
@@ -108,42 +108,42 @@ class CurvedAttributor(Attributor):
         """
         if data.latents is None:
             raise ValueError(f"{type(self).__name__} takes curvature over latents; there are none.")
-        self._taken = self._make_curvature(model, data.latents, store, runner, say)
+        self._taken = self._make_curvature(model, data.latents, store, runner, log)
         self.curvature_from = f"{model.fingerprint()} over {data.latents.fingerprint}"
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
         return {
             "weights": self.weights,
-            "grid": asdict(self.grid),
+            "grid": settings_identity(self.grid),
             "flip": self.flip,
             "curvature": self.form,
-            "fisher": asdict(self.fisher),
+            "fisher": settings_identity(self.fisher),
             "damping": self.damping,
             "fisher_path": self.fisher_path,
             "curvature_from": self.curvature_from,
-            "breakdown": asdict(self.breakdown),
+            "breakdown": settings_identity(self.breakdown),
             "timestep_weights": self.timestep_weights,
         }
 
     def prepare(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say
-    ) -> tuple[DiffusionModel, LatentSet]:
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log
+    ) -> tuple[DiffusionModel, EncodedImages]:
         """Remembers what is attributed to, and makes the curvature.
 
         Raises:
             ValueError: There is no model, or no latents; or the curvature cannot be made or is another model's.
         """
         if model is None or data.latents is None:
-            raise ValueError(f"{type(self).__name__} needs a model and the latents of its training pictures.")
+            raise ValueError(f"{type(self).__name__} needs a model and the latents of its training images.")
         model.check(data.latents.latents[0, 0], data.latents.null_states)
         self._ready = (model, data.latents, data.held_out_latents, store, runner)
         started = time.monotonic()
-        self.curvature = self._make_curvature(model, data.latents, store, runner, say)
+        self.curvature = self._make_curvature(model, data.latents, store, runner, log)
         self.fit_s = {"curvature": time.monotonic() - started}
         return model, data.latents
 
-    def ready(self) -> tuple[DiffusionModel, LatentSet, LatentSet | None, Store, Runner]:
+    def ready(self) -> tuple[DiffusionModel, EncodedImages, EncodedImages | None, Store, Runner]:
         """What `prepare` remembered.
 
         Raises:
@@ -154,22 +154,22 @@ class CurvedAttributor(Attributor):
         return self._ready
 
     def losses_of(self, data: TrainingData) -> int:
-        """Forward passes that measure all pictures, the null included, on the grid once."""
+        """Forward passes that measure all images, the null included, on the grid once."""
         assert data.latents is not None
         held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
         flips = 2 if self.grid.flips else 1
-        pictures = len(data.latents) + held_out
-        return pictures * flips * data.latents.states.shape[1] * self.grid.timesteps * self.grid.draws
+        images = len(data.latents) + held_out
+        return images * flips * data.latents.states.shape[1] * self.grid.timesteps * self.grid.noise_samples
 
     def curvature_passes(self, data: TrainingData) -> int:
         """Forward passes that the curvature costs; a backward pass counts as two."""
         assert data.latents is not None
         passes = {"identity": 0, "diagonal": 1, "ekfac": 2}[self.form]
         made = self.fisher_path is not None or self._taken is not None
-        return 0 if made else 3 * passes * len(data.latents) * self.fisher.per_picture
+        return 0 if made else 3 * passes * len(data.latents) * self.fisher.per_image
 
     def _make_curvature(
-        self, model: DiffusionModel, data: LatentSet, store: Store, runner: Runner, say: Say
+        self, model: DiffusionModel, data: EncodedImages, store: Store, runner: Runner, log: Log
     ) -> Curvature:
         if self._taken is not None:
             return self._taken
@@ -182,7 +182,7 @@ class CurvedAttributor(Attributor):
             curvature.check(names, f"The curvature in {self.fisher_path}")
             return curvature
         if self.form == "ekfac":
-            say(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass, store, runner.world_size))
+            log(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass, store, runner.world_size))
             return fit_ekfac(
                 model,
                 data,
@@ -194,7 +194,7 @@ class CurvedAttributor(Attributor):
                 self.layers_per_pass,
                 progress=self.progress,
             )
-        say(f"Fisher information of {self.weights} over {len(data):,} training pictures")
+        log(f"Fisher information of {self.weights} over {len(data):,} training images")
         return fit_diagonal(model, data, names, store, runner, self.fisher, self.damping, progress=self.progress)
 
     def query_latent(self, query: Query) -> QueryLatent:
@@ -204,12 +204,12 @@ class CurvedAttributor(Attributor):
     def reference(
         self, change: Float[Tensor, "n f k t r *q"], chosen: Sequence[int], measure: Callable[[list[int]], Tensor]
     ) -> Float[Tensor, "m f k t r *q"]:
-        """Changes of the pictures that decide the timesteps' weights: the same ones whatever the candidates are.
+        """Changes of the images that decide the timesteps' weights: the same ones whatever the candidates are.
 
         Args:
             change: The candidates' changes.
             chosen: The candidates' positions in the training set.
-            measure: Measures the changes of training pictures at these positions.
+            measure: Measures the changes of training images at these positions.
         """
         if self.timestep_weights == "equal":
             return change[:0]
@@ -230,9 +230,9 @@ class CurvedAttributor(Attributor):
 
     def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:
         """Split-half reliability of the scores over the (t, ε) draws; NaN with a single draw."""
-        draws = change.double().mean(dim=2).flatten(2)
+        noise_samples = change.double().mean(dim=2).flatten(2)
 
         def score(part: Int64[NDArray[np.int64], " h"]) -> Float[NDArray[np.float64], " n"]:
-            return reduce_losses(draws[:, :, None, torch.from_numpy(part), None], self.flip).numpy()
+            return reduce_losses(noise_samples[:, :, None, torch.from_numpy(part), None], self.flip).numpy()
 
-        return split_half(score, draws.shape[2], self.grid.seed)
+        return split_half(score, noise_samples.shape[2], self.grid.seed)

@@ -14,7 +14,7 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.ranking_file import normalised_ranks
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 
@@ -24,7 +24,7 @@ class RankEnsemble(Attributor):
     Scores of different methods cannot be added; their ranks can.
 
     Args:
-        methods: The methods; each is asked about the same pictures.
+        methods: The methods; each is asked about the same images.
 
     Raises:
         ValueError: There are fewer than two.
@@ -56,12 +56,12 @@ class RankEnsemble(Attributor):
         return Work(*(sum(getattr(work, part) for work in each) for part in ("once", "per_query", "disk", "memory")))
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes what all methods need."""
         for method in self.methods:
             method.progress = self.progress
-            method.fit(data, model, store, runner, say)
+            method.fit(data, model, store, runner, log)
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
         """One query at a time."""
@@ -75,6 +75,6 @@ class RankEnsemble(Attributor):
 
 
 def _places(scores: Scores) -> Float[NDArray[np.float64], " m"]:
-    """The normalised ranks that the null's scores would have among the pictures' own."""
+    """The normalised ranks that the null's scores would have among the images' own."""
     ordered = np.sort(scores.scores)
     return (len(ordered) - np.searchsorted(ordered, scores.null, side="right")) / len(ordered)

@@ -1,4 +1,4 @@
-"""A dear method among the pictures that a cheap one chooses (Fast Data Attribution, section 4)."""
+"""A dear method among the images that a cheap one chooses (Fast Data Attribution, section 4)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from wherefrom.attributors.base import Attributor, Work
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.keyed_random import hash_text
 
 
-class AmongNearest(Attributor):
-    """Scores the pictures that are nearest to a query; all others come after them, the nearest first.
+class Rerank(Attributor):
+    """Scores the images that are nearest to a query; all others come after them, the nearest first.
 
-    Pictures that influence a query without resembling it cannot be found, however good the method is.
+    Images that influence a query without resembling it cannot be found, however good the method is.
 
     Args:
-        method: Scores the nearest pictures.
-        nearest: Says which pictures are near, such as `ImageSimilarity`.
+        method: Scores the nearest images.
+        nearest: Says which images are near, such as `ImageSimilarity`.
         k: How many are scored.
         tails: `first` chooses the k that are nearest; `both` half of them among the first and half among the last:
-            first-order scores, such as those of `InfluenceBank`, can put the most influential pictures at either end.
+            first-order scores, such as those of `InfluenceBank`, can put the most influential images at either end.
         subsample: Of the k chosen, score only so many, drawn by hash for each query; None scores all.
 
     Raises:
@@ -75,22 +75,22 @@ class AmongNearest(Attributor):
             each.check(queries)
 
     def work(self, data: TrainingData, queries: int) -> Work:
-        """The method's, as if it scored all pictures: what it makes once it makes of all."""
+        """The method's, as if it scored all images: what it makes once it makes of all."""
         return self.method.work(data, queries)
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes what both methods need.
 
         Raises:
-            ValueError: There are not `k` training pictures.
+            ValueError: There are not `k` training images.
         """
-        if self.k > len(data.pictures):
-            raise ValueError(f"k is {self.k}, but there are {len(data.pictures)} training pictures.")
+        if self.k > len(data.images):
+            raise ValueError(f"k is {self.k}, but there are {len(data.images)} training images.")
         for each in (self.nearest, self.method):
             each.progress = self.progress
-            each.fit(data, model, store, runner, say)
+            each.fit(data, model, store, runner, log)
         self.fit_s = {**self.nearest.fit_s, **self.method.fit_s}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:

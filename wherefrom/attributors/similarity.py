@@ -14,46 +14,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wherefrom.attributors.base import Attributor, Need
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import ImageEncoder, MiniLMEncoder, TextEncoder, image_features
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pixels import to_float
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 
 class _NoModel(Attributor):
-    """What the three share: pictures and the null, both scored by `compare`."""
+    """What the three share: images and the null, both scored by `compare`."""
 
     data: TrainingData | None = None
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Keeps the pictures."""
+        """Keeps the images."""
         self.data = data
-        self.prepare(data.pictures)
+        self.prepare(data.images)
 
-    def prepare(self, pictures: Pictures) -> None:
-        """Makes what comparing with these pictures needs."""
+    def prepare(self, images: ImageSet) -> None:
+        """Makes what comparing with these images needs."""
 
-    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], " n"]:
-        """One score a picture."""
+    def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
+        """One score an image."""
         raise TypeError(f"{type(self).__name__} does not compare.")
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
         """One query at a time."""
         if self.data is None:
             raise ValueError("fit must run before score.")
-        pictures, held_out = self.data.pictures, self.data.held_out
-        chosen = self.positions(pictures.ids, candidates)
+        images, held_out = self.data.images, self.data.held_out
+        chosen = self.positions(images.ids, candidates)
         for query in queries:
-            scores = self.compare(query, pictures)[chosen]
+            scores = self.compare(query, images)[chosen]
             null = self.compare(query, held_out) if held_out is not None and len(held_out) else np.empty(0)
-            yield Scores(query, tuple(pictures.ids[index] for index in chosen), scores, null)
+            yield Scores(query, tuple(images.ids[index] for index in chosen), scores, null)
 
 
 class Random(_NoModel):
@@ -70,17 +70,17 @@ class Random(_NoModel):
         """The settings that decide the scores."""
         return {"method": "random", "seed": self.seed}
 
-    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], " n"]:
-        """A uniform number for each picture."""
-        keys = keyed_random.combine(self.seed, keyed_random.hash_text(query.id), keyed_random.hash_texts(pictures.ids))
+    def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
+        """A uniform number for each image."""
+        keys = keyed_random.combine(self.seed, keyed_random.hash_text(query.id), keyed_random.hash_texts(images.ids))
         return keyed_random.uniform(keys)[:, 0].numpy()
 
 
 class PixelSimilarity(_NoModel):
-    """Cosine of flattened pixels in [-1, 1], the larger of picture and mirror image.
+    """Cosine of flattened pixels in [-1, 1], the larger of image and mirror image.
 
     Args:
-        size: Side to which pictures are reduced before comparing; None compares them at their own size.
+        size: Side to which images are reduced before comparing; None compares them at their own size.
     """
 
     requires: frozenset[Need] = frozenset({"features"})
@@ -93,53 +93,53 @@ class PixelSimilarity(_NoModel):
         """The settings that decide the scores."""
         return {"method": "pixel similarity", "size": self.size}
 
-    def prepare(self, pictures: Pictures) -> None:
-        """Makes the pictures' vectors; those of an earlier `fit` go, but for parts that both sets have."""
-        kept = {(part.fingerprint, part.ids) for part in pictures.parts}
+    def prepare(self, images: ImageSet) -> None:
+        """Makes the images' vectors; those of an earlier `fit` go, but for parts that both sets have."""
+        kept = {(part.fingerprint, part.ids) for part in images.parts}
         self._vectors = {key: vectors for key, vectors in self._vectors.items() if key in kept}
-        self._of(pictures)
+        self._of(images)
 
-    def _of(self, pictures: Pictures) -> Float[Tensor, "n d"]:
-        parts = pictures.parts
+    def _of(self, images: ImageSet) -> Float[Tensor, "n d"]:
+        parts = images.parts
         if len(parts) > 1:
             return torch.cat([self._of(part) for part in parts])
-        key = pictures.fingerprint, pictures.ids
+        key = images.fingerprint, images.ids
         if key not in self._vectors:
-            self._vectors[key] = self.vectors(np.asarray(pictures.pixels))
+            self._vectors[key] = self.vectors(np.asarray(images.pixels))
         return self._vectors[key]
 
     def vectors(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "n d"]:
-        """Unit vectors of pictures."""
+        """Unit vectors of images."""
         floats = to_float(torch.from_numpy(np.array(pixels)))
         if self.size is not None:
             floats = F.interpolate(floats, (self.size, self.size), mode="area")
         return F.normalize(floats.double().flatten(1), dim=1)
 
-    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], " n"]:
-        """The cosine with each picture."""
-        if query.pixels.shape != pictures.pixels.shape[1:]:
+    def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
+        """The cosine with each image."""
+        if query.pixels.shape != images.pixels.shape[1:]:
             raise ValueError(
-                f"Query {query.id!r} has shape {query.pixels.shape}, the training pictures "
-                f"{pictures.pixels.shape[1:]}: resize it first."
+                f"Query {query.id!r} has shape {query.pixels.shape}, the training images "
+                f"{images.pixels.shape[1:]}: resize it first."
             )
         both = np.stack([query.pixels, query.pixels[:, ::-1]])  # mirroring the query mirrors every comparison
-        return (self._of(pictures) @ self.vectors(both).T).amax(dim=1).numpy()
+        return (self._of(images) @ self.vectors(both).T).amax(dim=1).numpy()
 
 
 class ImageSimilarity(Attributor):
-    """Cosine of image features, the larger of picture and mirror image.
+    """Cosine of image features, the larger of image and mirror image.
 
     Args:
-        encoder: Turns pictures into vectors.
+        encoder: Turns images into vectors.
         query_encoder: Turns the query into its vector where that is another one (AbC learns one map for training
-            pictures and one for synthesized ones); its vectors must have the same width.
+            images and one for synthesized ones); its vectors must have the same width.
     """
 
     requires: frozenset[Need] = frozenset({"features"})
 
     def __init__(self, encoder: ImageEncoder, query_encoder: ImageEncoder | None = None) -> None:
         self.encoder, self.query_encoder = encoder, encoder if query_encoder is None else query_encoder
-        self._ready: tuple[Pictures, Tensor, Tensor] | None = None
+        self._ready: tuple[ImageSet, Tensor, Tensor] | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
@@ -150,40 +150,40 @@ class ImageSimilarity(Attributor):
         }
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Computes the features of the pictures, their mirror images and the null, once per encoder."""
-        say(f"features of {len(data.pictures):,} training pictures and their mirror images")
+        """Computes the features of the images, their mirror images and the null, once per encoder."""
+        log(f"features of {len(data.images):,} training images and their mirror images")
         empty = torch.zeros(0, 2, 1)
         held_out = data.held_out
         null = self._features(held_out, store) if held_out is not None and len(held_out) else empty
-        self._ready = data.pictures, self._features(data.pictures, store), null
+        self._ready = data.images, self._features(data.images, store), null
 
-    def _features(self, pictures: Pictures, store: Store) -> Float[Tensor, "n 2 d"]:
-        """Unit vectors of the pictures and of their mirror images."""
-        parts = pictures.parts
+    def _features(self, images: ImageSet, store: Store) -> Float[Tensor, "n 2 d"]:
+        """Unit vectors of the images and of their mirror images."""
+        parts = images.parts
         if len(parts) > 1:
             return torch.cat([self._features(part, store) for part in parts])
         mirrored = replace(
-            pictures,
-            pixels=np.asarray(pictures.pixels)[:, :, ::-1],
-            fingerprint=f"{pictures.fingerprint}/mirrored",
+            images,
+            pixels=np.asarray(images.pixels)[:, :, ::-1],
+            fingerprint=f"{images.fingerprint}/mirrored",
         )
-        both = [image_features(part, self.encoder, store, self.progress) for part in (pictures, mirrored)]
+        both = [image_features(part, self.encoder, store, self.progress) for part in (images, mirrored)]
         return F.normalize(torch.stack(both, dim=1).double(), dim=2)
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
         """One query at a time."""
         if self._ready is None:
             raise ValueError("fit must run before score.")
-        pictures, features, null = self._ready
-        chosen = self.positions(pictures.ids, candidates)
-        ids = tuple(pictures.ids[index] for index in chosen)
+        images, features, null = self._ready
+        chosen = self.positions(images.ids, candidates)
+        ids = tuple(images.ids[index] for index in chosen)
         for query in queries:
             vector = F.normalize(self.query_encoder.encode_images(query.pixels[None]).double(), dim=1)[0]
             if vector.shape[0] != features.shape[2]:
                 raise ValueError(
-                    f"The query's features have {vector.shape[0]} numbers, those of the pictures {features.shape[2]}: "
+                    f"The query's features have {vector.shape[0]} numbers, those of the images {features.shape[2]}: "
                     "the two encoders do not belong together."
                 )
             scores = (features[chosen] @ vector).amax(dim=1).numpy()
@@ -191,7 +191,7 @@ class ImageSimilarity(Attributor):
 
 
 class CaptionSimilarity(_NoModel):
-    """Cosine of caption and prompt embeddings; the best of a picture's captions.
+    """Cosine of caption and prompt embeddings; the best of an image's captions.
 
     Args:
         encoder: Turns captions into vectors.
@@ -207,21 +207,21 @@ class CaptionSimilarity(_NoModel):
         """The settings that decide the scores."""
         return {"method": "caption similarity", "encoder": self.encoder.identity()}
 
-    def prepare(self, pictures: Pictures) -> None:
+    def prepare(self, images: ImageSet) -> None:
         """Encodes the captions."""
-        self._of(pictures)
+        self._of(images)
 
-    def _of(self, pictures: Pictures) -> Float[Tensor, "n k d"]:
+    def _of(self, images: ImageSet) -> Float[Tensor, "n k d"]:
         """Unit vectors of the captions."""
-        parts = pictures.parts
+        parts = images.parts
         if len(parts) > 1:
             return torch.cat([self._of(part) for part in parts])
-        if pictures.captions not in self._vectors:
-            flat = self.encoder.encode_texts([caption for several in pictures.captions for caption in several])
-            self._vectors[pictures.captions] = F.normalize(flat.double(), dim=1).unflatten(0, (len(pictures), -1))
-        return self._vectors[pictures.captions]
+        if images.captions not in self._vectors:
+            flat = self.encoder.encode_texts([caption for several in images.captions for caption in several])
+            self._vectors[images.captions] = F.normalize(flat.double(), dim=1).unflatten(0, (len(images), -1))
+        return self._vectors[images.captions]
 
-    def compare(self, query: Query, pictures: Pictures) -> Float[NDArray[np.float64], " n"]:
-        """The cosine with each picture's captions."""
+    def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
+        """The cosine with each image's captions."""
         prompt = F.normalize(self.encoder.encode_texts([query.prompt]).double(), dim=1)[0]
-        return (self._of(pictures) @ prompt).amax(dim=1).numpy()
+        return (self._of(images) @ prompt).amax(dim=1).numpy()

@@ -1,4 +1,4 @@
-"""One attribution run: queries in, a run folder with ranking, manifest, pictures and report out."""
+"""One attribution run: queries in, a run folder with ranking, manifest, images and report out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from wherefrom.attributors.base import Attributor
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_excess import excess, loss_of, typical_losses
 from wherefrom.gradients.query_loss import as_latent
 from wherefrom.metrics.null_distribution import p_values
@@ -36,7 +36,7 @@ from wherefrom.runtime.artifacts import (
     replacing,
     write_manifest,
 )
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 TABLE = "scores_of_all"
@@ -51,7 +51,7 @@ def run_identity(
     return {
         "attributor": attributor.identity(),
         "model": None if model is None else model.fingerprint(),
-        "training_pictures": identity_hash({"of": data.pictures.fingerprint, "ids": list(data.pictures.ids)}),
+        "training_pictures": identity_hash({"of": data.images.fingerprint, "ids": list(data.images.ids)}),
         "latents": None if data.latents is None else data.latents.fingerprint,
         "held_out": None
         if data.held_out is None
@@ -76,33 +76,33 @@ def attribute(
     store: Store,
     runner: Runner,
     options: ReportOptions | None = ReportOptions(),
-    say: Say = silent,
+    log: Log = no_log,
     cut: int | None = None,
 ) -> list[Scores]:
-    """Attributes the queries and leaves ranking, manifest, pictures and report in the folder.
+    """Attributes the queries and leaves ranking, manifest, images and report in the folder.
 
     Queries that an interrupted run has finished are not scored again.
 
     Args:
         folder: The run folder.
         attributor: The method.
-        data: Training pictures and the null.
+        data: Training images and the null.
         model: The model, for methods that require one.
         queries: The queries.
         store: Where the method keeps what it makes.
         runner: This process's place.
-        options: What the page shows; None makes no page, nor any picture of a query.
-        say: Is told what is being done.
-        cut: The ranking names only the first so many pictures of each query; the scores of all are in parts below
+        options: What the page shows; None makes no page, nor any image of a query.
+        log: Receives lines about what is being done.
+        cut: The ranking names only the first so many images of each query; the scores of all are in parts below
             `scores_of_all` (`ScoreTable`). For training sets too large for one table.
 
     Raises:
-        ArtifactMismatchError: The folder holds a run with other settings, or pictures were taken down since.
+        ArtifactMismatchError: The folder holds a run with other settings, or images were taken down since.
         StorageError: The folder could not be written; finished queries are kept.
         ValueError: Two queries have the same name, or the method cannot attribute one; see the attributor.
     """
     if options is not None:
-        options.columns(data.pictures)
+        options.columns(data.images)
     names = [query.name for query in queries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -115,14 +115,14 @@ def attribute(
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, identity, complete=False)
     finished = {
-        query.name: scores for query in queries if (scores := _read_scores(folder, query, data.pictures)) is not None
+        query.name: scores for query in queries if (scores := _read_scores(folder, query, data.images)) is not None
     }
     if len(finished) < len(queries):
         if finished:
-            say(f"{len(finished)} of {len(queries)} queries are already done in {folder}")
+            log(f"{len(finished)} of {len(queries)} queries are already done in {folder}")
         waiting = [query for query in queries if query.name not in finished]
         measured = _representation(attributor, data, model, waiting, store, runner)
-        attributor.fit(data, model, store, runner, say)
+        attributor.fit(data, model, store, runner, log)
         started = time.monotonic()
         for found in attributor.score(waiting):
             facts = {**found.facts, **measured.get(found.query.name, {}), "seconds": time.monotonic() - started}
@@ -132,7 +132,7 @@ def attribute(
             if runner.is_main:
                 _write_scores(folder, scores)
             part = "" if scores.query.region is None else f", {scores.query.region.name}"
-            say(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
+            log(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
     results = [finished[query.name] for query in queries]
     if runner.is_main:
         _write_results(folder, results, data, options, identity, attributor, cut)
@@ -148,7 +148,7 @@ def _representation(
     store: Store,
     runner: Runner,
 ) -> dict[str, dict[str, float]]:
-    """How far each query's loss lies above training pictures', where the method asks a model; see `excess`."""
+    """How far each query's loss lies above training images', where the method asks a model; see `excess`."""
     if "model" not in attributor.requires or model is None or data.latents is None or model.encoder is None:
         return {}
     typical = typical_losses(model, data.latents, store, runner)
@@ -172,7 +172,7 @@ def _write_scores(folder: Path, scores: Scores) -> None:
         save_file(arrays, temporary, {"facts": facts, "parts": json.dumps(list(scores.parts))})
 
 
-def _read_scores(folder: Path, query: Query, pictures: Pictures) -> Scores | None:
+def _read_scores(folder: Path, query: Query, images: ImageSet) -> Scores | None:
     path = _scores_file(folder, query)
     if not path.exists():
         return None
@@ -186,7 +186,7 @@ def _read_scores(folder: Path, query: Query, pictures: Pictures) -> Scores | Non
     parts = {name: arrays[_PART + name] for name in names}
     estimated = {name.removeprefix(_ESTIMATE): values for name, values in arrays.items() if name.startswith(_ESTIMATE)}
     estimates = Estimates(**estimated) if estimated else None
-    return Scores(query, pictures.ids, arrays["scores"], arrays["null"], facts, parts, estimates)
+    return Scores(query, images.ids, arrays["scores"], arrays["null"], facts, parts, estimates)
 
 
 def _write_results(
@@ -223,7 +223,7 @@ def _write_results(
 
 
 def write_table(folder: Path, results: Sequence[Scores]) -> ScoreTable:
-    """All scores of all queries in parts, which hold one stretch of the pictures each."""
+    """All scores of all queries in parts, which hold one stretch of the images each."""
     ids = results[0].ids
     assert all(scores.ids == ids for scores in results)
     table = ScoreTable(folder, [scores.query.name for scores in results])
@@ -253,10 +253,10 @@ def _write_page(
         {
             "Method": method,
             "Model": str(identity["model"]),
-            "Training pictures": f"{len(data.pictures):,}",
-            "Pictures never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
+            "Training images": f"{len(data.images):,}",
+            "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
         },
-        methods_note="Shares of groups are of the influence above the median among the pictures shown; "
+        methods_note="Shares of groups are of the influence above the median among the images shown; "
         "intervals are 95 % bootstrap.",
     )
 

@@ -1,6 +1,6 @@
-"""What a run will take, before anything long: passes, pictures and trainings, at rates that are measured here.
+"""What a run will take, before anything long: passes, images and trainings, at rates that are measured here.
 
-Nothing is read, encoded or trained but a few pictures and captions, a few passes and a few steps. Stages that an
+Nothing is read, encoded or trained but a few images and captions, a few passes and a few steps. Stages that an
 earlier run left in the store are counted all the same.
 """
 
@@ -13,30 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wherefrom.attributors import Attributor, BySize, RankEnsemble, TrainingData
-from wherefrom.attributors.learned_ranker import Fast
-from wherefrom.attributors.rerank import AmongNearest
+from wherefrom.attributors import Attributor, Magnitude, RankEnsemble, TrainingData
+from wherefrom.attributors.learned_ranker import LearnedRanker
+from wherefrom.attributors.rerank import Rerank
 from wherefrom.attributors.similarity import ImageSimilarity
 from wherefrom.commands.estimate import ONCE, Stage, timed
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import ImageEncoder, TextEncoder
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.console import duration
 
 _SAMPLE = 16
-_CAPTION = "a picture of several things in the words of a caption"
+_CAPTION = "an image of several things in the words of a caption"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the data are; see `datamodules.pictures.Census`.
+    """How large the data are; see `datamodules.images.Census`.
 
     Attributes:
-        training: Training pictures.
-        held_out: Held-out pictures.
+        training: Training images.
+        held_out: Held-out images.
         size: (height, width) in pixels.
-        captions: Captions of each picture.
+        captions: Captions of each image.
         half: Latents and states are kept in float16.
     """
 
@@ -47,18 +47,18 @@ class Sizes:
     half: bool
 
 
-def blank_pictures(count: int, size: tuple[int, int], captions: int) -> Pictures:
-    """So many pictures of nothing, which take no memory but for their ids."""
+def blank_images(count: int, size: tuple[int, int], captions: int) -> ImageSet:
+    """So many images of nothing, which take no memory but for their ids."""
     pixels = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (count, *size, 3))
     ids = tuple(map(str, range(count)))
-    return Pictures(ids, ((_CAPTION,) * captions,) * count, pixels, {"license": ("",) * count}, "blank")
+    return ImageSet(ids, ((_CAPTION,) * captions,) * count, pixels, {"license": ("",) * count}, "blank")
 
 
-def blank_latents(pictures: Pictures, latent: Tensor, states: Tensor) -> LatentSet:
+def blank_latents(images: ImageSet, latent: Tensor, states: Tensor) -> EncodedImages:
     """Latents and states of the right shapes, which take no memory."""
-    count, captions = len(pictures), len(pictures.captions[0]) if len(pictures) else 1
-    return LatentSet(
-        pictures,
+    count, captions = len(images), len(images.captions[0]) if len(images) else 1
+    return EncodedImages(
+        images,
         latent.new_zeros(()).expand(count, 2, *latent.shape),
         states.new_zeros(()).expand(count, captions, *states.shape),
         states,
@@ -73,19 +73,19 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
     Args:
         model: The model with its encoder.
         sizes: How large the data are.
-        decode_s: Seconds to read one picture.
+        decode_s: Seconds to read one image.
 
     Raises:
         ValueError: The model has no encoder.
     """
     encoder = model.encoder
     if encoder is None:
-        raise ValueError("The model has no encoder, so pictures cannot be brought to it.")
+        raise ValueError("The model has no encoder, so images cannot be brought to it.")
     encoder.text.sized(sizes.size)
     made: list[Tensor] = []
     pixels = torch.zeros(1, 3, *sizes.size)
 
-    def encode_picture() -> int:
+    def encode_one_image() -> int:
         made.append(encoder.encode_pixels(pixels)[0])
         return 1
 
@@ -93,19 +93,19 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
         made.append(encoder.text.encode([_CAPTION])[0])
         return 1
 
-    encode_picture(), encode_caption()  # the first also sets things up
-    picture_s, caption_s = timed(encode_picture), timed(encode_caption)
+    encode_one_image(), encode_caption()  # the first also sets things up
+    image_s, caption_s = timed(encode_one_image), timed(encode_caption)
     latent, states = made[-2], made[-1]
     count, width = sizes.training + sizes.held_out, 2 if sizes.half else 4
     stages = [
         Stage(
-            f"read {count:,} pictures of {sizes.size[1]} × {sizes.size[0]}",
+            f"read {count:,} images of {sizes.size[1]} × {sizes.size[0]}",
             count * decode_s,
             count * 3 * np.prod(sizes.size).item(),
         ),
         Stage(
-            f"latents of {count:,} pictures and their mirror images",
-            2 * count * picture_s,
+            f"latents of {count:,} images and their mirror images",
+            2 * count * image_s,
             2 * count * latent.numel() * width,
         ),
         Stage(
@@ -114,15 +114,15 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
             count * sizes.captions * states.numel() * width,
         ),
     ]
-    training, held_out = (blank_pictures(n, sizes.size, sizes.captions) for n in (sizes.training, sizes.held_out))
+    training, held_out = (blank_images(n, sizes.size, sizes.captions) for n in (sizes.training, sizes.held_out))
     null = None if not sizes.held_out else blank_latents(held_out, latent, states)
     return stages, TrainingData(training, blank_latents(training, latent, states), held_out if null else None, null)
 
 
 def features(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str, flips: int = 1) -> Stage:
-    """Features of all pictures or of their first captions by an encoder."""
-    count = len(data.pictures) * flips
-    pixels = np.asarray(data.pictures.pixels[:1]).repeat(_SAMPLE, axis=0)
+    """Features of all images or of their first captions by an encoder."""
+    count = len(data.images) * flips
+    pixels = np.asarray(data.images.pixels[:1]).repeat(_SAMPLE, axis=0)
     width = [0]
 
     def encode() -> int:
@@ -136,7 +136,7 @@ def features(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str,
 
     encode()
     seconds = timed(encode)
-    return Stage(f"features of {count:,} pictures by {name}", count * seconds, 4 * count * width[0])
+    return Stage(f"features of {count:,} images by {name}", count * seconds, 4 * count * width[0])
 
 
 def method(
@@ -148,16 +148,16 @@ def method(
         name: Of the method.
         attributor: The method.
         data: Data of the right shapes.
-        queries: How many pictures are attributed.
+        queries: How many images are attributed.
         rate: Forward passes a second.
-        candidates: Each query is scored against so many pictures; None is all.
+        candidates: Each query is scored against so many images; None is all.
     """
-    if isinstance(attributor, AmongNearest):
+    if isinstance(attributor, Rerank):
         return [
             *method(f"{name}, choosing", attributor.nearest, data, queries, rate),
             *method(name, attributor.method, data, queries, rate, attributor.k),
         ]
-    if isinstance(attributor, BySize):
+    if isinstance(attributor, Magnitude):
         return method(name, attributor.method, data, queries, rate, candidates)
     if isinstance(attributor, RankEnsemble):
         each = enumerate(attributor.methods, start=1)
@@ -165,12 +165,12 @@ def method(
     stages = []
     if isinstance(attributor, ImageSimilarity):
         stages.append(features(attributor.encoder, data, type(attributor.encoder).__name__, flips=2))
-    if isinstance(attributor, Fast):
+    if isinstance(attributor, LearnedRanker):
         stages += [features(encoder, data, each) for each, encoder in attributor.encoders.items()]
     once, queried = attributor.work(data, queries), attributor.work(data, queries)
     if candidates is not None and data.latents is not None:
         few = TrainingData(
-            data.pictures.subset(range(candidates)),
+            data.images.subset(range(candidates)),
             data.latents.subset(range(candidates)),
             data.held_out,
             data.held_out_latents,
@@ -182,7 +182,7 @@ def method(
 
 
 def drawing(queries: int, steps: int, guidance: float, rate: float) -> Stage:
-    """Pictures drawn from prompts."""
+    """Images drawn from prompts."""
     return Stage("draw the queries", steps * (2 if guidance != 1 else 1) / rate, each="a query", times=queries)
 
 

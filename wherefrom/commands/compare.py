@@ -1,4 +1,4 @@
-"""Several methods on the same queries: what each costs, how far they agree, and their first pictures side by side."""
+"""Several methods on the same queries: what each costs, how far they agree, and their first images side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.reports.comparison_report import median_reliability, write_comparison_report
 from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.artifacts import Store, replacing, write_json
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.measured_cost import Cost, watched_memory
 
@@ -40,7 +40,7 @@ def compare(
     store: Store,
     runner: Runner,
     options: ReportOptions = ReportOptions(),
-    say: Say = silent,
+    log: Log = no_log,
 ) -> dict[str, list[Scores]]:
     """Runs every method on the same queries and leaves one table, one table of correlations and one report.
 
@@ -49,13 +49,13 @@ def compare(
     Args:
         folder: The run folder.
         methods: Name -> method, in the order of the table.
-        data: Training pictures and the null.
+        data: Training images and the null.
         model: The model, for methods that require one.
         queries: The queries.
         store: Where methods keep what they make.
         runner: This process's place.
         options: What the pages show.
-        say: Is told what is being done.
+        log: Receives lines about what is being done.
 
     Raises:
         ValueError: There are no methods; or see the attributors.
@@ -67,13 +67,13 @@ def compare(
     results: dict[str, list[Scores]] = {}
     costs: dict[str, Cost] = {}
     for number, (name, method) in enumerate(methods.items(), start=1):
-        say(f"{name}: method {number} of {len(methods)}")
+        log(f"{name}: method {number} of {len(methods)}")
         results[name], costs[name] = attribute_at_cost(
-            folder / name, method, data, model, queries, store, runner, options, say
+            folder / name, method, data, model, queries, store, runner, options, log
         )
     if runner.is_main:
         _write_tables(folder, results, costs)
-        write_comparison_report(folder / REPORT, results, costs, data.pictures, options)
+        write_comparison_report(folder / REPORT, results, costs, data.images, options)
     runner.barrier()
     return results
 
@@ -87,7 +87,7 @@ def attribute_at_cost(
     store: Store,
     runner: Runner,
     options: ReportOptions = ReportOptions(),
-    say: Say = silent,
+    log: Log = no_log,
 ) -> tuple[list[Scores], Cost]:
     """Attributes as `attribute` does, and measures what that takes, which the main process keeps in `cost.json`.
 
@@ -97,7 +97,7 @@ def attribute_at_cost(
     # A store of its own tells what this method used, also where another has made or used it before.
     own = Store(store.root)
     with watched_memory() as memory:
-        results = attribute(place, method, data, model, queries, own, runner, options, say)
+        results = attribute(place, method, data, model, queries, own, runner, options, log)
     for artifact, made in own.touched.items():
         store.touched[artifact] = store.touched.get(artifact, False) or made
     if not runner.is_main:

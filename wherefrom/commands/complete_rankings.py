@@ -22,11 +22,11 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class WholeRankings:
-    """How something ranks all training pictures, for some queries.
+    """How something ranks all training images, for some queries.
 
     Attributes:
         folder: Where it was read from.
-        images: Ids of the training pictures, sorted: two sets of rankings of the same pictures have equal ones.
+        images: Ids of the training images, sorted: two sets of rankings of the same images have equal ones.
         orders: Query -> positions in `images`, the most influential first.
         prompts: Query -> prompt.
         model: Fingerprint of the model that was asked, where it is known.
@@ -38,7 +38,7 @@ class WholeRankings:
     orders: Mapping[str, Int32[NDArray[np.int32], " n"]]
     prompts: Mapping[str, str]
     model: str | None
-    training_pictures: str | None
+    training_images: str | None
 
 
 def read_whole_rankings(folder: Path) -> WholeRankings:
@@ -55,7 +55,7 @@ def _of_teacher_set(folder: Path) -> WholeRankings:
     teacher = read_teacher_set(folder, features=())
     if not teacher.is_whole:
         raise ValueError(
-            f"{folder} ranks {teacher.rows.shape[1]} of {len(teacher.images)} training pictures: retrieval is measured "
+            f"{folder} ranks {teacher.rows.shape[1]} of {len(teacher.images)} training images: retrieval is measured "
             "against rankings of the whole set. Score all of them for these queries."
         )
     order = np.argsort(np.array(teacher.images))
@@ -75,7 +75,7 @@ def _of_run(folder: Path) -> WholeRankings:
     manifest = read_run(folder)
     if manifest.get("cut") is not None:
         raise ValueError(
-            f"{folder} is cut: it keeps only the first {manifest['cut']} pictures of each query, and retrieval needs "
+            f"{folder} is cut: it keeps only the first {manifest['cut']} images of each query, and retrieval needs "
             "rankings of the whole set. Attribute without a cut."
         )
     identity: Mapping[str, Any] = manifest["identity"]
@@ -119,7 +119,7 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
             how = "twice" if named[named != 1][0] else "not at all"
             raise ValueError(
                 f"{path} ranks {wrong!r} {how} for query {query!r}, though other queries or places name it: retrieval "
-                "needs rankings of the whole set, each picture once."
+                "needs rankings of the whole set, each image once."
             )
         orders[query] = found
     return tuple(images[1][index] for index in order), orders
@@ -131,7 +131,7 @@ def _coded(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], list[str]]:
 
 
 def check_alike(teacher: WholeRankings, other: WholeRankings, same_model: bool = True) -> None:
-    """Refuses to compare rankings of other pictures, other queries or another model.
+    """Refuses to compare rankings of other images, other queries or another model.
 
     Args:
         teacher: Whose queries are asked for.
@@ -145,7 +145,7 @@ def check_alike(teacher: WholeRankings, other: WholeRankings, same_model: bool =
     if teacher.images != other.images:
         only = sorted(set(teacher.images) ^ set(other.images))
         raise ValueError(
-            f"{both} rank other training pictures: {len(other.images)} and {len(teacher.images)}; only one of them "
+            f"{both} rank other training images: {len(other.images)} and {len(teacher.images)}; only one of them "
             f"has {_some(only)}."
         )
     missing = [query for query in teacher.orders if query not in other.orders]
@@ -160,7 +160,7 @@ def check_alike(teacher: WholeRankings, other: WholeRankings, same_model: bool =
             raise ValueError(
                 f"{both} mean other queries by {query!r}: its prompts are {prompts[1]!r} and {prompts[0]!r}."
             )
-    compared = [("training pictures", teacher.training_pictures, other.training_pictures)]
+    compared = [("training images", teacher.training_images, other.training_images)]
     compared += [("models", teacher.model, other.model)] if same_model else []
     for what, theirs, ours in compared:
         if theirs is not None and ours is not None and theirs != ours:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from wherefrom.attributors.base import Attributor
-from wherefrom.attributors.rerank import AmongNearest
+from wherefrom.attributors.rerank import Rerank
 from wherefrom.commands.attribute import attribute
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.teacher_set import (
     QUERIES,
     Features,
@@ -27,15 +27,16 @@ from wherefrom.distillation.teacher_set import (
     read_teacher_set,
     write_teacher_set,
 )
-from wherefrom.features.base import ImageEncoder, TextEncoder, picture_features, query_features
+from wherefrom.features.base import ImageEncoder, TextEncoder, query_features, training_features
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.sources import QuerySource, generate
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import MANIFEST, Store, check_identity, identity_hash, write_manifest
-from wherefrom.runtime.console import Progress, Say, duration, silent
+from wherefrom.runtime.console import Log, Progress, duration, no_log
 from wherefrom.runtime.distributed import Runner, best_device
 from wherefrom.runtime.executors import Engine, in_process
 from wherefrom.runtime.keyed_random import hash_text
+from wherefrom.runtime.stable_names import settings_identity
 
 Encoder = ImageEncoder | TextEncoder
 BLOCKS = "blocks"
@@ -48,7 +49,7 @@ class Captions:
     Attributes:
         count: How many.
         skip: How many to pass over first, in the same order: a test set skips what the training set took.
-        of: Captions of training pictures, or of the held-out ones.
+        of: Captions of training images, or of the held-out ones.
         seed: Seed of the order, which is by hash.
 
     Raises:
@@ -70,18 +71,18 @@ class Captions:
         """The captions, each once.
 
         Raises:
-            ValueError: There are not so many, or no held-out pictures.
+            ValueError: There are not so many, or no held-out images.
         """
-        pictures = data.pictures if self.of == "training" else data.held_out
-        if pictures is None or len(pictures) == 0:
-            raise ValueError("captions.of is 'held_out', but the data hold no held-out pictures.")
-        distinct = {several[0] for several in pictures.captions}
+        images = data.images if self.of == "training" else data.held_out
+        if images is None or len(images) == 0:
+            raise ValueError("captions.of is 'held_out', but the data hold no held-out images.")
+        distinct = {several[0] for several in images.captions}
         ordered = sorted(distinct, key=lambda caption: (hash_text(f"captions/{self.seed}/{caption}"), caption))
         chosen = ordered[self.skip : self.skip + self.count]
         if len(chosen) < self.count:
             raise ValueError(
                 f"captions.skip {self.skip} and count {self.count} ask for more than the {len(ordered)} different "
-                f"captions of the {self.of.replace('_', '-')} pictures."
+                f"captions of the {self.of.replace('_', '-')} images."
             )
         return chosen
 
@@ -105,7 +106,7 @@ class TeacherWork:
     Args:
         folder: Of the teacher set.
         method: The teacher.
-        data: Training pictures.
+        data: Training images.
         model: The model, which draws the queries.
         source: How queries are drawn.
         shape: (C, H, W) of a latent.
@@ -163,7 +164,7 @@ def curate(
     block_size: int = 16,
     engine: Engine[Block, list[Scores]] = in_process,
     runner: Runner | None = None,
-    say: Say = silent,
+    log: Log = no_log,
     progress: Progress | None = None,
 ) -> TeacherSet:
     """Makes a teacher set, or goes on with one; a finished one that was kept without its features gets them again.
@@ -171,20 +172,20 @@ def curate(
     Args:
         folder: Where it goes.
         teacher: Scores the candidates of each query.
-        data: Training pictures, with latents where the teacher needs them.
+        data: Training images, with latents where the teacher needs them.
         model: Draws the queries.
         captions: Which captions become queries.
         source: How queries are drawn; its prompts are not used.
         shape: (C, H, W) of a latent.
         features: Encoders by name, whose features of both sides are kept with the set.
         store: Where methods keep what they make.
-        nearest: Says which training pictures are candidates; None takes all.
+        nearest: Says which training images are candidates; None takes all.
         k: How many candidates each query has.
         subsample: How many of these are scored, drawn by hash; None is all.
         block_size: Queries in a block: what a worker is given at a time.
         engine: Who works off the blocks.
         runner: This process's place, where it does the work itself.
-        say: Is told what is being done.
+        log: Receives lines about what is being done.
         progress: Called with (done, total) while something long runs.
 
     Raises:
@@ -196,14 +197,14 @@ def curate(
         raise ValueError("Give both nearest and k (and a subsample only with them), or none of them.")
     if block_size < 1:
         raise ValueError(f"block_size must be positive; given {block_size}.")
-    method = teacher if nearest is None or k is None else AmongNearest(teacher, nearest, k, subsample=subsample)
-    scored = len(data.pictures) if k is None else (subsample or min(k, len(data.pictures)))
+    method = teacher if nearest is None or k is None else Rerank(teacher, nearest, k, subsample=subsample)
+    scored = len(data.images) if k is None else (subsample or min(k, len(data.images)))
     prompts = captions.choose(data)
     identity = {
         "teacher": method.identity(),
         "model": model.fingerprint(),
-        "training": identity_hash({"of": data.pictures.fingerprint, "ids": list(data.pictures.ids)}),
-        "captions": asdict(captions),
+        "training": identity_hash({"of": data.images.fingerprint, "ids": list(data.images.ids)}),
+        "captions": settings_identity(captions),
         "sampler": {
             "seed": source.seed,
             "steps": source.sampling_steps,
@@ -222,13 +223,13 @@ def curate(
         check_identity(folder, identity)
         if all(has_features(folder, name) for name in features):
             return read_teacher_set(folder)
-        say(f"{folder} has its rankings but not its features: they are made now")
+        log(f"{folder} has its rankings but not its features: they are made now")
         drawing = TeacherWork(folder, method, data, model, source, shape, store, runner)
         drawn = [query for block in blocks for query in drawing.queries(block)]
         teacher_set = read_teacher_set(folder, [])
         if tuple(query.name for query in drawn) != teacher_set.queries:
             raise ValueError(f"The queries in {folder / QUERIES} are not those that these settings draw.")
-        made = {name: _features(drawn, data.pictures, encoder, store, progress) for name, encoder in features.items()}
+        made = {name: _features(drawn, data.images, encoder, store, progress) for name, encoder in features.items()}
         teacher_set = replace(teacher_set, features=made)
         if runner is None or runner.is_main:
             write_teacher_set(folder, teacher_set)
@@ -238,20 +239,20 @@ def curate(
         check_identity(blocks_folder, identity)
     elif runner is None or runner.is_main:
         write_manifest(blocks_folder, identity)
-    say(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training pictures scored for each")
-    alone = TrainingData(data.pictures, data.latents)  # a teacher set has no use for scores of held-out pictures
+    log(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training images scored for each")
+    alone = TrainingData(data.images, data.latents)  # a teacher set has no use for scores of held-out images
     work = TeacherWork(folder, method, alone, model, source, shape, store, runner, progress)
-    found = _work_off(engine, work, blocks, say)
+    found = _work_off(engine, work, blocks, log)
     ordered = [scores for block in blocks for scores in found[block]]
-    teacher_set = _teacher_set(ordered, data.pictures, scored, features, store, identity, progress)
+    teacher_set = _teacher_set(ordered, data.images, scored, features, store, identity, progress)
     if runner is None or runner.is_main:
         write_teacher_set(folder, teacher_set)
-    say(f"teacher set: {folder}")
+    log(f"teacher set: {folder}")
     return teacher_set
 
 
 def _work_off(
-    engine: Engine[Block, list[Scores]], work: TeacherWork, blocks: Sequence[Block], say: Say
+    engine: Engine[Block, list[Scores]], work: TeacherWork, blocks: Sequence[Block], log: Log
 ) -> dict[Block, list[Scores]]:
     found: dict[Block, list[Scores]] = {}
     failed: list[tuple[Block, Exception]] = []
@@ -259,11 +260,11 @@ def _work_off(
     for done, (block, result) in enumerate(engine(work, blocks), start=1):
         if isinstance(result, Exception):
             failed.append((block, result))
-            say(f"FAILED: block {block.number}: {result}")
+            log(f"FAILED: block {block.number}: {result}")
             continue
         found[block] = result
         left = (time.monotonic() - started) / done * (len(blocks) - done)
-        say(f"block {done} of {len(blocks)} is done; {duration(left)} to go")
+        log(f"block {done} of {len(blocks)} is done; {duration(left)} to go")
     if failed:
         block, error = failed[0]
         raise ValueError(
@@ -275,33 +276,33 @@ def _work_off(
 
 def _teacher_set(
     results: Sequence[Scores],
-    pictures: Pictures,
+    images: ImageSet,
     scored: int,
     features: Mapping[str, Encoder],
     store: Store,
     identity: Mapping[str, Any],
     progress: Progress | None,
 ) -> TeacherSet:
-    row_of = {name: row for row, name in enumerate(pictures.ids)}
+    row_of = {name: row for row, name in enumerate(images.ids)}
     # What a method among the nearest did not score comes after everything that it did.
     tops = [scores.top(scored) for scores in results]
     queries = [scores.query for scores in results]
     return TeacherSet(
-        pictures.ids,
-        tuple(several[0] for several in pictures.captions),
+        images.ids,
+        tuple(several[0] for several in images.captions),
         tuple(scores.query.name for scores in results),
         tuple(scores.query.prompt for scores in results),
         np.array([[row_of[name] for name, _ in top] for top in tops], dtype=np.int32),
         np.array([[value for _, value in top] for top in tops], dtype=np.float32),
-        {name: _features(queries, pictures, encoder, store, progress) for name, encoder in features.items()},
+        {name: _features(queries, images, encoder, store, progress) for name, encoder in features.items()},
         identity,
     )
 
 
 def _features(
-    queries: Sequence[Query], pictures: Pictures, encoder: Encoder, store: Store, progress: Progress | None
+    queries: Sequence[Query], images: ImageSet, encoder: Encoder, store: Store, progress: Progress | None
 ) -> Features:
-    training = picture_features(pictures, encoder, store, progress)
+    training = training_features(images, encoder, store, progress)
     pixels = np.stack([query.pixels for query in queries])
     drawn = query_features(pixels, [query.prompt for query in queries], encoder)
     return Features(np.asarray(training.to(torch.float32)), np.asarray(drawn.to(torch.float32)))

@@ -1,4 +1,4 @@
-"""Can a method find what a model was customized on? Exemplars hidden among other pictures (AbC; AbU, section 5.2)."""
+"""Can a method find what a model was customized on? Exemplars hidden among other images (AbC; AbU, section 5.2)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 
 from wherefrom.attributors.base import Attributor
 from wherefrom.attributors.magnitude import by_size
-from wherefrom.attributors.preconditioned import CurvedAttributor
+from wherefrom.attributors.preconditioned import PreconditionedAttributor
 from wherefrom.commands.attribute import attribute
 from wherefrom.commands.customization_tasks import Task, cases_of
+from wherefrom.data.encoded_images import EncodedImages, encode_image_set, joined
 from wherefrom.data.image_folder import draw
-from wherefrom.data.image_set import Pictures, joined_pictures
-from wherefrom.data.latents import LatentSet, encode_pictures, joined
+from wherefrom.data.image_set import ImageSet, joined_image_sets
 from wherefrom.metrics.retrieval import MeanAveragePrecision, RecallAtK
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.models.diffusion import DiffusionModel
@@ -29,7 +29,7 @@ from wherefrom.queries.sources import read_query
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, replacing, write_json
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.keyed_random import hash_text
 
@@ -41,13 +41,13 @@ _WORD = re.compile(r"<[^<>\s]+>")
 
 @dataclass(frozen=True)
 class Found:
-    """How well a method found one model's exemplars from one of its pictures.
+    """How well a method found one model's exemplars from one of its images.
 
     Attributes:
         method: The method.
         kind: `objects` or `styles`.
         task: The model.
-        query: The picture.
+        query: The image.
         words: Whether the prompt holds the new word.
         recall: Share of the exemplars that are among the first k.
         precision: Average precision of the exemplars in the whole ranking.
@@ -70,7 +70,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: means over models of each model's mean over its pictures, and their standard errors.
+    """A line of the table: means over models of each model's mean over its images, and their standard errors.
 
     Attributes:
         method: The method.
@@ -96,13 +96,13 @@ def without_word(prompt: str) -> str:
     return " ".join(_WORD.sub(" ", prompt).split()).replace(" ,", ",").lstrip(", ")
 
 
-def exemplar_pictures(task: Task, size: int, columns: Mapping[str, Any]) -> Pictures:
-    """A model's exemplars, at the size of the pictures they are hidden among; ids begin with `exemplar/`.
+def exemplar_images(task: Task, size: int, columns: Mapping[str, Any]) -> ImageSet:
+    """A model's exemplars, at the size of the images they are hidden among; ids begin with `exemplar/`.
 
     Args:
         task: The task.
         size: Side in pixels.
-        columns: Columns of the pictures they are hidden among; of exemplars nothing is known.
+        columns: Columns of the images they are hidden among; of exemplars nothing is known.
     """
     pixels = np.stack([draw(path, size) for path in task.exemplars])
     ids = tuple(f"exemplar/{task.name}/{number}" for number in range(len(task.exemplars)))
@@ -110,17 +110,19 @@ def exemplar_pictures(task: Task, size: int, columns: Mapping[str, Any]) -> Pict
         {"ids": list(ids), "caption": task.caption, "files": [hash_file(path) for path in task.exemplars], "size": size}
     )
     unknown = {name: ("",) * len(ids) for name in columns}
-    return Pictures(ids, ((task.caption,),) * len(ids), pixels, unknown, fingerprint)
+    return ImageSet(ids, ((task.caption,),) * len(ids), pixels, unknown, fingerprint)
 
 
-def hide(background: Pictures, exemplars: Pictures) -> Pictures:
-    """The exemplars among other pictures, with as many captions each (an exemplar's own, repeated).
+def hide(background: ImageSet, exemplars: ImageSet) -> ImageSet:
+    """The exemplars among other images, with as many captions each (an exemplar's own, repeated).
 
     Raises:
         ValueError: An id is in both.
     """
     count = len(background.captions[0])
-    return joined_pictures(background, replace(exemplars, captions=tuple(each * count for each in exemplars.captions)))
+    return joined_image_sets(
+        background, replace(exemplars, captions=tuple(each * count for each in exemplars.captions))
+    )
 
 
 def find(scores: Scores, name: str, kind: str, task: Task, words: Words, k: int) -> Found:
@@ -160,9 +162,9 @@ def benchmark(
     words: Sequence[Words] = ("with",),
     k: int = 10,
     options: ReportOptions | None = None,
-    say: Say = silent,
+    log: Log = no_log,
 ) -> list[Line]:
-    """Attributes every picture of every model by every method; what is finished is not done again.
+    """Attributes every image of every model by every method; what is finished is not done again.
 
     Curvature is the base model's, taken over the background once and used for all models, as in the papers. Methods
     whose scores are changes of a loss are also judged by the size of the change: exemplars share the new word, so that
@@ -181,7 +183,7 @@ def benchmark(
         words: Prompts with the new word, without it, or both.
         k: Of Recall@k.
         options: What the pages of single runs show; None makes none.
-        say: Is told what is being done.
+        log: Receives lines about what is being done.
 
     Raises:
         ValueError: There is nothing to do, methods need a model that a task does not name, or see `read_customization`.
@@ -199,13 +201,13 @@ def benchmark(
             raise ValueError(f"The task {task.name} names the model {task.model}, which is no folder.")
     for name in needy:
         method = methods[name]
-        if isinstance(method, CurvedAttributor):
-            say(f"{name}: curvature of the base model")
-            method.take_curvature(base_model, background, store, runner, say)
+        if isinstance(method, PreconditionedAttributor):
+            log(f"{name}: curvature of the base model")
+            method.take_curvature(base_model, background, store, runner, log)
     found: list[Found] = []
     for kind, chosen in cases_of(tasks, styles).items():
         for number, task in enumerate(chosen, start=1):
-            say(f"{kind}: {task.name}, model {number} of {len(chosen)}")
+            log(f"{kind}: {task.name}, model {number} of {len(chosen)}")
             model = None
             if needy and task.model is not None:
                 model = load_customized(base, task.model).to(runner.device)
@@ -213,9 +215,9 @@ def benchmark(
                 data, queries = _prepare(task, background, model or base_model, store, each)
                 for name, method in methods.items():
                     place = folder / f"{hash_text(task.name):016x}-{each}" / name
-                    results = attribute(place, method, data, model, queries, store, runner, options, say)
+                    results = attribute(place, method, data, model, queries, store, runner, options, log)
                     found += [find(scores, name, kind, task, each, k) for scores in results]
-                    if isinstance(method, CurvedAttributor):
+                    if isinstance(method, PreconditionedAttributor):
                         found += [find(by_size(scores), f"{name}{BY_SIZE}", kind, task, each, k) for scores in results]
     lines = summarise(found)
     if runner.is_main:
@@ -229,24 +231,23 @@ def benchmark(
 def _prepare(
     task: Task, background: TrainingData, model: DiffusionModel, store: Store, words: Words
 ) -> tuple[TrainingData, list[Query]]:
-    height = int(background.pictures.pixels.shape[1])
+    height = int(background.images.pixels.shape[1])
     asked: Callable[[str], str] = without_word if words == "without" else str
     told = replace(task, caption=asked(task.caption))
-    exemplars = exemplar_pictures(told, height, background.pictures.columns)
-    pictures = hide(background.pictures, exemplars)
-    latents: LatentSet | None = None
+    exemplars = exemplar_images(told, height, background.images.columns)
+    images = hide(background.images, exemplars)
+    latents: EncodedImages | None = None
     if background.latents is not None and model.encoder is not None:
-        own = replace(exemplars, captions=pictures.captions[-len(exemplars) :])
-        latents = joined(background.latents, encode_pictures(own, model.encoder, store))
+        own = replace(exemplars, captions=images.captions[-len(exemplars) :])
+        latents = joined(background.latents, encode_image_set(own, model.encoder, store))
     queries = [
-        read_query(replace(picture, prompt=asked(picture.prompt)), (height, height), resize=True)
-        for picture in task.queries
+        read_query(replace(image, prompt=asked(image.prompt)), (height, height), resize=True) for image in task.queries
     ]
-    return TrainingData(pictures, latents), queries
+    return TrainingData(images, latents), queries
 
 
 def summarise(found: Sequence[Found]) -> list[Line]:
-    """Means over models: pictures of one model are no independent evidence."""
+    """Means over models: images of one model are no independent evidence."""
     groups: dict[tuple[str, str, Words], dict[str, list[Found]]] = {}
     for each in found:
         groups.setdefault((each.method, each.kind, each.words), {}).setdefault(each.task, []).append(each)

@@ -1,7 +1,7 @@
-"""The customized-model benchmark's lists: which model, what it was customized on, and which pictures it drew.
+"""The customized-model benchmark's lists: which model, what it was customized on, and which images it drew.
 
 Two layouts, both as released: AbC's (`json/NAME.json`, Wang et al. 2023) says which exemplars each model has and which
-pictures were drawn; AbU's task list names the model's folder and each picture's prompt, and points into AbC's.
+images were drawn; AbU's task list names the model's folder and each image's prompt, and points into AbC's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wherefrom.queries.sources import QueryPicture
+from wherefrom.queries.sources import QueryImage
 
 # Fields of AbU's task list, and their types.
 _FIELDS: dict[str, type] = {
@@ -35,7 +35,7 @@ class Task:
         model: The customized model's folder; None where only features are asked.
         exemplars: What it was customized on.
         caption: The exemplars' caption; "" where it is not known.
-        queries: Pictures that it drew, with their prompts ("" where they are not known).
+        queries: Images that it drew, with their prompts ("" where they are not known).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Task:
     model: Path | None
     exemplars: tuple[Path, ...]
     caption: str
-    queries: tuple[QueryPicture, ...]
+    queries: tuple[QueryImage, ...]
 
 
 def read_all(files: Sequence[Path], root: Path, limit: int | None = None) -> list[Task]:
@@ -108,13 +108,13 @@ def read_tasks(tasks: Path, root: Path) -> list[Task]:
             raise ValueError(f"{tasks}: {name} is not in {file}, which has {len(cases)} entries.")
         exemplars = _exemplars(cases[first["test_case_ind"]], first["test_case_ind"], file, root)
         model = _inside(root, first["model_path"], tasks)
-        queries = [QueryPicture(str(_file(root, each["synth_image_path"], tasks)), each["prompt"]) for each in entries]
+        queries = [QueryImage(str(_file(root, each["synth_image_path"], tasks)), each["prompt"]) for each in entries]
         made.append(Task(name, first["test_case"], model, exemplars, first["train_prompt"], tuple(queries)))
     return made
 
 
 def read_abc(file: Path, root: Path) -> list[Task]:
-    """Tasks of one of AbC's own files: pictures without prompts or models, for methods that look at pictures alone.
+    """Tasks of one of AbC's own files: images without prompts or models, for methods that look at images alone.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -125,9 +125,9 @@ def read_abc(file: Path, root: Path) -> list[Task]:
         drawn = entry.get("synth")
         if not isinstance(drawn, dict) or not all(_is_paths(paths) for paths in drawn.values()):
             raise ValueError(f"{file}: entry {number} should have 'synth', lists of paths by the prompts' source.")
-        pictures = [QueryPicture(str(_file(root, path, file)), "") for paths in drawn.values() for path in paths]
+        images = [QueryImage(str(_file(root, path, file)), "") for paths in drawn.values() for path in paths]
         exemplars = _exemplars(entry, number, file, root)
-        made.append(Task(f"{file.stem}/{number}", file.stem, None, exemplars, "", tuple(pictures)))
+        made.append(Task(f"{file.stem}/{number}", file.stem, None, exemplars, "", tuple(images)))
     return made
 
 

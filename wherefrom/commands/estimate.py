@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from wherefrom.attributors import Attributor, TrainingData
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.console import Console, duration, peak_memory, room
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # attributors show their progress by this module
     from wherefrom.queries.types import TrainingData
 
 
-def forward_rate(model: DiffusionModel, data: LatentSet, batch_size: int = 128, enough: float = 0.3) -> float:
+def forward_rate(model: DiffusionModel, data: EncodedImages, batch_size: int = 128, enough: float = 0.3) -> float:
     """Forward passes a second, measured on the training latents.
 
     Batches grow to `batch_size`, or until one takes long enough to be measured, so that large models on slow machines
@@ -44,7 +44,7 @@ def forward_rate(model: DiffusionModel, data: LatentSet, batch_size: int = 128, 
     return repeats * size / sum(_time_batch(model, data, size) for _ in range(repeats))
 
 
-def _time_batch(model: DiffusionModel, data: LatentSet, size: int) -> float:
+def _time_batch(model: DiffusionModel, data: EncodedImages, size: int) -> float:
     rows = torch.arange(size) % len(data)
     latents = data.latents[rows, 0].to(model.device, model.dtype)
     states = data.states[rows, 0].to(model.device, model.dtype)
@@ -64,7 +64,7 @@ def announce(
     if work.per_query == 0 or data.latents is None:
         return
     rate = forward_rate(model, data.latents)
-    console.say(
+    console.log(
         f"estimate at {rate:,.0f} forward passes a second: {duration(work.once / rate)} once for this model, then "
         f"{duration(work.per_query / rate)} for each of {queries} queries; {work.disk / 2**20:,.0f} MiB on disk, about "
         f"{(work.memory + peak_memory()) / 2**30:.1f} GiB of memory; {room(output)}"

@@ -21,7 +21,7 @@ from wherefrom.metrics.retrieval import Depth, QueryMean
 from wherefrom.runtime.artifacts import write_json
 
 RESULT, CEILING = "retrieval.json", "ceiling"
-# 500, 1000 and 4000 of MSCOCO's 118,287 pictures, as the papers have it, and ten.
+# 500, 1000 and 4000 of MSCOCO's 118,287 images, as the papers have it, and ten.
 DEPTHS = (0.0042, 0.0085, 0.034, 10)
 
 
@@ -49,7 +49,7 @@ class Agreement:
 def agreements(name: str, teacher: WholeRankings, other: WholeRankings, depths: Sequence[Depth]) -> list[Agreement]:
     """How far rankings agree with a teacher's, for all of the teacher's queries.
 
-    Recall@1, whether both name the same picture first, is always among them.
+    Recall@1, whether both name the same image first, is always among them.
     """
     recalls = depths if any(depth.number == 1 for depth in depths) else [Depth(1), *depths]
     wanted = [("mAP", depth) for depth in depths] + [("Recall", depth) for depth in recalls]
@@ -104,7 +104,7 @@ def retrieval(
         teacher: A run folder of `evaluate.py attribute`, or a teacher set of the whole training set.
         methods: Name -> run folder or teacher set.
         ceiling: The same teacher once more, with other noise or another model seed.
-        depths: Numbers of pictures, or shares of the training set.
+        depths: Numbers of images, or shares of the training set.
 
     Raises:
         ValueError: There is nothing to measure, rankings are not whole, or they do not belong together.
@@ -114,7 +114,7 @@ def retrieval(
     if not methods and ceiling is None:
         raise ValueError("There is nothing to compare with the teacher: name rankings, methods or a ceiling.")
     if not depths:
-        raise ValueError("There is no k: name shares of the training set or numbers of pictures.")
+        raise ValueError("There is no k: name shares of the training set or numbers of images.")
     truth = read_whole_rankings(teacher)
     chosen = [Depth.of(k, len(truth.images)) for k in depths]
     rows: list[Agreement] = []

@@ -33,9 +33,9 @@ def load_methods(
     Args:
         files: Attributor files.
         settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them, also
-            in those that a method asks; `influence/draws` is for the method of influence.yaml alone, and wins.
-        variants: Name of a further method -> settings of one of the files' methods, as `influence/draws`, which win
-            over `settings`.
+            in those that a method asks; `influence/noise_samples` is for the method of influence.yaml alone, and wins.
+        variants: Name of a further method -> settings of one of the files' methods, as `influence/noise_samples`, which
+            win over `settings`.
         strict: Refuse a setting that no method has.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run did, in wandb: its configuration, numbers, ranked pictures and artifacts, with where they came from.
+"""What a run did, in wandb: its configuration, numbers, ranked images and artifacts, with where they came from.
 
 Lineage is that of our manifests: every artifact carries its identity, is named by its hash, and lists the names of what
 it was made from. Large files are named by reference, not uploaded, unless asked for.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.queries.types import Scores
 from wherefrom.runtime.artifacts import MANIFEST, Store, identity_hash, read_manifest
 
@@ -35,7 +35,7 @@ class Tracking:
         entity: wandb's entity; None is the user's own.
         name: The run's name; None takes its folder's.
         upload: Upload the artifacts' files; else wandb knows them by path, size and hash.
-        top: Training pictures of each query in the table.
+        top: Training images of each query in the table.
     """
 
     project: str = ""
@@ -96,7 +96,7 @@ def track(
     config: Mapping[str, Any],
     store: Store | None = None,
     results: Sequence[Scores] = (),
-    pictures: Pictures | None = None,
+    images: ImageSet | None = None,
 ) -> None:
     """Logs a finished run of `evaluate.py`; nothing where no project is named.
 
@@ -107,7 +107,7 @@ def track(
         config: The command line's settings.
         store: What it found or made on its way.
         results: Scores of its queries, where it attributed any.
-        pictures: The training pictures, for the table of ranked ones.
+        images: The training images, for the table of ranked ones.
     """
     if not tracking.project:
         return
@@ -125,8 +125,8 @@ def track(
         for name in RESULTS:
             if (folder / name).exists():
                 _log_result(run, Path(name).stem, json.loads((folder / name).read_text()))
-        if results and pictures is not None:
-            run.log({"ranked": ranked(results, pictures, tracking.top)})
+        if results and images is not None:
+            run.log({"ranked": ranked(results, images, tracking.top)})
             facts = {name for scores in results for name in scores.facts}
             for name in sorted(facts):
                 found = [scores.facts[name] for scores in results if name in scores.facts]
@@ -137,26 +137,26 @@ def track(
         run.finish()
 
 
-def ranked(results: Sequence[Scores], pictures: Pictures, top: int) -> wandb.Table:
-    """A row for each of the first pictures of each query, with both pictures.
+def ranked(results: Sequence[Scores], images: ImageSet, top: int) -> wandb.Table:
+    """A row for each of the first images of each query, with both images.
 
     Args:
         results: Scores of the queries.
-        pictures: The training pictures.
+        images: The training images.
         top: How many of each query.
     """
     import wandb
 
-    where = {name: index for index, name in enumerate(pictures.ids)}
-    shown = ("query", "prompt", "generated", "rank", "image", "score", "training picture", "caption", "license")
+    where = {name: index for index, name in enumerate(images.ids)}
+    shown = ("query", "prompt", "generated", "rank", "image", "score", "training image", "caption", "license")
     columns: list[str | int] = list(shown)
     table = wandb.Table(columns=columns)
-    licenses = pictures.columns.get("license")
+    licenses = images.columns.get("license")
     for scores in results:
         generated = wandb.Image(scores.query.pixels)
         for rank, (name, score) in enumerate(scores.top(top), start=1):
             row = where[name]
-            picture = wandb.Image(np.asarray(pictures.pixels[row]))
+            image = wandb.Image(np.asarray(images.pixels[row]))
             terms = licenses[row] if licenses else "unknown"
             table.add_data(
                 scores.query.name,
@@ -165,8 +165,8 @@ def ranked(results: Sequence[Scores], pictures: Pictures, top: int) -> wandb.Tab
                 rank,
                 name,
                 score,
-                picture,
-                pictures.captions[row][0],
+                image,
+                images.captions[row][0],
                 terms,
             )
     return table

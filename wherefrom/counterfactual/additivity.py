@@ -1,4 +1,4 @@
-"""Do the effects of pictures add up? Retraining without either half of what a method names, and without both."""
+"""Do the effects of images add up? Retraining without either half of what a method names, and without both."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Halves:
             )
 
     def subsets(self, ids: Sequence[str]) -> Bool[NDArray[np.bool_], "m n"]:
-        """Which pictures each model sees, by hash."""
+        """Which images each model sees, by hash."""
         size, found = round(self.share * len(ids)), np.zeros((self.count, len(ids)), dtype=bool)
         for index in range(self.count):
             keys = [hash_text(f"half/{self.seed}/{index}/{name}") for name in ids]
@@ -102,16 +102,14 @@ def linear_datamodeling_scores(
         halves: Which models are trained.
 
     Raises:
-        ValueError: A training failed, or a method did not score all training pictures; what is finished is kept.
+        ValueError: A training failed, or a method did not score all training images; what is finished is kept.
         StorageError: A file could not be written.
     """
     ids = sweep.retrains.ids
     for method, results in rankings.items():
         cut = [scores.query.id for scores in results if set(scores.ids) != set(ids)]
         if cut:
-            raise ValueError(
-                f"{method} did not score all training pictures for query {cut[0]!r}: its sums mean nothing."
-            )
+            raise ValueError(f"{method} did not score all training images for query {cut[0]!r}: its sums mean nothing.")
     subsets = halves.subsets(ids)
     queries = [scores.query.id for scores in next(iter(rankings.values()))]
     seeds = halves.further_seeds if halves.repeated >= 3 else ()

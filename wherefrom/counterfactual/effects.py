@@ -16,7 +16,7 @@ KINDS = ("loss", "mse", "similarity")
 
 
 def changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
-    """Query -> what changed between two models of one seed; pictures are compared with the query itself."""
+    """Query -> what changed between two models of one seed; images are compared with the query itself."""
     return {
         query: {"loss": found.loss - before[query].loss, "mse": found.mse, "similarity": found.similarity}
         for query, found in after.items()
@@ -24,7 +24,7 @@ def changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement])
 
 
 def effects(removals: Sequence[Removal], measured: Measured, seeds: Sequence[int]) -> dict[str, Effect]:
-    """Own and others' changes of loss, picture and similarity, each the mean over the seeds.
+    """Own and others' changes of loss, image and similarity, each the mean over the seeds.
 
     Args:
         removals: The removals of one method and K.

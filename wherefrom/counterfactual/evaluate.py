@@ -1,4 +1,4 @@
-"""The judge: retrain without the pictures that a method names, and see whether the generated picture is gone."""
+"""The judge: retrain without the images that a method names, and see whether the generated image is gone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.measured_cost import Cost
 
 RESULT = "counterfactual.json"
-PICTURES = "pictures"  # folder of what each model draws
+IMAGES = "pictures"  # folder of what each model draws
 FLOOR = "another seed"
 NO_COSTS: Mapping[str, Cost] = {}
 
@@ -53,13 +53,13 @@ class Row:
     """One line of the judge's table.
 
     Attributes:
-        method: Whose pictures went; `random`, or `another seed` for the floor.
+        method: Whose images went; `random`, or `another seed` for the floor.
         k: How many of each query.
-        removed: Mean number of pictures that went.
+        removed: Mean number of images that went.
         loss: Change of each query's loss, own and others.
-        mse: Change of its picture, own and others.
-        similarity: Similarity of its picture before and after, own and others.
-        equivalent: How many random pictures must go for the same mean change of the loss, and a 95 % interval; None
+        mse: Change of its image, own and others.
+        similarity: Similarity of its image before and after, own and others.
+        equivalent: How many random images must go for the same mean change of the loss, and a 95 % interval; None
             without a ladder.
     """
 
@@ -81,7 +81,7 @@ def plan(
     that is added later changes no model of the others.
 
     Args:
-        rankings: Method -> query -> picture ids, the most influential first.
+        rankings: Method -> query -> image ids, the most influential first.
         protocol: The protocol.
         training: Ids of the training set.
 
@@ -151,11 +151,11 @@ def judge(
     wanted += [Retrain(rung.ids, seed) for seed in seeds for rung in ladder]
     chosen = [covering(group, protocol.after) for group in own] if protocol.after else []
     if protocol.after:
-        sweep.say(after_plan([removal for group in chosen for removal in group], costs, len(seeds) > 1))
+        sweep.log(after_plan([removal for group in chosen for removal in group], costs, len(seeds) > 1))
     unmoved = [method for method in named if again and not again.asks_model(method)]
     if protocol.greedy:
         check_greedy(rounds, len(ids))
-        sweep.say(greedy_plan(rounds, protocol.greedy, len(seeds), unmoved))
+        sweep.log(greedy_plan(rounds, protocol.greedy, len(seeds), unmoved))
     measured = sweep.measure(wanted)
     rows = [_row(group, measured, protocol) for group in by_method(removals)]
     if ladder:
@@ -197,13 +197,13 @@ def _after(
     again: Reattribution,
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """Who replaced what the methods named, as `counterfactual.json` keeps it; the pictures go beside it."""
+    """Who replaced what the methods named, as `counterfactual.json` keeps it; the images go beside it."""
     found = [replacements(named[group[0].method], group, again, *seeds[:2]) for group in chosen]
     shown = [name for each in found for one in each for name in (*one.before, *one.after)]
     return {
         "after": [one.as_json() for each in found for one in each],
         "foresight": [foreseen(each) for each in found],
-        "shown": write_shown(folder, again.data.pictures, shown),
+        "shown": write_shown(folder, again.data.images, shown),
     }
 
 
@@ -232,7 +232,7 @@ def _with_equivalent(row: Row, ladder: Sequence[Removal], measured: Measured, pr
 
 
 def _floor(measured: Measured, protocol: Protocol) -> list[Row]:
-    """What another seed alone changes, with no picture left out."""
+    """What another seed alone changes, with no image left out."""
     if len(protocol.seeds) < 2:
         return []
     models = [measured[Retrain((), seed)] for seed in protocol.seeds]

@@ -1,4 +1,4 @@
-"""Greedy removal: the K pictures go in rounds, and each round asks the model that was trained without the last ones."""
+"""Greedy removal: the K images go in rounds, and each round asks the model that was trained without the last ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Greedy:
         queries: The queries.
         greedy: ΔL without what was taken away in rounds.
         at_once: ΔL without the top K of the first ranking.
-        removed: Mean number of pictures that a model was trained without, in rounds and at once.
+        removed: Mean number of images that a model was trained without, in rounds and at once.
         removals: What was taken away in rounds, by pool.
     """
 
@@ -65,11 +65,11 @@ class Greedy:
 
 
 def check_greedy(at_once: Sequence[Removal], training: int) -> None:
-    """Refuses what could take away too much: rounds may find pictures that queries of a pool share less than at once.
+    """Refuses what could take away too much: rounds may find images that queries of a pool share less than at once.
 
     Args:
         at_once: The ordinary removals, of methods that ask a model.
-        training: Number of training pictures.
+        training: Number of training images.
 
     Raises:
         ValueError: A pool of several queries could leave out more than a tenth of the training set.
@@ -78,7 +78,7 @@ def check_greedy(at_once: Sequence[Removal], training: int) -> None:
         most = removal.k * len(removal.queries)
         if len(removal.queries) > 1 and most > MOST_REMOVED * training:
             raise ValueError(
-                f"Greedy removal could leave out {most} of {training} pictures for a pool of {len(removal.queries)} "
+                f"Greedy removal could leave out {most} of {training} images for a pool of {len(removal.queries)} "
                 f"queries and K {removal.k}, more than {MOST_REMOVED:.0%}: choose a smaller pool or K."
             )
 
@@ -109,32 +109,32 @@ def remove_greedily(
     again: Reattribution,
     seeds: Sequence[int],
 ) -> list[Greedy]:
-    """Takes the pictures away in rounds, all pools of one round together, and compares with taking all at once.
+    """Takes the images away in rounds, all pools of one round together, and compares with taking all at once.
 
     Each round takes K / rounds of what is left from the ranking of every query. Between the rounds only the first
     seed's models are asked.
 
     Args:
-        rankings: Method -> query -> ids, the most influential first, under the model with all pictures.
+        rankings: Method -> query -> ids, the most influential first, under the model with all images.
         at_once: The ordinary removals, of methods that ask a model; their K is a multiple of the rounds.
         rounds: How many rounds.
-        measured: What the models with all pictures and without the ordinary removals say.
+        measured: What the models with all images and without the ordinary removals say.
         sweep: Trains the models and measures the queries on them.
         again: Attributes under retrained models.
         seeds: Seeds of the trainings.
 
     Raises:
-        ValueError: Training or attribution failed, or too few pictures are left; what is finished is kept.
+        ValueError: Training or attribution failed, or too few images are left; what is finished is kept.
         StorageError: A file could not be written.
     """
     removals = [replace(each, ids=()) for each in at_once]
     found: Measured = {}
     for number in range(1, rounds + 1):
         if number > 1:
-            sweep.say(f"greedy removal: ranking what is left after round {number - 1} of {rounds}")
+            sweep.log(f"greedy removal: ranking what is left after round {number - 1} of {rounds}")
         removals = [_next(each, each.k // rounds, rankings, again, seeds[0]) for each in removals]
         trained = list(seeds) if number == rounds else [seeds[0]]
-        sweep.say(f"greedy removal, round {number} of {rounds}: {len(removals)} pools, {len(trained)} seeds")
+        sweep.log(f"greedy removal, round {number} of {rounds}: {len(removals)} pools, {len(trained)} seeds")
         found = sweep.measure([Retrain(each.ids, seed) for seed in trained for each in removals])
     results = []
     for mine, theirs in zip(by_method(removals), by_method(at_once), strict=True):
@@ -156,7 +156,7 @@ def remove_greedily(
 
 
 def _next(removal: Removal, step: int, rankings: Rankings, again: Reattribution, seed: int) -> Removal:
-    """The removal with so many more pictures of each of its queries."""
+    """The removal with so many more images of each of its queries."""
     if removal.ids:
         left: Mapping[str, Sequence[str]] = again(removal.method, Retrain(removal.ids, seed), removal.queries)
     else:

@@ -105,7 +105,7 @@ class Measurements:
 
 
 def write_strip(path: Path, drawn: Mapping[str, UInt8[NDArray[np.uint8], "h w 3"]]) -> None:
-    """Writes what a model draws: the queries' pictures side by side, in the order of their ids.
+    """Writes what a model draws: the queries' images side by side, in the order of their ids.
 
     Raises:
         StorageError: The file could not be written.
@@ -122,13 +122,13 @@ def read_strip(path: Path, queries: Sequence[str]) -> dict[str, UInt8[NDArray[np
         queries: All queries of the panel.
 
     Raises:
-        ValueError: The file is no picture of so many queries.
+        ValueError: The file is no image of so many queries.
     """
     try:
         with Image.open(path) as opened:
             strip = np.asarray(opened.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
     if strip.shape[1] % len(queries):
         raise ValueError(f"{path} is {strip.shape[1]} pixels wide, which is no multiple of its {len(queries)} queries.")
     return dict(zip(sorted(queries), np.split(strip, len(queries), axis=1), strict=True))

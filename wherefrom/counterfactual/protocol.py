@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Protocol:
-    """How many pictures go, for how many queries at once, how often, and what is asked of the models.
+    """How many images go, for how many queries at once, how often, and what is asked of the models.
 
     Attributes:
-        ks: Pictures of each query that a retraining leaves out.
-        pools: For each K, queries whose pictures one retraining leaves out; a single number serves for all K. 1 is the
+        ks: Images of each query that a retraining leaves out.
+        pools: For each K, queries whose images one retraining leaves out; a single number serves for all K. 1 is the
             papers' protocol.
-        seeds: Seeds of the trainings; each has its own model with all pictures.
-        random: How many times as many pictures are left out at random for each pool.
+        seeds: Seeds of the trainings; each has its own model with all images.
+        random: How many times as many images are left out at random for each pool.
         timesteps: Timesteps of the queries' losses (AbU, section 5.1: 200).
-        ladder: Numbers of pictures that are left out at random, to say how many random pictures do as much as those
+        ladder: Numbers of images that are left out at random, to say how many random images do as much as those
             that a method names (AbU, section 5.1: up to the whole set). Empty leaves that out.
         ladder_draws: Models on each rung.
         after: For how many queries of each method and K the retrained model of the first seed is attributed again, to
-            see which pictures take over; whole pools, until so many queries are covered.
+            see which images take over; whole pools, until so many queries are covered.
         groups: Retrain also without the odd and without the even places of each query's top K: do their effects add up?
-        greedy: In how many rounds the K pictures are taken away instead of at once, attributing again after each; 0
+        greedy: In how many rounds the K images are taken away instead of at once, attributing again after each; 0
             leaves that out. Methods that ask a model only: the others rank what is left as they did before.
     """
 
@@ -54,7 +54,7 @@ class Protocol:
         uneven = [k for k in self.ks if self.greedy and k % self.greedy]
         if uneven:
             raise ValueError(
-                f"greedy takes K pictures away in {self.greedy} equal rounds, which {uneven[0]} cannot be cut into: "
+                f"greedy takes K images away in {self.greedy} equal rounds, which {uneven[0]} cannot be cut into: "
                 f"choose ks that are multiples of {self.greedy}, or another number of rounds."
             )
 

@@ -16,24 +16,24 @@ from wherefrom.counterfactual.effects import or_none
 from wherefrom.counterfactual.removal import Removal
 from wherefrom.counterfactual.replacement_prediction import Foresight, foresight
 from wherefrom.counterfactual.retraining import Retrain, Retrains
-from wherefrom.data.image_set import Pictures, keep_indices
+from wherefrom.data.image_set import ImageSet, keep_indices
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.ranking_file import read_ranking
 from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.artifacts import MANIFEST, Store, check_identity, identity_hash, read_manifest, replacing
-from wherefrom.runtime.console import Say, duration, silent
+from wherefrom.runtime.console import Log, duration, no_log
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.measured_cost import Cost
 
-AFTER, SHOWN = "after", "shown"  # folders: runs under retrained models, and the pictures that the judge's page shows
+AFTER, SHOWN = "after", "shown"  # folders: runs under retrained models, and the images that the judge's page shows
 _NUMBERS = ("spearman", "share", "chance")
 _UNDER_CONTROL = ("spearman", "share")
-TOP = 5  # pictures shown before and after
+TOP = 5  # images shown before and after
 
 
 class Reattribution:
-    """Attributes queries under retrained models, among the pictures that these were trained on.
+    """Attributes queries under retrained models, among the images that these were trained on.
 
     Each run has a folder, named by model and method. A finished one is read without its model, whose weights may have
     been deleted; an interrupted one goes on.
@@ -43,11 +43,11 @@ class Reattribution:
         methods: Name -> method.
         data: The whole training set and the null.
         retrains: The models.
-        queries: The queries, as the model with all pictures drew them.
+        queries: The queries, as the model with all images drew them.
         store: Where methods keep what they make.
         runner: This process's place.
         options: What the runs' pages show.
-        say: Is told what is being done.
+        log: Receives lines about what is being done.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Reattribution:
         store: Store,
         runner: Runner,
         options: ReportOptions = ReportOptions(),
-        say: Say = silent,
+        log: Log = no_log,
     ) -> None:
         self.folder, self.methods, self.data, self.retrains = folder, methods, data, retrains
         self.queries = {query.id: query for query in queries}
-        self.store, self.runner, self.options, self.say = store, runner, options, say
+        self.store, self.runner, self.options, self.log = store, runner, options, log
 
     def asks_model(self, method: str) -> bool:
-        """Whether another model can change this method's ranking of the same pictures."""
+        """Whether another model can change this method's ranking of the same images."""
         return "model" in self.methods[method].requires
 
     def __call__(self, method: str, retrain: Retrain, queries: Sequence[str]) -> dict[str, list[str]]:
@@ -79,7 +79,7 @@ class Reattribution:
             queries: Ids of the queries.
 
         Raises:
-            ArtifactMismatchError: The run folder holds a run of other pictures or of a method with other settings.
+            ArtifactMismatchError: The run folder holds a run of other images or of a method with other settings.
             ValueError: Training failed, or the method cannot attribute a query.
             StorageError: A file could not be written; finished queries are kept.
         """
@@ -92,9 +92,9 @@ class Reattribution:
             # The folder's name decides the model.
             check_identity(place, {**identity, "model": manifest["identity"]["model"]})
             return {query: ids for query, (ids, _) in read_ranking(place).items()}
-        self.say(f"{method} again, without {len(retrain.exclude)} pictures")
+        self.log(f"{method} again, without {len(retrain.exclude)} images")
         model = self.retrains.model(retrain).to(self.runner.device)
-        results = attribute(place, attributor, data, model, asked, self.store, self.runner, self.options, self.say)
+        results = attribute(place, attributor, data, model, asked, self.store, self.runner, self.options, self.log)
         return {scores.query.id: whole_ranking(scores) for scores in results}
 
     def left(self, retrain: Retrain) -> TrainingData:
@@ -103,14 +103,14 @@ class Reattribution:
         Raises:
             ValueError: An excluded id is not in the training set.
         """
-        kept = keep_indices(self.data.pictures.ids, retrain.exclude)
+        kept = keep_indices(self.data.images.ids, retrain.exclude)
         latents = None if self.data.latents is None else self.data.latents.subset(kept)
-        return TrainingData(self.data.pictures.subset(kept), latents, self.data.held_out, self.data.held_out_latents)
+        return TrainingData(self.data.images.subset(kept), latents, self.data.held_out, self.data.held_out_latents)
 
     def place(self, method: str, retrain: Retrain, queries: Any) -> Path:
         """The run folder.
 
-        Two pools may name the same pictures, and so the same model: the second has a folder of its own.
+        Two pools may name the same images, and so the same model: the second has a folder of its own.
         """
         place = self.folder / self.retrains.name(retrain) / method
         if (place / MANIFEST).exists() and read_manifest(place)["identity"].get("queries") != queries:
@@ -125,14 +125,14 @@ def whole_ranking(scores: Scores) -> list[str]:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What took the place of a query's removed pictures.
+    """What took the place of a query's removed images.
 
     Attributes:
         method: The method.
         k: How many of each query were removed.
         query: The query.
         model: The retrained model.
-        before: The first ids of the ranking under the model with all pictures.
+        before: The first ids of the ranking under the model with all images.
         removed: Those of them that were left out.
         after: The first ids of the ranking under the retrained model.
         foresight: Whether the first ranking foresaw it.
@@ -197,11 +197,11 @@ def replacements(
     """Attributes the queries of these removals again.
 
     Args:
-        rankings: Query -> ids from the most influential, under the model with all pictures.
+        rankings: Query -> ids from the most influential, under the model with all images.
         removals: Removals of one method and K.
         again: Attributes under retrained models.
         seed: Seed of the retrained models.
-        control: Another seed, whose model with all pictures is asked also.
+        control: Another seed, whose model with all images is asked also.
 
     Raises:
         ValueError: Training or attribution failed.
@@ -236,12 +236,12 @@ def foreseen(found: Sequence[Replacement]) -> dict[str, Any]:
     return {"method": found[0].method, "k": found[0].k, "queries": len(found), **numbers}
 
 
-def write_shown(folder: Path, pictures: Pictures, ids: Sequence[str]) -> dict[str, str]:
-    """Writes the pictures that the judge's page shows, and says their captions.
+def write_shown(folder: Path, images: ImageSet, ids: Sequence[str]) -> dict[str, str]:
+    """Writes the images that the judge's page shows, and says their captions.
 
     Args:
         folder: The judge's run folder.
-        pictures: The training pictures.
+        images: The training images.
         ids: Which of them.
 
     Returns:
@@ -250,15 +250,15 @@ def write_shown(folder: Path, pictures: Pictures, ids: Sequence[str]) -> dict[st
     Raises:
         StorageError: A file could not be written.
     """
-    where = {name: index for index, name in enumerate(pictures.ids)}
+    where = {name: index for index, name in enumerate(images.ids)}
     captions = {}
     for name in sorted(set(ids)):
-        captions[name] = pictures.captions[where[name]][0]
+        captions[name] = images.captions[where[name]][0]
         with replacing(shown_file(folder, name)) as temporary:
-            Image.fromarray(np.asarray(pictures.pixels[where[name]])).save(temporary, "PNG")
+            Image.fromarray(np.asarray(images.pixels[where[name]])).save(temporary, "PNG")
     return captions
 
 
 def shown_file(folder: Path, name: str) -> Path:
-    """Where a picture that the page shows is kept; ids may hold anything."""
+    """Where an image that the page shows is kept; ids may hold anything."""
     return folder / SHOWN / f"{identity_hash({'picture': name})}.png"

@@ -1,9 +1,9 @@
-"""Which pictures to leave out of a retraining, and what the retrained models then say.
+"""Which images to leave out of a retraining, and what the retrained models then say.
 
 The papers retrain once for each query, method and K (AbU, section 5.1). Pooled, one retraining leaves out the top K of
-several queries and is measured on all of them *and* on queries whose pictures stayed. The headline is own minus others,
-so that a method which names generally important pictures does not win. It assumes that leaving out another query's
-pictures does to a query what it does to any other; the queries of a pool are therefore chosen to share few pictures.
+several queries and is measured on all of them *and* on queries whose images stayed. The headline is own minus others,
+so that a method which names generally important images does not win. It assumes that leaving out another query's
+images does to a query what it does to any other; the queries of a pool are therefore chosen to share few images.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MOST_REMOVED = 0.1  # of the training set, by one pool
 
 @dataclass(frozen=True)
 class Removal:
-    """One retraining's pictures.
+    """One retraining's images.
 
     Attributes:
         method: Whose ranking named them.
         k: How many of each query.
-        queries: The queries whose top pictures they are.
-        ids: The pictures, sorted.
+        queries: The queries whose top images they are.
+        ids: The images, sorted.
     """
 
     method: str
@@ -40,13 +40,13 @@ class Removal:
 
 
 def pool_queries(tops: Mapping[str, frozenset[str]], size: int, seed: int = 0) -> list[tuple[str, ...]]:
-    """Cuts the queries into pools whose top pictures overlap little.
+    """Cuts the queries into pools whose top images overlap little.
 
     A pool is opened by the first query that is left, in an order by hash, and filled with those that add the fewest
-    pictures which the pool already has.
+    images which the pool already has.
 
     Args:
-        tops: Query -> its top pictures, by one method or by several.
+        tops: Query -> its top images, by one method or by several.
         size: Queries in a pool; the last may have fewer.
         seed: Seed of the order.
 
@@ -73,30 +73,30 @@ def top_of_ranking(ids: Sequence[str], k: int, query: str) -> list[str]:
     """The first k of a ranking.
 
     Raises:
-        ValueError: `k` is not positive or larger than the ranking, or the ranking holds a picture twice.
+        ValueError: `k` is not positive or larger than the ranking, or the ranking holds an image twice.
     """
     if not 1 <= k <= len(ids):
-        raise ValueError(f"K is {k}, but the ranking of query {query!r} holds {len(ids)} pictures.")
+        raise ValueError(f"K is {k}, but the ranking of query {query!r} holds {len(ids)} images.")
     top = list(ids[:k])
     if len(set(top)) < k:
-        raise ValueError(f"The ranking of query {query!r} holds a picture twice.")
+        raise ValueError(f"The ranking of query {query!r} holds an image twice.")
     return top
 
 
 def plan_removals(
     method: str, rankings: Mapping[str, Sequence[str]], k: int, pools: Sequence[Sequence[str]], training: Sequence[str]
 ) -> list[Removal]:
-    """The pictures that each pool's retraining leaves out.
+    """The images that each pool's retraining leaves out.
 
     Args:
         method: Whose rankings these are.
-        rankings: Query -> picture ids, the most influential first.
+        rankings: Query -> image ids, the most influential first.
         k: How many of each query.
         pools: The queries of each retraining.
         training: Ids of the training set.
 
     Raises:
-        ValueError: A pool would leave out more than a tenth of the training set, a picture is not in it, or `k` is
+        ValueError: A pool would leave out more than a tenth of the training set, an image is not in it, or `k` is
             larger than a ranking.
     """
     known, found = set(training), []
@@ -105,12 +105,12 @@ def plan_removals(
         unknown = [name for name in ids if name not in known]
         if unknown:
             raise ValueError(
-                f"{method} ranks {len(unknown)} pictures that are not in the training set, such as {unknown[0]!r}: "
+                f"{method} ranks {len(unknown)} images that are not in the training set, such as {unknown[0]!r}: "
                 "these rankings were made for another data set."
             )
         if len(pool) > 1 and len(ids) > MOST_REMOVED * len(known):
             raise ValueError(
-                f"A pool of {len(pool)} queries would leave out {len(ids)} of {len(known)} pictures, more than "
+                f"A pool of {len(pool)} queries would leave out {len(ids)} of {len(known)} images, more than "
                 f"{MOST_REMOVED:.0%}: choose a smaller pool or K."
             )
         found.append(Removal(method, k, tuple(pool), tuple(ids)))
@@ -118,7 +118,7 @@ def plan_removals(
 
 
 def random_removals(like: Sequence[Removal], training: Sequence[str], seed: int) -> list[Removal]:
-    """As many pictures as each of these removals, chosen by hash, for the same queries.
+    """As many images as each of these removals, chosen by hash, for the same queries.
 
     Args:
         like: The removals of a method.
@@ -133,14 +133,14 @@ def random_removals(like: Sequence[Removal], training: Sequence[str], seed: int)
     return found
 
 
-def random_ladder(counts: Sequence[int], draws: int, training: Sequence[str]) -> list[Removal]:
-    """Removals by chance of so many pictures each, about no query: the ladder of `random_equivalent`.
+def random_ladder(counts: Sequence[int], noise_samples: int, training: Sequence[str]) -> list[Removal]:
+    """Removals by chance of so many images each, about no query: the ladder of `random_equivalent`.
 
-    Each draw's removals are nested: more pictures go on each rung.
+    Each draw's removals are nested: more images go on each rung.
 
     Args:
-        counts: Pictures left out on each rung.
-        draws: Models on each rung.
+        counts: Images left out on each rung.
+        noise_samples: Models on each rung.
         training: Ids of the training set.
 
     Raises:
@@ -148,10 +148,10 @@ def random_ladder(counts: Sequence[int], draws: int, training: Sequence[str]) ->
     """
     odd = [count for count in counts if not 0 < count < len(training)]
     if odd:
-        raise ValueError(f"A ladder of {len(training)} pictures has rungs between 1 and one less; given {odd[0]}.")
+        raise ValueError(f"A ladder of {len(training)} images has rungs between 1 and one less; given {odd[0]}.")
     found = []
     for count in counts:
-        for draw in range(draws):
+        for draw in range(noise_samples):
             order = sorted(training, key=lambda name: hash_text(f"random ladder/{draw}/{name}"))
             found.append(Removal(RANDOM, count, (), tuple(sorted(order[:count]))))
     return found
@@ -163,7 +163,7 @@ class Effect:
 
     Attributes:
         queries: The queries.
-        own: Mean change where the query's own pictures were left out.
+        own: Mean change where the query's own images were left out.
         others: Mean change where only those of other queries were. Where one pool takes all queries there is no such
             retraining: then the mean change, on the same models, of the queries that nothing was left out for; NaN
             without such queries.
@@ -206,19 +206,19 @@ def effect_of(removals: Sequence[Removal], changes: Sequence[Mapping[str, float]
 
 
 def random_equivalent(
-    counts: Sequence[int], changes: Sequence[Sequence[float]], target: float, draws: int = 1000, seed: int = 0
+    counts: Sequence[int], changes: Sequence[Sequence[float]], target: float, noise_samples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """How many random pictures must go for the same change, and a 95 % interval (AbU, section 5.1).
+    """How many random images must go for the same change, and a 95 % interval (AbU, section 5.1).
 
     The mean changes on the ladder are made monotone by isotonic regression and joined by straight lines, from no change
-    at no pictures; the interval comes from drawing each rung's models anew. Beyond the ladder's end the answer is
+    at no images; the interval comes from drawing each rung's models anew. Beyond the ladder's end the answer is
     infinite.
 
     Args:
-        counts: Pictures left out on each rung, rising.
+        counts: Images left out on each rung, rising.
         changes: Changes of the models on each rung.
         target: The change to match.
-        draws: Bootstrap draws.
+        noise_samples: Bootstrap draws.
         seed: Their seed.
 
     Raises:
@@ -235,7 +235,7 @@ def random_equivalent(
         return _crossing(np.array([0, *counts], dtype=np.float64), np.array([0.0, *_isotonic(means, sizes)]), target)
 
     random = np.random.default_rng(seed)
-    drawn = [solve(np.array([random.choice(rung, len(rung)).mean() for rung in rungs])) for _ in range(draws)]
+    drawn = [solve(np.array([random.choice(rung, len(rung)).mean() for rung in rungs])) for _ in range(noise_samples)]
     low, high = np.quantile(drawn, (0.025, 0.975), method="closest_observation")
     return solve(np.array([rung.mean() for rung in rungs])), float(low), float(high)
 

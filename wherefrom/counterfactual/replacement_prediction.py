@@ -1,4 +1,4 @@
-"""Did a ranking foresee which pictures take over once its first ones are gone?"""
+"""Did a ranking foresee which images take over once its first ones are gone?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Foresight:
-    """How far the ranking before a removal agrees with the one after it, on the pictures that are left.
+    """How far the ranking before a removal agrees with the one after it, on the images that are left.
 
     Attributes:
-        spearman: Rank correlation of the two; NaN where a single picture is left.
+        spearman: Rank correlation of the two; NaN where a single image is left.
         share: Share of the top K afterwards that the first ranking had in the K places directly below what was removed.
         chance: The share that a random order of what is left has on average.
     """
@@ -27,23 +27,23 @@ def foresight(first: Sequence[str], removed: Collection[str], after: Sequence[st
     """Compares two rankings of one query.
 
     Args:
-        first: Ids from the most influential, of all pictures.
+        first: Ids from the most influential, of all images.
         removed: Those that were left out.
         after: The ids that are left, from the most influential, under the model that was trained without the others.
         k: How many places count for the share; all that are left, where there are fewer.
 
     Raises:
-        ValueError: `after` does not hold just what is left, a picture occurs twice, nothing is left, or `k` is not
+        ValueError: `after` does not hold just what is left, an image occurs twice, nothing is left, or `k` is not
             positive.
     """
     gone = set(removed)
     left = [name for name in first if name not in gone]
     if k < 1 or not left:
-        raise ValueError(f"Foresight needs a positive K and a picture that is left; given {k} and {len(left)}.")
+        raise ValueError(f"Foresight needs a positive K and an image that is left; given {k} and {len(left)}.")
     if sorted(left) != sorted(after) or len(set(left)) < len(left):
         raise ValueError(
-            f"The ranking afterwards holds {len(after)} pictures, which are not just the {len(left)} of the first "
-            "ranking that are left: it was made of other pictures."
+            f"The ranking afterwards holds {len(after)} images, which are not just the {len(left)} of the first "
+            "ranking that are left: it was made of other images."
         )
     places = {name: place for place, name in enumerate(after)}
     count, most = len(left), min(k, len(left))

@@ -1,4 +1,4 @@
-"""The judge's results to look at: curves against K, effect against cost, the pictures before and after, the tables."""
+"""The judge's results to look at: curves against K, effect against cost, the images before and after, the tables."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wherefrom.counterfactual.effects import or_nan
-from wherefrom.counterfactual.evaluate import FLOOR, PICTURES, RESULT, Row, as_table
+from wherefrom.counterfactual.evaluate import FLOOR, IMAGES, RESULT, Row, as_table
 from wherefrom.counterfactual.measurements import read_strip
 from wherefrom.counterfactual.removal import RANDOM, Effect
 from wherefrom.counterfactual.report_sections import STYLE, sections, table
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.reports.html import Markup, tag, write_page
-from wherefrom.reports.images import foreign, picture_tag, png_data_uri
+from wherefrom.reports.images import foreign, image_tag, png_data_uri
 from wherefrom.runtime.artifacts import replacing
 from wherefrom.runtime.measured_cost import Cost
 
@@ -33,8 +33,8 @@ PAGE, CURVES = "judge.html", "judge.png"
 _PANELS = (
     ("loss", "own", "ΔL of the query"),
     ("loss", "difference", "ΔL own − others"),
-    ("mse", "own", "MSE of its picture"),
-    ("similarity", "own", "similarity of its picture"),
+    ("mse", "own", "MSE of its image"),
+    ("similarity", "own", "similarity of its image"),
 )
 # Twice ten, so that the house's eleven methods differ: the strong ones first.
 _COLOURS = [colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
@@ -44,19 +44,19 @@ _STYLE = (
     STYLE
     + "table.judge td, table.judge th { padding: 0.2em 0.6em; text-align: right; } img.curves { max-width: 100%; }"
     + "table.judge:not(.replaced) td { white-space: nowrap; }"
-    # A narrow column must not shrink its pictures, nor prompts be broken word by word.
+    # A narrow column must not shrink its images, nor prompts be broken word by word.
     + "table.judge td img { max-width: none; } table.judge th:first-child { min-width: 10em; }"
 )
 
 
 def write_judge_report(folder: Path) -> tuple[Path, Path]:
-    """Draws the curves, the pictures before and after, and the table of a judgement, as HTML and PNG.
+    """Draws the curves, the images before and after, and the table of a judgement, as HTML and PNG.
 
     Args:
         folder: A run folder of `evaluate.py counterfactual`.
 
     Returns:
-        The page and the picture of the curves.
+        The page and the image of the curves.
 
     Raises:
         ValueError: The folder holds no judgement, or a file in it cannot be read.
@@ -70,16 +70,16 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
         Image.fromarray(curves).save(temporary, "PNG")
     encoder = result["encoder"]
     facts = (
-        f"{result['training_pictures']:,} training pictures; seeds {', '.join(map(str, result['protocol']['seeds']))}; "
-        f"losses on {result['protocol']['timesteps']} timesteps; pictures drawn from the same noise"
+        f"{result['training_pictures']:,} training images; seeds {', '.join(map(str, result['protocol']['seeds']))}; "
+        f"losses on {result['protocol']['timesteps']} timesteps; images drawn from the same noise"
         + (f"; similarity by {encoder}." if encoder else ".")
     )
     assumption = (
-        "One retraining leaves out the pictures of all queries of a pool. Own: changes of the queries whose pictures "
-        "went; others: of the same queries where only the pictures of other queries went. Own minus others assumes "
-        "that the pictures of other queries do to a query what they do to any. Where one pool takes all queries, "
-        "others are queries that nothing was left out for, on the same models. Band: as many pictures left out at "
-        "random. Dashed: another seed, with all pictures. Error bars are standard errors over queries."
+        "One retraining leaves out the images of all queries of a pool. Own: changes of the queries whose images "
+        "went; others: of the same queries where only the images of other queries went. Own minus others assumes "
+        "that the images of other queries do to a query what they do to any. Where one pool takes all queries, "
+        "others are queries that nothing was left out for, on the same models. Band: as many images left out at "
+        "random. Dashed: another seed, with all images. Error bars are standard errors over queries."
         + (
             " Seconds a query are without what a method makes once for a model; stored are the rankings and all that "
             "the method keeps to make them." * bool(costs)
@@ -87,15 +87,15 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
     )
     body = tag(
         "body",
-        tag("h1", "Retrained without the pictures named"),
+        tag("h1", "Retrained without the images named"),
         tag("p", facts),
         tag("img", src=png_data_uri(curves), alt="Changes against K, by method", class_="curves"),
         tag("p", assumption),
         tag("div", _table(rows, costs), class_="scroll"),
         *sections(folder, result),
-        *_pictures(folder, result),
+        *_images(folder, result),
     )
-    write_page(folder / PAGE, "Retrained without the pictures named", body, _STYLE)
+    write_page(folder / PAGE, "Retrained without the images named", body, _STYLE)
     return folder / PAGE, folder / CURVES
 
 
@@ -144,7 +144,7 @@ def _curves(rows: list[Row], costs: Mapping[str, Cost]) -> NDArray[np.uint8]:
         axis.set_prop_cycle(color=_COLOURS)
         _panel(axis, rows, kind, part)
         axis.set_title(title)
-        axis.set_xlabel("pictures left out for each query (K)")
+        axis.set_xlabel("images left out for each query (K)")
     handles, labels = axes[0].get_legend_handles_labels()
     if dear:
         colours = {
@@ -231,12 +231,12 @@ def _table(rows: list[Row], costs: Mapping[str, Cost]) -> Markup:
     return table(lines[0], lines[2:])
 
 
-def _pictures(folder: Path, result: dict[str, Any]) -> list[Markup]:
-    """Each query as the whole model draws it, and without the pictures that each method named, at the largest K."""
+def _images(folder: Path, result: dict[str, Any]) -> list[Markup]:
+    """Each query as the whole model draws it, and without the images that each method named, at the largest K."""
     prompts, seed = result["prompts"], result["protocol"]["seeds"][0]
     largest = max(result["protocol"]["ks"])
     models = [each for each in result["models"] if each["seed"] == seed and each["k"] in (0, largest)]
-    files = {each["name"]: folder / PICTURES / f"{each['name']}.png" for each in models}
+    files = {each["name"]: folder / IMAGES / f"{each['name']}.png" for each in models}
     drawn = {name: read_strip(path, list(prompts)) for name, path in files.items() if path.exists()}
     columns = list(dict.fromkeys(each["method"] for each in models))
     lines = []
@@ -246,16 +246,14 @@ def _pictures(folder: Path, result: dict[str, Any]) -> list[Markup]:
             owner = next(
                 each for each in models if each["method"] == method and (method == FLOOR or query in each["queries"])
             )
-            picture = drawn.get(owner["name"], {}).get(query)
-            cells.append(
-                tag("td", "–" if picture is None else picture_tag(picture, 64, f"without {method}'s pictures"))
-            )
+            image = drawn.get(owner["name"], {}).get(query)
+            cells.append(tag("td", "–" if image is None else image_tag(image, 64, f"without {method}'s images")))
         lines.append(tag("tr", tag("th", foreign(prompts[query])), *cells))
     if not lines or not drawn:
         return []
-    titles = ["all pictures" if method == FLOOR else method for method in columns]
+    titles = ["all images" if method == FLOOR else method for method in columns]
     head = tag("tr", tag("th", ""), *(tag("th", title) for title in titles))
     return [
-        tag("h2", f"Pictures before, and without the {largest} that each method named"),
+        tag("h2", f"Images before, and without the {largest} that each method named"),
         tag("div", tag("table", head, *lines, class_="judge"), class_="scroll"),
     ]

@@ -13,7 +13,7 @@ from wherefrom.counterfactual.effects import number, or_nan, or_none
 from wherefrom.counterfactual.reattribution import shown_file
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.reports.html import Markup, tag
-from wherefrom.reports.images import foreign, picture_tag
+from wherefrom.reports.images import foreign, image_tag
 
 Stored = Mapping[str, Any]
 STYLE = """
@@ -41,7 +41,7 @@ def sections(folder: Path, result: Stored) -> list[Markup]:
         result: What `counterfactual.json` holds.
 
     Raises:
-        ValueError: A picture in the folder cannot be read.
+        ValueError: An image in the folder cannot be read.
     """
     return [
         *_pairs(result["rows"]),
@@ -173,7 +173,7 @@ def _after(folder: Path, result: Stored) -> list[Markup]:
         for each in result["foresight"]
     ]
     prompts, captions = result["prompts"], result["shown"]
-    pictures = [
+    images = [
         tag(
             "tr",
             tag("th", foreign(each["method"]), f", K = {each['k']}"),
@@ -188,13 +188,13 @@ def _after(folder: Path, result: Stored) -> list[Markup]:
         tag("h2", "Who replaced them?"),
         tag(
             "p",
-            "The queries attributed again, under the model that was trained without the pictures of their pool, among "
+            "The queries attributed again, under the model that was trained without the images of their pool, among "
             "those that are left. Foreseen: the share of the top K afterwards that stood in the K places directly "
             "below what was removed; by chance: that of a random order. Another seed: the same, had the model been "
-            "trained with all pictures and another seed; only what differs from it is the removal's doing.",
+            "trained with all images and another seed; only what differs from it is the removal's doing.",
         ),
         table(["method", "K", "n", *_FORESEEN.values()], lines),
-        tag("div", tag("table", head, *pictures, class_="judge replaced"), class_="scroll"),
+        tag("div", tag("table", head, *images, class_="judge replaced"), class_="scroll"),
     ]
 
 
@@ -214,6 +214,6 @@ def _thumbnail(folder: Path, name: str) -> str:
         return "–"
     try:
         with Image.open(path) as opened:
-            return picture_tag(np.asarray(opened.convert("RGB")), _SIDE, f"Training picture {name}")
+            return image_tag(np.asarray(opened.convert("RGB")), _SIDE, f"Training image {name}")
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error

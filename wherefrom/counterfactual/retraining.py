@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import ImageEncoder
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.models.diffusion import TRAINING_VERSION, DiffusionModel
@@ -51,7 +51,7 @@ class Retrains:
 
     Args:
         store: Where the weights are kept.
-        recipe: Everything about training that decides the weights, but for seed and pictures.
+        recipe: Everything about training that decides the weights, but for seed and images.
         ids: Ids of the whole training set.
         fingerprint: That of its latents.
         train: Trains one model.
@@ -94,7 +94,7 @@ class Retrains:
 
         Raises:
             ValueError: The folder does not say which retraining left it.
-            ArtifactMismatchError: Another recipe, other pictures or another seed did.
+            ArtifactMismatchError: Another recipe, other images or another seed did.
         """
         if not (folder / MANIFEST).exists():
             raise ValueError(
@@ -135,15 +135,15 @@ class Measurement:
         loss: The query's loss, the mean over the panel's timesteps.
         losses: On each of them, in half precision: many models' must fit into a small table.
         mse: Mean squared difference, pixels from 0 to 1, of the query and what this model draws from its noise.
-        similarity: Cosine of the two pictures' features; NaN without an encoder.
-        picture: What this model draws; not kept in tables.
+        similarity: Cosine of the two images' features; NaN without an encoder.
+        image: What this model draws; not kept in tables.
     """
 
     loss: float
     losses: Float[NDArray[np.float16], " t"]
     mse: float
     similarity: float = float("nan")
-    picture: UInt8[NDArray[np.uint8], "h w 3"] | None = None
+    image: UInt8[NDArray[np.uint8], "h w 3"] | None = None
 
 
 class Panel:
@@ -154,7 +154,7 @@ class Panel:
         model: The model that drew them, whose encoder every other one shares.
         source: How they were drawn.
         timesteps: Timesteps of the losses; 200 are 0, 5, …, 995 (AbU, section 5.1).
-        encoder: Compares pictures by their features also (CLIP in the papers).
+        encoder: Compares images by their features also (CLIP in the papers).
 
     Attributes:
         name: Hash of what decides the measurements of a model.
@@ -172,9 +172,9 @@ class Panel:
         encoder: ImageEncoder | None = None,
     ) -> None:
         assert model.encoder is not None
-        if source.pictures or len(queries) != len(source.prompts):
+        if source.images or len(queries) != len(source.prompts):
             raise ValueError(
-                "A panel's queries are drawn from prompts: a picture file has no noise that another model could draw "
+                "A panel's queries are drawn from prompts: an image file has no noise that another model could draw "
                 "from. Give queries.prompts only."
             )
         self.queries, self.source, self.encoder = list(queries), source, encoder
@@ -184,7 +184,7 @@ class Panel:
             assert query.latent is not None
             latents.append(query.latent)
         stacked = torch.stack(latents)
-        pictures = Pictures(
+        images = ImageSet(
             tuple(query.id for query in self.queries),
             tuple((query.prompt,) for query in self.queries),
             np.stack([query.pixels for query in self.queries]),
@@ -193,14 +193,14 @@ class Panel:
         )
         states = model.encoder.text.encode([query.prompt for query in self.queries])[:, None]
         # The mirror images are not measured: the grid has no flips.
-        self.data = LatentSet(
-            pictures,
+        self.data = EncodedImages(
+            images,
             torch.stack([stacked, stacked], dim=1),
             states,
             torch.zeros_like(states[0, 0]),
-            pictures.fingerprint,
+            images.fingerprint,
         )
-        self.features = None if encoder is None else encoder.encode_images(np.asarray(pictures.pixels))
+        self.features = None if encoder is None else encoder.encode_images(np.asarray(images.pixels))
         # What decides the measurements of a model; the queries' ids name the sampler.
         identity = {
             "queries": sorted(query.id for query in self.queries),

@@ -17,7 +17,7 @@ import torch
 from wherefrom.counterfactual.measurements import ByQuery, Finished, Measurements, write_strip
 from wherefrom.counterfactual.retraining import PIPELINE, Panel, Retrain, Retrains
 from wherefrom.runtime.artifacts import replacing
-from wherefrom.runtime.console import Say, duration, room, silent
+from wherefrom.runtime.console import Log, duration, no_log, room
 from wherefrom.runtime.distributed import best_device
 from wherefrom.runtime.executors import Engine, in_process
 
@@ -54,9 +54,9 @@ class Sweep:
         panel: The queries.
         table: Where measurements are kept.
         engine: Where the work is done.
-        say: Is told the plan and the progress.
+        log: Receives lines about the plan and the progress.
         device: See `Work`.
-        pictures: Folder for what each model draws, one PNG a model: the queries' pictures side by side, by their ids.
+        images: Folder for what each model draws, one PNG a model: the queries' images side by side, by their ids.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Sweep:
         panel: Panel,
         table: Measurements,
         engine: Engine[Retrain, Finished] = in_process,
-        say: Say = silent,
+        log: Log = no_log,
         device: torch.device | None = None,
-        pictures: Path | None = None,
+        images: Path | None = None,
     ) -> None:
-        self.retrains, self.panel, self.table, self.engine, self.say = retrains, panel, table, engine, say
-        self.pictures = pictures
+        self.retrains, self.panel, self.table, self.engine, self.log = retrains, panel, table, engine, log
+        self.images = images
         self.work = Work(retrains, panel, device)
 
     def measure(self, wanted: Sequence[Retrain]) -> dict[Retrain, ByQuery]:
@@ -87,29 +87,29 @@ class Sweep:
         known = self.table.read(self.panel.name)
         found = {retrain: known[name].measured for retrain, name in names.items() if name in known}
         waiting = [retrain for retrain in distinct if retrain not in found]
-        self.say(self._plan(len(distinct), len(waiting), known))
+        self.log(self._plan(len(distinct), len(waiting), known))
         started, failed = time.monotonic(), []
         for done, (retrain, result) in enumerate(self.engine(self.work, waiting), start=1):
-            model = f"seed {retrain.seed}, without {len(retrain.exclude)} pictures"
+            model = f"seed {retrain.seed}, without {len(retrain.exclude)} images"
             if isinstance(result, Exception):
                 failed.append((retrain, result))
-                self.say(f"FAILED: {model}: {result}")
+                self.log(f"FAILED: {model}: {result}")
                 continue
-            drawn = {query: each.picture for query, each in result.measured.items() if each.picture is not None}
+            drawn = {query: each.image for query, each in result.measured.items() if each.image is not None}
             write_strip(self._strip(names[retrain]), drawn)
             self.table.add(names[retrain], retrain, self.panel.name, result)
             found[retrain] = result.measured
             left = (time.monotonic() - started) / done * (len(waiting) - done)
-            self.say(f"model {done} of {len(waiting)} ({model}): {duration(result.seconds)}; {duration(left)} to go")
+            self.log(f"model {done} of {len(waiting)} ({model}): {duration(result.seconds)}; {duration(left)} to go")
         if failed:
             retrain, error = failed[0]
             raise ValueError(
                 f"{len(failed)} of {len(waiting)} models could not be trained; the others are in {self.table.path}, "
                 f"and the same command goes on from there. The first that failed, with seed {retrain.seed} and "
-                f"{len(retrain.exclude)} pictures left out ({names[retrain]}): {error}"
+                f"{len(retrain.exclude)} images left out ({names[retrain]}): {error}"
             ) from error
-        if self.pictures is not None:
-            self._bring(names, self.pictures)
+        if self.images is not None:
+            self._bring(names, self.images)
         return found
 
     def _strip(self, name: str) -> Path:
@@ -120,7 +120,7 @@ class Sweep:
         """Puts what each model draws into a run's folder, as far as it was kept or the weights are still there."""
         lost = [each for each, name in names.items() if not self._strip(name).exists() and self.retrains.has(each)]
         if lost:
-            self.say(f"drawing again by models that were measured before: {len(lost)}")
+            self.log(f"drawing again by models that were measured before: {len(lost)}")
         for retrain in lost:
             drawn = self.panel.draw(self.retrains.model(retrain).to(self.work.device or best_device()))
             ids = [query.id for query in self.panel.queries]

@@ -6,7 +6,6 @@ Mean squared per-sample gradients over the training set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from torch import Tensor
 
 from wherefrom.curvature.base import Curvature, finite_rows
 from wherefrom.curvature.fisher_samples import FisherSettings, SampledPass, finite, zeros_like_parameters
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Store, read_manifest
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import RESULT, run_pass
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.stable_names import settings_identity
 
 _COUNT = "samples"
 
@@ -95,7 +95,7 @@ class FisherPass(SampledPass):
 
     Args:
         model: The pretrained model.
-        data: Its training pictures.
+        data: Its training images.
         names: Parameters.
         settings: How to sample.
         batch_size: Samples at a time.
@@ -105,7 +105,12 @@ class FisherPass(SampledPass):
     """
 
     def __init__(
-        self, model: DiffusionModel, data: LatentSet, names: Sequence[str], settings: FisherSettings, batch_size: int
+        self,
+        model: DiffusionModel,
+        data: EncodedImages,
+        names: Sequence[str],
+        settings: FisherSettings,
+        batch_size: int,
     ) -> None:
         super().__init__(model, data, names, settings, batch_size)
         self.sums = zeros_like_parameters(model, names)
@@ -132,7 +137,7 @@ class FisherPass(SampledPass):
 
 def fit_diagonal(
     model: DiffusionModel,
-    data: LatentSet,
+    data: EncodedImages,
     names: Sequence[str],
     store: Store,
     runner: Runner,
@@ -145,7 +150,7 @@ def fit_diagonal(
 
     Args:
         model: The pretrained model.
-        data: Its training pictures.
+        data: Its training images.
         names: Parameters.
         store: Where it is kept.
         runner: This process's place.
@@ -163,7 +168,7 @@ def fit_diagonal(
         "data": data.fingerprint,
         "weights": sorted(names),
         "dtype": str(model.dtype),
-        **asdict(settings),
+        **settings_identity(settings),
     }
     work = run_pass(
         lambda: FisherPass(model, data, names, settings, batch_size),

@@ -10,7 +10,7 @@ Kronecker form (norms, biases alone) keep their diagonal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,12 +23,13 @@ from wherefrom.curvature.diagonal import Diagonal
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.fisher_samples import FisherSettings
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Identity, Store, read_manifest, replacing, write_manifest
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.stable_names import settings_identity
 
 # The file names are kronfluence's, so that factors made by either load in the other.
 ACTIVATION, GRADIENT = "activation_eigenvectors.safetensors", "gradient_eigenvectors.safetensors"
@@ -198,20 +199,20 @@ def eigenvectors_of(name: str, covariance: Float[Tensor, "d d"]) -> Float[Tensor
     return vectors.contiguous()
 
 
-def block_identity(model: DiffusionModel, data: LatentSet, block: LayerPlan, settings: FisherSettings) -> Identity:
+def block_identity(model: DiffusionModel, data: EncodedImages, block: LayerPlan, settings: FisherSettings) -> Identity:
     """What must match for a block's covariances, eigenvectors and eigenvalues to be used again."""
     return {
         "model": model.fingerprint(),
         "data": data.fingerprint,
         "weights": sorted(block.names),
         "dtype": str(model.dtype),
-        **asdict(settings),
+        **settings_identity(settings),
     }
 
 
 def _eigenvectors(
     model: DiffusionModel,
-    data: LatentSet,
+    data: EncodedImages,
     block: LayerPlan,
     store: Store,
     runner: Runner,
@@ -245,7 +246,7 @@ def _eigenvectors(
 
 def _fit_block(
     model: DiffusionModel,
-    data: LatentSet,
+    data: EncodedImages,
     block: LayerPlan,
     store: Store,
     runner: Runner,
@@ -283,7 +284,7 @@ def _fit_block(
 
 def fit_ekfac(
     model: DiffusionModel,
-    data: LatentSet,
+    data: EncodedImages,
     names: Sequence[str],
     store: Store,
     runner: Runner,
@@ -297,7 +298,7 @@ def fit_ekfac(
 
     Args:
         model: The pretrained model.
-        data: Its training pictures.
+        data: Its training images.
         names: Parameters.
         store: Where it is kept.
         runner: This process's place.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wherefrom.curvature.fisher_samples import FisherSettings, SampledPass, all_finite, zeros_like_parameters
 from wherefrom.curvature.kronecker import KroneckerLayer, LayerPlan, gradient_rows
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 
@@ -48,7 +48,7 @@ class CovariancePass(SampledPass):
 
     Args:
         model: The pretrained model.
-        data: Its training pictures.
+        data: Its training images.
         plan: The layers.
         settings: How to sample.
         batch_size: Samples at a time.
@@ -61,7 +61,7 @@ class CovariancePass(SampledPass):
     """
 
     def __init__(
-        self, model: DiffusionModel, data: LatentSet, plan: LayerPlan, settings: FisherSettings, batch_size: int
+        self, model: DiffusionModel, data: EncodedImages, plan: LayerPlan, settings: FisherSettings, batch_size: int
     ) -> None:
         super().__init__(model, data, [f"{layer.module}.weight" for layer in plan.layers], settings, batch_size)
         self.plan = plan
@@ -115,7 +115,7 @@ class EigenvaluePass(SampledPass):
 
     Args:
         model: The pretrained model.
-        data: Its training pictures.
+        data: Its training images.
         plan: The layers.
         eigenvectors: `A/source` and `G/module` -> eigenvectors in columns.
         settings: How to sample.
@@ -128,7 +128,7 @@ class EigenvaluePass(SampledPass):
     def __init__(
         self,
         model: DiffusionModel,
-        data: LatentSet,
+        data: EncodedImages,
         plan: LayerPlan,
         eigenvectors: Mapping[str, Tensor],
         settings: FisherSettings,

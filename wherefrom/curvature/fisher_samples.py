@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
@@ -24,23 +24,23 @@ class FisherSettings:
     """How the Fisher information is sampled.
 
     Attributes:
-        visits: Samples per picture and flip, each with one timestep, one noise draw and one caption.
+        samples_per_image: Samples per image and flip, each with one timestep, one noise draw and one caption.
         seed: Seed of these.
         flips: Also pass the mirror images.
     """
 
-    visits: int = 5
+    samples_per_image: int = 5
     seed: int = 0
     flips: bool = True
 
     def __post_init__(self) -> None:
-        if self.visits < 1:
-            raise ValueError(f"visits must be at least 1; given {self.visits}.")
+        if self.samples_per_image < 1:
+            raise ValueError(f"samples_per_image must be at least 1; given {self.samples_per_image}.")
 
     @property
-    def per_picture(self) -> int:
-        """Samples of a picture and its mirror image."""
-        return self.visits * (2 if self.flips else 1)
+    def per_image(self) -> int:
+        """Samples of an image and its mirror image."""
+        return self.samples_per_image * (2 if self.flips else 1)
 
 
 def finite(name: str, values: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class SampledPass(ABC):
 
     Args:
         model: The pretrained model.
-        data: Its training pictures.
+        data: Its training images.
         names: Parameters whose layers are tapped.
         settings: How to sample.
         batch_size: Samples at a time; does not change the result.
@@ -87,7 +87,12 @@ class SampledPass(ABC):
     """
 
     def __init__(
-        self, model: DiffusionModel, data: LatentSet, names: Sequence[str], settings: FisherSettings, batch_size: int
+        self,
+        model: DiffusionModel,
+        data: EncodedImages,
+        names: Sequence[str],
+        settings: FisherSettings,
+        batch_size: int,
     ) -> None:
         self.model, self.data, self.names = model, data, list(names)
         self.settings, self.batch_size = settings, batch_size
@@ -98,37 +103,37 @@ class SampledPass(ABC):
     def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
         """Adds a batch, given its losses and the tap that saw them computed."""
 
-    def draws(
-        self, picture: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
+    def noise_samples(
+        self, image: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Timestep, caption and noise key of each sample, keyed by (seed, id, flip, visit)."""
-        keys = keyed_random.combine(self.settings.seed, self.id_keys[picture], flip, visit)
-        # One golden-ratio sequence over a picture's visits and flips: its timesteps are spread evenly.
-        start = keyed_random.uniform(keyed_random.combine(_TIME, self.settings.seed, self.id_keys[picture]))[:, 0]
+        keys = keyed_random.combine(self.settings.seed, self.id_keys[image], flip, visit)
+        # One golden-ratio sequence over an image's visits and flips: its timesteps are spread evenly.
+        start = keyed_random.uniform(keyed_random.combine(_TIME, self.settings.seed, self.id_keys[image]))[:, 0]
         time = torch.remainder(start + (2 * visit + flip) * 0.6180339887498949, 1.0)
         caption = keyed_random.uniform(keyed_random.combine(_CAPTION, keys))[:, 0] * self.data.states.shape[1]
         return (time * self.model.process.steps).long(), caption.long(), keyed_random.combine(_NOISE, keys)
 
     def step(self, positions: range) -> None:
-        """Adds the pictures at these positions."""
-        visits, per_picture = self.settings.visits, self.settings.per_picture
-        for start in range(0, len(positions) * per_picture, self.batch_size):
-            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_picture))
-            picture, item = positions.start + flat // per_picture, flat % per_picture
-            self._batch(picture, item // visits, item % visits)
+        """Adds the images at these positions."""
+        visits, per_image = self.settings.samples_per_image, self.settings.per_image
+        for start in range(0, len(positions) * per_image, self.batch_size):
+            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_image))
+            image, item = positions.start + flat // per_image, flat % per_image
+            self._batch(image, item // visits, item % visits)
 
     def losses(
-        self, picture: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
+        self, image: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
         """The loss of each sample."""
         model, device = self.model, self.model.device
-        timestep, caption, noise_keys = self.draws(picture, flip, visit)
-        latents = self.data.latents[picture, flip].to(device, model.dtype)
-        states = self.data.states[picture, caption].to(device, model.dtype)
+        timestep, caption, noise_keys = self.noise_samples(image, flip, visit)
+        latents = self.data.latents[image, flip].to(device, model.dtype)
+        states = self.data.states[image, caption].to(device, model.dtype)
         noise = keyed_random.normal(noise_keys.to(device), latents.shape[1:], model.dtype)
         return model.losses(latents, states, timestep.to(device), noise)
 
-    def _batch(self, picture: Tensor, flip: Tensor, visit: Tensor) -> None:
+    def _batch(self, image: Tensor, flip: Tensor, visit: Tensor) -> None:
         with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
-            self.add(tap, self.losses(picture, flip, visit))
-        self.samples += len(picture)
+            self.add(tap, self.losses(image, flip, visit))
+        self.samples += len(image)

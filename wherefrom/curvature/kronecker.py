@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 
@@ -144,7 +144,7 @@ def _with_sources(layers: Sequence[KroneckerLayer]) -> tuple[KroneckerLayer, ...
 
 
 @torch.no_grad()
-def plan_layers(model: DiffusionModel, data: LatentSet, names: Sequence[str]) -> LayerPlan:
+def plan_layers(model: DiffusionModel, data: EncodedImages, names: Sequence[str]) -> LayerPlan:
     """Sorts parameters into Kronecker layers and the rest, and finds by one forward pass which layers share inputs.
 
     Raises:

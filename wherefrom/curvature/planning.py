@@ -11,7 +11,7 @@ from wherefrom.curvature.ekfac import EIGENVALUE_PASS, block_identity
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.fisher_samples import FisherSettings, SampledPass
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import duration
@@ -21,7 +21,7 @@ _SMALL_BATCH, _SIDE = 16, 256
 
 def ekfac_plan(
     model: DiffusionModel,
-    data: LatentSet,
+    data: EncodedImages,
     names: Sequence[str],
     settings: FisherSettings,
     layers_per_pass: int | None = None,
@@ -32,7 +32,7 @@ def ekfac_plan(
 
     Args:
         model: The pretrained model.
-        data: Its training pictures.
+        data: Its training images.
         names: Parameters.
         settings: How to sample.
         layers_per_pass: Fit so many layers at a time.
@@ -41,7 +41,7 @@ def ekfac_plan(
     """
     plan = plan_layers(model, data, names)
     blocks = plan.blocks(layers_per_pass)
-    samples = len(data) * settings.per_picture
+    samples = len(data) * settings.per_image
     memory = max(block.memory() for block in blocks) / 2**20
     rest = f"; the diagonal for {len(plan.diagonal)} others ({', '.join(plan.diagonal[:3])} …)" if plan.diagonal else ""
     left = [block for block in blocks if not _found(model, data, block, settings, store)]
@@ -57,19 +57,19 @@ def ekfac_plan(
 
 
 def _found(
-    model: DiffusionModel, data: LatentSet, block: LayerPlan, settings: FisherSettings, store: Store | None
+    model: DiffusionModel, data: EncodedImages, block: LayerPlan, settings: FisherSettings, store: Store | None
 ) -> bool:
     return store is not None and store.find(EIGENVALUE_PASS, block_identity(model, data, block, settings)) is not None
 
 
 def fit_seconds(
-    model: DiffusionModel, data: LatentSet, block: LayerPlan, settings: FisherSettings, world_size: int = 1
+    model: DiffusionModel, data: EncodedImages, block: LayerPlan, settings: FisherSettings, world_size: int = 1
 ) -> float:
     """Estimated seconds of fitting a block: a small batch of each pass and one decomposition are measured.
 
     Larger batches and matrices are somewhat faster, so it is rather too long than too short.
     """
-    few = range(min(len(data), -(-_SMALL_BATCH // settings.per_picture)))
+    few = range(min(len(data), -(-_SMALL_BATCH // settings.per_image)))
     sides = {f"A/{layer.source}": layer.inputs for layer in block.layers}
     sides |= {f"G/{layer.module}": layer.outputs for layer in block.layers}
     # Which vectors does not matter to the time.

@@ -1,4 +1,4 @@
-"""Ready-made arrays of latents and text states (those of AbU on MSCOCO), used without any picture or encoder."""
+"""Ready-made arrays of latents and text states (those of AbU on MSCOCO), used without any image or encoder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wherefrom.data.image_set import Pictures, check_unique
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.data.image_set import ImageSet, check_unique
 from wherefrom.runtime.artifacts import identity_hash
 from wherefrom.runtime.mapped_arrays import map_array
 
@@ -49,17 +49,17 @@ def read_cached_latents(
     ids: Sequence[str],
     captions: Sequence[Sequence[str]] | None = None,
     null_states: Path | None = None,
-) -> LatentSet:
+) -> EncodedImages:
     """A training set from arrays that another program made, mapped from disk.
 
-    Its pictures have captions only where they are given, and are grey: reports show no pictures.
+    Its images have captions only where they are given, and are grey: reports show no images.
 
     Args:
         latents: Such as `coco17_train_latents.npy`, scaled, (2 n, C, H, W): the images, then their mirror images.
         states: Such as `coco17_train_text_embeddings.npy`, (n, K, L, D).
-        ids: Ids of the pictures in the order of the rows. The papers' arrays do not hold them; those of COCO follow the
+        ids: Ids of the images in the order of the rows. The papers' arrays do not hold them; those of COCO follow the
             numerical order of its ids, as `read_captions` does.
-        captions: The K captions of each picture.
+        captions: The K captions of each image.
         null_states: Token states (L, D) of the empty caption; needed for training with caption dropout only.
 
     Raises:
@@ -68,7 +68,7 @@ def read_cached_latents(
     check_unique(ids)
     count = len(ids)
     if not count:
-        raise ValueError(f"There are no ids for the rows of {latents}. Give one for each picture.")
+        raise ValueError(f"There are no ids for the rows of {latents}. Give one for each image.")
     given = _map(latents, "latents", 2 * count, f"({2 * count}, C, H, W): images, then mirror images")
     texts = _map(states, "text states", count, f"({count}, K, L, D)")
     null = torch.full(tuple(texts.shape[2:]), torch.nan)
@@ -82,7 +82,7 @@ def read_cached_latents(
     several = captions if captions is not None else [("",) * texts.shape[1]] * count
     if len(several) != count or any(len(each) != texts.shape[1] for each in several):
         raise ValueError(
-            f"{states} holds {texts.shape[1]} captions of each of {count} pictures; the captions that were given are "
+            f"{states} holds {texts.shape[1]} captions of each of {count} images; the captions that were given are "
             "not as many."
         )
     fingerprint = identity_hash(
@@ -96,6 +96,6 @@ def read_cached_latents(
     height, width = (int(side) * _PIXELS for side in given.shape[2:])
     pixels = np.broadcast_to(np.uint8(_GREY), (count, height, width, 3))
     columns = {"license": ("unknown",) * count}
-    pictures = Pictures(tuple(ids), tuple(tuple(each) for each in several), pixels, columns, fingerprint)
+    images = ImageSet(tuple(ids), tuple(tuple(each) for each in several), pixels, columns, fingerprint)
     both = given.reshape(2, count, *given.shape[1:]).transpose(0, 1)  # a view: nothing is read
-    return LatentSet(pictures, both, texts, null, fingerprint, mapped=True)
+    return EncodedImages(images, both, texts, null, fingerprint, mapped=True)

@@ -1,16 +1,17 @@
-"""Near-duplicates planted in a training set: its own pictures with their captions, a pixel off, slightly recoloured."""
+"""Near-duplicates planted in a training set: its own images with their captions, a pixel off, slightly recoloured."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import identity_hash
+from wherefrom.runtime.stable_names import settings_identity
 
 _STEPS = tuple((rows, columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1) if (rows, columns) != (0, 0))
 _LEAST, _MOST = 4, 12  # how far a colour channel moves, of 255
@@ -18,7 +19,7 @@ _LEAST, _MOST = 4, 12  # how far a colour channel moves, of 255
 
 @dataclass(frozen=True)
 class Copies:
-    """Which training pictures have near-duplicates.
+    """Which training images have near-duplicates.
 
     Attributes:
         ids: The originals.
@@ -51,35 +52,35 @@ class Copies:
         return [copy for name in self.ids for copy in self.of(name)]
 
 
-def plant(pictures: Pictures, copies: Copies) -> Pictures:
-    """The pictures, and after them the copies, with the captions and columns of their originals.
+def plant(images: ImageSet, copies: Copies) -> ImageSet:
+    """The images, and after them the copies, with the captions and columns of their originals.
 
     Args:
-        pictures: The training pictures.
+        images: The training images.
         copies: Which of them have copies.
 
     Raises:
-        ValueError: An original is no training picture, or an id is taken.
+        ValueError: An original is no training image, or an id is taken.
     """
-    where = {name: index for index, name in enumerate(pictures.ids)}
+    where = {name: index for index, name in enumerate(images.ids)}
     unknown = [name for name in copies.ids if name not in where]
     if unknown:
         raise ValueError(
-            f"copies names {len(unknown)} pictures that are not in the training set, such as {unknown[0]!r}; its ids "
-            f"look like {pictures.ids[0]!r}."
+            f"copies names {len(unknown)} images that are not in the training set, such as {unknown[0]!r}; its ids "
+            f"look like {images.ids[0]!r}."
         )
     origins = [where[name] for name in copies.ids for _ in range(copies.count)]
     drawn = [
-        _near(np.asarray(pictures.pixels[where[name]]), name, number, copies.seed)
+        _near(np.asarray(images.pixels[where[name]]), name, number, copies.seed)
         for name in copies.ids
         for number in range(copies.count)
     ]
-    return Pictures(
-        ids=(*pictures.ids, *copies.planted),
-        captions=(*pictures.captions, *(pictures.captions[index] for index in origins)),
-        pixels=np.concatenate([np.asarray(pictures.pixels), np.stack(drawn)]),
-        columns={name: (*column, *(column[index] for index in origins)) for name, column in pictures.columns.items()},
-        fingerprint=identity_hash({"of": pictures.fingerprint, "copies": asdict(copies)}),
+    return ImageSet(
+        ids=(*images.ids, *copies.planted),
+        captions=(*images.captions, *(images.captions[index] for index in origins)),
+        pixels=np.concatenate([np.asarray(images.pixels), np.stack(drawn)]),
+        columns={name: (*column, *(column[index] for index in origins)) for name, column in images.columns.items()},
+        fingerprint=identity_hash({"of": images.fingerprint, "copies": settings_identity(copies)}),
     )
 
 
@@ -91,10 +92,10 @@ def _near(
         _STEPS
     )
     rows, columns = _STEPS[(turn + number) % len(_STEPS)]
-    draws = keyed_random.uniform(
+    noise_samples = keyed_random.uniform(
         keyed_random.combine(seed, keyed_random.hash_text(f"colours of {name}"), number), 6
     ).numpy()
-    colours = np.where(draws[:3] < 0.5, -1, 1) * np.rint(_LEAST + draws[3:] * (_MOST - _LEAST))
+    colours = np.where(noise_samples[:3] < 0.5, -1, 1) * np.rint(_LEAST + noise_samples[3:] * (_MOST - _LEAST))
     # The border's own colours move in: no edge appears that the original does not have.
     moved = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = pixels.shape[:2]

@@ -1,8 +1,8 @@
-"""Decoding many captioned pictures once: in parts that an interrupted run never does again, then in one mapped array.
+"""Decoding many captioned images once: in parts that an interrupted run never does again, then in one mapped array.
 
 A part (a stretch of a folder, a shard) is decoded by one worker into a file of its own. The parts are joined in their
 order and deleted one by one as they are, so neither workers nor interruptions change the result, and the disk holds the
-pictures once.
+images once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded picture."""
+    """One decoded image."""
 
     id: str
     captions: tuple[str, ...]
@@ -53,7 +53,7 @@ class Problem:
     """Something that was left out.
 
     Attributes:
-        name: The picture, file or shard.
+        name: The image, file or shard.
         kind: What is wrong, in words that are the same for all of its kind.
         detail: What is wrong with this one.
     """
@@ -84,7 +84,7 @@ def part_files(folder: Path, part: int) -> tuple[Path, Path]:
 def _write_part(
     folder: Path, part: int, samples: Iterator[Sample | Problem], size: int, tick: Callable[[], None]
 ) -> None:
-    """Streams a part to disk: its pictures are never in memory together."""
+    """Streams a part to disk: its images are never in memory together."""
     pixels_file, told_file = part_files(folder, part)
     told: dict[str, list[Any]] = {"ids": [], "captions": [], "columns": [], "problems": []}
     digest = hashlib.blake2b(digest_size=16)
@@ -120,13 +120,13 @@ def decode_parts(
 
     Args:
         folder: Where the parts are kept; nodes may share it.
-        decode: The pictures of a part, and what had to be left out.
-        counts: About how many pictures each part has, for the progress.
-        size: Side of the pictures in pixels.
+        decode: The images of a part, and what had to be left out.
+        counts: About how many images each part has, for the progress.
+        size: Side of the images in pixels.
         workers: Threads of this process; decoding and resizing run beside each other.
         place: This node.
         places: Number of nodes.
-        progress: Called with (done, total) pictures.
+        progress: Called with (done, total) images.
 
     Raises:
         ValueError: There is no such place.
@@ -158,7 +158,7 @@ def decode_parts(
 
         _write_part(folder, part, until_stopped(), size, tick)
 
-    # Pillow only warns of pictures between its limit and twice that; here they are left out like those above.
+    # Pillow only warns of images between its limit and twice that; here they are left out like those above.
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if workers <= 1:
@@ -184,7 +184,7 @@ def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
         `fingerprint`, and `problems` as [name, kind, detail].
 
     Raises:
-        ValueError: No picture is left, or an id occurs twice.
+        ValueError: No image is left, or an id occurs twice.
         StorageError: A file could not be written.
     """
     if not (folder / DECODED).exists():
@@ -192,7 +192,7 @@ def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
         ids = [name for each in told for name in each["ids"]]
         problems = [problem for each in told for problem in each["problems"]]
         if not ids:
-            raise ValueError(f"None of the pictures can be used: {summary([Problem(*each) for each in problems])}.")
+            raise ValueError(f"None of the images can be used: {summary([Problem(*each) for each in problems])}.")
         check_unique(ids)
         captions = [several for each in told for several in each["captions"]]
         rows = [columns for each in told for columns in each["columns"]]
@@ -235,4 +235,4 @@ def warn_of(place: Path, count: int, problems: Sequence[Sequence[str]]) -> None:
     """Logs what was left out."""
     if problems:
         told = summary([Problem(*each) for each in problems])
-        _logger.warning("%s: %d pictures are used; left out were %s", place, count, told)
+        _logger.warning("%s: %d images are used; left out were %s", place, count, told)

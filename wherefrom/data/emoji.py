@@ -10,7 +10,7 @@ import importlib.util
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.data.image_set import Pictures, read_pictures, write_pictures
+from wherefrom.data.image_set import ImageSet, read_image_set, write_image_set
 from wherefrom.runtime.artifacts import Store, canonical_json, identity_hash
 from wherefrom.runtime.keyed_random import hash_text
+from wherefrom.runtime.stable_names import settings_identity
 
 _SKIN_TONE = re.compile(r"1f3f[b-f]")
 _REGIONAL_INDICATOR = re.compile(r"1f1(e[6-9a-f]|f[0-9a-f])")
@@ -51,14 +52,14 @@ STYLES: Mapping[str, Style] = {
 
 @dataclass(frozen=True)
 class EmojiOptions:
-    """Which pictures the world holds.
+    """Which images the world holds.
 
     Attributes:
         styles: Names from `STYLES`.
-        size: Side of the square pictures in pixels.
+        size: Side of the square images in pixels.
         skin_tones: Keep the variants in five skin tones (near-duplicates up to colour).
         flags: Keep flags (a family of their own).
-        validation_share: Share of the concepts for which one style's picture is held out; the concept stays in
+        validation_share: Share of the concepts for which one style's image is held out; the concept stays in
             training in the other styles.
         concepts: From where to where of all concepts in an order by hash, as shares: (0, 0.3) and (0.3, 1) are two
             worlds without a concept in common, such as one to attribute to and one to train on before.
@@ -122,7 +123,7 @@ def caption(name: str, style: str) -> str:
 
 
 def _rows(options: EmojiOptions) -> Iterator[tuple[str, str, str, Path]]:
-    """(concept, name, style, file) of every picture, in the order of the ids."""
+    """(concept, name, style, file) of every image, in the order of the ids."""
     names, (first, last) = _names(), options.concepts
     for style in sorted(options.styles):
         for points, path in sorted(_files(STYLES[style]).items()):
@@ -139,7 +140,7 @@ def _rows(options: EmojiOptions) -> Iterator[tuple[str, str, str, Path]]:
 def held_out(rows: Sequence[tuple[str, str]], share: float) -> set[tuple[str, str]]:
     """The fixed validation split: (concept, style) pairs whose concept stays in training in another style.
 
-    A concept and its held-out style are chosen by hash, so the split does not move when pictures are added or left out.
+    A concept and its held-out style are chosen by hash, so the split does not move when images are added or left out.
     """
     styles_of: dict[str, list[str]] = {}
     for concept, style in rows:
@@ -155,14 +156,14 @@ def held_out(rows: Sequence[tuple[str, str]], share: float) -> set[tuple[str, st
 
 def build_emoji(
     store: Store, options: EmojiOptions = EmojiOptions(), progress: Callable[[int, int], None] | None = None
-) -> Pictures:
-    """The emoji world's pictures, built on first use and kept in the store.
+) -> ImageSet:
+    """The emoji world's images, built on first use and kept in the store.
 
     Columns: `concept` (code points), `name`, `style`, `author`, `license`, `split` (`train` or `validation`).
 
     Args:
         store: Where the built world is kept.
-        options: Which pictures it holds.
+        options: Which images it holds.
         progress: Called with (done, total) while drawing.
 
     Raises:
@@ -185,7 +186,7 @@ def build_emoji(
             f"The emoji world needs the package {error.name!r}: pip install 'wherefrom[emoji]'."
         ) from error
     identity: dict[str, Any] = {
-        **asdict(options),
+        **settings_identity(options),
         "styles": sorted(options.styles),
         "packages": packages,
         "names": names,
@@ -201,7 +202,7 @@ def build_emoji(
         validation = held_out([(concept, style) for concept, _, style, _ in rows], options.validation_share)
         ids = [f"{style}/{concept}" for concept, _, style, _ in rows]
         captions = [(caption(name, style),) for _, name, style, _ in rows]
-        write_pictures(
+        write_image_set(
             folder,
             ids,
             captions,
@@ -221,4 +222,4 @@ def build_emoji(
             )
         }
 
-    return read_pictures(store.make("emoji", identity, build))
+    return read_image_set(store.make("emoji", identity, build))

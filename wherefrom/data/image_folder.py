@@ -1,4 +1,4 @@
-"""A folder of the user's own captioned pictures, in Hugging Face's `imagefolder` layout, brought to one size."""
+"""A folder of the user's own captioned images, in Hugging Face's `imagefolder` layout, brought to one size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
-from wherefrom.data.image_set import PIXELS, Pictures, read_pictures, write_pixels_header, write_table
+from wherefrom.data.image_set import PIXELS, ImageSet, read_image_set, write_pixels_header, write_table
 from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest, replacing
 from wherefrom.runtime.keyed_random import hash_text
+from wherefrom.runtime.stable_names import settings_identity
 
-# Pillow would also open formats that run other programs (EPS), and some that are not pictures.
+# Pillow would also open formats that run other programs (EPS), and some that are not images.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 # What Pillow raises on broken files is not one family.
 UNREADABLE = (
@@ -46,11 +47,11 @@ class ImageFolderOptions:
     """How the folder is read.
 
     Attributes:
-        size: Side in pixels to which every picture is brought (its largest centred square, resized); None leaves
-            pictures as they are and asks that all have one size.
+        size: Side in pixels to which every image is brought (its largest centred square, resized); None leaves
+            images as they are and asks that all have one size.
         caption: Name of the caption column; a cell holds one caption or, in `.jsonl` and `.parquet`, a list of them.
         columns: Further columns to keep (`license` always is); None keeps all.
-        skip_unreadable: Leave out pictures that cannot be read instead of refusing the folder; they are logged, and
+        skip_unreadable: Leave out images that cannot be read instead of refusing the folder; they are logged, and
             listed in the manifest.
     """
 
@@ -61,7 +62,7 @@ class ImageFolderOptions:
 
 
 def draw(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
-    """One picture upright, on white and, given a size, cut to its largest centred square and resized.
+    """One image upright, on white and, given a size, cut to its largest centred square and resized.
 
     Raises:
         ValueError: The pixels have no agreed white.
@@ -125,7 +126,7 @@ def _write_pixels(
             stream.write(pixels.data)
             digest.update(pixels.data)
         if not read:
-            raise ValueError(f"None of the {len(rows)} pictures in {folder} can be read. Is it the right folder?")
+            raise ValueError(f"None of the {len(rows)} images in {folder} can be read. Is it the right folder?")
         stream.seek(0)
         write_pixels_header(stream, (len(read), *shape))
         assert stream.tell() == start, "the head must not grow into the pixels"
@@ -135,7 +136,7 @@ def _write_pixels(
 
 
 def _contents(folder: Path, rows: Sequence[Row]) -> str:
-    """Hash of the names and bytes of all pictures."""
+    """Hash of the names and bytes of all images."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         try:
@@ -151,28 +152,28 @@ def build_image_folder(
     folder: Path,
     options: ImageFolderOptions = ImageFolderOptions(),
     progress: Callable[[int, int], None] | None = None,
-) -> Pictures:
-    """The folder's pictures in the order of their ids, brought to one size on first use and kept in the store.
+) -> ImageSet:
+    """The folder's images in the order of their ids, brought to one size on first use and kept in the store.
 
     The id is the column `id`, or else the path below the folder. Columns: `file_name`, `license` (`unknown` where none
     is told), `split` if there are splits, and the metadata's own. Every file is hashed at each call, so what the store
     holds is never stale.
 
     Args:
-        store: Where the pictures are kept.
+        store: Where the images are kept.
         folder: The user's folder.
         options: How it is read.
-        progress: Called with (done, total) while pictures are read.
+        progress: Called with (done, total) while images are read.
 
     Raises:
-        ValueError: The metadata or a picture cannot be used; names the file and says what to do.
+        ValueError: The metadata or an image cannot be used; names the file and says what to do.
         StorageError: The store could not be written.
     """
     if options.size is not None and options.size < 1:
         raise ValueError(f"size {options.size} is not a number of pixels. Give at least 1, or None.")
     rows = read_rows(folder, options.caption, options.columns)
     identity: dict[str, Any] = {
-        **asdict(options),
+        **settings_identity(options),
         "metadata": {path.relative_to(folder).as_posix(): hash_file(path) for path in metadata_files(folder)},
         "contents": _contents(folder, rows),
         "pillow": PIL.__version__,
@@ -194,29 +195,29 @@ def build_image_folder(
     skipped = read_manifest(made)["skipped"]
     if skipped:
         _logger.warning(
-            "%s: left out %d of %d pictures that cannot be read: %s", folder, len(skipped), len(rows), shown(skipped)
+            "%s: left out %d of %d images that cannot be read: %s", folder, len(skipped), len(rows), shown(skipped)
         )
-    return read_pictures(made)
+    return read_image_set(made)
 
 
-def split_pictures(pictures: Pictures, validation_share: float) -> tuple[Pictures, Pictures]:
-    """(training, validation) pictures: by the column `split`, else a share chosen by the hash of the id.
+def split_images(images: ImageSet, validation_share: float) -> tuple[ImageSet, ImageSet]:
+    """(training, validation) images: by the column `split`, else a share chosen by the hash of the id.
 
-    Whether the share takes a picture does not depend on the others.
+    Whether the share takes an image does not depend on the others.
 
     Raises:
         ValueError: One of the two would be empty.
     """
-    train, validation = pictures, pictures.subset([])
-    if "split" in pictures.columns:
-        train, validation = pictures.where("split", "train"), pictures.where("split", "validation")
+    train, validation = images, images.subset([])
+    if "split" in images.columns:
+        train, validation = images.where("split", "train"), images.where("split", "validation")
     if not len(validation):
         held = [hash_text(f"validation/{name}") % 10_000 < validation_share * 10_000 for name in train.ids]
         validation = train.subset([index for index, out in enumerate(held) if out])
         train = train.subset([index for index, out in enumerate(held) if not out])
     if not len(train) or not len(validation):
         raise ValueError(
-            f"Of {len(pictures)} pictures, {len(train)} are for training and {len(validation)} for validation, but "
+            f"Of {len(images)} images, {len(train)} are for training and {len(validation)} for validation, but "
             f"both need some. Change validation_share ({validation_share}), or the column 'split'."
         )
     return train, validation

@@ -1,4 +1,4 @@
-"""Metadata files of a folder of captioned pictures, in Hugging Face's `imagefolder` layout.
+"""Metadata files of a folder of captioned images, in Hugging Face's `imagefolder` layout.
 
 Either the folder holds one metadata file (`metadata.jsonl`, `.csv` or `.parquet`), or its subfolders `train`,
 `validation` and `test` hold one each. `file_name` is relative to the metadata file. Everything in the folder is
@@ -30,11 +30,11 @@ _Cells = tuple[str, dict[str, Any]]  # where the row stands, for errors; its cel
 
 @dataclass(frozen=True)
 class Row:
-    """One picture as the metadata tells it.
+    """One image as the metadata tells it.
 
     Attributes:
         where: Metadata file and line, for errors.
-        name: The picture's path below the folder.
+        name: The image's path below the folder.
         id: The column `id`, or else `name`.
         captions: At least one.
         split: One of `SPLITS`, or '' in a folder without splits.
@@ -58,10 +58,10 @@ def metadata_files(folder: Path) -> dict[Path, str]:
     """Metadata file -> the split whose subfolder it lies in, or ''.
 
     Raises:
-        ValueError: There is none, or more than one for the same pictures.
+        ValueError: There is none, or more than one for the same images.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Give the folder that holds the pictures and their metadata file.")
+        raise ValueError(f"{folder} is not a folder. Give the folder that holds the images and their metadata file.")
     found: dict[Path, str] = {}
     for place in ("", *SPLITS):
         files = [folder / place / name for name in METADATA if (folder / place / name).is_file()]
@@ -124,7 +124,7 @@ def _read_csv(path: Path) -> Iterator[_Cells]:
 def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Iterator[_Cells]:
     try:
         with pq.ParquetFile(path) as file:
-            # Only the wanted columns: the others may hold whole pictures.
+            # Only the wanted columns: the others may hold whole images.
             names = [name for name in file.schema_arrow.names if wanted(name)]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=names):
@@ -149,10 +149,10 @@ def _read(path: Path, caption: str, columns: Collection[str] | None) -> list[_Ce
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
     if not rows:
-        raise ValueError(f"{path} lists no picture. Add one row a picture.")
+        raise ValueError(f"{path} lists no image. Add one row an image.")
     present = {name for _, cells in rows for name in cells}
     for column, remedy in (
-        ("file_name", "Add one, with each picture's path relative to the metadata file."),
+        ("file_name", "Add one, with each image's path relative to the metadata file."),
         (caption, "Add one, or name the caption column in the option 'caption'."),
         *((name, "Take it out of the option 'columns'.") for name in columns or ()),
     ):
@@ -185,15 +185,15 @@ def _captions(cell: Any, where: str, column: str) -> tuple[str, ...]:
     several = cell if isinstance(cell, list) else [cell]
     if not several or any(_missing(one) for one in several):
         raise ValueError(
-            f"{where}: the caption ({column!r}) is missing. Write one, or take the picture out of the folder."
+            f"{where}: the caption ({column!r}) is missing. Write one, or take the image out of the folder."
         )
     return tuple(_text(one, where, column, "A caption is a string, or a list of strings.") for one in several)
 
 
 def _file(folder: Path, base: Path, cell: Any, where: str) -> str:
-    """The path below the folder of the picture that a row names."""
+    """The path below the folder of the image that a row names."""
     if _missing(cell):
-        raise ValueError(f"{where}: 'file_name' is missing. Write the picture's path relative to the metadata file.")
+        raise ValueError(f"{where}: 'file_name' is missing. Write the image's path relative to the metadata file.")
     name = PurePosixPath(_text(cell, where, "file_name", "It is a path."))
     if "\0" in str(name):
         raise ValueError(f"{where}: the file name {str(name)!r} holds a NUL character. Correct it.")
@@ -202,17 +202,17 @@ def _file(folder: Path, base: Path, cell: Any, where: str) -> str:
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     if name.is_absolute() or ".." in name.parts or not inside:
         raise ValueError(
-            f"{where}: {str(name)!r} leads out of {folder}, or could. Put the picture itself into the folder and give "
+            f"{where}: {str(name)!r} leads out of {folder}, or could. Put the image itself into the folder and give "
             "its relative path, without '..'."
         )
     if not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises where a name is too long for the disk
-        raise ValueError(f"{where}: there is no file {str(name)!r} in {base}. Add the picture or remove the row.")
+        raise ValueError(f"{where}: there is no file {str(name)!r} in {base}. Add the image or remove the row.")
     return path.relative_to(folder).as_posix()
 
 
 def _id(cell: Any, where: str) -> str:
     if _missing(cell) or isinstance(cell, bool | float):
-        raise ValueError(f"{where}: the id {cell!r} is not one. Give each picture its own, or drop the column 'id'.")
+        raise ValueError(f"{where}: the id {cell!r} is not one. Give each image its own, or drop the column 'id'.")
     name = _text(cell, where, "id", "An id is a string.")
     if "\0" in name or name.splitlines() != [name]:
         raise ValueError(f"{where}: the id {name!r} holds a NUL character or a line break. Rename it.")
@@ -250,14 +250,14 @@ def _with_splits(folder: Path, rows: list[Row]) -> list[Row]:
     if not without:
         return rows
     if len(without) < len(rows):
-        raise ValueError(f"{without[0].where}: the split is missing, while other pictures have one. Write it.")
+        raise ValueError(f"{without[0].where}: the split is missing, while other images have one. Write it.")
     tops = {PurePosixPath(row.name).parts[0] if "/" in row.name else "" for row in rows}
     if tops <= set(SPLITS):
         return [replace(row, split=PurePosixPath(row.name).parts[0]) for row in rows]
-    doubtful = sorted(tops & {"validation", "test"})  # a lone folder `train` may hold pictures of trains
+    doubtful = sorted(tops & {"validation", "test"})  # a lone folder `train` may hold images of trains
     if doubtful:
         raise ValueError(
-            f"{folder} has pictures in {shown(doubtful)} and others beside them, so their split is in doubt. "
+            f"{folder} has images in {shown(doubtful)} and others beside them, so their split is in doubt. "
             f"Add a column 'split' ({', '.join(SPLITS)})."
         )
     return rows
@@ -271,12 +271,12 @@ def _check(folder: Path, metadata: Collection[Path], rows: Sequence[Row]) -> Non
         if other is not row:
             raise ValueError(
                 f"{other.where} and {row.where} have the same id {row.id!r}. Ids must be unique; several captions of "
-                "one picture go into one row, as a list."
+                "one image go into one row, as a list."
             )
         if len(row.captions) != len(rows[0].captions):
             raise ValueError(
-                f"{row.where}: the picture has {len(row.captions)} captions, but that of {rows[0].where} has "
-                f"{len(rows[0].captions)}. Give every picture equally many."
+                f"{row.where}: the image has {len(row.captions)} captions, but that of {rows[0].where} has "
+                f"{len(rows[0].captions)}. Give every image equally many."
             )
     named = {row.name for row in rows}
     unnamed: list[str] = []
@@ -293,13 +293,13 @@ def _check(folder: Path, metadata: Collection[Path], rows: Sequence[Row]) -> Non
                 unnamed.append(name)
     if unnamed:
         raise ValueError(
-            f"{folder} holds {len(unnamed)} pictures that no metadata names: {shown(unnamed)}. "
+            f"{folder} holds {len(unnamed)} images that no metadata names: {shown(unnamed)}. "
             "Add a row for each, or move them away."
         )
 
 
 def read_rows(folder: Path, caption: str, columns: Collection[str] | None) -> list[Row]:
-    """What the metadata say of each picture, sorted by id.
+    """What the metadata say of each image, sorted by id.
 
     Args:
         folder: The user's folder.

@@ -1,4 +1,4 @@
-"""Captioned pictures on disk: `pictures.parquet` (one row a picture) beside `pixels.npy` and a manifest."""
+"""Captioned images on disk: `images.parquet` (one row an image) beside `pixels.npy` and a manifest."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PIXELS = "pixels.npy"
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Captioned pictures of one size, in the order of their ids.
+class ImageSet:
+    """Captioned images of one size, in the order of their ids.
 
     Attributes:
         ids: Unique string ids that the data set owns (never positions).
-        captions: The captions of each picture; every picture has the same number of them.
+        captions: The captions of each image; every image has the same number of them.
         pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of some rows of what is.
-        columns: Further columns, one string a picture: `license` always, and groups such as `author`, `style`.
+        columns: Further columns, one string an image: `license` always, and groups such as `author`, `style`.
         fingerprint: Hash of ids, captions and pixels; part of the identity of whatever is made from them.
         joined_from: What these were joined from, where they were; see `parts`.
     """
@@ -38,7 +38,7 @@ class Pictures:
     pixels: UInt8[NDArray[np.uint8], "n h w 3"] | RowView | JoinedRows
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fingerprint: str = ""
-    joined_from: tuple[Pictures, ...] = ()
+    joined_from: tuple[ImageSet, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,19 +47,19 @@ class Pictures:
         check_unique(self.ids)
         counts = {len(captions) for captions in self.captions}
         if len(counts) > 1:
-            raise ValueError(f"Pictures must have equally many captions each; found {sorted(counts)}.")
+            raise ValueError(f"Images must have equally many captions each; found {sorted(counts)}.")
 
     @property
-    def parts(self) -> tuple[Pictures, ...]:
+    def parts(self) -> tuple[ImageSet, ...]:
         """What these are the concatenation of, so that what was made of a part is found again; else themselves."""
         if self.joined_from and self.fingerprint == _joined_fingerprint(self.joined_from):
             return tuple(part for each in self.joined_from for part in each.parts)
         return (self,)
 
-    def subset(self, indices: Sequence[int] | NDArray[np.intp]) -> Pictures:
-        """The pictures at these positions, in this order."""
+    def subset(self, indices: Sequence[int] | NDArray[np.intp]) -> ImageSet:
+        """The images at these positions, in this order."""
         chosen = [int(index) for index in indices]
-        return Pictures(
+        return ImageSet(
             ids=tuple(self.ids[index] for index in chosen),
             captions=tuple(self.captions[index] for index in chosen),
             pixels=take_rows(self.pixels, np.asarray(chosen, dtype=np.intp)),
@@ -67,22 +67,22 @@ class Pictures:
             fingerprint=self.fingerprint,
         )
 
-    def where(self, column: str, value: str) -> Pictures:
-        """The pictures whose column has this value."""
+    def where(self, column: str, value: str) -> ImageSet:
+        """The images whose column has this value."""
         return self.subset([index for index, found in enumerate(self.columns[column]) if found == value])
 
 
-def joined_pictures(first: Pictures, second: Pictures) -> Pictures:
-    """The pictures of both; those of the first may stay on disk.
+def joined_image_sets(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The images of both; those of the first may stay on disk.
 
     Raises:
         ValueError: An id is in both, sizes or numbers of captions differ, or a column is in one only.
     """
     if first.pixels.shape[1:] != second.pixels.shape[1:]:
-        raise ValueError(f"Pictures of {first.pixels.shape[1:]} and of {second.pixels.shape[1:]} cannot be one set.")
+        raise ValueError(f"Images of {first.pixels.shape[1:]} and of {second.pixels.shape[1:]} cannot be one set.")
     if set(first.columns) != set(second.columns):
         raise ValueError(f"Columns differ: {sorted(first.columns)} and {sorted(second.columns)}.")
-    return Pictures(
+    return ImageSet(
         first.ids + second.ids,
         first.captions + second.captions,
         join_rows(first.pixels, second.pixels),
@@ -92,7 +92,7 @@ def joined_pictures(first: Pictures, second: Pictures) -> Pictures:
     )
 
 
-def _joined_fingerprint(parts: Sequence[Pictures]) -> str:
+def _joined_fingerprint(parts: Sequence[ImageSet]) -> str:
     return identity_hash(
         {"of": [part.fingerprint for part in parts], "ids": [name for part in parts for name in part.ids]}
     )
@@ -111,7 +111,7 @@ def check_unique(ids: Iterable[str]) -> None:
     if twice:
         shown = ", ".join(repr(name) for name in sorted(twice)[:5])
         raise ValueError(
-            f"{len(twice)} image ids occur more than once: {shown}. Ids must be unique; rename the pictures."
+            f"{len(twice)} image ids occur more than once: {shown}. Ids must be unique; rename the images."
         )
 
 
@@ -155,7 +155,7 @@ def keep_indices(ids: Sequence[str], exclude: Sequence[str]) -> list[int]:
 def write_table(
     folder: Path, ids: Sequence[str], captions: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]
 ) -> None:
-    """Writes the table: one row a picture.
+    """Writes the table: one row an image.
 
     Raises:
         StorageError: The folder could not be written.
@@ -172,7 +172,7 @@ def write_pixels_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_2_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def write_pictures(
+def write_image_set(
     folder: Path,
     ids: Sequence[str],
     captions: Sequence[Sequence[str]],
@@ -191,8 +191,8 @@ def write_pictures(
         stream.write(np.ascontiguousarray(pixels).data)
 
 
-def read_pictures(folder: Path) -> Pictures:
-    """Reads pictures written by `write_pictures`; the pixels are memory-mapped.
+def read_image_set(folder: Path) -> ImageSet:
+    """Reads images written by `write_image_set`; the pixels are memory-mapped.
 
     Raises:
         FileNotFoundError: The folder is not a whole artifact.
@@ -200,7 +200,7 @@ def read_pictures(folder: Path) -> Pictures:
     manifest: dict[str, Any] = read_manifest(folder)
     columns = pq.read_table(folder / TABLE).to_pydict()
     ids, captions = columns.pop("id"), columns.pop("captions")
-    return Pictures(
+    return ImageSet(
         ids=tuple(ids),
         captions=tuple(tuple(c) for c in captions),
         pixels=np.load(folder / PIXELS, mmap_mode="r"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from wherefrom.data.decoding import (
 )
 from wherefrom.data.image_folder import draw
 from wherefrom.data.image_metadata import shown
-from wherefrom.data.image_set import Pictures, check_unique, read_pictures
+from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.mapped_arrays import announce_size
+from wherefrom.runtime.stable_names import settings_identity
 
-_PART = 256  # pictures in a part: fixed, since the parts' hashes make the fingerprint
-UNREADABLE_PICTURE = "cannot be read"
+_PART = 256  # images in a part: fixed, since the parts' hashes make the fingerprint
+UNREADABLE_IMAGE = "cannot be read"
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class CocoOptions:
     """How COCO is read.
 
     Attributes:
-        size: Side in pixels to which every picture is brought: its largest centred square, resized.
-        captions: The first so many captions of each picture, in the order of the JSON file.
-        skip_unreadable: Leave out pictures that cannot be read instead of refusing the folder; they are logged, and
+        size: Side in pixels to which every image is brought: its largest centred square, resized.
+        captions: The first so many captions of each image, in the order of the JSON file.
+        skip_unreadable: Leave out images that cannot be read instead of refusing the folder; they are logged, and
             listed in the manifest.
         workers: Threads that decode; they change nothing else.
     """
@@ -50,7 +51,7 @@ class CocoOptions:
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One picture as the JSON file tells it."""
+    """One image as the JSON file tells it."""
 
     id: str
     file_name: str
@@ -75,7 +76,7 @@ def _entries(path: Path, content: Mapping[str, Any], name: str, fields: Mapping[
 
 
 def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
-    """What COCO's captions file says of each picture, in the numerical order of the ids, which is the papers'.
+    """What COCO's captions file says of each image, in the numerical order of the ids, which is the papers'.
 
     Raises:
         ValueError: The file is missing, has another shape, names an image twice, or an image has too few captions.
@@ -174,8 +175,8 @@ def _sizes(folder: Path, images: Sequence[CocoImage]) -> str:
     missing = [image.file_name for image in images if image.file_name not in sizes]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(images)} pictures: {shown(missing)}. Unpack the archive again, or "
-            "name the pictures that are there in the option 'subset'."
+            f"{folder} lacks {len(missing)} of {len(images)} images: {shown(missing)}. Unpack the archive again, or "
+            "name the images that are there in the option 'subset'."
         )
     return identity_hash({"files": [[image.file_name, sizes[image.file_name]] for image in images]})
 
@@ -186,24 +187,24 @@ def build_mscoco(
     captions: Path,
     options: CocoOptions = CocoOptions(),
     subset: Sequence[str] | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
-) -> Pictures:
-    """COCO's pictures in the numerical order of their ids, decoded once and kept in the store.
+) -> ImageSet:
+    """COCO's images in the numerical order of their ids, decoded once and kept in the store.
 
     Columns: `license` (the licence's name in the JSON file), `file_name`, `url`.
 
     Args:
-        store: Where the pictures are kept, and finished parts of an interrupted run.
+        store: Where the images are kept, and finished parts of an interrupted run.
         folder: The images, such as `train2017`.
         captions: The captions file, such as `annotations/captions_train2017.json`.
         options: How they are read.
         subset: Ids to keep; None keeps all.
-        say: Is told how large the pictures will be before any is decoded.
-        progress: Called with (done, total) pictures while they are decoded.
+        log: Receives a line that says how large the images will be before any is decoded.
+        progress: Called with (done, total) images while they are decoded.
 
     Raises:
-        ValueError: File, folder or a picture cannot be used; names it and says what to do.
+        ValueError: File, folder or an image cannot be used; names it and says what to do.
         StorageError: The store could not be written; finished parts are kept.
     """
     if options.size < 1 or options.captions < 1:
@@ -212,8 +213,8 @@ def build_mscoco(
     if subset is not None:
         images = select(images, subset)
     if not images:
-        raise ValueError(f"subset keeps no picture of {captions}. Name at least one id.")
-    settings = {name: value for name, value in asdict(options).items() if name != "workers"}
+        raise ValueError(f"subset keeps no image of {captions}. Name at least one id.")
+    settings = {name: value for name, value in settings_identity(options).items() if name != "workers"}
     identity = {
         **settings,
         "captions_file": hash_file(captions),
@@ -232,18 +233,18 @@ def build_mscoco(
                         f"{folder / image.file_name} cannot be read: {error}. Unpack it again, name the others in "
                         "subset, or set skip_unreadable."
                     ) from error
-                yield Problem(image.file_name, UNREADABLE_PICTURE, str(error))
+                yield Problem(image.file_name, UNREADABLE_IMAGE, str(error))
             else:
                 columns = {"license": image.license, "file_name": image.file_name, "url": image.url}
                 yield Sample(image.id, image.captions, pixels, columns)
 
     def build(partial: Path) -> Mapping[str, Any]:
         size = len(images) * options.size**2 * 3
-        announce_size(say, f"{len(images):,} pictures of {options.size} × {options.size} pixels", size, store.root)
+        announce_size(log, f"{len(images):,} images of {options.size} × {options.size} pixels", size, store.root)
         decode_parts(partial, decode, [len(part) for part in parts], options.size, options.workers, progress=progress)
         return join_parts(partial, len(parts), options.size)
 
     made = store.make("mscoco", identity, build)
-    pictures = read_pictures(made)
-    warn_of(folder, len(pictures), read_manifest(made)["problems"])
-    return pictures
+    image_set = read_image_set(made)
+    warn_of(folder, len(image_set), read_manifest(made)["problems"])
+    return image_set

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from wherefrom.data.decoding import Problem
 
-PICTURES = frozenset(("jpg", "jpeg", "png", "webp"))
-_WANTED = PICTURES | {"txt", "json"}
+IMAGES = frozenset(("jpg", "jpeg", "png", "webp"))
+_WANTED = IMAGES | {"txt", "json"}
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_KEY = 256
 # What tarfile raises on damaged headers is not one family.
@@ -63,7 +63,7 @@ def check_shard(path: Path) -> None:
     with path.open("rb") as stream:
         block = stream.read(_BLOCK)
     if not block.strip(b"\0"):
-        raise ValueError(f"{path} is an empty shard: it holds no picture. Download it again, or move it away.")
+        raise ValueError(f"{path} is an empty shard: it holds no image. Download it again, or move it away.")
 
 
 def read_shard(

@@ -1,6 +1,6 @@
-"""The order of training, keyed: which picture comes when is a hash of (seed, epoch, id).
+"""The order of training, keyed: which image comes when is a hash of (seed, epoch, id).
 
-Leaving pictures out therefore removes them from the stream and changes nothing else: the others keep their relative
+Leaving images out therefore removes them from the stream and changes nothing else: the others keep their relative
 order, and, since noise, timestep, flip and caption are keyed by (seed, id, visit), they keep those too.
 """
 
@@ -22,7 +22,7 @@ ORDER, FLIP, CAPTION, DROP, TIMESTEP, NOISE = range(1, 7)
 
 
 class Visit(NamedTuple):
-    """The `visit`-th time that training meets the picture at `position`."""
+    """The `visit`-th time that training meets the image at `position`."""
 
     position: int
     visit: int
@@ -32,7 +32,7 @@ class KeyedBatches(Sampler[list[Visit]]):
     """An endless keyed stream of visits, cut into batches and shared between ranks.
 
     Args:
-        id_keys: Hash of each picture's id (`keyed.hash_texts`).
+        id_keys: Hash of each image's id (`keyed.hash_texts`).
         seed: Seed of the order.
         batch_size: Visits in a batch over all ranks.
         steps: Length of the stream in batches.
@@ -41,7 +41,7 @@ class KeyedBatches(Sampler[list[Visit]]):
         world_size: Number of processes; must divide `batch_size`, so that averaged gradients are those of one process.
 
     Raises:
-        ValueError: `batch_size` is not a multiple of `world_size`, or there are no pictures.
+        ValueError: `batch_size` is not a multiple of `world_size`, or there are no images.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class KeyedBatches(Sampler[list[Visit]]):
         return self.steps
 
     def order(self, epoch: int) -> list[int]:
-        """Positions of all pictures in the order in which this epoch visits them."""
+        """Positions of all images in the order in which this epoch visits them."""
         return torch.argsort(keyed_random.combine(ORDER, self.seed, epoch, self.id_keys), stable=True).tolist()
 
     def __iter__(self) -> Iterator[list[Visit]]:
@@ -83,7 +83,7 @@ class KeyedBatches(Sampler[list[Visit]]):
 
 
 class PixelBatch(NamedTuple):
-    """Pictures in [-1, 1] with the key of each visit."""
+    """Images in [-1, 1] with the key of each visit."""
 
     keys: Int64[Tensor, " b"]
     pixels: Float[Tensor, "b 3 h w"]
@@ -109,9 +109,9 @@ def flips(keys: Int64[Tensor, " b"], share: float) -> Bool[Tensor, " b"]:
 
 
 def visit_times(seed: int, id_keys: Int64[Tensor, " b"], visits: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """The time in [0, 1) of each visit: a keyed start for each picture, then golden-ratio steps.
+    """The time in [0, 1) of each visit: a keyed start for each image, then golden-ratio steps.
 
-    Successive visits of a picture are spread evenly over the timesteps, which is less noisy than independent draws and
+    Successive visits of an image are spread evenly over the timesteps, which is less noisy than independent draws and
     keyed just as well.
     """
     start = keyed_random.uniform(keyed_random.combine(TIMESTEP, seed, id_keys))[:, 0]
@@ -127,11 +127,11 @@ class VisitDataset(Protocol):
 
 
 class PixelVisits(Dataset[PixelBatch]):
-    """Pictures for training the autoencoder, mirrored at random.
+    """Images for training the autoencoder, mirrored at random.
 
     Args:
-        pixels: uint8 RGB pictures.
-        id_keys: Hash of each picture's id.
+        pixels: uint8 RGB images.
+        id_keys: Hash of each image's id.
         seed: Seed of flips and noise.
         flip_share: Probability of the mirror image.
     """

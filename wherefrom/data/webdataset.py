@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import pyarrow.parquet as pq
 from wherefrom.data.decoding import NOT_DECODABLE, Problem, Progress, Sample, decode_parts, join_parts, warn_of
 from wherefrom.data.image_folder import draw
 from wherefrom.data.image_metadata import shown
-from wherefrom.data.image_set import Pictures, check_unique, read_pictures
-from wherefrom.data.shards import PICTURES, ShardSample, check_shard, read_shard
+from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
+from wherefrom.data.shards import IMAGES, ShardSample, check_shard, read_shard
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.mapped_arrays import announce_size
+from wherefrom.runtime.stable_names import settings_identity
 
-UNDECODABLE, NO_PICTURE, NO_CAPTION, LOST = (
-    "pictures that cannot be decoded",
-    "samples without a picture",
+UNDECODABLE, NO_IMAGE, NO_CAPTION, LOST = (
+    "images that cannot be decoded",
+    "samples without an image",
     "samples without a caption",
     "samples of the table that are not in their shard",
 )
@@ -35,9 +36,9 @@ class ShardOptions:
     """How shards are read.
 
     Attributes:
-        size: Side in pixels to which every picture is brought: its largest centred square, resized.
+        size: Side in pixels to which every image is brought: its largest centred square, resized.
         columns: Columns of the parquet files to keep.
-        license: The column with each picture's licence; without one it is `unknown`.
+        license: The column with each image's licence; without one it is `unknown`.
         largest_member: Members of more bytes than this are left out unread.
         workers: Threads that decode, a shard each; they change nothing else.
     """
@@ -119,7 +120,7 @@ def _caption(sample: ShardSample) -> str:
 def decode_shard(
     shard: Path, options: ShardOptions, subset: frozenset[str] | None = None
 ) -> Iterator[Sample | Problem]:
-    """The pictures of a shard, and by name what had to be left out.
+    """The images of a shard, and by name what had to be left out.
 
     Args:
         shard: The tar file.
@@ -146,14 +147,14 @@ def decode_shard(
             continue
         seen.add(sample.key)
         name, caption = f"{shard.name}: {sample.key}", _caption(sample)
-        picture = next((sample.members[kind] for kind in sorted(PICTURES & sample.members.keys())), None)
-        if picture is None:
-            yield Problem(name, NO_PICTURE)
+        image = next((sample.members[kind] for kind in sorted(IMAGES & sample.members.keys())), None)
+        if image is None:
+            yield Problem(name, NO_IMAGE)
         elif not caption:
             yield Problem(name, NO_CAPTION)
         else:
             try:
-                pixels = draw(io.BytesIO(picture), options.size)
+                pixels = draw(io.BytesIO(image), options.size)
             except NOT_DECODABLE as error:
                 # The message names the buffer's address, which is another at each run.
                 detail = type(error).__name__ if "BytesIO" in str(error) else str(error)
@@ -181,7 +182,7 @@ class Shards:
         paths: The shards that hold something wanted.
         counts: How many wanted samples each should hold.
         subset: Keys to keep; None keeps all.
-        identity: What decides the pictures.
+        identity: What decides the images.
     """
 
     paths: tuple[Path, ...]
@@ -219,7 +220,7 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
         )
     counts = [len(several) if chosen is None else sum(key in chosen for key in several) for several in keys]
     used = [(shard, count) for shard, count in zip(shards, counts, strict=True) if count or chosen is None]
-    settings = {name: value for name, value in asdict(options).items() if name != "workers"}
+    settings = {name: value for name, value in settings_identity(options).items() if name != "workers"}
     identity = {
         **settings,
         "columns": list(options.columns),
@@ -248,7 +249,7 @@ def decode_shards(
         options: How shards are read.
         place: This node.
         places: Number of nodes.
-        progress: Called with (done, total) pictures.
+        progress: Called with (done, total) images.
 
     Raises:
         StorageError: The store could not be written; finished shards are kept.
@@ -271,35 +272,35 @@ def build_laion(
     folder: Path,
     options: ShardOptions = ShardOptions(),
     subset: Sequence[str] | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
-) -> Pictures:
-    """The shards' pictures in their order, decoded once and kept in the store; ids are img2dataset's keys.
+) -> ImageSet:
+    """The shards' images in their order, decoded once and kept in the store; ids are img2dataset's keys.
 
     Columns: `license`, `shard`, and `options.columns`. What is broken is left out, counted, and listed in the manifest.
 
     Args:
-        store: Where the pictures are kept, and finished shards of an interrupted run.
+        store: Where the images are kept, and finished shards of an interrupted run.
         folder: The output folder of img2dataset.
         options: How shards are read.
         subset: Keys to keep; None keeps all.
-        say: Is told how large the pictures will be before any is decoded.
-        progress: Called with (done, total) pictures while they are decoded.
+        log: Receives a line that says how large the images will be before any is decoded.
+        progress: Called with (done, total) images while they are decoded.
 
     Raises:
-        ValueError: Shards, parquet files or keys cannot be used, or no picture at all can.
+        ValueError: Shards, parquet files or keys cannot be used, or no image at all can.
         StorageError: The store could not be written; finished shards are kept.
     """
     shards = plan_shards(folder, options, subset)
 
     def build(partial: Path) -> Mapping[str, Any]:
         count = sum(shards.counts)
-        what = f"{count:,} pictures of {options.size} × {options.size} pixels from {len(shards.paths)} shards"
-        announce_size(say, what, count * options.size**2 * 3, store.root)
+        what = f"{count:,} images of {options.size} × {options.size} pixels from {len(shards.paths)} shards"
+        announce_size(log, what, count * options.size**2 * 3, store.root)
         decode_shards(store, shards, options, progress=progress)
         return join_parts(partial, len(shards.paths), options.size)
 
     made = store.make("laion", shards.identity, build)
-    pictures = read_pictures(made)
-    warn_of(folder, len(pictures), read_manifest(made)["problems"])
-    return pictures
+    images = read_image_set(made)
+    warn_of(folder, len(images), read_manifest(made)["problems"])
+    return images

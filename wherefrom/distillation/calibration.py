@@ -1,14 +1,14 @@
 """From a ranker's similarity to an estimate of the teacher's score, with an interval that holds for new queries.
 
 The estimate is an isotonic regression of the teacher's scores on similarity, fitted on one half of the held-out
-queries. The interval is split-conformal: quantiles of the residuals on the other half, in bins of similarity. Pictures
+queries. The interval is split-conformal: quantiles of the residuals on the other half, in bins of similarity. Images
 of one query are not independent, so quantiles are taken over queries as groups: *hierarchical conformal prediction*
 (Lee, Barber and Willett, "Distribution-free inference with hierarchical data", arXiv 2306.06342). Each of K
-queries has weight 1/(K + 1), shared by its pictures in the bin, and the rest lies at infinity. For a new query that
-is exchangeable with these, and a picture drawn evenly from its pictures in a bin, the interval then holds the teacher's
+queries has weight 1/(K + 1), shared by its images in the bin, and the rest lies at infinity. For a new query that
+is exchangeable with these, and an image drawn evenly from its images in a bin, the interval then holds the teacher's
 score with at least the stated probability, whatever the distribution and however wrong the estimate.
 
-It holds for pictures chosen as the held-out ones were: a calibration on the nearest 10,000 speaks of such pictures.
+It holds for images chosen as the held-out ones were: a calibration on the nearest 10,000 speaks of such images.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CalibrationSettings:
 
     Attributes:
         confidence: Probability with which an interval holds the teacher's score.
-        shares: Where bins of similarity begin, as shares of the pictures below; finer where pictures are retrieved.
+        shares: Where bins of similarity begin, as shares of the images below; finer where images are retrieved.
         seed: Decides which half of the queries fits the curve and which the intervals.
     """
 
@@ -71,7 +71,7 @@ class CalibrationSettings:
 
     @property
     def needed(self) -> int:
-        """Queries with pictures in a bin, below which its interval is the whole line."""
+        """Queries with images in a bin, below which its interval is the whole line."""
         tail = (1 - self.confidence) / 2
         return math.ceil((1 - tail) / tail - 1e-9)
 
@@ -104,7 +104,7 @@ class Calibration:
         return found
 
     def estimate(self, cosines: Float[NDArray[np.floating], "..."]) -> Estimates:
-        """Estimates of the teacher's scores of pictures with these similarities to a query."""
+        """Estimates of the teacher's scores of images with these similarities to a query."""
         values = np.interp(cosines, self.similarities, self.values)
         bins = self.bins(cosines)
         return Estimates(values, values + self.low[bins], values + self.high[bins])
@@ -163,7 +163,7 @@ def _checked(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if cosines.shape != scores.shape or cosines.ndim != 2 or len(cosines) != len(queries) or cosines.size == 0:
         raise ValueError(
-            f"Similarities {cosines.shape} and scores {scores.shape} must be (queries, pictures) of the "
+            f"Similarities {cosines.shape} and scores {scores.shape} must be (queries, images) of the "
             f"{len(queries)} queries."
         )
     for what, values in (("similarity", cosines), ("score", scores)):
@@ -188,7 +188,7 @@ def _isotonic(
 
 
 def _edges(cosines: Float[NDArray[np.float64], "q m"], settings: CalibrationSettings) -> NDArray[np.float64]:
-    """Bins of the shares asked for, joined with the one below where too few queries have such similar pictures."""
+    """Bins of the shares asked for, joined with the one below where too few queries have such similar images."""
     edges = [float(edge) for edge in np.unique(np.quantile(cosines, settings.shares))]
     highest, lowest = cosines.max(axis=1), cosines.min(axis=1)
     while edges and int((highest >= edges[-1]).sum()) < settings.needed:
@@ -307,13 +307,13 @@ class Assessment:
     """How good estimates were on queries never used before.
 
     Attributes:
-        rmse: Root of the mean squared error over all pictures, in the teacher's unit.
+        rmse: Root of the mean squared error over all images, in the teacher's unit.
         spread: Standard deviation of the scores: the error of always saying their mean.
         spearman: Mean over queries of the rank correlation of estimates and scores; 0 where either are all alike.
         spearman_error: Its standard error.
         coverage: Mean over queries of the share of scores inside their intervals.
         coverage_error: Its standard error.
-        coverage_by_bin: The same for each bin of similarity, the least similar first; NaN where no picture is in it.
+        coverage_by_bin: The same for each bin of similarity, the least similar first; NaN where no image is in it.
         count: Queries.
     """
 

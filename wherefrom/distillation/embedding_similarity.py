@@ -1,4 +1,4 @@
-"""Cosines between queries and training pictures in a ranker's embedding, block by block."""
+"""Cosines between queries and training images in a ranker's embedding, block by block."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _BLOCK = 4096
 def similarities(
     ranker: Ranker, features: Features, rows: Int32[NDArray[np.int32], "q m"] | None = None
 ) -> Float[NDArray[np.float64], "q m"]:
-    """Cosine of each query with some training pictures, or with all.
+    """Cosine of each query with some training images, or with all.
 
     Args:
         ranker: The ranker.
         features: Its features of both sides, those of all encoders side by side.
-        rows: The pictures of each query; None takes all, in their order.
+        rows: The images of each query; None takes all, in their order.
 
     Raises:
         ValueError: The features have another width.

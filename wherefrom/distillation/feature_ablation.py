@@ -1,4 +1,4 @@
-"""Does a ranker use both halves of concatenated features, or only the pictures' half, or only the captions'?"""
+"""Does a ranker use both halves of concatenated features, or only the images' half, or only the captions'?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wherefrom.runtime.keyed_random import hash_text
 
 @dataclass(frozen=True)
 class Shuffled:
-    """What a ranker finds when one half of its features is another picture's.
+    """What a ranker finds when one half of its features is another image's.
 
     Attributes:
         mean: mAP(k), mean over queries.
@@ -46,9 +46,9 @@ def shuffled_halves(
     k: float = 0.0085,
     seed: int = 0,
 ) -> dict[str, Shuffled]:
-    """mAP(k) with each half in turn shuffled across training pictures and across queries.
+    """mAP(k) with each half in turn shuffled across training images and across queries.
 
-    Every picture gets the half of another one, so no query keeps its own. Rankings are of the pictures that the
+    Every image gets the half of another one, so no query keeps its own. Rankings are of the images that the
     teacher scored, and the share `k` is of these.
 
     Args:
@@ -56,7 +56,7 @@ def shuffled_halves(
         ranker: The ranker.
         features: Names of the features that it takes, in their order.
         halves: Name -> width, in the order of the columns, such as `{"dino": 768, "clip_text": 512}`.
-        k: A number of pictures, or a share of them.
+        k: A number of images, or a share of them.
         seed: Decides who gets whose half.
 
     Returns:

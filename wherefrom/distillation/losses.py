@@ -1,6 +1,6 @@
-"""Losses of learning to rank (Fast Data Attribution, section 4.2): one value a labelled pair of a query and a picture.
+"""Losses of learning to rank (Fast Data Attribution, section 4.2): one value a labelled pair of a query and an image.
 
-All take the ranker's logits, low where a picture is influential, so that every one of them makes the ranker's scale
+All take the ranker's logits, low where an image is influential, so that every one of them makes the ranker's scale
 negative: similar means influential.
 """
 

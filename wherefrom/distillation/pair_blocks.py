@@ -1,10 +1,10 @@
-"""Training pairs of a ranker in blocks: some queries against some pictures, each row embedded once.
+"""Training pairs of a ranker in blocks: some queries against some images, each row embedded once.
 
-One pair a row, as in the papers' recipe, embeds two rows for one label. A block of Q queries and C pictures embeds
+One pair a row, as in the papers' recipe, embeds two rows for one label. A block of Q queries and C images embeds
 Q + C rows for all its labelled pairs, up to Q · C. Everything is drawn on the device, by keys: a block is a function of
 (seed, step), so a resumed run goes on with the blocks of an uninterrupted one.
 
-Shape letters: Q = queries of the block, C = its pictures, N = training pictures, K = pictures that the teacher scored
+Shape letters: Q = queries of the block, C = its images, N = training images, K = images that the teacher scored
 for a query, M ≤ K = those used.
 """
 
@@ -29,10 +29,10 @@ class TeacherPairs:
 
     Attributes:
         query_keys: Hash of each query's id.
-        image_keys: Hash of each training picture's id.
+        image_keys: Hash of each training image's id.
         queries: Features of the queries.
-        images: Features of the training pictures.
-        rows: Pictures that the teacher scored: first the M used ones, the most influential first, then the others.
+        images: Features of the training images.
+        rows: Images that the teacher scored: first the M used ones, the most influential first, then the others.
         scores: Standardised scores of the M used ones (0 where a query's are all alike), in that order.
     """
 
@@ -50,19 +50,19 @@ class TeacherPairs:
         Args:
             teacher: The set.
             features: What the ranker sees of both sides.
-            candidates: Use this many of the scored pictures of each query, chosen uniformly by (seed, query, picture);
+            candidates: Use this many of the scored images of each query, chosen uniformly by (seed, query, image);
                 None uses all. The others are neither labelled nor outside.
             seed: Seed of that choice.
 
         Raises:
-            ValueError: The teacher scored fewer pictures.
+            ValueError: The teacher scored fewer images.
         """
         query_keys, image_keys = keyed_random.hash_texts(teacher.queries), keyed_random.hash_texts(teacher.images)
         rows, scores = torch.tensor(teacher.rows), torch.tensor(teacher.scores).double()
         used = rows.shape[1] if candidates is None else candidates
         if not 1 <= used <= rows.shape[1]:
             raise ValueError(
-                f"candidates is {candidates}, but the teacher scored {rows.shape[1]} pictures a query: take at most as "
+                f"candidates is {candidates}, but the teacher scored {rows.shape[1]} images a query: take at most as "
                 "many, at least 1, or leave it out to use all."
             )
         if used < rows.shape[1]:
@@ -81,22 +81,22 @@ class TeacherPairs:
 
     @property
     def used(self) -> int:
-        """M: labelled pictures of a query."""
+        """M: labelled images of a query."""
         return self.scores.shape[1]
 
     @property
     def outside(self) -> int:
-        """Pictures that the teacher did not score, of a query."""
+        """Images that the teacher did not score, of a query."""
         return len(self.images) - self.rows.shape[1]
 
 
 class PairBlock(NamedTuple):
-    """All pairs of some queries and some pictures.
+    """All pairs of some queries and some images.
 
     Attributes:
         key: Of what else is random in the block's step, such as dropout.
         query_rows: Which queries.
-        image_rows: Which pictures.
+        image_rows: Which images.
         queries: Their features.
         images: Their features.
         ranks: Normalised ranks by the teacher; (M - 1) / M outside of what it scored.
@@ -116,7 +116,7 @@ class PairBlock(NamedTuple):
     labelled: Bool[Tensor, "q c"]
 
     def share(self, rank: int, world_size: int) -> PairBlock:
-        """One process's part of the pictures; averaged over processes, gradients are those of the whole block."""
+        """One process's part of the images; averaged over processes, gradients are those of the whole block."""
         if world_size == 1:
             return self
         mine = slice(rank, None, world_size)
@@ -134,17 +134,17 @@ class PairBlock(NamedTuple):
 class BlockSampler:
     """Draws blocks whose weighted loss is, on average over draws, that of the papers' recipe.
 
-    That recipe draws a query and one of its M labelled pictures uniformly and, with probability `outside`, replaces the
-    picture by one that the teacher did not score for the query, with the last rank. Here:
+    That recipe draws a query and one of its M labelled images uniformly and, with probability `outside`, replaces the
+    image by one that the teacher did not score for the query, with the last rank. Here:
 
     - Queries come in a keyed order, none twice in a pass; what does not fill a block sits out, others each pass.
-    - Pictures come from two strata without replacement: most uniformly from the union of what is labelled for the
+    - Images come from two strata without replacement: most uniformly from the union of what is labelled for the
       block's queries (so that as many pairs as possible are labelled), the share `outside` of them uniformly from the
-      rest of the training set (so that pictures which are nobody's candidates are seen too). A stratum that is too
+      rest of the training set (so that images which are nobody's candidates are seen too). A stratum that is too
       small leaves its places to the other.
     - Every labelled pair of the block is used, and every pair that the teacher did not score is an outside pair: they
-      cost nothing more. Each pair's weight is its share in the recipe over the probability that its picture was drawn,
-      which its stratum knows (Horvitz and Thompson 1952), so that popular pictures count no more than they should: the
+      cost nothing more. Each pair's weight is its share in the recipe over the probability that its image was drawn,
+      which its stratum knows (Horvitz and Thompson 1952), so that popular images count no more than they should: the
       mean over draws of the weighted sum is exactly the recipe's mean loss. Outside pairs have `outside` of the weight.
 
     A block holds about Q · C · M / N labelled pairs for its Q + C rows, so where M is a small part of N more queries
@@ -155,8 +155,8 @@ class BlockSampler:
         pairs: The labels.
         seed: Seed of all draws.
         queries: Q; all queries, where there are fewer.
-        images: C; all pictures, where there are fewer.
-        outside: Probability of a picture that was not scored; of no effect where the teacher scored all.
+        images: C; all images, where there are fewer.
+        outside: Probability of an image that was not scored; of no effect where the teacher scored all.
 
     Raises:
         ValueError: A size is not positive, or `outside` not a probability below 1.
@@ -172,13 +172,13 @@ class BlockSampler:
     ) -> None:
         if queries < 1 or images < 2 or not 0 <= outside < 1:
             raise ValueError(
-                "A block needs at least one query and two pictures, and a share of outside pictures from 0 to below 1; "
+                "A block needs at least one query and two images, and a share of outside images from 0 to below 1; "
                 f"given {queries}, {images} and {outside}."
             )
         self.pairs, self.seed = pairs, seed
         self.queries, self.images = min(queries, len(pairs.queries)), min(images, len(pairs.images))
         self.outside = outside if pairs.outside else 0.0
-        # Of the rest of the training set: at least one where outside pictures are asked for.
+        # Of the rest of the training set: at least one where outside images are asked for.
         self._reserved = min(max(round(self.outside * self.images), 1), self.images - 1) if self.outside else 0
         self._blocks = len(pairs.queries) // self.queries  # of a pass over the queries
         self._order: tuple[int, Tensor] | None = None  # of the last pass that was asked for
@@ -194,8 +194,8 @@ class BlockSampler:
     def block(self, step: int) -> PairBlock:
         """The block of a step."""
         pairs, queries = self.pairs, self.block_queries(step)
-        pictures, drawn = self._block_images(step, self._union(queries))
-        positions = self._positions(queries, pictures)
+        images, drawn = self._block_images(step, self._union(queries))
+        positions = self._positions(queries, images)
         labelled = (positions >= 0) & (positions < pairs.used)
         place = torch.where(labelled, positions, pairs.used - 1)
         share = labelled * ((1 - self.outside) / (self.queries * pairs.used))
@@ -205,9 +205,9 @@ class BlockSampler:
         return PairBlock(
             int(keyed_random.combine(_BLOCK, self.seed, step)),
             queries,
-            pictures,
+            images,
             pairs.queries[queries],
-            pairs.images[pictures],
+            pairs.images[images],
             place.to(dtype) / pairs.used,
             pairs.scores[queries].gather(1, place).to(dtype),
             (share / drawn).to(dtype),
@@ -223,18 +223,18 @@ class BlockSampler:
         return self._order[1][place * self.queries : (place + 1) * self.queries]
 
     def _union(self, queries: Int64[Tensor, " q"]) -> Bool[Tensor, " n"]:
-        """Which pictures are labelled for any of these queries."""
+        """Which images are labelled for any of these queries."""
         union = torch.zeros(len(self.pairs.images), dtype=torch.bool, device=queries.device)
         union[self.pairs.rows[queries, : self.pairs.used].flatten().long()] = True
         return union
 
     def _inside(self, union: Tensor) -> Tensor:
-        """How many of a block's pictures come from a union of this size; the others come from the rest."""
+        """How many of a block's images come from a union of this size; the others come from the rest."""
         rest = len(self.pairs.images) - union
         return torch.minimum((self.images - rest).clamp(min=self.images - self._reserved), union)
 
     def _block_images(self, step: int, union: Bool[Tensor, " n"]) -> tuple[Int64[Tensor, " c"], Float[Tensor, " c"]]:
-        """The pictures of a step's block, and the probability with which each was drawn."""
+        """The images of a step's block, and the probability with which each was drawn."""
         size = union.sum()
         inside = self._inside(size)
         luck = keyed_random.uniform(keyed_random.combine(_PICK, self.seed, step, self.pairs.image_keys))[:, 0]
@@ -242,16 +242,16 @@ class BlockSampler:
         from_union = torch.topk(luck + ~union, self.images, largest=False).indices
         from_rest = torch.topk(luck + union, self.images, largest=False).indices
         place = torch.arange(self.images, device=luck.device)
-        pictures = torch.where(place < inside, from_union, from_rest[(place - inside).clamp(min=0)])
+        images = torch.where(place < inside, from_union, from_rest[(place - inside).clamp(min=0)])
         rest = len(union) - size
-        return pictures, torch.where(place < inside, inside / size, (self.images - inside) / rest.clamp(min=1))
+        return images, torch.where(place < inside, inside / size, (self.images - inside) / rest.clamp(min=1))
 
-    def _positions(self, queries: Int64[Tensor, " q"], pictures: Int64[Tensor, " c"]) -> Int64[Tensor, "q c"]:
-        """Where each picture stands among those that the teacher scored for each query, from 0; -1 is outside."""
-        pairs, count = self.pairs, len(pictures)
-        column = torch.full((len(pairs.images),), count, device=pictures.device)  # one too far: not in the block
-        column[pictures] = torch.arange(count, device=pictures.device)
+    def _positions(self, queries: Int64[Tensor, " q"], images: Int64[Tensor, " c"]) -> Int64[Tensor, "q c"]:
+        """Where each image stands among those that the teacher scored for each query, from 0; -1 is outside."""
+        pairs, count = self.pairs, len(images)
+        column = torch.full((len(pairs.images),), count, device=images.device)  # one too far: not in the block
+        column[images] = torch.arange(count, device=images.device)
         columns = column[pairs.rows[queries].long()]
-        positions = torch.full((len(queries), count + 1), -1, device=pictures.device)
-        places = torch.arange(pairs.rows.shape[1], device=pictures.device).expand_as(columns)
+        positions = torch.full((len(queries), count + 1), -1, device=images.device)
+        places = torch.arange(pairs.rows.shape[1], device=images.device).expand_as(columns)
         return positions.scatter_(1, columns, places)[:, :count]

@@ -45,7 +45,7 @@ class _MLP(nn.Module):
 
 
 class Ranker(nn.Module):
-    """Embeds queries and training pictures by one MLP; logit = cosine · scale + bias, low where influential.
+    """Embeds queries and training images by one MLP; logit = cosine · scale + bias, low where influential.
 
     Args:
         inputs: Width of the features, those of all encoders side by side.

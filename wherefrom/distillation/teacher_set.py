@@ -1,9 +1,9 @@
-"""Teacher sets: for many queries, how a slow method ranks training pictures, and features of both sides.
+"""Teacher sets: for many queries, how a slow method ranks training images, and features of both sides.
 
 A ranker learns from them (Fast Data Attribution, section 4). On disk a set is a folder:
 
 - `manifest.json`: who the teacher is, and of which training set;
-- `training.parquet`: `image`, `caption` (the first) of every training picture;
+- `training.parquet`: `image`, `caption` (the first) of every training image;
 - `queries.parquet`: one row a query: `query`, `prompt`, and lists of equal length `images` (rows of `training.parquet`,
   the most influential first) and `scores` (the teacher's);
 - `features/NAME.training.npy` and `features/NAME.queries.npy`: float32, rows as in the two tables.
@@ -29,10 +29,10 @@ TRAINING, QUERIES, FEATURES = "training.parquet", "queries.parquet", "features"
 
 @dataclass(frozen=True)
 class Features:
-    """One encoder's vectors of training pictures and of queries.
+    """One encoder's vectors of training images and of queries.
 
     Attributes:
-        training: One row a training picture.
+        training: One row a training image.
         queries: One row a query.
     """
 
@@ -42,20 +42,20 @@ class Features:
 
 @dataclass(frozen=True)
 class TeacherSet:
-    """How a teacher ranks training pictures for some queries.
+    """How a teacher ranks training images for some queries.
 
     Attributes:
         images: Ids of the training set.
         captions: Its first captions.
         queries: Ids of the queries.
         prompts: Their prompts.
-        rows: Positions in `images` of the pictures that the teacher scored, the most influential first.
+        rows: Positions in `images` of the images that the teacher scored, the most influential first.
         scores: The teacher's scores of these.
         features: Encoder's name -> features.
         identity: Who the teacher is, and of which training set.
 
     Raises:
-        ValueError: Shapes do not fit, no picture was scored, an id is named twice, a row is unknown or named twice, or
+        ValueError: Shapes do not fit, no image was scored, an id is named twice, a row is unknown or named twice, or
             a score or feature is not finite.
     """
 
@@ -69,21 +69,21 @@ class TeacherSet:
     identity: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for what, ids in (("training pictures", self.images), ("queries", self.queries)):
+        for what, ids in (("training images", self.images), ("queries", self.queries)):
             if len(set(ids)) < len(ids):
                 raise ValueError(f"The ids of the {what} hold one twice: {_repeated(ids)!r}.")
         if len(self.captions) != len(self.images) or len(self.prompts) != len(self.queries):
             raise ValueError(
-                f"{len(self.images)} training pictures have {len(self.captions)} captions, and {len(self.queries)} "
+                f"{len(self.images)} training images have {len(self.captions)} captions, and {len(self.queries)} "
                 f"queries {len(self.prompts)} prompts: there must be one each."
             )
         if self.rows.shape != self.scores.shape or self.rows.ndim != 2 or len(self.rows) != len(self.queries):
             raise ValueError(
-                f"Rows {self.rows.shape} and scores {self.scores.shape} must be (queries, scored pictures) of "
+                f"Rows {self.rows.shape} and scores {self.scores.shape} must be (queries, scored images) of "
                 f"{len(self.queries)} queries."
             )
         if self.rows.size == 0:
-            raise ValueError("No picture was scored for any query: the candidates are empty.")
+            raise ValueError("No image was scored for any query: the candidates are empty.")
         for query, rows, scores in zip(self.queries, self.rows, self.scores, strict=True):
             self._check_query(query, rows, scores)
         for name, both in self.features.items():
@@ -94,14 +94,14 @@ class TeacherSet:
                 _check_finite(matrix, f"features {name!r} of {what}")
             if both.training.shape[1] != both.queries.shape[1]:
                 raise ValueError(
-                    f"Features {name!r} have {both.training.shape[1]} numbers for training pictures and "
+                    f"Features {name!r} have {both.training.shape[1]} numbers for training images and "
                     f"{both.queries.shape[1]} for queries: they do not belong together."
                 )
 
     def _check_query(self, query: str, rows: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
         if rows.min() < 0 or rows.max() >= len(self.images):
             bad = rows[(rows < 0) | (rows >= len(self.images))][0]
-            raise ValueError(f"Query {query!r} ranks picture {bad} of a training set of {len(self.images)} pictures.")
+            raise ValueError(f"Query {query!r} ranks image {bad} of a training set of {len(self.images)} images.")
         if len(np.unique(rows)) < len(rows):
             values, counts = np.unique(rows, return_counts=True)
             raise ValueError(f"Query {query!r} ranks {self.images[values[counts > 1][0]]!r} twice.")
@@ -114,8 +114,8 @@ class TeacherSet:
         """Whether every query's ranking is of the whole training set."""
         return bool(self.rows.shape[1] == len(self.images))
 
-    def by_picture(self) -> Float[NDArray[np.float64], "q n"]:
-        """The scores in the order of the training pictures; NaN where the teacher scored none."""
+    def by_image(self) -> Float[NDArray[np.float64], "q n"]:
+        """The scores in the order of the training images; NaN where the teacher scored none."""
         found = np.full((len(self.queries), len(self.images)), np.nan)
         np.put_along_axis(found, self.rows.astype(np.int64), self.scores.astype(np.float64), axis=1)
         return found
@@ -133,14 +133,14 @@ class TeacherSet:
         )
 
     def first(self, count: int) -> TeacherSet:
-        """The set as if the teacher had scored only the pictures that it ranks first, so many for each query.
+        """The set as if the teacher had scored only the images that it ranks first, so many for each query.
 
         Raises:
             ValueError: It scored fewer.
         """
         if not 1 <= count <= self.rows.shape[1]:
             raise ValueError(
-                f"The teacher scored {self.rows.shape[1]} pictures a query; its first {count} were asked for."
+                f"The teacher scored {self.rows.shape[1]} images a query; its first {count} were asked for."
             )
         return replace(self, rows=self.rows[:, :count], scores=self.scores[:, :count])
 
@@ -265,9 +265,7 @@ def _lists(matrix: NDArray[Any]) -> pa.Array:
 def _matrix(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> NDArray[Any]:
     lengths = {len(values) for values in column}
     if len(lengths) != 1:
-        raise ValueError(
-            f"the queries have between {min(lengths)} and {max(lengths)} scored pictures: all need as many."
-        )
+        raise ValueError(f"the queries have between {min(lengths)} and {max(lengths)} scored images: all need as many.")
     flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
     return flat.astype(dtype, copy=False).reshape(len(column), lengths.pop())
 

@@ -1,4 +1,4 @@
-"""Frozen feature encoders: one vector a picture or a caption, computed once and kept in the store.
+"""Frozen feature encoders: one vector an image or a caption, computed once and kept in the store.
 
 Every encoder has an `identity` (weights and preprocessing), so cached features are never stale and reports can name the
 space that they used.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.encoders import CaptionEncoder, freeze
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.pixels import to_float
@@ -36,11 +36,11 @@ _CHUNK = 256  # rows per resumable part: fixed, so that a run with another batch
 
 
 class ImageEncoder(ABC):
-    """Turns pictures into vectors."""
+    """Turns images into vectors."""
 
     @abstractmethod
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector a picture, float32 on the CPU."""
+        """One vector an image, float32 on the CPU."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class TextEncoder(ABC):
 
 
 def signed_pixels(pixels: Pixels) -> Float[Tensor, "n 3 h w"]:
-    """Pictures as float32 in [-1, 1], channels first, from bytes or from such floats.
+    """Images as float32 in [-1, 1], channels first, from bytes or from such floats.
 
     Raises:
         ValueError: Another shape or type, or floats outside [-1, 1].
@@ -70,10 +70,10 @@ def signed_pixels(pixels: Pixels) -> Float[Tensor, "n 3 h w"]:
         return to_float(tensor)
     if tensor.is_floating_point() and tensor.dim() == 4 and tensor.shape[1] == 3:
         if tensor.numel() and not bool(tensor.abs().max() <= 1 + 1e-4):  # not (a <= b): NaN is refused too
-            raise ValueError("Float pictures must lie in [-1, 1] and be finite; rescale them, or give uint8.")
+            raise ValueError("Float images must lie in [-1, 1] and be finite; rescale them, or give uint8.")
         return tensor.float()
     raise ValueError(
-        f"Pictures must be uint8 of shape (N, H, W, 3) or float in [-1, 1] of shape (N, 3, H, W); "
+        f"Images must be uint8 of shape (N, H, W, 3) or float in [-1, 1] of shape (N, 3, H, W); "
         f"got {tensor.dtype} of shape {tuple(tensor.shape)}."
     )
 
@@ -83,8 +83,8 @@ class EfficientNetLite0Encoder(ImageEncoder):
 
     Args:
         model: A network from (B, 3, side, side) to (B, D), or where the published weights are (see `from_pretrained`).
-        side: Pictures are resized to this many pixels a side (bicubic, as in the network's evaluation).
-        batch_size: Pictures encoded at a time.
+        side: Images are resized to this many pixels a side (bicubic, as in the network's evaluation).
+        batch_size: Images encoded at a time.
     """
 
     def __init__(self, model: nn.Module | str = EFFICIENTNET_LITE0, side: int = 224, batch_size: int = 32) -> None:
@@ -102,10 +102,10 @@ class EfficientNetLite0Encoder(ImageEncoder):
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector a picture, float32 on the CPU.
+        """One vector an image, float32 on the CPU.
 
         Raises:
-            ValueError: The pictures have another shape, type or range.
+            ValueError: The images have another shape, type or range.
         """
         parameter = next(self.model.parameters())
         vectors = []
@@ -226,32 +226,32 @@ class MiniLMEncoder(TextEncoder):
 
 
 def image_features(
-    pictures: Pictures, encoder: ImageEncoder, store: Store, progress: Callable[[int, int], None] | None = None
+    images: ImageSet, encoder: ImageEncoder, store: Store, progress: Callable[[int, int], None] | None = None
 ) -> Float[Tensor, "n d"]:
-    """The pictures' vectors, from the store if they are there; an interrupted run goes on from its finished parts.
+    """The images' vectors, from the store if they are there; an interrupted run goes on from its finished parts.
 
     Args:
-        pictures: The pictures.
+        images: The images.
         encoder: Its identity is part of the cache's.
         store: Where the vectors are kept.
-        progress: Called with (done, total) pictures.
+        progress: Called with (done, total) images.
 
     Raises:
         StorageError: The store could not be written.
     """
-    parts = pictures.parts
+    parts = images.parts
     if len(parts) > 1:
         return torch.cat([image_features(part, encoder, store, progress) for part in parts])
     identity = {
-        "pictures": pictures.fingerprint,
-        "ids": identity_hash({"ids": list(pictures.ids)}),
+        "pictures": images.fingerprint,
+        "ids": identity_hash({"ids": list(images.ids)}),
         **encoder.identity(),
     }
 
     def encode(rows: slice) -> Tensor:
-        return encoder.encode_images(pictures.pixels[rows])
+        return encoder.encode_images(images.pixels[rows])
 
-    return _kept("image_features", identity, len(pictures), encode, store, progress)
+    return _kept("image_features", identity, len(images), encode, store, progress)
 
 
 def caption_features(
@@ -270,25 +270,25 @@ def caption_features(
     return _kept("caption_features", identity, len(captions), encode, store, progress)
 
 
-def picture_features(
-    pictures: Pictures,
+def training_features(
+    images: ImageSet,
     encoder: ImageEncoder | TextEncoder,
     store: Store,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "n d"]:
-    """Vectors of the pictures themselves, or of their first captions: what the encoder takes.
+    """Vectors of the images themselves, or of their first captions: what the encoder takes.
 
     Raises:
         StorageError: The store could not be written.
     """
     if isinstance(encoder, ImageEncoder):
-        return image_features(pictures, encoder, store, progress)
-    first = [captions[0] if captions else "" for captions in pictures.captions]
+        return image_features(images, encoder, store, progress)
+    first = [captions[0] if captions else "" for captions in images.captions]
     return caption_features(first, encoder, store, progress)
 
 
 def query_features(pixels: Pixels, prompts: Sequence[str], encoder: ImageEncoder | TextEncoder) -> Float[Tensor, "q d"]:
-    """Vectors of queries' pictures, or of their prompts: what the encoder takes."""
+    """Vectors of queries' images, or of their prompts: what the encoder takes."""
     return encoder.encode_images(pixels) if isinstance(encoder, ImageEncoder) else encoder.encode_texts(prompts)
 
 
@@ -322,7 +322,7 @@ def _kept(
 
 
 def _join(parts: Sequence[Path], path: Path, count: int) -> None:
-    """Streams the parts into one file, so that memory does not grow with the number of pictures."""
+    """Streams the parts into one file, so that memory does not grow with the number of images."""
     width = np.load(parts[0], mmap_mode="r").shape[1]
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),

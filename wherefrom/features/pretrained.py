@@ -42,7 +42,7 @@ class OpenCLIPImageEncoder(ImageEncoder):
         path: A folder with `open_clip_config.json` and weights, a hub id such as
             `hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K`, or a model name of open_clip.
         pretrained: For a model name: its tag of pretrained weights, or a file.
-        batch_size: Pictures encoded at a time.
+        batch_size: Images encoded at a time.
 
     Raises:
         ValueError: A model name without `pretrained`: its weights would be random.
@@ -54,7 +54,7 @@ class OpenCLIPImageEncoder(ImageEncoder):
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector a picture, float32 on the CPU."""
+        """One vector an image, float32 on the CPU."""
         parameter = next(self.model.parameters())
 
         def encode(images: Sequence[Image.Image]) -> Tensor:
@@ -124,7 +124,7 @@ class TransformersImageEncoder(ImageEncoder):
     Args:
         path: A folder or hub id in transformers' format, such as `facebook/dino-vitb16` or
             `facebook/dinov2-with-registers-large`.
-        batch_size: Pictures encoded at a time.
+        batch_size: Images encoded at a time.
     """
 
     def __init__(self, path: str, batch_size: int = 32) -> None:
@@ -136,7 +136,7 @@ class TransformersImageEncoder(ImageEncoder):
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector a picture, float32 on the CPU."""
+        """One vector an image, float32 on the CPU."""
         device = next(self.model.parameters()).device
 
         def encode(images: Sequence[Image.Image]) -> Tensor:
@@ -176,7 +176,7 @@ class MappedEncoder(ImageEncoder):
         self.encoder, self.file, self.weight, self.bias = encoder, file, weight.float(), bias.float()
 
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector a picture, float32 on the CPU.
+        """One vector an image, float32 on the CPU.
 
         Raises:
             ValueError: The features have another width than the map.

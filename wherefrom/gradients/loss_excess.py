@@ -1,7 +1,7 @@
-"""Can the model represent this picture at all? Its loss beside those of training pictures.
+"""Can the model represent this image at all? Its loss beside those of training images.
 
 What a model cannot represent it did not draw, and unlearning it moves the weights in directions that say little about
-the training pictures.
+the training images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, measure_losses
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
@@ -24,18 +24,18 @@ from wherefrom.runtime.distributed import Runner
 
 FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey, Exploratory Data Analysis, 1977, section 2D)
 _GRID = LossGrid(timesteps=10, flips=False)
-_PICTURES, _DRAWS = 256, 20
+_IMAGES, _DRAWS = 256, 20
 _DRAW = 702
 
 
 def typical_losses(
-    model: DiffusionModel, data: LatentSet, store: Store, runner: Runner, progress: Progress | None = None
+    model: DiffusionModel, data: EncodedImages, store: Store, runner: Runner, progress: Progress | None = None
 ) -> Float[NDArray[np.float64], " m"]:
-    """The losses of up to 256 training pictures, chosen by their ids, each the mean over ten timesteps.
+    """The losses of up to 256 training images, chosen by their ids, each the mean over ten timesteps.
 
     Args:
         model: The model.
-        data: The training pictures.
+        data: The training images.
         store: Where the losses are kept.
         runner: This process's place.
         progress: Called with (done, total) chunks.
@@ -44,7 +44,7 @@ def typical_losses(
         ValueError: A loss is not finite.
         StorageError: The store could not be written.
     """
-    chosen = data.subset(data.sample(_PICTURES))
+    chosen = data.subset(data.sample(_IMAGES))
     losses = measure_losses(model, chosen, _GRID, store, runner, progress=progress)
     return losses.double().flatten(1).mean(dim=1).numpy()
 
@@ -53,7 +53,7 @@ def typical_losses(
 def loss_of(
     model: DiffusionModel, latent: Float[Tensor, "c h w"], states: Float[Tensor, "l d"], seed: int = 0
 ) -> float:
-    """The picture's loss with its prompt, the mean over the same timesteps and twenty draws of each.
+    """The image's loss with its prompt, the mean over the same timesteps and twenty draws of each.
 
     Args:
         model: The model.

@@ -1,25 +1,26 @@
-"""Losses of many pictures on a fixed grid of timesteps, with noise keyed by what it belongs to (common random numbers).
+"""Losses of many images on a fixed grid of timesteps, with noise keyed by what it belongs to (common random numbers).
 
-Shape letters: N = pictures, F = flips (the picture, its mirror image), K = captions, T = timesteps, R = noise draws.
+Shape letters: N = images, F = flips (the image, its mirror image), K = captions, T = timesteps, R = noise draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.stable_names import settings_identity
 
 _LOSS, _DRAWN, _TIME, _CAPTION = 201, 202, 203, 204
 
@@ -31,7 +32,7 @@ class LossGrid:
     Attributes:
         timesteps: Number of timesteps, spaced evenly from 0: with T = 1000, 20 of them are 0, 50, …, 950 (AbU,
             appendix B).
-        draws: Noise draws at each timestep.
+        noise_samples: Noise draws at each timestep.
         seed: Seed of the noise.
         flips: Also measure the mirror images.
         offset: Where the first timestep lies, as a share of the distance between two. 0 is the papers' grid; with 0.5 a
@@ -43,7 +44,7 @@ class LossGrid:
     """
 
     timesteps: int = 20
-    draws: int = 1
+    noise_samples: int = 1
     seed: int = 0
     flips: bool = True
     offset: float = 0.0
@@ -65,50 +66,51 @@ class LossGrid:
         return ((torch.arange(self.timesteps).double() + self.offset) * total / self.timesteps).long()
 
     def per_flip(self, captions: int) -> int:
-        """Losses of a picture, and again of its mirror image."""
-        return captions * self.timesteps * self.draws
+        """Losses of an image, and again of its mirror image."""
+        return captions * self.timesteps * self.noise_samples
 
-    def of(self, model: DiffusionModel, data: LatentSet, batch_size: int) -> LossPass:
+    def of(self, model: DiffusionModel, data: EncodedImages, batch_size: int) -> LossPass:
         """The losses of a data set on this grid, still to be measured."""
         return LossPass(model, data, self, batch_size)
 
 
 @dataclass(frozen=True)
-class LossDraws:
-    """Where losses are measured that each picture draws for itself, instead of a grid for all.
+class LossSamples:
+    """Where losses are measured that each image draws for itself, instead of a grid for all.
 
     Attributes:
-        draws: Draws of a timestep, with replacement, and of noise; all with one caption of the picture's, drawn too.
+        noise_samples: Draws of a timestep, with replacement, and of noise; all with one caption of the image's, drawn
+            too.
         seed: Seed of these.
         flips: Also measure the mirror images.
 
     Raises:
-        ValueError: `draws` is not positive.
+        ValueError: `noise_samples` is not positive.
     """
 
-    draws: int = 10
+    noise_samples: int = 10
     seed: int = 0
     flips: bool = True
 
     def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1; given {self.draws}.")
+        if self.noise_samples < 1:
+            raise ValueError(f"draws must be at least 1; given {self.noise_samples}.")
 
     def per_flip(self, captions: int) -> int:
-        """Losses of a picture, and again of its mirror image."""
-        return self.draws
+        """Losses of an image, and again of its mirror image."""
+        return self.noise_samples
 
-    def of(self, model: DiffusionModel, data: LatentSet, batch_size: int) -> DrawnLosses:
+    def of(self, model: DiffusionModel, data: EncodedImages, batch_size: int) -> DrawnLosses:
         """The losses of a data set at its own draws, still to be measured."""
         return DrawnLosses(model, data, self, batch_size)
 
 
 class LossPass:
-    """Losses of every picture, flip, caption, timestep and draw (a `TrainingPass`).
+    """Losses of every image, flip, caption, timestep and draw (a `TrainingPass`).
 
     Args:
         model: The model, with whatever weights it has now.
-        data: The pictures.
+        data: The images.
         grid: Where the losses are measured.
         batch_size: Forward passes at a time.
 
@@ -116,11 +118,11 @@ class LossPass:
         ValueError: A loss is not finite.
     """
 
-    def __init__(self, model: DiffusionModel, data: LatentSet, grid: LossGrid, batch_size: int) -> None:
+    def __init__(self, model: DiffusionModel, data: EncodedImages, grid: LossGrid, batch_size: int) -> None:
         self.model, self.data, self.batch_size = model, data, batch_size
         self.id_keys = data.id_keys
         steps = grid.steps(model.process.steps)
-        shape = (2 if grid.flips else 1, data.states.shape[1], len(steps), grid.draws)
+        shape = (2 if grid.flips else 1, data.states.shape[1], len(steps), grid.noise_samples)
         flip, caption, step, draw = (
             part.flatten() for part in torch.meshgrid(*map(torch.arange, shape), indexing="ij")
         )
@@ -130,14 +132,14 @@ class LossPass:
 
     @torch.no_grad()
     def step(self, positions: range) -> None:
-        """Measures the pictures at these positions."""
-        measured = [self._measure(picture, item) for picture, item in self.batches(positions)]
+        """Measures the images at these positions."""
+        measured = [self._measure(image, item) for image, item in self.batches(positions)]
         losses = torch.cat(measured).reshape(len(positions), *self.losses.shape[1:])
         self.check_finite("loss", positions, losses, "the model's weights and the unlearning step")
         self.losses[positions.start : positions.stop] = losses
 
     def batches(self, positions: range) -> Iterator[tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]]:
-        """All (picture, item of the grid) pairs of these pictures, some at a time."""
+        """All (image, item of the grid) pairs of these images, some at a time."""
         items = len(self.flip)
         for start in range(0, len(positions) * items, self.batch_size):
             flat = torch.arange(start, min(start + self.batch_size, len(positions) * items))
@@ -147,32 +149,32 @@ class LossPass:
         """Refuses what is not finite.
 
         Raises:
-            ValueError: Names the first picture that has a number that is not.
+            ValueError: Names the first image that has a number that is not.
         """
         if not torch.isfinite(values).all():
             worst = positions.start + int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0])
-            raise ValueError(f"The {what} of picture {self.data.ids[worst]!r} is not finite: check {suspects}.")
+            raise ValueError(f"The {what} of image {self.data.ids[worst]!r} is not finite: check {suspects}.")
 
-    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
-        return self.item_losses(picture, item).cpu()
+    def _measure(self, image: Tensor, item: Tensor) -> Tensor:
+        return self.item_losses(image, item).cpu()
 
-    def item_losses(self, picture: Int64[Tensor, " b"], item: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """The loss of each (picture, item of the grid) pair."""
+    def item_losses(self, image: Int64[Tensor, " b"], item: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The loss of each (image, item of the grid) pair."""
         model, device = self.model, self.model.device
-        caption, timestep, keys = self.draws(picture, item)
-        latents = self.data.latents[picture, self.flip[item]].to(device, model.dtype)
-        states = self.data.states[picture, caption].to(device, model.dtype)
+        caption, timestep, keys = self.noise_samples(image, item)
+        latents = self.data.latents[image, self.flip[item]].to(device, model.dtype)
+        states = self.data.states[image, caption].to(device, model.dtype)
         noise = keyed_random.normal(keys.to(device), latents.shape[1:], model.dtype)
         return model.losses(latents, states, timestep.to(device), noise)
 
-    def draws(
-        self, picture: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
+    def noise_samples(
+        self, image: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
     ) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"], Int64[Tensor, " b"]]:
         """Caption, timestep and noise key of each pair."""
         return (
             self.caption[item],
             self.timestep[item],
-            keyed_random.combine(self.id_keys[picture], self.item_keys[item]),
+            keyed_random.combine(self.id_keys[image], self.item_keys[item]),
         )
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
@@ -186,35 +188,35 @@ class LossPass:
 
 
 class DrawnLosses(LossPass):
-    """Losses of every picture, flip and draw, at timesteps drawn for each by (seed, picture's id, flip, draw).
+    """Losses of every image, flip and draw, at timesteps drawn for each by (seed, image's id, flip, draw).
 
     Args:
         model: The model.
-        data: The pictures.
+        data: The images.
         settings: How to draw.
         batch_size: Forward passes at a time.
     """
 
-    def __init__(self, model: DiffusionModel, data: LatentSet, settings: LossDraws, batch_size: int) -> None:
+    def __init__(self, model: DiffusionModel, data: EncodedImages, settings: LossSamples, batch_size: int) -> None:
         one = replace(data, states=data.states[:, :1])  # a grid of one caption and timestep has as many items
-        super().__init__(model, one, LossGrid(1, settings.draws, settings.seed, settings.flips), batch_size)
+        super().__init__(model, one, LossGrid(1, settings.noise_samples, settings.seed, settings.flips), batch_size)
         self.data = data
         self.item_keys = keyed_random.combine(_DRAWN, self.item_keys)
         chosen = keyed_random.uniform(keyed_random.combine(_CAPTION, settings.seed, self.id_keys))[:, 0]
         self.caption_of = (chosen * data.states.shape[1]).long()
 
-    def draws(
-        self, picture: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
+    def noise_samples(
+        self, image: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
     ) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"], Int64[Tensor, " b"]]:
         """Caption, timestep and noise key of each pair."""
-        keys = keyed_random.combine(self.id_keys[picture], self.item_keys[item])
+        keys = keyed_random.combine(self.id_keys[image], self.item_keys[item])
         timestep = (keyed_random.uniform(keyed_random.combine(_TIME, keys))[:, 0] * self.model.process.steps).long()
-        return self.caption_of[picture], timestep, keys
+        return self.caption_of[image], timestep, keys
 
 
 def measure_losses(
     model: DiffusionModel,
-    data: LatentSet,
+    data: EncodedImages,
     grid: LossGrid,
     store: Store,
     runner: Runner,
@@ -222,11 +224,11 @@ def measure_losses(
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "n f k t r"]:
-    """Losses of all pictures, kept in the store and found again.
+    """Losses of all images, kept in the store and found again.
 
     Args:
         model: The model with the weights to measure.
-        data: The pictures.
+        data: The images.
         grid: Where to measure.
         store: Where the losses are kept.
         runner: This process's place.
@@ -243,7 +245,7 @@ def measure_losses(
         "model": weights if weights is not None else model.fingerprint(),
         "data": data.fingerprint,
         "dtype": str(model.dtype),
-        **asdict(grid),
+        **settings_identity(grid),
     }
     work = run_pass(
         lambda: LossPass(model, data, grid, batch_size), len(data), store, "losses", identity, runner, progress=progress

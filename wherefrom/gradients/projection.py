@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.stable_names import settings_identity
 
 # Another number is another matrix, and `construction` says so to the store.
 _ROW = 502
@@ -50,7 +51,7 @@ class Projection:
 
     def identity(self) -> dict[str, Any]:
         """What decides the matrix: the settings, and how it is made of them."""
-        return {**asdict(self), "construction": _ROW}
+        return {**settings_identity(self), "construction": _ROW}
 
     def rows(
         self,

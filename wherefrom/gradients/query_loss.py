@@ -41,7 +41,7 @@ class QueryLatent:
         id: Its id.
         latent: The scaled latent (C, H, W).
         states: Token states of its prompt (L, D).
-        weights: Share of each latent cell that is inside the region asked for; None is the whole picture.
+        weights: Share of each latent cell that is inside the region asked for; None is the whole image.
     """
 
     id: str
@@ -74,10 +74,10 @@ class QueryLoss:
     ) -> None:
         self.model, self.query, self.seed, self.runner, self.batch_size = model, query, seed, runner, batch_size
 
-    def _batches(self, salt: int, step: int, draws: int) -> Iterable[Float[Tensor, " b"]]:
+    def _batches(self, salt: int, step: int, noise_samples: int) -> Iterable[Float[Tensor, " b"]]:
         model, device = self.model, self.model.device
-        for first in range(self.runner.rank * self.batch_size, draws, self.runner.world_size * self.batch_size):
-            draw = torch.arange(first, min(first + self.batch_size, draws))
+        for first in range(self.runner.rank * self.batch_size, noise_samples, self.runner.world_size * self.batch_size):
+            draw = torch.arange(first, min(first + self.batch_size, noise_samples))
             latent, timesteps, keys = self.at(salt, step, draw)
             noise = keyed_random.normal(keys.to(device), latent.shape, model.dtype)
             latents = latent.to(device, model.dtype).expand_as(noise)
@@ -92,19 +92,19 @@ class QueryLoss:
         return self.query.latent, (time * self.model.process.steps).long(), keyed_random.combine(base, draw)
 
     @torch.no_grad()
-    def value(self, draws: int) -> float:
+    def value(self, noise_samples: int) -> float:
         """Mean loss over draws that are the same at every call, so that two weights can be compared."""
         total = torch.zeros((), dtype=torch.float64)
-        for losses in self._batches(_MEASURE, 0, draws):
+        for losses in self._batches(_MEASURE, 0, noise_samples):
             total += losses.double().sum().cpu()
-        return float(self.runner.sum(total.to(self.model.device))) / draws
+        return float(self.runner.sum(total.to(self.model.device))) / noise_samples
 
-    def gradient(self, parameters: Mapping[str, nn.Parameter], step: int, draws: int) -> dict[str, Tensor]:
+    def gradient(self, parameters: Mapping[str, nn.Parameter], step: int, noise_samples: int) -> dict[str, Tensor]:
         """∇L(ẑ; θ) with respect to the parameters, over this step's draws."""
         totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        for losses in self._batches(_GRADIENT, step, draws):
+        for losses in self._batches(_GRADIENT, step, noise_samples):
             for total, gradient in zip(
                 totals.values(), torch.autograd.grad(losses.sum(), list(parameters.values())), strict=True
             ):
                 total += gradient
-        return {name: self.runner.sum(total) / draws for name, total in totals.items()}
+        return {name: self.runner.sum(total) / noise_samples for name, total in totals.items()}

@@ -1,6 +1,6 @@
-"""From changes of losses on a grid to scores: one for each picture and, where asked for, for each part of the grid.
+"""From changes of losses on a grid to scores: one for each image and, where asked for, for each part of the grid.
 
-Shape letters: N = pictures, F = flips (the picture, its mirror image), K = captions, T = timesteps, R = noise draws.
+Shape letters: N = images, F = flips (the image, its mirror image), K = captions, T = timesteps, R = noise draws.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ TimestepWeights = Literal["equal", "spread"]
 def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Float[Tensor, " n"]:
     """τ: the mean change of the losses over captions, timesteps and draws.
 
-    Then the larger (or the mean) of picture and mirror image.
+    Then the larger (or the mean) of image and mirror image.
     """
     by_flip = change.double().flatten(2).mean(dim=2)
     return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
 
 
 def spread_weights(change: Float[Tensor, "n f k t r"]) -> Float[Tensor, " t"]:
-    """Weights of mean 1 that let no timestep drown the others: 1 / (spread of the pictures' changes at that timestep).
+    """Weights of mean 1 that let no timestep drown the others: 1 / (spread of the images' changes at that timestep).
 
-    Ours. Near t = 0 a model can hardly tell the noise from the picture, so losses there are large and change by chance:
-    in a plain mean they outweigh the timesteps at which pictures differ. The spread is the median absolute deviation
-    over pictures and mirror images.
+    Ours. Near t = 0 a model can hardly tell the noise from the image, so losses there are large and change by chance:
+    in a plain mean they outweigh the timesteps at which images differ. The spread is the median absolute deviation
+    over images and mirror images.
 
     Args:
-        change: Changes of the losses of some pictures; the same pictures must be taken for all that is compared.
+        change: Changes of the losses of some images; the same images must be taken for all that is compared.
 
     Returns:
         The weights; all 1 where a timestep has no spread, as when nothing was moved.
@@ -53,7 +53,7 @@ class Breakdown:
 
     Attributes:
         timestep_bands: Number of bands of neighbouring timesteps, low ones (detail) to high ones (layout); 0 is none.
-        captions: Whether a picture's captions are told apart.
+        captions: Whether an image's captions are told apart.
 
     Raises:
         ValueError: The number of bands is negative.
@@ -82,7 +82,7 @@ class Breakdown:
     ) -> dict[str, Float[NDArray[np.float64], " n"]]:
         """Scores by part: "timesteps 0 to 200", "caption 1".
 
-        The flip that decides a picture's score decides its parts too, so the captions' scores average to the score,
+        The flip that decides an image's score decides its parts too, so the captions' scores average to the score,
         and so do the bands' scores, each weighted by its number of timesteps.
         """
         means = change.double().mean(dim=4)

@@ -1,12 +1,12 @@
-"""The search for influential pictures: a training set embedded once, then milliseconds a query.
+"""The search for influential images: a training set embedded once, then milliseconds a query.
 
-Fast Data Attribution, section 4.3. From Python, with a trained ranker and features of all training pictures:
+Fast Data Attribution, section 4.3. From Python, with a trained ranker and features of all training images:
 
     ranker, names = load_ranker(Path("weights/emoji_1k_ranker"))
-    features = [picture_features(pictures, encoders[name], store) for name in names]
-    training = {"pictures": pictures.fingerprint}
+    features = [picture_features(images, encoders[name], store) for name in names]
+    training = {"images": pictures.fingerprint}
     embeddings = embed_training_set(ranker, names, features, training, store, runner)
-    folder = build_index(store, runner, rows_of(pictures), embeddings, training, "IVF4096,PQ64", "nprobe=32")
+    folder = build_index(store, runner, rows_of(images), embeddings, training, "IVF4096,PQ64", "nprobe=32")
 
     index = Index(folder, ranker_identity(ranker, names))
     queries = Embeddings(embed(ranker, query_features, names), ranker_identity(ranker, names))
@@ -17,7 +17,7 @@ Fast Data Attribution, section 4.3. From Python, with a trained ranker and featu
     index.add(rows_of(more), more_embeddings)
     index.merge(another_folder)  # built with like=folder
 
-`wherefrom.attributors.Fast` does all of this for a folder of pictures.
+`wherefrom.attributors.LearnedRanker` does all of this for a folder of images.
 """
 
 from wherefrom.index.build import build_index

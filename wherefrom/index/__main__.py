@@ -1,4 +1,4 @@
-"""Takes pictures down from an index on disk.
+"""Takes images down from an index on disk.
 
 python -m wherefrom.index remove FOLDER ID …                  # never found again, nor when they are added again
 python -m wherefrom.index remove FOLDER --file take_downs.txt # one id a line
@@ -20,10 +20,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = root.add_subparsers(dest="command", required=True)
-    for name, what in (("remove", "takes pictures down"), ("restore", "lets them be added again")):
+    for name, what in (("remove", "takes images down"), ("restore", "lets them be added again")):
         changing = commands.add_parser(name, help=what)
         changing.add_argument("folder", type=Path, help="the index")
-        changing.add_argument("ids", nargs="*", help="ids of pictures")
+        changing.add_argument("ids", nargs="*", help="ids of images")
         changing.add_argument("--file", type=Path, help="a file with one id a line, besides")
     listing = commands.add_parser("removed", help="what was taken down")
     listing.add_argument("folder", type=Path, help="the index")
@@ -34,19 +34,19 @@ def change(options: argparse.Namespace) -> None:
     """`remove` and `restore`.
 
     Raises:
-        ValueError: No picture is named, or one to restore was not taken down.
+        ValueError: No image is named, or one to restore was not taken down.
     """
     listed = [] if options.file is None else options.file.read_text().splitlines()
     ids = [name for name in (*options.ids, *listed) if name]
     if not ids:
-        raise ValueError("No picture is named: give ids, or --file with one id a line.")
+        raise ValueError("No image is named: give ids, or --file with one id a line.")
     index = Index(options.folder)
     if options.command == "restore":
         index.restore(ids)
     else:
         for name in index.remove(ids):
             print(f"not in the index, and kept out from now on: {name}")
-    print(f"{len(index):,} pictures can be found; {len(index.removed):,} were taken down")
+    print(f"{len(index):,} images can be found; {len(index.removed):,} were taken down")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -70,7 +70,7 @@ def build_index(
     Args:
         store: Shared by all processes.
         runner: This process's place.
-        rows: One row a picture; see `rows_of`.
+        rows: One row an image; see `rows_of`.
         embeddings: Theirs, in the same order.
         training: Identity of the training set.
         factory: FAISS's factory string: `Flat`, `IVF4096,PQ64`, `HNSW32`, …
@@ -97,7 +97,7 @@ def build_index(
     identity = index_identity(embeddings.ranker, training, factory, dimension, seed, sample, like, taken)
     chosen = np.flatnonzero(~among(rows, taken))
     if not len(chosen):
-        raise ValueError("All pictures were taken down, so there is nothing to index.")
+        raise ValueError("All images were taken down, so there is nothing to index.")
     starts, partial = range(0, len(chosen), shard), store.partial(KIND, identity)
 
     def shard_file(start: int) -> Path:

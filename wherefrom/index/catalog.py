@@ -1,4 +1,4 @@
-"""What an index says of its pictures: one row each, beside the vectors, and the list of those that were taken down."""
+"""What an index says of its images: one row each, beside the vectors, and the list of those that were taken down."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.runtime.artifacts import replacing
 
 KEY, IMAGE, CAPTIONS = "key", "image", "captions"
-# The large types: captions of ten million pictures are more than two gigabytes.
+# The large types: captions of ten million images are more than two gigabytes.
 _TYPES = {KEY: pa.int64(), IMAGE: pa.large_string(), CAPTIONS: pa.large_list(pa.large_string())}
 
 
-def rows_of(pictures: Pictures) -> pa.Table:
-    """Ids, captions and all further columns (such as `group` and `license`) of pictures.
+def rows_of(images: ImageSet) -> pa.Table:
+    """Ids, captions and all further columns (such as `group` and `license`) of images.
 
     Raises:
         ValueError: A further column has the name of one of the index's own.
     """
-    return make_rows(pictures.ids, pictures.captions, pictures.columns)
+    return make_rows(images.ids, images.captions, images.columns)
 
 
 def make_rows(
     ids: Sequence[str], captions: Iterable[Sequence[str]], columns: Mapping[str, Sequence[str]] | None = None
 ) -> pa.Table:
-    """One row a picture.
+    """One row an image.
 
     Raises:
         ValueError: A further column has the name of one of the index's own, or an id occurs twice.
@@ -57,7 +57,7 @@ def checked_rows(rows: pa.Table) -> pa.Table:
     if missing:
         raise ValueError(f"The rows have no column {missing[0]!r}; they have {', '.join(rows.column_names)}.")
     if rows[IMAGE].null_count:
-        raise ValueError("A picture has no id: every row needs one.")
+        raise ValueError("An image has no id: every row needs one.")
     counts = pc.value_counts(rows[IMAGE])
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):

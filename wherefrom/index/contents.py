@@ -46,7 +46,7 @@ class Contents:
 
     Args:
         engine: The vectors.
-        rows: The pictures; rows may lack for vectors that could not be taken out.
+        rows: The images; rows may lack for vectors that could not be taken out.
         removed: Ids taken down.
         next_key: The first key that no vector ever had.
         trained: Hash of the trained, empty FAISS index.
@@ -68,10 +68,10 @@ class Contents:
         self.trained, self.search, self.sources = trained, search, list(sources)
 
     def add(self, rows: pa.Table, vectors: NDArray[np.floating[Any]], source: Any) -> tuple[str, ...]:
-        """Adds pictures that were not taken down; returns the ids of those that were.
+        """Adds images that were not taken down; returns the ids of those that were.
 
         Raises:
-            ValueError: A picture is there already, the numbers of rows and vectors differ, or a vector is no unit one.
+            ValueError: An image is there already, the numbers of rows and vectors differ, or a vector is no unit one.
         """
         checked_rows(rows)
         check_shapes(rows, vectors, self.engine.dimension)
@@ -91,7 +91,7 @@ class Contents:
         return tuple(rows[IMAGE].filter(pa.array(left_out)).to_pylist())
 
     def remove(self, ids: Iterable[str]) -> tuple[str, ...]:
-        """Takes pictures down; returns the ids that it did not hold, which are kept out from now on too."""
+        """Takes images down; returns the ids that it did not hold, which are kept out from now on too."""
         given = set(ids)
         there = among(self.rows, given)
         found = self.rows.filter(pa.array(there))
@@ -101,10 +101,10 @@ class Contents:
         return tuple(sorted(given.difference(found[IMAGE].to_pylist())))
 
     def merge(self, other: Contents) -> None:
-        """Moves another's pictures in; what either took down stays down.
+        """Moves another's images in; what either took down stays down.
 
         Raises:
-            ValueError: Both hold a picture, or the two were trained apart.
+            ValueError: Both hold an image, or the two were trained apart.
         """
         if other.trained != self.trained:
             raise ValueError(
@@ -181,13 +181,13 @@ def check_shapes(rows: pa.Table, vectors: NDArray[np.floating[Any]], dimension: 
     """
     if len(rows) != len(vectors) or vectors.shape[1] != dimension or len(rows) == 0:
         raise ValueError(
-            f"{len(rows)} pictures and vectors of shape {vectors.shape} do not fit: as many of {dimension} numbers "
+            f"{len(rows)} images and vectors of shape {vectors.shape} do not fit: as many of {dimension} numbers "
             "each are needed, at least one."
         )
 
 
 def check_new(held: pa.Table, fresh: pa.Table) -> None:
-    """Refuses pictures that are held already.
+    """Refuses images that are held already.
 
     Raises:
         ValueError: Names one.
@@ -195,7 +195,7 @@ def check_new(held: pa.Table, fresh: pa.Table) -> None:
     twice = fresh.filter(pa.array(among(fresh, held[IMAGE].to_pylist())))
     if len(twice):
         raise ValueError(
-            f"{len(twice)} pictures are in the index already, such as {twice[0][0].as_py()!r}: leave them out, or "
+            f"{len(twice)} images are in the index already, such as {twice[0][0].as_py()!r}: leave them out, or "
             "remove and restore them first."
         )
 

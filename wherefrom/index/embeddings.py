@@ -35,7 +35,7 @@ class Embeddings:
     """Unit vectors, and whose they are.
 
     Attributes:
-        vectors: One row a picture or query; may be memory-mapped.
+        vectors: One row an image or query; may be memory-mapped.
         ranker: Identity of the ranker that made them; see `ranker_identity`.
 
     Raises:
@@ -48,7 +48,7 @@ class Embeddings:
     def __post_init__(self) -> None:
         if self.vectors.ndim != 2 or not np.issubdtype(self.vectors.dtype, np.floating):
             raise ValueError(
-                f"Embeddings must be a matrix of floats, one row a picture; given {self.vectors.dtype} of shape "
+                f"Embeddings must be a matrix of floats, one row an image; given {self.vectors.dtype} of shape "
                 f"{self.vectors.shape}."
             )
 
@@ -64,7 +64,7 @@ def ranker_identity(ranker: Ranker, features: Sequence[str]) -> dict[str, Any]:
         features: Names of the encoders whose features it takes, in their order.
 
     Raises:
-        ValueError: Its scale is not negative, so that a search by cosine would find the least influential pictures.
+        ValueError: Its scale is not negative, so that a search by cosine would find the least influential images.
     """
     scale = float(ranker.scale.detach())
     if not scale < 0:  # not (a >= b): NaN is refused too
@@ -76,7 +76,7 @@ def ranker_identity(ranker: Ranker, features: Sequence[str]) -> dict[str, Any]:
 
 
 def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) -> Float[NDArray[np.float32], "n e"]:
-    """The vectors as float32, if each is finite and of unit length, or zero: a ranker may know nothing of a picture.
+    """The vectors as float32, if each is finite and of unit length, or zero: a ranker may know nothing of an image.
 
     Args:
         vectors: The vectors.
@@ -91,7 +91,7 @@ def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) ->
     if len(bad):
         raise ValueError(
             f"Embedding {first + int(bad[0])} has length {lengths[bad[0]]:g}; embeddings must be finite unit vectors. "
-            "Look for pictures whose features are not finite, or divide the vectors by their lengths."
+            "Look for images whose features are not finite, or divide the vectors by their lengths."
         )
     return found
 
@@ -138,7 +138,7 @@ def embed_training_set(
         training: Identity of the training set and of its features.
         store: Shared by all processes.
         runner: This process's place.
-        progress: Called with (done, total) pictures.
+        progress: Called with (done, total) images.
 
     Raises:
         ValueError: The ranker cannot be served, the features do not fit it or one another, or one is not finite.
@@ -147,7 +147,7 @@ def embed_training_set(
     identity = {"ranker": ranker_identity(ranker, names), "training": dict(training)}
     counts = {len(part) for part in features}
     if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"The encoders have features of {sorted(counts)} pictures: there must be some, as many each.")
+        raise ValueError(f"The encoders have features of {sorted(counts)} images: there must be some, as many each.")
     (count,) = counts
     starts, partial = range(0, count, _CHUNK), store.partial(KIND, identity)
 

@@ -3,8 +3,8 @@
 A folder holds, under names that count its changes up, so that a change is whole or has not happened:
 
 - `index-N.faiss`: the vectors;
-- `rows-N.parquet`: `key` (FAISS's id, never used twice), `image`, `captions` and further columns of each picture;
-- `removed-N.parquet`: ids of pictures that were taken down, which no batch and no shard brings back;
+- `rows-N.parquet`: `key` (FAISS's id, never used twice), `image`, `captions` and further columns of each image;
+- `removed-N.parquet`: ids of images that were taken down, which no batch and no shard brings back;
 - `manifest.json`: whose embeddings of which training set they are, and which files count.
 """
 
@@ -37,7 +37,7 @@ class Hits:
     Attributes:
         images: Ids, the most influential first.
         scores: Cosines; as good as the index's type keeps vectors.
-        rows: The pictures' rows: `image`, `captions` and further columns.
+        rows: The images' rows: `image`, `captions` and further columns.
     """
 
     images: tuple[str, ...]
@@ -46,7 +46,7 @@ class Hits:
 
 
 class Index:
-    """Finds the training pictures whose embeddings are nearest to a query's: its most influential ones.
+    """Finds the training images whose embeddings are nearest to a query's: its most influential ones.
 
     Args:
         folder: Where it is; see `build_index`.
@@ -91,12 +91,12 @@ class Index:
 
     @property
     def removed(self) -> frozenset[str]:
-        """Ids of pictures that were taken down."""
+        """Ids of images that were taken down."""
         return frozenset(self.contents.removed)
 
     @property
     def rows(self) -> pa.Table:
-        """The pictures: `image`, `captions` and further columns."""
+        """The images: `image`, `captions` and further columns."""
         return self.contents.rows.drop_columns([KEY])
 
     def _check_ranker(self, ranker: Mapping[str, Any], what: str) -> None:
@@ -108,12 +108,12 @@ class Index:
             )
 
     def search(self, queries: Embeddings, k: int) -> list[Hits]:
-        """The k nearest pictures of each query, ties by id.
+        """The k nearest images of each query, ties by id.
 
         Each query's answer is the same in any company; of a `Flat` index also to the last digit, however it was made.
 
         Raises:
-            ValueError: The queries are another ranker's or not unit vectors, or the index has not k pictures.
+            ValueError: The queries are another ranker's or not unit vectors, or the index has not k images.
         """
         self._check_ranker(queries.ranker, "The queries' ranker")
         if queries.vectors.shape[1] != self.contents.engine.dimension:
@@ -121,7 +121,7 @@ class Index:
                 f"The queries have {queries.vectors.shape[1]} numbers, the index {self.contents.engine.dimension}."
             )
         if not 1 <= k <= len(self):
-            raise ValueError(f"k must lie between 1 and the {len(self)} pictures of the index; given {k}.")
+            raise ValueError(f"k must lie between 1 and the {len(self)} images of the index; given {k}.")
         vectors = checked(queries.vectors)
         engine, count = self.contents.engine, self._first_count(k)
         if engine.is_exact and len(vectors):
@@ -137,7 +137,7 @@ class Index:
         return min(total, k + _MARGIN + min(dead, k))
 
     def _find(self, query: NDArray[np.float32], k: int, count: int, first: Any) -> Hits:
-        """Looks for more and looks harder until k pictures are found, and all that may tie with the last of them."""
+        """Looks for more and looks harder until k images are found, and all that may tie with the last of them."""
         engine, effort = self.contents.engine, 1
         total, most = len(engine), engine.most_effort()
         # The float32 inner products of two unit vectors are off by less than this.
@@ -169,10 +169,10 @@ class Index:
         return Hits(tuple(chosen[IMAGE].to_pylist()), found[first_k], chosen)
 
     def add(self, rows: pa.Table, embeddings: Embeddings, source: Any = None) -> tuple[str, ...]:
-        """Adds pictures; see `rows_of`.
+        """Adds images; see `rows_of`.
 
         Args:
-            rows: One row a picture.
+            rows: One row an image.
             embeddings: Theirs, in the same order.
             source: Identity of what they come from, for the record.
 
@@ -180,14 +180,14 @@ class Index:
             The ids that were left out because they had been taken down; `restore` them first to add them.
 
         Raises:
-            ValueError: They are another ranker's, a picture is there already, or an embedding is no unit vector.
+            ValueError: They are another ranker's, an image is there already, or an embedding is no unit vector.
             StorageError: It could not be written, and is as it was.
         """
         self._check_ranker(embeddings.ranker, "The embeddings' ranker")
         return self._change(lambda contents: contents.add(rows, embeddings.vectors, source))
 
     def remove(self, ids: Iterable[str]) -> tuple[str, ...]:
-        """Takes pictures down, at once and for all later batches and shards.
+        """Takes images down, at once and for all later batches and shards.
 
         Types that cannot give up a vector (HNSW, refined ones) keep it in their file, unseen and without its row, until
         they are built again.
@@ -202,7 +202,7 @@ class Index:
         return self._change(lambda contents: contents.remove(given))
 
     def restore(self, ids: Iterable[str]) -> None:
-        """Lets pictures that were taken down be added again; they come back when they are.
+        """Lets images that were taken down be added again; they come back when they are.
 
         Raises:
             ValueError: One was not taken down.
@@ -219,10 +219,10 @@ class Index:
         self._change(change)
 
     def merge(self, *others: Path) -> None:
-        """Adds all pictures of other indexes, which stay as they are.
+        """Adds all images of other indexes, which stay as they are.
 
         Raises:
-            ValueError: One is another ranker's, another type's or trained apart, or two hold the same picture.
+            ValueError: One is another ranker's, another type's or trained apart, or two hold the same image.
             StorageError: It could not be written, and is as it was.
         """
 

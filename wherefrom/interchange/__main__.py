@@ -56,13 +56,13 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_teacher(options: argparse.Namespace) -> None:
     """`fastgda-teacher`."""
-    teacher = read_fastgda_teacher(options.folder, options.part, options.features, options.pictures, options.queries)
+    teacher = read_fastgda_teacher(options.folder, options.part, options.features, options.images, options.queries)
     if (options.output / MANIFEST).exists():
         check_identity(options.output, teacher.identity)
     write_teacher_set(options.output, teacher)
     print(
         f"{options.output}: {len(teacher.queries):,} queries, {teacher.rows.shape[1]:,} of {len(teacher.images):,} "
-        f"pictures each; features {', '.join(sorted(teacher.features))}"
+        f"images each; features {', '.join(sorted(teacher.features))}"
     )
 
 

@@ -2,7 +2,7 @@
 
 A folder holds parts of equally numbered files, zero-padded so that they sort by name:
 
-- `img_emb/img_emb_0.npy`: unit vectors, float16 or float32, one row a picture;
+- `img_emb/img_emb_0.npy`: unit vectors, float16 or float32, one row an image;
 - `metadata/metadata_0.parquet`: `image_path`, `caption`, and ours: `id`, `captions` and further columns.
 
 Ours also has a `manifest.json`, which says whose embeddings they are.
@@ -46,12 +46,12 @@ def write_clip_retrieval(
 
     Args:
         folder: Where they go.
-        rows: One row a picture, as for an index. A column `file_name` becomes `image_path`, else the id does.
+        rows: One row an image, as for an index. A column `file_name` becomes `image_path`, else the id does.
         embeddings: Theirs, in the same order.
         training: Identity of the training set.
-        part: Pictures in a part.
+        part: Images in a part.
         dtype: Precision of the vectors.
-        progress: Called with (done, total) pictures.
+        progress: Called with (done, total) images.
 
     Raises:
         ArtifactMismatchError: The folder holds other embeddings.
@@ -61,7 +61,7 @@ def write_clip_retrieval(
     checked_rows(rows)
     if len(rows) != len(embeddings) or not len(rows) or part < 1:
         raise ValueError(
-            f"{len(rows)} pictures, {len(embeddings)} embeddings and parts of {part}: as many of both are needed, at "
+            f"{len(rows)} images, {len(embeddings)} embeddings and parts of {part}: as many of both are needed, at "
             "least one, and parts that hold some."
         )
     identity = {
@@ -197,7 +197,7 @@ def _read_metadata(path: Path) -> pa.Table:
         raise ValueError(f"{path} is not a table that can be read: {error}") from error
     known = ID if ID in table.column_names else PATH
     if known not in table.column_names:
-        raise ValueError(f"{path} has neither {ID!r} nor {PATH!r}, so nobody knows its pictures.")
+        raise ValueError(f"{path} has neither {ID!r} nor {PATH!r}, so nobody knows its images.")
     columns = {IMAGE: table[known].cast(pa.large_string()), CAPTIONS: _captions(table)}
     for name in table.column_names:
         if name not in (ID, CAPTION, CAPTIONS) and (name != PATH or known == PATH):

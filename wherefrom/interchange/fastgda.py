@@ -33,7 +33,7 @@ def read_fastgda_teacher(
     folder: Path,
     part: Part = "train",
     features: Sequence[str] | None = None,
-    pictures: Path | None = None,
+    image_set: Path | None = None,
     queries: Path | None = None,
 ) -> TeacherSet:
     """The teacher's rankings and the features of both sides.
@@ -42,10 +42,10 @@ def read_fastgda_teacher(
 
     Args:
         folder: FastGDA's `data/coco`.
-        part: Its training queries, each with the pictures near it, or its test queries, with all pictures.
+        part: Its training queries, each with the images near it, or its test queries, with all images.
         features: Types of features; None takes all that are there.
-        pictures: A Parquet table with columns `image` and `caption`, in the order of the training set; without it,
-            pictures are called by their rows and have no captions.
+        image_set: A Parquet table with columns `image` and `caption`, in the order of the training set; without it,
+            images are called by their rows and have no captions.
         queries: The same for the queries: `query` and `prompt`.
 
     Raises:
@@ -58,8 +58,8 @@ def read_fastgda_teacher(
     count = {len(both.training) for both in found.values()}
     if len(count) > 1:
         sizes = ", ".join(f"{name} {len(both.training)}" for name, both in found.items())
-        raise ValueError(f"{folder / 'feats'} has features of different training sets: {sizes} pictures.")
-    images, captions = _named(pictures, ("image", "caption"), count.pop(), "row {:06d}")
+        raise ValueError(f"{folder / 'feats'} has features of different training sets: {sizes} images.")
+    images, captions = _named(image_set, ("image", "caption"), count.pop(), "row {:06d}")
     content = read_pickle(file)
     if part == "train":
         influence, order, rank = (
@@ -140,7 +140,7 @@ def _matrix(file: Path, content: Any, key: str) -> NDArray[Any]:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in kinds or array.size == 0:
         shape = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         expected = "floats" if kinds == "f" else "whole numbers"
-        raise ValueError(f"{file}: {key!r} is {shape}; it must be {expected} of shape (queries, pictures).")
+        raise ValueError(f"{file}: {key!r} is {shape}; it must be {expected} of shape (queries, images).")
     return array
 
 
@@ -149,28 +149,28 @@ def _ordered(
     influence: Float[NDArray[Any], "q m"],
     order: Int[NDArray[Any], "q m"],
     rank: Int[NDArray[Any], "q m"],
-    pictures: int,
+    images: int,
 ) -> tuple[Int32[NDArray[np.int32], "q m"], Float[NDArray[np.float32], "q m"]]:
-    """Rows of pictures, the most influential first, and their scores, high where influential."""
+    """Rows of images, the most influential first, and their scores, high where influential."""
     queries, width = rank.shape
     rows, scores = np.empty((queries, width), np.int32), np.empty((queries, width), np.float32)
     signs = np.zeros(queries, np.int8)
     for start in range(0, queries, _BLOCK):
         part = slice(start, start + _BLOCK)
         where = f"{file}, from query {start} on"
-        if rank[part].min() < 0 or rank[part].max() >= pictures:
-            bad = rank[part][(rank[part] < 0) | (rank[part] >= pictures)][0]
-            raise ValueError(f"{where}: 'rank' names picture {bad} of a training set of {pictures} pictures.")
+        if rank[part].min() < 0 or rank[part].max() >= images:
+            bad = rank[part][(rank[part] < 0) | (rank[part] >= images)][0]
+            raise ValueError(f"{where}: 'rank' names image {bad} of a training set of {images} images.")
         _check_permutations(file, start, order[part])
         if not np.isfinite(influence[part]).all():
             query, at = np.argwhere(~np.isfinite(influence[part]))[0]
             raise ValueError(f"{file}: query {start + query} has the influence {influence[start + query, at]}.")
         ordered = np.take_along_axis(influence[part], order[part].astype(np.int64), axis=1)
-        falls, rises = (ordered[:, 1:] <= ordered[:, :-1]).all(1), (ordered[:, 1:] >= ordered[:, :-1]).all(1)
-        if not (falls | rises).all():
-            bad = start + int(np.flatnonzero(~(falls | rises))[0])
+        falls, loss_increases = (ordered[:, 1:] <= ordered[:, :-1]).all(1), (ordered[:, 1:] >= ordered[:, :-1]).all(1)
+        if not (falls | loss_increases).all():
+            bad = start + int(np.flatnonzero(~(falls | loss_increases))[0])
             raise ValueError(f"{file}: the ranks of query {bad} do not follow its influence, neither up nor down.")
-        signs[part] = falls.astype(np.int8) - rises
+        signs[part] = falls.astype(np.int8) - loss_increases
         rows[part], scores[part] = rank[part], ordered
     if (signs > 0).any() and (signs < 0).any():
         one, other = int(np.flatnonzero(signs > 0)[0]), int(np.flatnonzero(signs < 0)[0])
@@ -190,7 +190,7 @@ def _check_permutations(file: Path, start: int, order: NDArray[Any]) -> None:
 
 
 def _check_neighbours(file: Path, rows: Int32[NDArray[np.int32], "q m"]) -> None:
-    """The teacher scores what is near in DINO's space: other pictures mean that the files belong to other queries."""
+    """The teacher scores what is near in DINO's space: other images mean that the files belong to other queries."""
     content = read_pickle(file)
     try:
         near = content["fixed"]["rank"]
@@ -201,7 +201,7 @@ def _check_neighbours(file: Path, rows: Int32[NDArray[np.int32], "q m"]) -> None
     for query, (found, ranked) in enumerate(zip(near, rows, strict=True)):
         strange = ranked[~np.isin(ranked, np.asarray(found))]
         if len(strange):
-            raise ValueError(f"{file}: picture {strange[0]}, which query {query} ranks, is not among its neighbours.")
+            raise ValueError(f"{file}: image {strange[0]}, which query {query} ranks, is not among its neighbours.")
 
 
 def read_fastgda_ranker(path: Path, dropout: float = 0.1) -> Ranker:

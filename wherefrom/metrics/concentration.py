@@ -1,4 +1,4 @@
-"""How concentrated a query's influence is: on one picture, on ten, or on all of them a little."""
+"""How concentrated a query's influence is: on one image, on ten, or on all of them a little."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Concentration:
-    """How a query's positive influence is spread over pictures.
+    """How a query's positive influence is spread over images.
 
     Attributes:
-        shares: k -> share of it that the k most influential pictures hold; NaN where no picture has any.
-        effective: (Σw)² / Σw², the number of pictures that would hold it if they were alike (the inverse participation
-            ratio); 0 where no picture has any.
+        shares: k -> share of it that the k most influential images hold; NaN where no image has any.
+        effective: (Σw)² / Σw², the number of images that would hold it if they were alike (the inverse participation
+            ratio); 0 where no image has any.
     """
 
     shares: Mapping[int, float]
@@ -35,7 +35,7 @@ def concentration(scores: Float[NDArray[np.floating], " n"], tops: Sequence[int]
     if not np.isfinite(scores).all():
         raise ValueError(f"Score {int(np.flatnonzero(~np.isfinite(scores))[0])} is not finite.")
     if not tops or min(tops) < 1:
-        raise ValueError(f"The numbers of pictures must be positive; given {list(tops)}.")
+        raise ValueError(f"The numbers of images must be positive; given {list(tops)}.")
     weights = -np.sort(-np.maximum(np.asarray(scores, dtype=np.float64), 0.0))
     total = weights.sum()
     if total == 0:

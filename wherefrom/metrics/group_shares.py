@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 _FEWEST_RESAMPLES = 100
-_BLOCK = 1 << 18  # pictures drawn at a time; bounds the memory, whatever the size of the training set
+_BLOCK = 1 << 18  # images drawn at a time; bounds the memory, whatever the size of the training set
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Share:
         share: Its share, 0 to 1.
         low: Lower end of the interval around the share.
         high: Upper end of the interval.
-        expected: The group's share of the pictures in the training set (what a blind guess would give it), if known.
+        expected: The group's share of the images in the training set (what a blind guess would give it), if known.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Share:
 
 def _check(scores: NDArray[np.float64], groups: Sequence[str], top: int, resamples: int, confidence: float) -> None:
     if scores.ndim != 1 or len(scores) != len(groups) or not len(groups):
-        raise ValueError(f"Group shares need one score and one group a picture; got {scores.shape} and {len(groups)}.")
+        raise ValueError(f"Group shares need one score and one group an image; got {scores.shape} and {len(groups)}.")
     if not np.isfinite(scores).all():
         where = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ValueError(f"The score at position {where} is {scores[where]}; group shares need finite scores.")
     if not 1 <= top <= len(scores):
-        raise ValueError(f"top is {top}; it must be between 1 and the number of scored pictures, {len(scores)}.")
+        raise ValueError(f"top is {top}; it must be between 1 and the number of scored images, {len(scores)}.")
     if resamples < _FEWEST_RESAMPLES or not 0 < confidence < 1:
         raise ValueError(
             f"The confidence is {confidence} and the number of resamples {resamples}; the confidence must lie between "
@@ -50,14 +50,14 @@ def _check(scores: NDArray[np.float64], groups: Sequence[str], top: int, resampl
 def _top_masses(
     ordered: Float[NDArray[np.float64], " n"], copies: Int64[NDArray[np.int64], "b n"], top: int
 ) -> Float[NDArray[np.float64], "b m"]:
-    """Influence mass in each of B multisets of the N pictures, for the first M ≤ N of them; the others have none.
+    """Influence mass in each of B multisets of the N images, for the first M ≤ N of them; the others have none.
 
-    Pictures that tie at the edge of the top share the places that are left, so no order of input decides between them.
+    Images that tie at the edge of the top share the places that are left, so no order of input decides between them.
 
     Args:
         ordered: Scores in falling order.
-        copies: How often each picture occurs in each multiset.
-        top: How many pictures count.
+        copies: How often each image occurs in each multiset.
+        top: How many images count.
     """
     count = len(ordered)
     places = [(count - 1) // 2, count // 2, top - 1]
@@ -81,27 +81,27 @@ def group_shares(
 ) -> list[Share]:
     """The share of each group in the influence of the `top` highest scores.
 
-    *Mass*: a picture among the `top` highest scores has the mass max(score - median, 0), the median taken over all N
-    pictures (the level of a picture that has nothing to do with the query, as long as most have nothing to do with it);
-    every other picture has mass 0. Pictures that tie at the edge of the top share the places left there evenly.
+    *Mass*: an image among the `top` highest scores has the mass max(score - median, 0), the median taken over all N
+    images (the level of an image that has nothing to do with the query, as long as most have nothing to do with it);
+    every other image has mass 0. Images that tie at the edge of the top share the places left there evenly.
 
     *Share*: the group's mass over the mass of all groups. So the shares add up to 1, and stay when all scores are
-    shifted, or multiplied by a positive number. They divide what the method measured among the pictures that it ranks
-    highest; they are not fractions of the generated picture that the groups "made".
+    shifted, or multiplied by a positive number. They divide what the method measured among the images that it ranks
+    highest; they are not fractions of the generated image that the groups "made".
 
-    *Interval*: percentile bootstrap. All N pictures are drawn with replacement, then median, top and shares are taken
-    anew. It says how far the share depends on which pictures happen to be in the training set; noise in the scores
+    *Interval*: percentile bootstrap. All N images are drawn with replacement, then median, top and shares are taken
+    anew. It says how far the share depends on which images happen to be in the training set; noise in the scores
     themselves is not in it. A draw in which nothing exceeds the median has no shares and is left out. As with any
     percentile interval, the share itself need not lie inside, above all when `top` is very small.
 
-    *Expected*: the group's share of the N pictures, whatever their scores.
+    *Expected*: the group's share of the N images, whatever their scores.
 
     Args:
-        scores: Score of each training picture, higher = more influential; all of them, not only the best.
-        groups: The group of each picture.
+        scores: Score of each training image, higher = more influential; all of them, not only the best.
+        groups: The group of each image.
         top: How many of the highest scores count.
         seed: Seed of the resampling; the same seed gives the same intervals.
-        resamples: How many times the pictures are drawn anew.
+        resamples: How many times the images are drawn anew.
         confidence: Probability content of the interval.
 
     Returns:
@@ -114,7 +114,7 @@ def group_shares(
     scores = np.asarray(scores, dtype=np.float64)
     _check(scores, groups, top, resamples, confidence)
     names, group = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
-    # Groups are the second key, so that resampling does not depend on the order in which pictures were given.
+    # Groups are the second key, so that resampling does not depend on the order in which images were given.
     order = np.lexsort((group, -scores))
     ordered, group = scores[order], group[order]
     count = len(ordered)

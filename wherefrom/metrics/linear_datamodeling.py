@@ -13,7 +13,7 @@ from wherefrom.metrics.retrieval import QueryMean
 class LinearDatamodelingScore(QueryMean):
     """Spearman correlation between predicted and measured losses of models trained on random subsets (TRAK, section 2).
 
-    A picture's score says how much the query's loss falls because of it, so the sum of the scores over a subset is
+    An image's score says how much the query's loss falls because of it, so the sum of the scores over a subset is
     compared with *minus* the loss of the model that was trained on it. It assumes that scores add up, which unlearning
     and feature methods do not promise.
     """
@@ -24,8 +24,8 @@ class LinearDatamodelingScore(QueryMean):
         """Adds some queries.
 
         Args:
-            scores: One score a query and training picture.
-            subsets: The pictures that each model was trained on.
+            scores: One score a query and training image.
+            subsets: The images that each model was trained on.
             losses: The queries' losses under each model.
 
         Raises:
@@ -34,7 +34,7 @@ class LinearDatamodelingScore(QueryMean):
         queries, models = losses.shape
         if scores.shape != (queries, subsets.shape[1]) or subsets.shape[0] != models or models < 3:
             raise ValueError(
-                f"{models} subsets (at least 3) of {subsets.shape[1]} pictures do not fit scores of shape "
+                f"{models} subsets (at least 3) of {subsets.shape[1]} images do not fit scores of shape "
                 f"{tuple(scores.shape)} and losses of shape {tuple(losses.shape)}."
             )
         predicted = scores.double() @ subsets.double().T

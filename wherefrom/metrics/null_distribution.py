@@ -1,4 +1,4 @@
-"""The null: how high do pictures score that the model was never trained on?"""
+"""The null: how high do images score that the model was never trained on?"""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def p_values(
         ValueError: The null is empty.
     """
     if len(null) == 0:
-        raise ValueError("p-values need at least one picture that was never trained on.")
+        raise ValueError("p-values need at least one image that was never trained on.")
     at_least = len(null) - np.searchsorted(np.sort(null), scores, side="left")
     return np.asarray((1.0 + at_least) / (1.0 + len(null)), dtype=np.float64)
 
 
 def standing_out(scores: Float[NDArray[np.float64], " n"], null: Float[NDArray[np.float64], " m"]) -> float:
-    """How surprising the highest score is among n pictures that were never trained on (a family-wise p-value).
+    """How surprising the highest score is among n images that were never trained on (a family-wise p-value).
 
     The null's upper tail is taken to be exponential above its 90th percentile (the Pareto-type tail of index 0), so
-    that the answer can go below 1 / (1 + m); with n pictures, p = 1 - (1 - tail)ⁿ. An approximation: it decides
+    that the answer can go below 1 / (1 + m); with n images, p = 1 - (1 - tail)ⁿ. An approximation: it decides
     whether the report says that nothing stands out, no more.
 
     Raises:
-        ValueError: The null has fewer than ten pictures.
+        ValueError: The null has fewer than ten images.
     """
     if len(null) < 10:
         raise ValueError(
-            f"The tail of the null needs at least 10 pictures that were never trained on; there are {len(null)}."
+            f"The tail of the null needs at least 10 images that were never trained on; there are {len(null)}."
         )
     threshold = float(np.quantile(null, 1.0 - _TAIL))
     excess = float(np.mean(null[null > threshold] - threshold)) if (null > threshold).any() else 0.0

@@ -15,7 +15,7 @@ def correlations(
 ) -> tuple[Float[NDArray[np.float64], "m m"], Float[NDArray[np.float64], "m m"]]:
     """Spearman correlation of every two methods' scores, its mean and standard error over the queries.
 
-    Not a number where a method scores all pictures alike; the standard error of a single query is not a number either.
+    Not a number where a method scores all images alike; the standard error of a single query is not a number either.
     """
     names = list(scores)
     count = len(next(iter(scores.values())))

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 def split_half(
     score: Callable[[Int64[NDArray[np.int64], " h"]], Float[NDArray[np.float64], " n"]],
-    draws: int,
+    noise_samples: int,
     seed: int,
     splits: int = 10,
 ) -> float:
@@ -23,20 +23,20 @@ def split_half(
 
     Args:
         score: Scores from some of the draws, given by index.
-        draws: Number of draws.
+        noise_samples: Number of draws.
         seed: Seed of the splits.
         splits: Number of random splits.
 
     Returns:
         The reliability, between -1 and 1; NaN where there are fewer than two draws.
     """
-    if draws < 2:
+    if noise_samples < 2:
         return float("nan")
     random = np.random.default_rng(seed)
     correlations = []
     for _ in range(splits):
-        order = random.permutation(draws)
-        halves = score(np.sort(order[: draws // 2])), score(np.sort(order[draws // 2 :]))
+        order = random.permutation(noise_samples)
+        halves = score(np.sort(order[: noise_samples // 2])), score(np.sort(order[noise_samples // 2 :]))
         if any(np.ptp(half) == 0 for half in halves):
             return float("nan")
         correlations.append(float(spearmanr(*halves).statistic))

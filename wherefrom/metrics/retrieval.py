@@ -52,13 +52,13 @@ class QueryMean(Metric):
 
 
 def top_of(teacher: Float[Tensor, "q n"], k: int) -> Bool[Tensor, "q n"]:
-    """The k pictures that a teacher ranks highest, ties by position.
+    """The k images that a teacher ranks highest, ties by position.
 
     Raises:
-        ValueError: There are not that many pictures.
+        ValueError: There are not that many images.
     """
     if not 1 <= k <= teacher.shape[1]:
-        raise ValueError(f"k must lie between 1 and the {teacher.shape[1]} pictures that are ranked; given {k}.")
+        raise ValueError(f"k must lie between 1 and the {teacher.shape[1]} images that are ranked; given {k}.")
     order = torch.argsort(teacher, dim=1, descending=True, stable=True)[:, :k]
     return torch.zeros_like(teacher, dtype=torch.bool).scatter_(1, order, True)
 
@@ -67,7 +67,7 @@ def _ranked(scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> Bool
     """What is relevant, in the order of the scores."""
     if scores.shape != relevant.shape or scores.dim() != 2:
         raise ValueError(
-            f"Scores and what is relevant must be (queries, pictures) alike; they are {tuple(scores.shape)} and "
+            f"Scores and what is relevant must be (queries, images) alike; they are {tuple(scores.shape)} and "
             f"{tuple(relevant.shape)}."
         )
     if not bool(torch.isfinite(scores).all()):
@@ -118,14 +118,14 @@ class RecallAtK(QueryMean):
                 set.
         """
         if self.k > scores.shape[-1]:
-            raise ValueError(f"k is {self.k}, but only {scores.shape[-1]} pictures are ranked.")
+            raise ValueError(f"k is {self.k}, but only {scores.shape[-1]} images are ranked.")
         hits = _ranked(scores, relevant)
         super().update(hits[:, : self.k].sum(dim=1).double() / hits.sum(dim=1))
 
 
 @dataclass(frozen=True)
 class Depth:
-    """How many of the teacher's pictures are to be found.
+    """How many of the teacher's images are to be found.
 
     Attributes:
         number: So many.
@@ -136,18 +136,18 @@ class Depth:
     share: float | None = None
 
     @classmethod
-    def of(cls, k: float, pictures: int) -> Depth:
-        """A number of pictures from 1 on, or a share of them below 1.
+    def of(cls, k: float, images: int) -> Depth:
+        """A number of images from 1 on, or a share of them below 1.
 
         Raises:
             ValueError: It is neither, or more than there are.
         """
         if 0 < k < 1:
-            return cls(max(1, round(k * pictures)), k)
-        if k < 1 or k != int(k) or k > pictures:
+            return cls(max(1, round(k * images)), k)
+        if k < 1 or k != int(k) or k > images:
             raise ValueError(
-                f"k must be a share between 0 and 1 or a whole number from 1 to {pictures}, the number of training "
-                f"pictures; given {k}."
+                f"k must be a share between 0 and 1 or a whole number from 1 to {images}, the number of training "
+                f"images; given {k}."
             )
         return cls(int(k))
 

@@ -1,6 +1,6 @@
 """Customized models (Custom Diffusion, Kumari et al. 2023): cross-attention K/V of their own, and a new word V*.
 
-Both belong together: the new word's embedding alone, or the weights alone, draw other pictures. A customized model is a
+Both belong together: the new word's embedding alone, or the weights alone, draw other images. A customized model is a
 folder of two or more files beside the base model that it changes:
 
 - `pytorch_custom_diffusion_weights` as `.safetensors`, `.bin` or `.pt`: the weights, under the U-Net's parameter names
@@ -81,13 +81,13 @@ def read_customization(folder: str | Path) -> Customization:
     if not word_files:
         raise ValueError(
             f"{folder} holds only the cross-attention weights ({weights_files[0].name}) and no new word: without its "
-            "embedding the model's pictures are not reproduced. Put the file '<new1>.bin' (or .safetensors) of the "
+            "embedding the model's images are not reproduced. Put the file '<new1>.bin' (or .safetensors) of the "
             "same training beside it."
         )
     if not weights_files:
         raise ValueError(
             f"{folder} holds only the new word ({word_files[0].name}) and no cross-attention weights: without them "
-            f"the model's pictures are not reproduced. Put {WEIGHTS}.bin (or .safetensors, .pt) of the same training "
+            f"the model's images are not reproduced. Put {WEIGHTS}.bin (or .safetensors, .pt) of the same training "
             "beside it."
         )
     if len(weights_files) > 1:

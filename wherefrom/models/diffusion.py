@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.families.registry import denoiser_of
-from wherefrom.models.noise_schedule import ForwardProcess as ForwardProcess
+from wherefrom.models.noise_schedule import NoiseSchedule as NoiseSchedule
 from wherefrom.models.noise_schedule import sampling_scheduler as sampling_scheduler
 from wherefrom.models.parameter_subsets import adapter_scales
 from wherefrom.runtime.artifacts import identity_hash
@@ -28,7 +28,7 @@ TRAINING_VERSION = 3
 
 
 class DiffusionModel:
-    """A denoiser with its forward process and, where pictures and prompts come in, its encoder.
+    """A denoiser with its forward process and, where images and prompts come in, its encoder.
 
     Args:
         denoiser: A diffusers U-Net or transformer, or any module called like `UNet2DConditionModel`.
@@ -42,7 +42,7 @@ class DiffusionModel:
         compiled: The compiled network, which passes without gradients go through; None compiles nothing.
     """
 
-    def __init__(self, denoiser: nn.Module, process: ForwardProcess, encoder: LatentEncoder | None = None) -> None:
+    def __init__(self, denoiser: nn.Module, process: NoiseSchedule, encoder: LatentEncoder | None = None) -> None:
         self.denoiser, self.process, self.encoder = denoiser, process, encoder
         self.call = denoiser_of(denoiser)
         self.bf16 = False

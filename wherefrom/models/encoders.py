@@ -77,7 +77,7 @@ class CaptionEncoder:
         return longer_than(self.tokenizer, captions, self.length)
 
     def sized(self, size: tuple[int, int]) -> None:
-        """Nothing: the model is not told the pictures' (height, width)."""
+        """Nothing: the model is not told the images' (height, width)."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the states: weights, tokenizer and length."""
@@ -90,7 +90,7 @@ class CaptionEncoder:
 
 
 class LatentEncoder:
-    """Turns pictures into scaled latents and captions into token states.
+    """Turns images into scaled latents and captions into token states.
 
     Args:
         vae: A diffusers autoencoder, or where to load one from.
@@ -115,24 +115,24 @@ class LatentEncoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]:
-        """The scaled mean latent of pictures in [-1, 1], on the CPU."""
+        """The scaled mean latent of images in [-1, 1], on the CPU."""
         parameter = next(self.vae.parameters())
         shift, factor = self.scale
         mean: Tensor = self.vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mean
         return ((mean - shift) * factor).float().cpu()
 
     def encode_image(self, pixels: UInt8[NDArray[np.uint8], "h w 3"]) -> Float[Tensor, "c i j"]:
-        """The scaled mean latent of one picture, on the CPU."""
+        """The scaled mean latent of one image, on the CPU."""
         return self.encode_pixels(to_float(torch.from_numpy(np.array(pixels)))[None])[0]
 
     @torch.no_grad()
     def decode_images(self, latents: Float[Tensor, "b c i j"]) -> UInt8[NDArray[np.uint8], "b h w 3"]:
-        """uint8 pictures from scaled latents."""
+        """uint8 images from scaled latents."""
         return ((self.decode(latents).float().cpu() + 1.0) * 127.5).round().byte().movedim(1, -1).numpy()
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c i j"]) -> Float[Tensor, "b 3 h w"]:
-        """Pictures in [-1, 1] from scaled latents."""
+        """Images in [-1, 1] from scaled latents."""
         parameter = next(self.vae.parameters())
         shift, factor = self.scale
         decoded: Tensor = self.vae.decode((latents.to(parameter.device, parameter.dtype) / factor) + shift).sample
@@ -145,7 +145,7 @@ class LatentEncoder:
         return {"vae": hash_tensors(encoding), "scale": list(self.scale), **self.text.identity()}
 
     def decoder_identity(self) -> str:
-        """What decides the picture of a latent."""
+        """What decides the image of a latent."""
         weights = self.vae.state_dict().items()
         decoding = hash_tensors({name: value for name, value in weights if name.startswith(_DECODING)})
         return f"{decoding}/{self.scale}"

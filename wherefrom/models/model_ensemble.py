@@ -1,4 +1,4 @@
-"""Further models trained on the same pictures, whose scores are averaged with those of the model that is attributed."""
+"""Further models trained on the same images, whose scores are averaged with those of the model that is attributed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward processes: what noise does to a picture, what the network is asked to say of it, and the way back.
+"""Forward processes: what noise does to an image, what the network is asked to say of it, and the way back.
 
 Shape letters: B = batch, C = latent channels, H and W = latent height and width.
 """
@@ -39,7 +39,7 @@ class Step(NamedTuple):
     time: float
 
 
-class ForwardProcess:
+class NoiseSchedule:
     """x_t = √ᾱ_t x + √(1 - ᾱ_t) ε, and what the network is asked to say of it (AbU, section 3).
 
     Args:
@@ -109,11 +109,11 @@ class ForwardProcess:
         return signal * noise - spread * latents
 
     def sampler(self, steps: int, eta: float = 0.0) -> Sampler:
-        """The way from noise to a picture in so many steps."""
+        """The way from noise to an image in so many steps."""
         return DDIM(self, steps, eta)
 
 
-class FlowProcess(ForwardProcess):
+class FlowSchedule(NoiseSchedule):
     """x_s = (1 - s) x + s ε, of which the network says ε - x (rectified flow: Liu et al. 2023; Esser et al. 2024).
 
     Timestep t of T stands for the noise level s that the scheduler trains with, its shift included: levels rise with
@@ -156,7 +156,7 @@ class FlowProcess(ForwardProcess):
         return noise - latents
 
     def sampler(self, steps: int, eta: float = 0.0) -> Sampler:
-        """The way from noise to a picture in so many steps.
+        """The way from noise to an image in so many steps.
 
         Raises:
             ValueError: `eta` is not 0: no noise is added on the way.
@@ -167,10 +167,10 @@ class FlowProcess(ForwardProcess):
 
 
 class Sampler:
-    """Steps from noise to a picture.
+    """Steps from noise to an image.
 
     Attributes:
-        path: Where it stops, from noise to picture.
+        path: Where it stops, from noise to image.
         eta: Share of the posterior's noise that each step adds back.
     """
 
@@ -200,7 +200,7 @@ class DDIM(Sampler):
         eta: See `Sampler`.
     """
 
-    def __init__(self, process: ForwardProcess, steps: int, eta: float) -> None:
+    def __init__(self, process: NoiseSchedule, steps: int, eta: float) -> None:
         self.eta, self._scheduler = eta, sampling_scheduler(process)
         self._scheduler.set_timesteps(steps)
         self.path = [Step(timestep, timestep) for timestep in self._scheduler.timesteps.tolist()]
@@ -223,7 +223,7 @@ class Euler(Sampler):
         steps: How many steps.
     """
 
-    def __init__(self, process: FlowProcess, steps: int) -> None:
+    def __init__(self, process: FlowSchedule, steps: int) -> None:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(process.config)
         scheduler.set_timesteps(steps)
         self.levels = scheduler.sigmas.tolist()
@@ -238,18 +238,18 @@ class Euler(Sampler):
         return latents + (following - level) * output, latents - level * output
 
 
-def process_of(scheduler: SchedulerMixin) -> ForwardProcess:
+def noise_schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
     """The forward process that a pipeline's scheduler belongs to.
 
     Raises:
         ValueError: It is not supported.
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return FlowProcess(scheduler)
-    return ForwardProcess(scheduler)
+        return FlowSchedule(scheduler)
+    return NoiseSchedule(scheduler)
 
 
-def sampling_scheduler(process: ForwardProcess) -> DDIMScheduler:
+def sampling_scheduler(process: NoiseSchedule) -> DDIMScheduler:
     """The DDIM scheduler of a forward process: steps end at the last timestep, latents are not clipped to [-1, 1]."""
     scheduler: DDIMScheduler = DDIMScheduler.from_config(
         process.config, clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"
@@ -257,9 +257,9 @@ def sampling_scheduler(process: ForwardProcess) -> DDIMScheduler:
     return scheduler
 
 
-def pipeline_scheduler(process: ForwardProcess) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+def pipeline_scheduler(process: NoiseSchedule) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """The scheduler that a pipeline of a forward process samples with."""
-    if isinstance(process, FlowProcess):
+    if isinstance(process, FlowSchedule):
         scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(process.config)
         return scheduler
     return sampling_scheduler(process)

@@ -26,8 +26,8 @@ _CROSS: Mapping[str, Callable[[str], bool]] = {
     "all": lambda name: True,
     "adapter": _of_adapter,
 }
-# Stable Diffusion 3 attends to picture and text at once: `add_…` and `to_add_out` are the text's side. Its attn2 is
-# self-attention of the picture (in version 3.5).
+# Stable Diffusion 3 attends to image and text at once: `add_…` and `to_add_out` are the text's side. Its attn2 is
+# self-attention of the image (in version 3.5).
 _TEXT_SIDE = (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj.", ".attn.to_add_out.", ".attn.norm_added_")
 _JOINT: Mapping[str, Callable[[str], bool]] = {
     "cross_attention_kv": lambda name: ".attn.add_k_proj." in name or ".attn.add_v_proj." in name,

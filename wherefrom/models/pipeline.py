@@ -22,7 +22,7 @@ from transformers import AutoModel
 from wherefrom.models.customization import base_of, customize, read_customization
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder, freeze
-from wherefrom.models.noise_schedule import pipeline_scheduler, process_of
+from wherefrom.models.noise_schedule import noise_schedule_of, pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.prompt_encoders import PixArtPrompts, PromptEncoder, SD3Prompts, SDXLPrompts
 from wherefrom.runtime.artifacts import write_json
@@ -168,10 +168,10 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
         raise _unsupported(
             pipeline,
             f"Its network takes {config.in_channels} channels and its autoencoder gives {vae.config.latent_channels}: "
-            "pipelines that edit or fill in pictures are no text-to-image models",
+            "pipelines that edit or fill in images are no text-to-image models",
         )
     text = _prompt_encoder(pipeline, network, 2 ** (len(vae.config.block_out_channels) - 1))
-    return DiffusionModel(freeze(network), process_of(parts["scheduler"]), LatentEncoder(vae, text))
+    return DiffusionModel(freeze(network), noise_schedule_of(parts["scheduler"]), LatentEncoder(vae, text))
 
 
 def _network(pipeline: DiffusionPipeline) -> Any:
@@ -183,7 +183,7 @@ def _network(pipeline: DiffusionPipeline) -> Any:
 def _prompt_encoder(pipeline: DiffusionPipeline, network: Any, reduction: int) -> CaptionEncoder:
     """What turns captions into what the network is told."""
     config: Any = network.config
-    size = (int(config.sample_size) * reduction,) * 2  # until the pictures' own is known
+    size = (int(config.sample_size) * reduction,) * 2  # until the images' own is known
     if isinstance(network, SD3Transformer2DModel):
         suffixes = ["", "_2"] if pipeline.components.get("text_encoder_3") is None else ["", "_2", "_3"]
         models, tokenizers = _text_parts(pipeline, suffixes)

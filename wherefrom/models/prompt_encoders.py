@@ -28,7 +28,7 @@ class PromptEncoder(CaptionEncoder):
         models: The text encoders.
         tokenizers: The tokenizer of each.
         lengths: Tokens per caption of each; shorter captions are padded, longer ones are cut.
-        size: (height, width) in pixels of the pictures, where the model is told it.
+        size: (height, width) in pixels of the images, where the model is told it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PromptEncoder(CaptionEncoder):
         return sorted({each for tokenizer, length in pairs for each in longer_than(tokenizer, texts, length)})
 
     def sized(self, size: tuple[int, int]) -> None:
-        """Says how large the pictures are, where the model is told it."""
+        """Says how large the images are, where the model is told it."""
         if self.size is not None:
             self.size = size
 
@@ -96,15 +96,15 @@ class PromptEncoder(CaptionEncoder):
 
 
 class SDXLPrompts(PromptEncoder):
-    """SDXL: both CLIPs' penultimate states side by side, the second's pooled vector, and the picture's size.
+    """SDXL: both CLIPs' penultimate states side by side, the second's pooled vector, and the image's size.
 
-    The size ids say that pictures were neither resized nor cropped, as diffusers' pipeline does by default.
+    The size ids say that images were neither resized nor cropped, as diffusers' pipeline does by default.
 
     Args:
         models: The two text encoders; the second has a projection.
         tokenizers: Theirs.
         lengths: Tokens per caption.
-        size: (height, width) of the pictures in pixels.
+        size: (height, width) of the images in pixels.
         empty_is_zero: The empty caption is zeros rather than states, as the base model was trained.
     """
 
@@ -136,7 +136,7 @@ class SDXLPrompts(PromptEncoder):
 
 
 class PixArtPrompts(PromptEncoder):
-    """PixArt: T5's token states under their mask, the mask, and in the larger models the picture's size.
+    """PixArt: T5's token states under their mask, the mask, and in the larger models the image's size.
 
     Captions are put in small letters, as diffusers' pipeline does where it does not clean them of markup.
     """

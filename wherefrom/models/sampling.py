@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.noise_schedule import ForwardProcess as ForwardProcess
+from wherefrom.models.noise_schedule import NoiseSchedule as NoiseSchedule
 from wherefrom.models.noise_schedule import sampling_scheduler as sampling_scheduler
 from wherefrom.runtime import keyed_random
 
@@ -20,10 +20,10 @@ _START, _STEP = 101, 102
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a sampler predicted of one picture on its way to it.
+    """What a sampler predicted of one image on its way to it.
 
     Attributes:
-        timesteps: Where the sampler stopped, from noise to picture.
+        timesteps: Where the sampler stopped, from noise to image.
         predicted: x̂₀ predicted at each of them (guidance included); scaled latents.
     """
 
@@ -52,7 +52,7 @@ def sample(
         model: The model to draw from.
         states: Token states of the prompts.
         null_states: Token states of the empty prompt.
-        keys: One key for each picture.
+        keys: One key for each image.
         shape: (C, H, W) of a latent.
         steps: Sampling steps.
         guidance: Classifier-free guidance; 1 is none.

@@ -1,7 +1,7 @@
-"""Regions: the part of a generated picture whose origin is asked for (AbU, section 4.3).
+"""Regions: the part of a generated image whose origin is asked for (AbU, section 4.3).
 
 The query's loss is then the mean over the latent cells inside, each weighted by the share of its area that is inside;
-training losses stay those of whole pictures.
+training losses stay those of whole images.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _GREY, _FADED = 160.0, 0.25  # what is outside keeps this share of its colours
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a picture.
+    """A part of an image.
 
     Attributes:
         name: How it is called in ids and reports.
         mask: Share of each image pixel that is inside, from 0 to 1.
 
     Raises:
-        ValueError: The mask is not a picture of numbers from 0 to 1, or nothing is inside.
+        ValueError: The mask is not an image of numbers from 0 to 1, or nothing is inside.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Region:
         mask = self.mask
         if mask.ndim != 2 or not (np.isfinite(mask).all() and mask.min() >= 0 and mask.max() <= 1):
             raise ValueError(
-                f"The mask of region {self.name!r} must be a picture (H, W) of numbers from 0 (outside) to 1 (inside); "
+                f"The mask of region {self.name!r} must be an image (H, W) of numbers from 0 (outside) to 1 (inside); "
                 f"it has shape {mask.shape}."
             )
         if mask.max() == 0:
@@ -54,10 +54,10 @@ class Region:
 
         Args:
             box: (left, top, right, bottom) in image pixels; right and bottom are the first outside.
-            size: (height, width) of the picture.
+            size: (height, width) of the image.
 
         Raises:
-            ValueError: The box is empty, inverted, or not inside the picture.
+            ValueError: The box is empty, inverted, or not inside the image.
         """
         height, width = size
         if len(box) != 4:
@@ -65,7 +65,7 @@ class Region:
         left, top, right, bottom = box
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise ValueError(
-                f"Box {list(box)} is not a part of the picture, which is {width} × {height} pixels: [left, top, right, "
+                f"Box {list(box)} is not a part of the image, which is {width} × {height} pixels: [left, top, right, "
                 f"bottom] needs 0 <= left < right <= {width} and 0 <= top < bottom <= {height}."
             )
         mask = np.zeros(size, dtype=np.float32)
@@ -74,11 +74,11 @@ class Region:
 
     @classmethod
     def from_file(cls, path: str | Path, size: tuple[int, int]) -> Region:
-        """What is white in a mask picture; grey is partly inside.
+        """What is white in a mask image; grey is partly inside.
 
         Args:
             path: The mask.
-            size: (height, width) of the picture that it belongs to.
+            size: (height, width) of the image that it belongs to.
 
         Raises:
             ValueError: The file is missing, unreadable, or of another size, or nothing in it is white.
@@ -92,13 +92,13 @@ class Region:
             raise ValueError(f"Mask {file} cannot be read: {error}.") from error
         if mask.shape != size:
             raise ValueError(
-                f"Mask {file} is {mask.shape[1]} × {mask.shape[0]} pixels, its picture {size[1]} × {size[0]}: "
-                "save it at the picture's size."
+                f"Mask {file} is {mask.shape[1]} × {mask.shape[0]} pixels, its image {size[1]} × {size[0]}: "
+                "save it at the image's size."
             )
         return cls(f"mask {file.stem}-{hash_file(file)[:8]}", mask)
 
     def show(self, pixels: UInt8[NDArray[np.uint8], "h w 3"]) -> UInt8[NDArray[np.uint8], "h w 3"]:
-        """The picture with what is outside faded towards grey."""
+        """The image with what is outside faded towards grey."""
         kept = _FADED + (1.0 - _FADED) * self.mask[..., None]
         return np.asarray(np.rint(kept * pixels + (1.0 - kept) * _GREY), dtype=np.uint8)
 

@@ -1,4 +1,4 @@
-"""Queries: prompts to generate from the model, or picture files with the prompts that made them."""
+"""Queries: prompts to generate from the model, or image files with the prompts that made them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wherefrom.data.encoded_images import report_cut
 from wherefrom.data.image_folder import UNREADABLE, draw
-from wherefrom.data.latents import report_cut
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.sampling import Trajectory, sample
 from wherefrom.queries.regions import Region
@@ -21,11 +21,11 @@ from wherefrom.runtime.console import Progress
 
 
 @dataclass(frozen=True)
-class QueryPicture:
-    """A picture file and its prompt.
+class QueryImage:
+    """An image file and its prompt.
 
     Attributes:
-        file: The picture.
+        file: The image.
         prompt: The prompt that made it; "" where it is not known (it is never guessed).
     """
 
@@ -35,10 +35,10 @@ class QueryPicture:
 
 @dataclass(frozen=True)
 class QueryRegion:
-    """A part of a query's picture, attributed beside the whole picture.
+    """A part of a query's image, attributed beside the whole image.
 
     Attributes:
-        of: The prompt or the picture file whose picture it is a part of.
+        of: The prompt or the image file whose image it is a part of.
         box: [left, top, right, bottom] in image pixels; right and bottom are the first outside.
         mask: A mask file instead: white is inside, grey partly.
 
@@ -57,10 +57,10 @@ class QueryRegion:
             )
 
     def read(self, size: tuple[int, int]) -> Region:
-        """The region of a picture of this (height, width).
+        """The region of an image of this (height, width).
 
         Raises:
-            ValueError: The box is no part of the picture, or the mask cannot be used.
+            ValueError: The box is no part of the image, or the mask cannot be used.
         """
         return Region.from_box(self.box, size) if self.box is not None else Region.from_file(str(self.mask), size)
 
@@ -70,18 +70,18 @@ class QuerySource:
     """Which queries to attribute.
 
     Attributes:
-        prompts: Prompts to generate one picture each from.
-        pictures: Picture files.
-        regions: Parts of these pictures, each a query of its own beside the whole.
-        seed: Seed of the generated pictures.
+        prompts: Prompts to generate one image each from.
+        images: Image files.
+        regions: Parts of these images, each a query of its own beside the whole.
+        seed: Seed of the generated images.
         sampling_steps: Sampling steps.
         guidance: Classifier-free guidance.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
-        resize: Bring picture files to the model's size instead of refusing other sizes.
+        resize: Bring image files to the model's size instead of refusing other sizes.
     """
 
     prompts: list[str] = field(default_factory=list)
-    pictures: list[QueryPicture] = field(default_factory=list)
+    images: list[QueryImage] = field(default_factory=list)
     regions: list[QueryRegion] = field(default_factory=list)
     seed: int = 0
     sampling_steps: int = 50
@@ -101,19 +101,19 @@ def generate(
     progress: Progress | None = None,
     keep_trajectory: bool = False,
 ) -> list[Query]:
-    """Draws one picture for each prompt; its id is a hash of model, decoder, prompt, seed and sampler.
+    """Draws one image for each prompt; its id is a hash of model, decoder, prompt, seed and sampler.
 
     Args:
         model: The model, with its encoder.
-        prompts: The prompts; a prompt that occurs twice gives two pictures.
-        seed: Seed; each picture's noise is keyed by (seed, prompt, how often the prompt came before).
+        prompts: The prompts; a prompt that occurs twice gives two images.
+        seed: Seed; each image's noise is keyed by (seed, prompt, how often the prompt came before).
         shape: (C, H, W) of a latent.
         sampling_steps: Sampling steps.
         guidance: Classifier-free guidance.
         eta: See `QuerySource`.
         progress: Called with (done, total) sampling steps.
         keep_trajectory: Keep what each sampling step predicted: as many latents more for each query as there are
-            steps. The pictures and their ids are the same.
+            steps. The images and their ids are the same.
 
     Raises:
         ValueError: The model has no encoder.
@@ -148,36 +148,36 @@ def generate(
         Query(
             identity_hash({**settings, "prompt": prompt, "repeat": repeat}),
             prompt,
-            picture,
+            image,
             latent,
             trajectory=trajectory,
         )
-        for prompt, repeat, picture, latent, trajectory in zip(
+        for prompt, repeat, image, latent, trajectory in zip(
             prompts, repeats, pixels, latents, trajectories, strict=True
         )
     ]
 
 
-def read_query(picture: QueryPicture, size: tuple[int, int], resize: bool = False) -> Query:
-    """A query from a picture file; its id is the file's name and a hash of its bytes.
+def read_query(image: QueryImage, size: tuple[int, int], resize: bool = False) -> Query:
+    """A query from an image file; its id is the file's name and a hash of its bytes.
 
     Raises:
         ValueError: The file is missing, unreadable, or of another size than the model's.
     """
-    path = Path(picture.file)
+    path = Path(image.file)
     if not path.is_file():
-        raise ValueError(f"Query picture {path} is not a file.")
+        raise ValueError(f"Query image {path} is not a file.")
     try:
         pixels = draw(path, size[0] if resize else None)
     except UNREADABLE as error:
-        raise ValueError(f"Query picture {path} cannot be read: {error}.") from error
+        raise ValueError(f"Query image {path} cannot be read: {error}.") from error
     if pixels.shape[:2] != size:
         raise ValueError(
-            f"Query picture {path} is {pixels.shape[1]} × {pixels.shape[0]} pixels, the model's pictures are "
+            f"Query image {path} is {pixels.shape[1]} × {pixels.shape[0]} pixels, the model's images are "
             f"{size[1]} × {size[0]}. "
             "Resize it, or set queries.resize: true to use its largest centred square."
         )
-    return Query(f"{path.stem}-{hash_file(path)[:8]}", picture.prompt, pixels)
+    return Query(f"{path.stem}-{hash_file(path)[:8]}", image.prompt, pixels)
 
 
 def read_regions(
@@ -187,8 +187,8 @@ def read_regions(
 
     Args:
         regions: The regions.
-        known: Prompts and picture files that are attributed.
-        size: (height, width) of the pictures.
+        known: Prompts and image files that are attributed.
+        size: (height, width) of the images.
 
     Raises:
         ValueError: A region is of something that is not attributed, is given twice, or cannot be used.
@@ -197,7 +197,7 @@ def read_regions(
     for each in regions:
         if each.of not in known:
             raise ValueError(
-                f"queries.regions: {each.of!r} is neither a prompt nor a picture file of this run; there are "
+                f"queries.regions: {each.of!r} is neither a prompt nor an image file of this run; there are "
                 f"{', '.join(map(repr, known))}."
             )
         region, others = each.read(size), found.setdefault(each.of, [])
@@ -227,18 +227,18 @@ def make_queries(
     Raises:
         ValueError: There are none, a file or a region is bad, or two have one id.
     """
-    if not source.prompts and not source.pictures:
+    if not source.prompts and not source.images:
         raise ValueError(
-            "There are no queries: give queries.prompts (to generate) or queries.pictures (files with prompts)."
+            "There are no queries: give queries.prompts (to generate) or queries.images (files with prompts)."
         )
-    read = [read_query(picture, size, source.resize) for picture in source.pictures]
+    read = [read_query(image, size, source.resize) for image in source.images]
     names = [query.id for query in read]
     if len(set(names)) < len(names):
-        raise ValueError("A query picture is given twice.")
-    files = [picture.file for picture in source.pictures]
+        raise ValueError("A query image is given twice.")
+    files = [image.file for image in source.images]
     regions = read_regions(source.regions, [*files, *source.prompts], size)
     if model.encoder is not None:
-        prompts = [*source.prompts, *(picture.prompt for picture in source.pictures)]
+        prompts = [*source.prompts, *(image.prompt for image in source.images)]
         report_cut(model.encoder.text, prompts, "prompts")
     drawn = generate(
         model,

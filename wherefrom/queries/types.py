@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.sampling import Trajectory
 from wherefrom.queries.regions import Region
 from wherefrom.rankings.estimates import Estimates
@@ -20,14 +20,14 @@ from wherefrom.rankings.ranking_file import order_of
 
 @dataclass(frozen=True)
 class Query:
-    """A picture whose origin is asked for.
+    """An image whose origin is asked for.
 
     Attributes:
         id: The user's name for it, or a hash of model, prompt and seed.
         prompt: The prompt that made it; empty where it is not known.
-        pixels: uint8 RGB, at the size of the training pictures.
-        latent: The sampler's last latent where there is one, else the encoded picture; scaled, shape (C, H, W).
-        region: The part of the picture that is asked for; None is all of it.
+        pixels: uint8 RGB, at the size of the training images.
+        latent: The sampler's last latent where there is one, else the encoded image; scaled, shape (C, H, W).
+        region: The part of the image that is asked for; None is all of it.
         trajectory: What the sampler predicted on its way, where it was kept.
     """
 
@@ -49,16 +49,16 @@ class TrainingData:
     """What is attributed to, and what the answers are compared with.
 
     Attributes:
-        pictures: The training pictures.
+        images: The training images.
         latents: The same as the model sees them, for methods that need a model.
-        held_out: Pictures never trained on: the null.
+        held_out: Images never trained on: the null.
         held_out_latents: The same as the model sees them.
     """
 
-    pictures: Pictures
-    latents: LatentSet | None = None
-    held_out: Pictures | None = None
-    held_out_latents: LatentSet | None = None
+    images: ImageSet
+    latents: EncodedImages | None = None
+    held_out: ImageSet | None = None
+    held_out_latents: EncodedImages | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Scores:
 
     Attributes:
         query: The query.
-        ids: Training pictures scored.
-        scores: One score a picture, higher = more influential.
-        null: Scores of pictures never trained on, by the same method.
+        ids: Training images scored.
+        scores: One score an image, higher = more influential.
+        null: Scores of images never trained on, by the same method.
         facts: What else was measured, by name (split-half reliability, α, rise, seconds …).
         parts: The same scores from a part of what they were measured on, by its name (a band of timesteps, a caption).
-        estimates: What a calibrated fast method says of each picture's influence, in its teacher's unit.
+        estimates: What a calibrated fast method says of each image's influence, in its teacher's unit.
     """
 
     query: Query
@@ -84,7 +84,7 @@ class Scores:
     estimates: Estimates | None = None
 
     def top(self, count: int) -> list[tuple[str, float]]:
-        """The (id, score) pairs of the most influential pictures, the first first."""
+        """The (id, score) pairs of the most influential images, the first first."""
         return [
             (self.ids[position], float(self.scores[position])) for position in order_of(self.ids, self.scores)[:count]
         ]

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Estimates:
-    """What is said of pictures' influence, in the teacher's unit.
+    """What is said of images' influence, in the teacher's unit.
 
     Attributes:
         values: The estimates.
-        low: Lower ends of their intervals; minus infinity where too few queries had such similar pictures.
+        low: Lower ends of their intervals; minus infinity where too few queries had such similar images.
         high: Upper ends.
     """
 

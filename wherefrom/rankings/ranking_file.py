@@ -25,23 +25,23 @@ def order_of(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> In
     """
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
-        raise ValueError(f"The score of picture {ids[bad[0]]!r} is {scores[bad[0]]}; rankings need finite scores.")
+        raise ValueError(f"The score of image {ids[bad[0]]!r} is {scores[bad[0]]}; rankings need finite scores.")
     return np.lexsort((np.asarray(ids), -scores))
 
 
 def normalised_ranks(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> Float[NDArray[np.float64], " n"]:
-    """(rank - 1) / n of each picture: 0 is the most influential."""
+    """(rank - 1) / n of each image: 0 is the most influential."""
     ranks = np.empty(len(ids))
     ranks[order_of(ids, scores)] = np.arange(len(ids)) / len(ids)
     return ranks
 
 
 def flatness_of(scores: Float[NDArray[np.float64], " n"]) -> float:
-    """How evenly the influence above the median is spread over the pictures that have any.
+    """How evenly the influence above the median is spread over the images that have any.
 
-    (Σw)² / (m Σw²), w the m positive excesses over the median: the effective number of influential pictures (the
+    (Σw)² / (m Σw²), w the m positive excesses over the median: the effective number of influential images (the
     inverse participation ratio) as a share of their number. 1 if all are alike, 3/4 for a uniform distribution,
-    2/π for a normal one, near 0 where few pictures hold it all; 1 if no score is above the median.
+    2/π for a normal one, near 0 where few images hold it all; 1 if no score is above the median.
     """
     excess = scores - np.median(scores)
     weights = excess[excess > 0]
@@ -52,7 +52,7 @@ def write_parts(
     folder: Path,
     parts: Mapping[str, tuple[Sequence[str], Mapping[str, Float[NDArray[np.float64], " n"]]]],
 ) -> None:
-    """Writes scores by part: columns query, part, image and score, in the order of the parts and of the pictures.
+    """Writes scores by part: columns query, part, image and score, in the order of the parts and of the images.
 
     Args:
         folder: Where `parts.parquet` goes.

@@ -1,6 +1,6 @@
-"""Scores of very many pictures as parquet parts, and the highest of them found in bounded memory.
+"""Scores of very many images as parquet parts, and the highest of them found in bounded memory.
 
-A part holds a range of pictures: the column `image`, and for each query a column of scores named by its place among the
+A part holds a range of images: the column `image`, and for each query a column of scores named by its place among the
 queries, whose ids are in `queries.json`. Parts are written whole or not at all, in any order and by any process, so a
 table grows over nodes and interruptions; what is asked of it is read part by part and, within a part, in row groups.
 """
@@ -73,18 +73,18 @@ class ScoreTable:
             )
         if not np.isfinite(scores).all():
             query, image = (int(place[0]) for place in np.nonzero(~np.isfinite(scores)))
-            raise ValueError(f"Picture {ids[image]!r} scores {scores[query, image]} for query {self.queries[query]!r}.")
+            raise ValueError(f"Image {ids[image]!r} scores {scores[query, image]} for query {self.queries[query]!r}.")
         columns = {"image": pa.array(list(ids), pa.string())}
         columns |= {str(place): pa.array(row, pa.float64()) for place, row in enumerate(scores)}
         with replacing(self.part(number)) as temporary:
             pq.write_table(pa.table(columns), temporary, row_group_size=GROUP_ROWS, use_dictionary=False)
 
     def __len__(self) -> int:
-        """How many pictures the parts hold together."""
+        """How many images the parts hold together."""
         return sum(pq.read_metadata(path).num_rows for path in self.parts())
 
     def top(self, query: str, k: int) -> tuple[list[str], Float[NDArray[np.float64], " k"]]:
-        """The k highest scores of a query, highest first and ties by id, with their pictures.
+        """The k highest scores of a query, highest first and ties by id, with their images.
 
         Memory is that of one row group and of k rows, however many parts there are.
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows which training pictures made each generated picture.
+"""One self-contained HTML page that shows which training images made each generated image.
 
 Ids, captions, prompts, groups and licences come from data sets and are not trusted: all markup is built by
 `markup.tag`, which escapes text, and the page's own policy forbids scripts and anything from outside.
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from wherefrom.metrics.group_shares import Share
 from wherefrom.reports.html import Markup, shorten, tag, write_page
-from wherefrom.reports.images import LABEL, Pixels, check_pixels, foreign, picture_tag, thumbnail_row
+from wherefrom.reports.images import LABEL, Pixels, check_pixels, foreign, image_tag, thumbnail_row
 
-__all__ = ["QueryReport", "RankedPicture", "Share", "write_report"]
+__all__ = ["QueryReport", "RankedImage", "Share", "write_report"]
 
 _CARD, _QUERY, _SMALL = 128, 256, 48  # sides in CSS pixels
 _CAPTION, _PROMPT = 400, 2000  # longest text shown, in characters
@@ -27,15 +27,15 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
-class RankedPicture:
-    """A training picture and its place in the ranking of one query.
+class RankedImage:
+    """A training image and its place in the ranking of one query.
 
     Attributes:
-        id: The picture's id.
+        id: The image's id.
         rank: From 1, the most influential.
         score: Higher = more influential.
-        p_value: Share of pictures never trained on that score as high, if measured.
-        pixels: The picture.
+        p_value: Share of images never trained on that score as high, if measured.
+        pixels: The image.
         caption: Its caption.
         license: Its licence, as its data set states it.
         groups: Column -> value, such as author and style.
@@ -55,40 +55,40 @@ class RankedPicture:
 
 @dataclass(frozen=True)
 class QueryReport:
-    """What the page says about one generated picture.
+    """What the page says about one generated image.
 
     Attributes:
         id: The query's id.
         prompt: Its prompt; empty if it is not known.
-        pixels: The generated picture.
-        ranked: Training pictures, the most influential first.
+        pixels: The generated image.
+        ranked: Training images, the most influential first.
         shares: Group column -> shares of its groups, the largest first.
         facts: Name -> value, such as the split-half reliability.
-        notes: Warnings, such as that nothing stands out from pictures never trained on.
-        parts: Part of the scores (a band of timesteps, a caption) -> training pictures, the most influential first.
+        notes: Warnings, such as that nothing stands out from images never trained on.
+        parts: Part of the scores (a band of timesteps, a caption) -> training images, the most influential first.
     """
 
     id: str
     prompt: str
     pixels: Pixels
-    ranked: Sequence[RankedPicture]
+    ranked: Sequence[RankedImage]
     shares: Mapping[str, Sequence[Share]]
     facts: Mapping[str, str]
     notes: Sequence[str]
-    parts: Mapping[str, Sequence[RankedPicture]] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[RankedImage]] = field(default_factory=dict)
 
 
 def _check(query: QueryReport) -> None:
     check_pixels(f"query {query.id!r}", query.pixels)
-    for picture in (*query.ranked, *(each for part in query.parts.values() for each in part)):
-        name = f"training picture {picture.id!r} (query {query.id!r}, rank {picture.rank})"
-        check_pixels(name, picture.pixels)
-        if not math.isfinite(picture.score):
+    for image in (*query.ranked, *(each for part in query.parts.values() for each in part)):
+        name = f"training image {image.id!r} (query {query.id!r}, rank {image.rank})"
+        check_pixels(name, image.pixels)
+        if not math.isfinite(image.score):
             raise ValueError(
-                f"The score of {name} is {picture.score}; a report of it would be meaningless. Attribute again."
+                f"The score of {name} is {image.score}; a report of it would be meaningless. Attribute again."
             )
-        if picture.p_value is not None and not 0 <= picture.p_value <= 1:
-            raise ValueError(f"The p-value of {name} is {picture.p_value}; it must lie between 0 and 1, or be None.")
+        if image.p_value is not None and not 0 <= image.p_value <= 1:
+            raise ValueError(f"The p-value of {name} is {image.p_value}; it must lie between 0 and 1, or be None.")
     for column, shares in query.shares.items():
         for each in shares:
             numbers = (each.share, each.low, each.high, 0.0 if each.expected is None else each.expected)
@@ -147,33 +147,33 @@ def _warnings(notes: Sequence[str]) -> Markup:
     return tag("ul", *[tag("li", foreign(note, _PROMPT)) for note in notes], class_="notes") if notes else Markup()
 
 
-def _card(picture: RankedPicture, score: str) -> Markup:
-    caption = picture.caption.strip()
-    alt = f"Training picture {shorten(picture.id, LABEL)}: {shorten(caption, LABEL)}"
+def _card(image: RankedImage, score: str) -> Markup:
+    caption = image.caption.strip()
+    alt = f"Training image {shorten(image.id, LABEL)}: {shorten(caption, LABEL)}"
     groups = [
         tag("span", tag("i", foreign(column)), " ", foreign(value), class_="group")
-        for column, value in picture.groups.items()
+        for column, value in image.groups.items()
         if column != "license"
     ]
     return tag(
         "li",
-        tag("div", picture_tag(picture.pixels, _CARD, alt), class_="frame"),
-        tag("p", tag("b", str(picture.rank), class_="rank"), tag("span", score, class_="score"), class_="numbers"),
-        tag("p", _p_value(picture.p_value), class_="p"),
-        _influence(picture.influence),
+        tag("div", image_tag(image.pixels, _CARD, alt), class_="frame"),
+        tag("p", tag("b", str(image.rank), class_="rank"), tag("span", score, class_="score"), class_="numbers"),
+        tag("p", _p_value(image.p_value), class_="p"),
+        _influence(image.influence),
         tag(
             "p",
             foreign(caption, _CAPTION) if caption else "(no caption)",
             class_="caption",
             title=shorten(caption, _CAPTION),
         ),
-        tag("p", foreign(picture.id), class_="id"),
+        tag("p", foreign(image.id), class_="id"),
         tag("p", *groups, class_="groups") if groups else Markup(),
         tag(
             "p",
             tag("i", "licence"),
             " ",
-            foreign(picture.license) if picture.license.strip() else "not stated",
+            foreign(image.license) if image.license.strip() else "not stated",
             class_="license",
         ),
     )
@@ -230,19 +230,19 @@ def prompt_tag(prompt: str) -> Markup:
 
 def _query(number: int, query: QueryReport) -> Markup:
     alt = (
-        f"Generated picture {number}: {shorten(query.prompt, LABEL)}"
+        f"Generated image {number}: {shorten(query.prompt, LABEL)}"
         if query.prompt.strip()
-        else f"Generated picture {number}"
+        else f"Generated image {number}"
     )
-    write = _score_format(picture.score for picture in query.ranked)
-    cards = [_card(picture, write(picture.score)) for picture in query.ranked]
+    write = _score_format(image.score for image in query.ranked)
+    cards = [_card(image, write(image.score)) for image in query.ranked]
     shares = [_share_table(column, each) for column, each in query.shares.items() if each]
     return tag(
         "section",
         tag(
             "div",
-            tag("div", picture_tag(query.pixels, _QUERY, alt), class_="frame"),
-            tag("p", f"Generated picture {number}", class_="kicker"),
+            tag("div", image_tag(query.pixels, _QUERY, alt), class_="frame"),
+            tag("p", f"Generated image {number}", class_="kicker"),
             tag("h2", prompt_tag(query.prompt), id=f"prompt-{number}"),
             tag("p", foreign(query.id), class_="id"),
             _table(query.facts, "facts"),
@@ -251,8 +251,8 @@ def _query(number: int, query: QueryReport) -> Markup:
         tag(
             "div",
             _warnings(query.notes),
-            tag("h3", "Most influential training pictures"),
-            tag("ol", *cards, class_="cards") if cards else tag("p", "No training picture was ranked.", class_="quiet"),
+            tag("h3", "Most influential training images"),
+            tag("ol", *cards, class_="cards") if cards else tag("p", "No training image was ranked.", class_="quiet"),
             *([tag("h3", "By part of the score"), *_parts(query)] if query.parts else []),
             *([tag("h3", "Influence by group"), tag("div", *shares, class_="columns")] if shares else []),
         ),
@@ -265,8 +265,8 @@ def _parts(query: QueryReport) -> list[Markup]:
     rows = []
     for name, ranked in query.parts.items():
         words = [f"{each.rank}. {shorten(each.caption, LABEL)} ({shorten(each.id, LABEL)})" for each in ranked]
-        pictures = zip((each.pixels for each in ranked), words, strict=True)
-        rows.append(thumbnail_row(tag("b", foreign(name)), pictures))
+        images = zip((each.pixels for each in ranked), words, strict=True)
+        rows.append(thumbnail_row(tag("b", foreign(name)), images))
     return rows
 
 
@@ -278,32 +278,32 @@ def _navigation(queries: Sequence[QueryReport]) -> Markup:
             "li",
             tag(
                 "a",
-                picture_tag(query.pixels, _SMALL, ""),
+                image_tag(query.pixels, _SMALL, ""),
                 tag("span", prompt_tag(query.prompt)),
                 href=f"#query-{number}",
             ),
         )
         for number, query in enumerate(queries, 1)
     ]
-    return tag("nav", tag("ol", *links), aria_label="Generated pictures")
+    return tag("nav", tag("ol", *links), aria_label="Generated images")
 
 
 _LEGEND = {
-    "Rank": "Place among all training pictures that were scored; 1 is the most influential.",
-    "Score": "What the method measured for this training and this generated picture; higher is more influential. "
-    "Where zero lies depends on the method, and scores compare within one generated picture, not between two.",
+    "Rank": "Place among all training images that were scored; 1 is the most influential.",
+    "Score": "What the method measured for this training and this generated image; higher is more influential. "
+    "Where zero lies depends on the method, and scores compare within one generated image, not between two.",
     "Parts": "The same scores from some timesteps of the diffusion alone (low ones decide details, high ones the "
-    "layout), or from one caption of each training picture alone, where they were asked for.",
-    "p-value": "How often a picture that the model was never trained on scores at least as high for the same generated "
-    "picture. It holds for one picture at a time: of 1,000 pictures without any influence, about 10 have p ≤ 0.01.",
+    "layout), or from one caption of each training image alone, where they were asked for.",
+    "p-value": "How often an image that the model was never trained on scores at least as high for the same generated "
+    "image. It holds for one image at a time: of 1,000 images without any influence, about 10 have p ≤ 0.01.",
     "Influence": "What the slow method would say that the fast one learned from, in its unit: an estimate, and an "
     "interval that holds what it would say as often as was asked for when it was calibrated.",
-    "Shares": "A group's part of the positive influence (score above the median of all training pictures) of the "
-    "highest-ranked pictures. Bar: the share. Line with two ends: its interval, from drawing the training pictures "
-    "anew. Tick: the group's share of the training pictures, where a method that knows nothing would put the bar.",
-    "Licence": "As the data set states it, next to the picture that it belongs to. Large pictures are shown reduced.",
-    "Not claimed": "A high rank does not say that the picture was copied, that the generated picture would differ "
-    "without it, or who owns what. Scores need not add up over pictures. Only training again without the pictures "
+    "Shares": "A group's part of the positive influence (score above the median of all training images) of the "
+    "highest-ranked images. Bar: the share. Line with two ends: its interval, from drawing the training images "
+    "anew. Tick: the group's share of the training images, where a method that knows nothing would put the bar.",
+    "Licence": "As the data set states it, next to the image that it belongs to. Large images are shown reduced.",
+    "Not claimed": "A high rank does not say that the image was copied, that the generated image would differ "
+    "without it, or who owns what. Scores need not add up over images. Only training again without the images "
     "proves their influence.",
 }
 
@@ -321,21 +321,21 @@ def write_report(
     Args:
         path: The file, such as `report.html`.
         title: Heading of the page.
-        queries: The generated pictures, in the order of the page.
+        queries: The generated images, in the order of the page.
         facts: Name -> value for the whole run, such as model, method and training set.
         notes: Warnings for the whole run.
         methods_note: How the scores were made, in a sentence or two.
 
     Raises:
         ValueError: There is no query, or a query holds a score that is not finite, a p-value or a share outside 0 to 1,
-            or pixels that are not uint8 RGB; the picture is named and nothing is written.
+            or pixels that are not uint8 RGB; the image is named and nothing is written.
         StorageError: The file could not be written.
     """
     if not queries:
         raise ValueError("A report needs at least one query; none was given.")
     for query in queries:
         _check(query)
-    lead = "Beside each generated picture: the training pictures that influenced it most, in order. "
+    lead = "Beside each generated image: the training images that influenced it most, in order. "
     legend = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in _LEGEND.items()]
     body = tag(
         "body",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.metrics.rank_correlation import correlations
 from wherefrom.queries.types import Scores
 from wherefrom.reports.attribution_report import prompt_tag
 from wherefrom.reports.html import Markup, shorten, tag, write_page
-from wherefrom.reports.images import foreign, picture_tag, thumbnail_row
+from wherefrom.reports.images import foreign, image_tag, thumbnail_row
 from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.measured_cost import Cost
 
@@ -48,7 +48,7 @@ def write_comparison_report(
     path: Path,
     results: Mapping[str, Sequence[Scores]],
     costs: Mapping[str, Cost],
-    pictures: Pictures,
+    images: ImageSet,
     options: ReportOptions,
 ) -> None:
     """Writes the page that sets methods side by side: their costs, their agreement and their first images.
@@ -57,7 +57,7 @@ def write_comparison_report(
         path: The file.
         results: Method -> scores of all queries.
         costs: Method -> what it took.
-        pictures: The training images.
+        images: The training images.
         options: Title and number of images.
 
     Raises:
@@ -79,9 +79,9 @@ def write_comparison_report(
         [name, *(f"{_number(mean[i, j])} ± {_number(error[i, j])}" if i != j else "1" for j in range(len(names)))]
         for i, name in enumerate(names)
     ]
-    where = {name: index for index, name in enumerate(pictures.ids)}
+    where = {name: index for index, name in enumerate(images.ids)}
     sections = [
-        _query_section(number, [results[name][number - 1] for name in names], names, pictures, where, options.top)
+        _query_section(number, [results[name][number - 1] for name in names], names, images, where, options.top)
         for number in range(1, len(results[names[0]]) + 1)
     ]
     cost_titles = ["method", "seconds a query", "peak memory, GiB", "stored, MiB", "split-half reliability"]
@@ -90,7 +90,7 @@ def write_comparison_report(
         tag(
             "header",
             tag("h1", foreign(options.title)),
-            tag("p", "The same generated pictures by several methods: the highest-ranked of each.", class_="lead"),
+            tag("p", "The same generated images by several methods: the highest-ranked of each.", class_="lead"),
         ),
         tag("h2", "What each costs"),
         _rows(cost_titles, table),
@@ -102,7 +102,7 @@ def write_comparison_report(
         ),
         tag("h2", "How far they agree"),
         _rows(["Spearman correlation of scores", *names], agreement),
-        tag("p", "Mean over the generated pictures, and its standard error.", class_="quiet"),
+        tag("p", "Mean over the generated images, and its standard error.", class_="quiet"),
         tag("main", *sections),
     )
     write_page(path, options.title, body, _STYLE)
@@ -112,7 +112,7 @@ def _query_section(
     number: int,
     scores: Sequence[Scores],
     names: Sequence[str],
-    pictures: Pictures,
+    images: ImageSet,
     where: Mapping[str, int],
     top: int,
 ) -> Markup:
@@ -123,14 +123,14 @@ def _query_section(
         thumbnails = []
         for rank, (image, _) in enumerate(each.top(top), start=1):
             index = where[image]
-            words = f"{rank}. {shorten(pictures.captions[index][0], 100)} ({shorten(image, 100)})"
-            thumbnails.append((np.asarray(pictures.pixels[index]), words))
+            words = f"{rank}. {shorten(images.captions[index][0], 100)} ({shorten(image, 100)})"
+            thumbnails.append((np.asarray(images.pixels[index]), words))
         rows.append(thumbnail_row(tag("b", foreign(name)), thumbnails))
     return tag(
         "section",
         tag(
             "div",
-            tag("div", picture_tag(shown, _QUERY, f"Generated picture {number}"), class_="frame"),
+            tag("div", image_tag(shown, _QUERY, f"Generated image {number}"), class_="frame"),
             tag("h2", prompt_tag(query.prompt)),
             tag("p", foreign(query.name), class_="id"),
             class_="query",

@@ -1,4 +1,4 @@
-"""Pictures and text from outside, as they stand in reports."""
+"""Images and text from outside, as they stand in reports."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def _encode(image: Image.Image) -> str:
 
 
 def png_data_uri(pixels: Pixels) -> str:
-    """The picture as a `data:` address of a PNG, every pixel kept.
+    """The image as a `data:` address of a PNG, every pixel kept.
 
     Raises:
         ValueError: The pixels are not uint8 RGB of shape (H, W, 3).
     """
-    check_pixels("the picture", pixels)
+    check_pixels("the image", pixels)
     return _encode(Image.fromarray(np.ascontiguousarray(pixels)))
 
 
-def picture_tag(pixels: Pixels, side: int, alt: str) -> Markup:
-    """The picture in a box of that side: small ones enlarged by a whole factor, large ones reduced to twice the side.
+def image_tag(pixels: Pixels, side: int, alt: str) -> Markup:
+    """The image in a box of that side: small ones enlarged by a whole factor, large ones reduced to twice the side.
 
     Twice, because a sharp screen has two pixels or more for each CSS pixel.
     """
@@ -58,7 +58,7 @@ def picture_tag(pixels: Pixels, side: int, alt: str) -> Markup:
 
 
 def check_pixels(name: str, pixels: Pixels) -> None:
-    """Refuses what is no picture.
+    """Refuses what is no image.
 
     Raises:
         ValueError: The pixels are not uint8 RGB of shape (H, W, 3).
@@ -69,7 +69,7 @@ def check_pixels(name: str, pixels: Pixels) -> None:
         )
 
 
-def thumbnail_row(label: Markup, pictures: Iterable[tuple[Pixels, str]]) -> Markup:
-    """A row of small pictures, each with the words that are shown when it is pointed at."""
-    items = [tag("li", picture_tag(pixels, _THUMBNAIL, words), title=words) for pixels, words in pictures]
+def thumbnail_row(label: Markup, images: Iterable[tuple[Pixels, str]]) -> Markup:
+    """A row of small images, each with the words that are shown when it is pointed at."""
+    items = [tag("li", image_tag(pixels, _THUMBNAIL, words), title=words) for pixels, words in images]
     return tag("div", label, tag("ol", *items), class_="row")

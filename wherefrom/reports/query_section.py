@@ -1,4 +1,4 @@
-"""What a report says about one query: its ranked pictures, what was measured, and what to beware of."""
+"""What a report says about one query: its ranked images, what was measured, and what to beware of."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.data.image_set import Pictures
+from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_excess import FAR_OUT
 from wherefrom.metrics.group_shares import group_shares
 from wherefrom.metrics.null_distribution import p_values, standing_out
 from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import flatness_of, order_of
-from wherefrom.reports.attribution_report import QueryReport, RankedPicture
+from wherefrom.reports.attribution_report import QueryReport, RankedImage
 
 _NOTHING = 0.05  # family-wise p-value above which the report says that nothing stands out
 _MOST_GROUPS = 50
 _FLAT = 0.7  # of a uniform distribution it is 0.75, of a normal one 0.64
-_PART = 10  # training pictures shown for each part of the scores
+_PART = 10  # training images shown for each part of the scores
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class ReportOptions:
     """What the page shows.
 
     Attributes:
-        top: Training pictures shown for each query, and counted in the shares of groups.
+        top: Training images shown for each query, and counted in the shares of groups.
         groups: Columns of the data set whose shares are shown; None takes all with 2 to 50 values.
         title: Title of the page.
     """
 
     top: int = 20
     groups: list[str] | None = None
-    title: str = "Where did these pictures come from?"
+    title: str = "Where did these images come from?"
 
-    def columns(self, pictures: Pictures) -> list[str]:
+    def columns(self, images: ImageSet) -> list[str]:
         """The group columns.
 
         Raises:
@@ -44,22 +44,20 @@ class ReportOptions:
         """
         if self.groups is None:
             skipped = {"split", "concept", "name"}
-            most = min(_MOST_GROUPS, len(pictures) - 1)  # a column that tells every picture apart groups nothing
+            most = min(_MOST_GROUPS, len(images) - 1)  # a column that tells every image apart groups nothing
             return [
-                name
-                for name, values in pictures.columns.items()
-                if name not in skipped and 2 <= len(set(values)) <= most
+                name for name, values in images.columns.items() if name not in skipped and 2 <= len(set(values)) <= most
             ]
-        missing = [name for name in self.groups if name not in pictures.columns]
+        missing = [name for name in self.groups if name not in images.columns]
         if missing:
-            raise ValueError(f"The data set has no column {missing[0]!r}; it has {', '.join(pictures.columns)}.")
+            raise ValueError(f"The data set has no column {missing[0]!r}; it has {', '.join(images.columns)}.")
         return self.groups
 
 
 def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> QueryReport:
     """The query's part of the report."""
-    pictures, columns = data.pictures, options.columns(data.pictures)
-    where = {name: index for index, name in enumerate(pictures.ids)}
+    images, columns = data.images, options.columns(data.images)
+    where = {name: index for index, name in enumerate(images.ids)}
     tail = p_values(scores.scores, scores.null) if len(scores.null) else None
 
     def influence(position: int) -> tuple[float, float, float] | None:
@@ -70,20 +68,20 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
 
     def ranked(
         values: Float[NDArray[np.float64], " n"], count: int, chances: Float[NDArray[np.float64], " n"] | None = None
-    ) -> list[RankedPicture]:
+    ) -> list[RankedImage]:
         found = []
         for rank, position in enumerate(order_of(scores.ids, values)[:count], start=1):
             index = where[scores.ids[position]]
             found.append(
-                RankedPicture(
-                    id=pictures.ids[index],
+                RankedImage(
+                    id=images.ids[index],
                     rank=rank,
                     score=float(values[position]),
                     p_value=None if chances is None else float(chances[position]),
-                    pixels=np.asarray(pictures.pixels[index]),
-                    caption=pictures.captions[index][0],
-                    license=pictures.columns.get("license", ("unknown",) * len(pictures))[index],
-                    groups={column: pictures.columns[column][index] for column in columns},
+                    pixels=np.asarray(images.pixels[index]),
+                    caption=images.captions[index][0],
+                    license=images.columns.get("license", ("unknown",) * len(images))[index],
+                    groups={column: images.columns[column][index] for column in columns},
                     influence=influence(int(position)),
                 )
             )
@@ -95,11 +93,11 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
         positions = [where[name] for name in scores.ids]
         top = min(options.top, len(positions))
         shares = {
-            column: group_shares(scores.scores, [pictures.columns[column][p] for p in positions], top)
+            column: group_shares(scores.scores, [images.columns[column][p] for p in positions], top)
             for column in columns
         }
     else:
-        notes.append("No picture scores above the median: there is no influence to divide between groups.")
+        notes.append("No image scores above the median: there is no influence to divide between groups.")
     query = scores.query
     pixels = query.pixels if query.region is None else query.region.show(query.pixels)
     first = ranked(scores.scores, options.top, tail)
@@ -134,17 +132,17 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
                 f"{scores.facts[f'influence_of_first_{count}']:.0%} of all, estimated"
             )
     if "effective_pictures" in scores.facts:
-        facts["Concentrated as on"] = f"{scores.facts['effective_pictures']:.1f} equal pictures, estimated"
+        facts["Concentrated as on"] = f"{scores.facts['effective_pictures']:.1f} equal images, estimated"
     flatness = flatness_of(scores.scores)
     if flatness > _FLAT:
         notes.append(
             "The scores are nearly uniform: the influence above the median is spread over "
-            f"{flatness:.0%} of the pictures that have any. The order says little."
+            f"{flatness:.0%} of the images that have any. The order says little."
         )
     if scores.facts.get("loss_excess", 0.0) > FAR_OUT:
         notes.append(
-            "The model cannot represent this picture well: with this prompt its loss lies "
-            f"{scores.facts['loss_excess']:.1f} interquartile ranges above the upper quartile of training pictures' "
+            "The model cannot represent this image well: with this prompt its loss lies "
+            f"{scores.facts['loss_excess']:.1f} interquartile ranges above the upper quartile of training images' "
             "losses. It may not have drawn it."
         )
     if not scores.query.prompt:
@@ -156,6 +154,6 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
         facts["Family-wise p of the first"] = f"{family:.2g}"
         if family > _NOTHING:
             notes.append(
-                "Nothing stands out: no training picture scores higher than pictures never trained on would by chance."
+                "Nothing stands out: no training image scores higher than images never trained on would by chance."
             )
     return facts, notes

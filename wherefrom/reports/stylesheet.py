@@ -1,4 +1,4 @@
-"""The look of the report: one style sheet, light and dark, without any outside font or picture."""
+"""The look of the report: one style sheet, light and dark, without any outside font or image."""
 
 from __future__ import annotations
 

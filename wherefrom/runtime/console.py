@@ -31,7 +31,7 @@ class Console:
         self._bar: Any = None
         self._label = ""
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """A line; it also names the next bar."""
         self._label = message
         if self.active:
@@ -69,10 +69,10 @@ def room(folder: Path) -> str:
     return f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB of disk are free"
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def silent(message: str) -> None:
+def no_log(message: str) -> None:
     """Says nothing."""
 
 

@@ -1,6 +1,6 @@
 """A pass over the training set: losses, curvature, gradients or embeddings, in chunks that are never done twice.
 
-The pictures are cut into chunks of fixed ranges. A process takes every `world_size`-th unfinished chunk and writes its
+The images are cut into chunks of fixed ranges. A process takes every `world_size`-th unfinished chunk and writes its
 state from time to time, always between chunks; whoever goes on reads what is finished. So neither batch size, nor the
 number of processes, nor an interruption changes the result beyond the order of floating-point summation.
 """
@@ -31,7 +31,7 @@ class TrainingPass(Protocol):
     """What a pass computes: an accumulated state that can be merged with that of another process."""
 
     def step(self, positions: range) -> None:
-        """Adds the pictures at these positions."""
+        """Adds the images at these positions."""
         ...
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
@@ -79,16 +79,16 @@ def run_pass(
     chunk_size: int = 128,
     progress: Progress | None = None,
 ) -> Pass:
-    """Runs a pass over `count` pictures, or reads its result from the store; every process gets the whole of it.
+    """Runs a pass over `count` images, or reads its result from the store; every process gets the whole of it.
 
     Args:
         make: Makes an empty pass.
-        count: Number of pictures.
+        count: Number of images.
         store: Where the result is kept, and unfinished work until then; shared by all processes.
         kind: Kind of artifact.
         identity: What must match for the result to be used again.
         runner: This process's place.
-        chunk_size: Pictures in a chunk.
+        chunk_size: Images in a chunk.
         progress: Called with (done, total) chunks of this process.
 
     Raises:

@@ -262,11 +262,11 @@ def join_rows(first: Any, second: Any) -> Any:
     return np.concatenate([np.asarray(first), np.asarray(second, dtype=first.dtype)])
 
 
-def announce_size(say: Callable[[str], None], what: str, size: int, folder: Path) -> None:
+def announce_size(log: Callable[[str], None], what: str, size: int, folder: Path) -> None:
     """Says how much something will take on disk before it is made, and how much is free."""
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    say(f"{what}: {_bytes(size)} in {folder}; {_bytes(free)} of disk are free")
+    log(f"{what}: {_bytes(size)} in {folder}; {_bytes(free)} of disk are free")
 
 
 def _bytes(size: int) -> str:

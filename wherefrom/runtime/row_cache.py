@@ -1,4 +1,4 @@
-"""One row of numbers for each picture, computed in chunks that are never done twice, kept by id and memory-mapped.
+"""One row of numbers for each image, computed in chunks that are never done twice, kept by id and memory-mapped.
 
 Unlike the state of a pass (`wherefrom.runtime.dataset_pass`), rows are never held together: each chunk is a file as
 soon as it is finished, and the chunks are joined on disk.
@@ -25,11 +25,11 @@ VALUES, IDS, CHUNK_FILES = "rows.npy", "ids.json", "chunk-*.npy"
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of numbers by picture.
+    """Rows of numbers by image.
 
     Attributes:
-        ids: The pictures' ids.
-        values: One row a picture, in the order of the ids; memory-mapped.
+        ids: The images' ids.
+        values: One row an image, in the order of the ids; memory-mapped.
     """
 
     ids: tuple[str, ...]
@@ -59,20 +59,20 @@ def make_rows(
     chunk_size: int = 128,
     progress: Progress | None = None,
 ) -> Rows:
-    """Computes a row for each picture, or finds them in the store.
+    """Computes a row for each image, or finds them in the store.
 
     Args:
-        compute: The rows of the pictures at some positions, in float32 or float64.
-        ids: Ids of all pictures.
+        compute: The rows of the images at some positions, in float32 or float64.
+        ids: Ids of all images.
         store: Where the rows are kept, and finished chunks until then; shared by all processes.
         kind: Kind of artifact.
         identity: What must match for the rows to be used again.
         runner: This process's place.
-        chunk_size: Pictures in a chunk, which is what an interruption can cost.
+        chunk_size: Images in a chunk, which is what an interruption can cost.
         progress: Called with (done, total) chunks of this process.
 
     Raises:
-        ArtifactMismatchError: The rows in the store are of other pictures.
+        ArtifactMismatchError: The rows in the store are of other images.
         StorageError: A file could not be written; finished chunks are kept.
     """
     chunks = [range(start, min(start + chunk_size, len(ids))) for start in range(0, len(ids), chunk_size)]
@@ -108,7 +108,7 @@ def make_rows(
     rows = read_rows(store.path(kind, identity))
     if rows.ids != tuple(ids):
         raise ArtifactMismatchError(
-            f"{store.path(kind, identity)} holds rows of {len(rows.ids)} other pictures than the {len(ids)} asked for. "
+            f"{store.path(kind, identity)} holds rows of {len(rows.ids)} other images than the {len(ids)} asked for. "
             "Delete the folder and run the same command again."
         )
     return rows

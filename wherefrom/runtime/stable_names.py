@@ -1,13 +1,15 @@
-"""Stable names of classes: what an identity calls a class, wherever the class lives.
+"""Stable names: what an identity calls a class or a setting, wherever it lives and whatever it is called today.
 
 An identity (`artifacts`) is hashed, so it must never hold an import path: moving a file would orphan all that was made
 before. Classes that occur in identities have one row here. The stable name of a class is the path at which it stood
-when the first identity that names it was stored; a new class takes any name that no other has.
+when the first identity that names it was stored; a new class takes any name that no other has. Settings that were
+renamed have a row too, for the same reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 # Stable name -> where the class is now.
@@ -30,7 +32,18 @@ CLASSES: Mapping[str, str] = {
     "wherefrom.ranker.Ranker": "wherefrom.distillation.ranker.Ranker",
     "wherefrom.ranking_losses.BinaryCrossEntropy": "wherefrom.distillation.losses.BinaryCrossEntropy",
 }
+# Settings that were renamed: name in identities -> name now. An identity holds the first name for ever.
+SETTINGS: Mapping[str, str] = {
+    "draws": "noise_samples",
+    "measure_draws": "measurement_samples",
+    "rise": "relative_loss_increase",
+    "visits": "samples_per_image",
+}
+# Classes that identities call by their bare names: the first name -> the name now.
+BARE_NAMES: Mapping[str, str] = {"LossDraws": "LossSamples"}
 _STABLE = {path: name for name, path in CLASSES.items()}
+_STABLE_SETTING = {name: first for first, name in SETTINGS.items()}
+_STABLE_BARE = {name: first for first, name in BARE_NAMES.items()}
 
 
 def stable(value: Any) -> Any:
@@ -53,3 +66,27 @@ def stable(value: Any) -> Any:
 def current(path: str) -> str:
     """Where the class with this stable name is now; any other path is returned as it is."""
     return CLASSES.get(path, path)
+
+
+def settings_identity(settings: Any) -> dict[str, Any]:
+    """The fields of a settings data class by their stable names, nested ones included, for an identity.
+
+    Args:
+        settings: An instance of a data class.
+    """
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return settings_identity(value)
+        if isinstance(value, list | tuple):
+            return type(value)(plain(each) for each in value)
+        return value
+
+    return {
+        _STABLE_SETTING.get(field.name, field.name): plain(getattr(settings, field.name)) for field in fields(settings)
+    }
+
+
+def bare_name(kind: type) -> str:
+    """What identities call a class that they name without its module."""
+    return _STABLE_BARE.get(kind.__name__, kind.__name__)

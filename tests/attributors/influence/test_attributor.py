@@ -29,13 +29,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 def run(attributor: Attributor, model: DiffusionModel, root: Path, *queries: Query) -> list[Scores]:
-    data = TrainingData(TRAIN.pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
+    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
     attributor.fit(data, model, Store(root), one_process())
     return list(attributor.score(queries or [QUERY]))
 
 
 def influence(**options: Any) -> InfluenceFunction:
-    return InfluenceFunction(**{"weights": "all", "draws": 12, "grid": GRID, "fisher": FISHER, **options})
+    return InfluenceFunction(**{"weights": "all", "noise_samples": 12, "grid": GRID, "fisher": FISHER, **options})
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "diagonal", "identity"])
@@ -48,7 +48,11 @@ def test_it_is_the_limit_of_unlearning(model: DiffusionModel, tmp_path: Path, cu
     for step in (1e-1, 1e-2, 1e-5):
         alpha = step / size
         settings = UnlearningSettings(
-            draws=12, rise=None, alpha=alpha * scale, measure_draws=2, newton=curvature != "identity"
+            noise_samples=12,
+            relative_loss_increase=None,
+            alpha=alpha * scale,
+            measurement_samples=2,
+            newton=curvature != "identity",
         )
         form = "diagonal" if curvature == "identity" else curvature
         abu = AttributionByUnlearning("all", settings, GRID, curvature=form, fisher=FISHER)
@@ -72,7 +76,7 @@ def test_blocks_of_queries_batches_and_candidates_change_nothing(model: Diffusio
         np.testing.assert_allclose(left.null, right.null, rtol=1e-7, atol=1e-12)
     assert not np.allclose(together[0].scores, together[1].scores)
     attributor = influence()
-    attributor.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path / "a"), one_process())
+    attributor.fit(TrainingData(TRAIN.images, TRAIN), model, Store(tmp_path / "a"), one_process())
     (few,) = attributor.score([QUERY], [TRAIN.ids[7], TRAIN.ids[2]])
     assert few.ids == (TRAIN.ids[7], TRAIN.ids[2])
     np.testing.assert_allclose(few.scores, together[0].scores[[7, 2]], rtol=1e-9)
@@ -84,6 +88,6 @@ def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="InfluenceFunction needs a model"):
         run(influence(), None, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draws and queries_per_pass must be at least 1; given 0 and 64"):
-        influence(draws=0)
+        influence(noise_samples=0)
     with pytest.raises(ValueError, match="Unknown curvature 'full'"):
         influence(curvature="full")

@@ -32,12 +32,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 def bank(**options: Any) -> InfluenceBank:
-    settings = {"draws": 12, "grid": GRID, "fisher": FISHER, "compression": WHOLE, "half": False, **options}
+    settings = {"noise_samples": 12, "grid": GRID, "fisher": FISHER, "compression": WHOLE, "half": False, **options}
     return InfluenceBank(**{"weights": "cross_attention_kv", **settings})
 
 
 def run(attributor: Any, model: DiffusionModel | None, root: Path, *queries: Query) -> list[Scores]:
-    data = TrainingData(TRAIN.pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
+    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
     attributor.fit(data, model, Store(root), one_process())
     return list(attributor.score(queries or [QUERY]))
 
@@ -52,7 +52,9 @@ def test_a_whole_bank_is_the_influence_function(
 ) -> None:
     settings: dict[str, Any] = {"curvature": curvature, "weights": weights, "timestep_weights": "equal"}
     found = run(bank(**settings, compression=Compression(keep)), model, tmp_path, QUERY, OTHER)
-    exact = run(InfluenceFunction(draws=12, grid=GRID, fisher=FISHER, **settings), model, tmp_path, QUERY, OTHER)
+    exact = run(
+        InfluenceFunction(noise_samples=12, grid=GRID, fisher=FISHER, **settings), model, tmp_path, QUERY, OTHER
+    )
     for mine, theirs in zip(found, exact, strict=True):
         np.testing.assert_allclose(mine.scores, theirs.scores, rtol=1e-7, atol=1e-9 * np.abs(theirs.scores).max())
         np.testing.assert_allclose(mine.null, theirs.null, rtol=1e-7, atol=1e-9 * np.abs(theirs.null).max())
@@ -65,12 +67,12 @@ def test_each_timestep_is_divided_by_its_gradients_length(model: DiffusionModel,
     parameters = select_weights(model.denoiser, "cross_attention_kv")
     losses, rows = LossPass(model, TRAIN, GRID, 64), []
     items = len(losses.flip)
-    for picture in range(len(TRAIN)):
+    for image in range(len(TRAIN)):
         with PerSampleGradients(model.denoiser, list(parameters)) as tap:
-            own = losses.item_losses(torch.full((items,), picture), torch.arange(items))
+            own = losses.item_losses(torch.full((items,), image), torch.arange(items))
             by_name = dict(tap.per_sample(own))
             rows.append(torch.cat([by_name[name].flatten(1) for name in parameters], dim=1))
-    gradients = torch.stack(rows)  # pictures, items, numbers
+    gradients = torch.stack(rows)  # images, items, numbers
     with trainable(model.denoiser, parameters):
         query = QueryLoss(model, attributor.query_latent(QUERY), 0, one_process()).gradient(parameters, 0, 12)
     products = gradients @ torch.cat([query[name].flatten() for name in parameters]) / len(TRAIN)
@@ -122,7 +124,7 @@ def test_it_says_how_large_a_bank_will_be(model: DiffusionModel, tmp_path: Path)
     for compression in (Compression(), WHOLE, Compression("sparse", 300)):
         said: list[str] = []
         store = Store(tmp_path / compression.keep)
-        data = TrainingData(TRAIN.pictures, TRAIN)
+        data = TrainingData(TRAIN.images, TRAIN)
         bank(compression=compression, half=True).fit(data, model, store, one_process(), said.append)
         (told,) = [float(word) for line in said if "bank" in line for word in line.split() if word[0].isdigit()][-1:]
         (rows,) = store.root.glob("bank/*/rows.npy")
@@ -145,7 +147,7 @@ def test_blocks_batches_and_candidates_change_nothing(
     np.testing.assert_allclose(together[1].scores, alone.scores, rtol=1e-9)
     np.testing.assert_allclose(together[1].null, alone.null, rtol=1e-9)
     attributor = bank(compression=compression)
-    attributor.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path / "a"), one_process())
+    attributor.fit(TrainingData(TRAIN.images, TRAIN), model, Store(tmp_path / "a"), one_process())
     (few,) = attributor.score([QUERY], [TRAIN.ids[7], TRAIN.ids[2]])
     assert few.ids == (TRAIN.ids[7], TRAIN.ids[2])
     np.testing.assert_allclose(few.scores, together[0].scores[[7, 2]], rtol=1e-9)
@@ -157,7 +159,7 @@ def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fit must run before score"):
         next(iter(bank().score([QUERY])))
     with pytest.raises(ValueError, match="draws must be at least 1; given 0"):
-        bank(draws=0)
+        bank(noise_samples=0)
     with pytest.raises(ValueError, match="second_order must be at least 0 and finite; given -1"):
         bank(second_order=-1.0)
     with pytest.raises(ValueError, match="Unknown compression 'first'"):

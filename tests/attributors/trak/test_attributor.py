@@ -1,4 +1,4 @@
-"""TRAK and D-TRAK against their formulas with the gradients of single pictures."""
+"""TRAK and D-TRAK against their formulas with the gradients of single images."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 def trak(**options: Any) -> TRAK:
-    return TRAK(**{"projection": P, "grid": GRID, "draws": 8, **options})
+    return TRAK(**{"projection": P, "grid": GRID, "noise_samples": 8, **options})
 
 
 def run(attributor: TRAK, model: DiffusionModel | None, root: Path, candidates: list[str] | None = None) -> Scores:
-    data = TrainingData(TRAIN.pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
+    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
     attributor.fit(data, model, Store(root), one_process())
     (scores,) = attributor.score([QUERY], candidates)
     return scores
 
 
 def loop_features(model: DiffusionModel) -> Tensor:
-    """φ of each training picture and flip: one loss at a time by autograd, then the product with the whole matrix."""
+    """φ of each training image and flip: one loss at a time by autograd, then the product with the whole matrix."""
     parameters = select_weights(model.denoiser, "all")
     matrix = torch.cat([P.rows(n, 0, v.numel(), torch.device("cpu"), torch.float64) for n, v in parameters.items()])
     grid, found = LossPass(model, TRAIN, GRID, 1), torch.zeros(len(TRAIN), 2, P.dimension, dtype=torch.float64)
     model.denoiser.requires_grad_(True)
-    for picture in range(len(TRAIN)):
+    for image in range(len(TRAIN)):
         for item, flip in enumerate(grid.flip.tolist()):
-            loss = grid.item_losses(torch.tensor([picture]), torch.tensor([item])).sum()
+            loss = grid.item_losses(torch.tensor([image]), torch.tensor([item])).sum()
             gradient = torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(parameters.values()))])
-            found[picture, flip] += gradient @ matrix / P.dimension**0.5 / (len(grid.flip) / 2)
+            found[image, flip] += gradient @ matrix / P.dimension**0.5 / (len(grid.flip) / 2)
     model.denoiser.requires_grad_(False)
     return found
 
@@ -108,7 +108,7 @@ def test_queries_score_in_company_as_they_do_alone(
     assert QUERY.latent is not None
     asked = [replace(QUERY, id=str(scale), latent=QUERY.latent * scale) for scale in (0.5, 1.0, 2.0)]
     attributor = trak()
-    attributor.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path), one_process())
+    attributor.fit(TrainingData(TRAIN.images, TRAIN), model, Store(tmp_path), one_process())
     together, alone = list(attributor.score(asked)), [next(attributor.score([query])) for query in asked]
     assert [scores.query.id for scores in together] == ["0.5", "1.0", "2.0"]
     for one, other in zip(together, alone, strict=True):
@@ -142,7 +142,7 @@ def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Unknown output 'noise'"):
         trak(output="noise")
     with pytest.raises(ValueError, match="draws must be at least 1"):
-        trak(draws=0)
+        trak(noise_samples=0)
     with pytest.raises(ValueError, match=r"to 99 numbers is too small: it adds noise of 10%.*at least 100"):
         trak(projection=Projection(99))
     with pytest.raises(ValueError, match="All features are zero"):

@@ -18,7 +18,7 @@ from tests.support.tiny import attribution_config, one_process, tiny_encoder, ti
 from wherefrom.attributors import JourneyTRAK, Query, Scores, TrainingData
 from wherefrom.attributors.trak import projected_features as module
 from wherefrom.attributors.trak.journey import JourneyLoss
-from wherefrom.gradients.loss_grid import DrawnLosses, LossDraws
+from wherefrom.gradients.loss_grid import DrawnLosses, LossSamples
 from wherefrom.gradients.projection import Projection
 from wherefrom.gradients.query_loss import QueryLatent
 from wherefrom.models.diffusion import DiffusionModel
@@ -28,7 +28,7 @@ from wherefrom.rankings.ranking_file import read_ranking
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 
-P, DRAWS = Projection(128), LossDraws(draws=3)
+P, DRAWS = Projection(128), LossSamples(noise_samples=3)
 STEPS = (999, 749, 499, 249)
 PREDICTED = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 JOURNEY = replace(QUERY, trajectory=Trajectory(STEPS, PREDICTED))
@@ -44,7 +44,7 @@ def journey(**options: Any) -> JourneyTRAK:
 
 
 def fitted(attributor: JourneyTRAK, model: DiffusionModel, root: Path) -> JourneyTRAK:
-    data = TrainingData(TRAIN.pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
+    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
     attributor.fit(data, model, Store(root), one_process())
     return attributor
 
@@ -70,10 +70,10 @@ def by_hand(model: DiffusionModel, timesteps: list[int], flip: str) -> tuple[tor
     model.denoiser.requires_grad_(True)
     features = torch.zeros(len(TRAIN), 2, P.dimension, dtype=torch.float64)
     losses = DrawnLosses(model, TRAIN, DRAWS, 1)
-    for picture in range(len(TRAIN)):
+    for image in range(len(TRAIN)):
         for item, side in enumerate(losses.flip.tolist()):
-            loss = losses.item_losses(torch.tensor([picture]), torch.tensor([item])).sum()
-            features[picture, side] += projected(model, loss) / 3
+            loss = losses.item_losses(torch.tensor([image]), torch.tensor([item])).sum()
+            features[image, side] += projected(model, loss) / 3
     asked = []
     for timestep in timesteps:
         one = JourneyLoss(model, latent, Trajectory(STEPS, PREDICTED), 0, one_process())
@@ -141,27 +141,27 @@ def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="to 20 numbers is too small"):
         journey(projection=Projection(20))
     with pytest.raises(ValueError, match="draws must be at least 1; given 0"):
-        LossDraws(draws=0)
+        LossSamples(noise_samples=0)
 
 
-def test_pictures_draw_their_own_timesteps_and_one_caption() -> None:
+def test_images_draw_their_own_timesteps_and_one_caption() -> None:
     data = tiny_latents(200, captions=3)
-    losses = LossDraws(draws=5).of(tiny_model(), data, 16)
-    picture, item = torch.arange(200).repeat_interleave(10), torch.arange(10).repeat(200)
-    caption, timestep, keys = losses.draws(picture, item)
-    assert all(len(set(row)) == 1 for row in caption.reshape(200, 10).tolist()), "one caption a picture"
+    losses = LossSamples(noise_samples=5).of(tiny_model(), data, 16)
+    image, item = torch.arange(200).repeat_interleave(10), torch.arange(10).repeat(200)
+    caption, timestep, keys = losses.noise_samples(image, item)
+    assert all(len(set(row)) == 1 for row in caption.reshape(200, 10).tolist()), "one caption an image"
     counts = torch.bincount(losses.caption_of, minlength=3)
     assert int((counts - 200 / 3).abs().max()) < 4 * (200 * 2 / 9) ** 0.5
     # Uniform over 1000 timesteps: mean 499.5, spread 288.7.
     assert abs(float(timestep.double().mean()) - 499.5) < 4 * 288.7 / 2000**0.5
     assert float(timestep.double().std()) == pytest.approx(288.7, rel=0.05)
     assert len(set(keys.tolist())) == 2000
-    # Nothing depends on the other pictures.
+    # Nothing depends on the other images.
     part = data.subset([7, 3])
-    alone = LossDraws(draws=5).of(tiny_model(), part, 16)
+    alone = LossSamples(noise_samples=5).of(tiny_model(), part, 16)
     for found, whole in zip(
-        alone.draws(torch.zeros(10, dtype=torch.int64), item[:10]),
-        losses.draws(torch.full((10,), 7), item[:10]),
+        alone.noise_samples(torch.zeros(10, dtype=torch.int64), item[:10]),
+        losses.noise_samples(torch.full((10,), 7), item[:10]),
         strict=True,
     ):
         assert torch.equal(found, whole)
@@ -170,7 +170,7 @@ def test_pictures_draw_their_own_timesteps_and_one_caption() -> None:
 def test_the_command_line_draws_what_it_needs(tmp_path: Path) -> None:
     attributor = {
         "class_path": "JourneyTRAK",
-        "init_args": {"projection": {"dimension": 128}, "grid": {"draws": 1}, "steps": 2, "resamplings": 2},
+        "init_args": {"projection": {"dimension": 128}, "grid": {"noise_samples": 1}, "steps": 2, "resamplings": 2},
     }
     config = attribution_config(tmp_path, attributor=attributor)
     evaluate.main(["attribute", "-c", str(config)])

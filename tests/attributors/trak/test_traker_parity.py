@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.support.tiny import one_process, tiny_latents, tiny_model
 from wherefrom.attributors import JourneyTRAK, TrainingData
-from wherefrom.gradients.loss_grid import LossDraws
+from wherefrom.gradients.loss_grid import LossSamples
 from wherefrom.gradients.projection import Projection
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
@@ -43,7 +43,7 @@ class SameMatrix(AbstractProjector):
 
 
 def traker_scores(model: DiffusionModel, ridge: float, folder: Path) -> np.ndarray:
-    """Scores of the training pictures (columns) for each held-out one (rows)."""
+    """Scores of the training images (columns) for each held-out one (rows)."""
     cases = [Case(model, data, P, 16, 8) for data in (TRAIN, HELD_OUT)]
     projector, denoiser = SameMatrix(model), cases[0].for_vmap()
     # It divides gradients by √weights, where we divide P by √dimension: its λ is in its own units.
@@ -72,9 +72,9 @@ def traker_scores(model: DiffusionModel, ridge: float, folder: Path) -> np.ndarr
 def test_scores_are_traker_s_up_to_one_positive_factor(tmp_path: Path) -> None:
     model = tiny_model()
     attributor = JourneyTRAK(
-        projection=P, grid=LossDraws(draws=1, flips=False), relative_lambda=RIDGE, absolute_lambda=None
+        projection=P, grid=LossSamples(noise_samples=1, flips=False), relative_lambda=RIDGE, absolute_lambda=None
     )
-    data = TrainingData(TRAIN.pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
+    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
     attributor.fit(data, model, Store(tmp_path / "store"), one_process())
     (kernel,) = attributor.kernels
     ours = attributor.products(attributor.features, [kernel.solve(attributor.null[0].values[:, 0])])

@@ -13,7 +13,7 @@ from tests.support.tiny import moved_copy, one_process, tiny_encoder, tiny_laten
 from wherefrom.attributors import AttributionByUnlearning, Query, Scores, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
 from wherefrom.curvature import EKFAC, FisherSettings, Identity, save_ekfac
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.query_loss import QueryLatent
 from wherefrom.gradients.score_reduction import TimestepWeights, reduce_losses
@@ -44,7 +44,9 @@ def model(encoder: LatentEncoder) -> DiffusionModel:
 
 
 def method(settings: dict[str, Any] | None = None, **options: Any) -> AttributionByUnlearning:
-    chosen = UnlearningSettings(**{"draws": 24, "measure_draws": 24, "rise": 1e-2, **(settings or {})})
+    chosen = UnlearningSettings(
+        **{"noise_samples": 24, "measurement_samples": 24, "relative_loss_increase": 1e-2, **(settings or {})}
+    )
     return AttributionByUnlearning(
         **{"weights": "all", "unlearning": chosen, "grid": GRID, "fisher": FisherSettings(1), **options}
     )
@@ -55,17 +57,17 @@ def score(
     model: DiffusionModel,
     store: Path,
     query: Query = QUERY,
-    train: LatentSet = TRAIN,
-    held_out: LatentSet | None = HELD_OUT,
+    train: EncodedImages = TRAIN,
+    held_out: EncodedImages | None = HELD_OUT,
     candidates: list[str] | None = None,
 ) -> Scores:
-    data = TrainingData(train.pictures, train, None if held_out is None else held_out.pictures, held_out)
+    data = TrainingData(train.images, train, None if held_out is None else held_out.images, held_out)
     attributor.fit(data, model, Store(store), one_process())
     (scores,) = attributor.score([query], candidates)
     return scores
 
 
-def brute_force(model: DiffusionModel, query: Query, data: LatentSet, settings: UnlearningSettings) -> np.ndarray:
+def brute_force(model: DiffusionModel, query: Query, data: EncodedImages, settings: UnlearningSettings) -> np.ndarray:
     """Unlearn, measure before and after, subtract; without store, passes or attributor. By flip and timestep."""
     assert model.encoder is not None
     assert query.latent is not None
@@ -81,7 +83,7 @@ def brute_force(model: DiffusionModel, query: Query, data: LatentSet, settings: 
 
 
 @pytest.mark.parametrize("timestep_weights", ["equal", "spread"])
-def test_a_score_is_the_change_of_a_pictures_loss(
+def test_a_score_is_the_change_of_a_images_loss(
     model: DiffusionModel, tmp_path: Path, timestep_weights: TimestepWeights
 ) -> None:
     attributor = method({"newton": False, "steps": 2}, timestep_weights=timestep_weights)
@@ -136,7 +138,7 @@ def test_an_unknown_output_is_refused() -> None:
 
 @pytest.mark.parametrize("newton", [True, False])
 def test_alpha_zero_gives_scores_of_exactly_zero(model: DiffusionModel, tmp_path: Path, newton: bool) -> None:
-    scores = score(method({"rise": None, "alpha": 0.0, "newton": newton}), model, tmp_path)
+    scores = score(method({"relative_loss_increase": None, "alpha": 0.0, "newton": newton}), model, tmp_path)
     assert scores.scores.tolist() == [0.0] * len(TRAIN)
     assert scores.null.tolist() == [0.0] * len(HELD_OUT)
     assert scores.facts["query_loss_rise"] == 0.0
@@ -161,7 +163,7 @@ def test_candidates_are_scored_as_among_all(model: DiffusionModel, tmp_path: Pat
     part = score(method(), model, tmp_path, candidates=chosen)
     assert list(part.ids) == chosen
     np.testing.assert_allclose(part.scores, whole.scores[[6, 1]], rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match="1 candidates are not training pictures, such as 'nobody'"):
+    with pytest.raises(ValueError, match="1 candidates are not training images, such as 'nobody'"):
         score(method(), model, tmp_path, candidates=["nobody"])
 
 
@@ -172,7 +174,10 @@ def test_the_mean_over_flips_is_a_variant(model: DiffusionModel, tmp_path: Path)
 
 def test_scores_are_found_again_for_the_same_model_only(model: DiffusionModel, tmp_path: Path) -> None:
     # Two models with the same keys and values, which stay where they are: only the other weights tell them apart.
-    options = {"settings": {"rise": None, "alpha": 0.0, "newton": False}, "weights": "cross_attention_kv"}
+    options = {
+        "settings": {"relative_loss_increase": None, "alpha": 0.0, "newton": False},
+        "weights": "cross_attention_kv",
+    }
     first = score(method(**options), model, tmp_path)
     other = moved_copy(model)
     kept = {
@@ -186,16 +191,16 @@ def test_scores_are_found_again_for_the_same_model_only(model: DiffusionModel, t
 
 def test_a_query_without_a_latent_is_encoded(model: DiffusionModel, tmp_path: Path) -> None:
     assert model.encoder is not None
-    picture = Query("picture", "", QUERY.pixels)
+    image = Query("picture", "", QUERY.pixels)
     encoded = Query("picture", "", QUERY.pixels, model.encoder.encode_image(QUERY.pixels))
     settings = {"newton": False}
     assert np.array_equal(
-        score(method(settings), model, tmp_path / "a", picture).scores,
+        score(method(settings), model, tmp_path / "a", image).scores,
         score(method(settings), model, tmp_path / "b", encoded).scores,
     )
 
 
-def test_without_held_out_pictures_there_is_no_null(model: DiffusionModel, tmp_path: Path) -> None:
+def test_without_held_out_images_there_is_no_null(model: DiffusionModel, tmp_path: Path) -> None:
     scores = score(method(), model, tmp_path, held_out=None)
     assert scores.null.shape == (0,)
     assert len(scores.scores) == len(TRAIN)
@@ -230,7 +235,7 @@ def test_a_fisher_from_another_model_must_be_declared(model: DiffusionModel, tmp
 
 
 def kv_fisher(model: DiffusionModel, tmp_path: Path) -> Path:
-    settings = {"rise": None, "alpha": 1e-6}
+    settings = {"relative_loss_increase": None, "alpha": 1e-6}
     score(method(settings, weights="cross_attention_kv"), model, tmp_path / "kv")
     (folder,) = (tmp_path / "kv" / "fisher").iterdir()
     return folder
@@ -238,9 +243,9 @@ def kv_fisher(model: DiffusionModel, tmp_path: Path) -> Path:
 
 def test_what_is_missing_is_named(model: DiffusionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a model and the latents"):
-        method().fit(TrainingData(TRAIN.pictures), model, Store(tmp_path), one_process())
+        method().fit(TrainingData(TRAIN.images), model, Store(tmp_path), one_process())
     with pytest.raises(ValueError, match="needs a model and the latents"):
-        method().fit(TrainingData(TRAIN.pictures, TRAIN), None, Store(tmp_path), one_process())
+        method().fit(TrainingData(TRAIN.images, TRAIN), None, Store(tmp_path), one_process())
     with pytest.raises(ValueError, match="fit must run before score"):
         list(method().score([QUERY]))
     with pytest.raises(ValueError, match="The model has no encoder"):
@@ -248,9 +253,9 @@ def test_what_is_missing_is_named(model: DiffusionModel, tmp_path: Path) -> None
 
 
 def test_the_work_is_counted(model: DiffusionModel, tmp_path: Path) -> None:
-    data = TrainingData(TRAIN.pictures, TRAIN, HELD_OUT.pictures, HELD_OUT)
-    work = method({"draws": 10, "measure_draws": 4, "steps": 2}).work(data, queries=3)
-    losses = (9 + 4) * 2 * 2  # pictures, flips, timesteps
+    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
+    work = method({"noise_samples": 10, "measurement_samples": 4, "steps": 2}).work(data, queries=3)
+    losses = (9 + 4) * 2 * 2  # images, flips, timesteps
     assert work.once == losses + 3 * 9 * 2
     assert work.per_query == losses + 2 * (3 * 10 + 6 * 4)
     assert work.disk == 4 * losses * 4
@@ -260,7 +265,7 @@ def test_the_work_is_counted(model: DiffusionModel, tmp_path: Path) -> None:
 def test_ekfac_takes_the_place_of_the_diagonal(model: DiffusionModel, tmp_path: Path) -> None:
     said: list[str] = []
     plus = method(curvature="ekfac", layers_per_pass=6)
-    plus.fit(TrainingData(TRAIN.pictures, TRAIN), model, Store(tmp_path), one_process(), said.append)
+    plus.fit(TrainingData(TRAIN.images, TRAIN), model, Store(tmp_path), one_process(), said.append)
     assert isinstance(plus.curvature, EKFAC)
     assert said[0].startswith("EK-FAC of ")
     assert "the diagonal for" in said[0]

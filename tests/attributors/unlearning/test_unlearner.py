@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.tiny import one_process, tiny_latents, tiny_model, tiny_process, tiny_query
+from tests.support.tiny import one_process, tiny_latents, tiny_model, tiny_query, tiny_schedule
 from wherefrom.attributors.unlearning.optimizers import NewtonAscent, SGDAscent
 from wherefrom.attributors.unlearning.unlearner import Unlearned, Unlearner, UnlearningSettings, unlearn
 from wherefrom.curvature import Diagonal, FisherSettings, Identity
@@ -110,25 +110,25 @@ class Linear(nn.Module):
         return (torch.einsum("oc,bchw->bohw", self.latent, noisy) + text[:, :, None, None],)
 
 
-def moments(salt: int, seed: int, step: int, draws: int) -> tuple[Tensor, Tensor, float]:
+def moments(salt: int, seed: int, step: int, noise_samples: int) -> tuple[Tensor, Tensor, float]:
     """Mean over draws, sum over places, of φφᵀ, target φᵀ and |target|², where φ = (noisy latent, mean state).
 
     The draws are made again here from what they are keyed by.
     """
-    process = tiny_process()
+    process = tiny_schedule()
     base = keyed_random.combine(salt, seed, keyed_random.hash_text(QUERY.id), step)
     start = float(keyed_random.uniform(keyed_random.combine(401, base))[0])
     second, cross = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(4, 16, dtype=torch.float64)
     square = 0.0
-    for draw in range(draws):
+    for draw in range(noise_samples):
         timestep = math.floor((start + draw * 0.6180339887498949) % 1.0 * 1000)
         signal, spread = process.signal[timestep], process.spread[timestep]
         noise = keyed_random.normal(keyed_random.combine(base, draw)[None], (4, 4, 4), torch.float64)[0]
         noisy, target = signal * QUERY.latent + spread * noise, signal * noise - spread * QUERY.latent
         features = torch.cat([noisy.flatten(1), QUERY.states.mean(0)[:, None].expand(-1, 16)])
-        second += features @ features.T / draws
-        cross += target.flatten(1) @ features.T / draws
-        square += float(target.square().sum()) / draws
+        second += features @ features.T / noise_samples
+        cross += target.flatten(1) @ features.T / noise_samples
+        square += float(target.square().sum()) / noise_samples
     return second, cross, square
 
 
@@ -141,12 +141,12 @@ def test_unlearning_a_linear_model_is_the_closed_form(steps: int, newton: bool, 
     fisher = torch.rand(4, 16, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.1
     curvature = Diagonal({"latent": fisher[:, :4], "text": fisher[:, 4:]}, damping=0.1)
     damping = torch.cat([fisher[:, :4].mean().expand(4, 4), fisher[:, 4:].mean().expand(4, 12)], dim=1) * 0.1
-    size, alpha, draws, measure = 30, (2.0 if newton else 0.2), 20, 25
+    size, alpha, noise_samples, measure = 30, (2.0 if newton else 0.2), 20, 25
     if pull:
         alpha = 0.4
     alpha /= steps
-    settings = UnlearningSettings(steps, draws, None, alpha, newton, pull, measure, seed=6)
-    model = DiffusionModel(denoiser, tiny_process())
+    settings = UnlearningSettings(steps, noise_samples, None, alpha, newton, pull, measure, seed=6)
+    model = DiffusionModel(denoiser, tiny_schedule())
     found = unlearn(model, QUERY, "all", curvature, size, settings, one_process(), batch_size=7)
 
     second, cross, square = moments(MEASURE, 6, 0, measure)
@@ -156,7 +156,7 @@ def test_unlearning_a_linear_model_is_the_closed_form(steps: int, newton: bool, 
 
     losses = [value()]
     for step in range(steps):
-        step_second, step_cross, _ = moments(GRADIENT, 6, step, draws)
+        step_second, step_cross, _ = moments(GRADIENT, 6, step, noise_samples)
         gradient = 2 * (matrix @ step_second - step_cross) / 64
         direction = gradient / (fisher + damping) / size if newton else gradient
         matrix = matrix + alpha * direction - alpha * pull * (matrix - start)
@@ -165,14 +165,14 @@ def test_unlearning_a_linear_model_is_the_closed_form(steps: int, newton: bool, 
     torch.testing.assert_close(moved, matrix, rtol=1e-10, atol=1e-12)
     assert found.losses == pytest.approx(losses, rel=1e-10)
     assert found.alphas == [alpha] * steps
-    assert found.rise == pytest.approx(losses[-1] / losses[0] - 1, rel=1e-8)
-    assert found.rise > 0.01
+    assert found.relative_loss_increase == pytest.approx(losses[-1] / losses[0] - 1, rel=1e-8)
+    assert found.relative_loss_increase > 0.01
 
 
 def curvature_of(model: DiffusionModel, subset: Subset) -> Diagonal:
     data = tiny_latents(6)
     names = list(select_weights(model.denoiser, subset))
-    work = FisherPass(model, data, names, FisherSettings(visits=2), 64)
+    work = FisherPass(model, data, names, FisherSettings(samples_per_image=2), 64)
     work.step(range(len(data)))
     return Diagonal(work.mean(), damping=0.1)
 
@@ -180,7 +180,7 @@ def curvature_of(model: DiffusionModel, subset: Subset) -> Diagonal:
 def run(
     model: DiffusionModel, subset: Subset = "all", batch_size: int = 128, query: QueryLatent = QUERY, **settings: Any
 ) -> Unlearned:
-    chosen = UnlearningSettings(**{"draws": 48, "measure_draws": 48, **settings})
+    chosen = UnlearningSettings(**{"noise_samples": 48, "measurement_samples": 48, **settings})
     curvature = curvature_of(model, subset) if chosen.newton else Identity()
     return unlearn(model, query, subset, curvature, 100, chosen, one_process(), batch_size)
 
@@ -188,8 +188,8 @@ def run(
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("newton", [True, False])
 def test_the_rise_is_hit(steps: int, newton: bool) -> None:
-    found = run(tiny_model(), steps=steps, newton=newton, rise=1e-2)
-    assert found.rise == pytest.approx(1e-2, rel=0.011)
+    found = run(tiny_model(), steps=steps, newton=newton, relative_loss_increase=1e-2)
+    assert found.relative_loss_increase == pytest.approx(1e-2, rel=0.011)
     assert len(found.alphas) == steps
     assert found.losses == sorted(found.losses)
     assert len(found.losses) == steps + 1
@@ -198,16 +198,16 @@ def test_the_rise_is_hit(steps: int, newton: bool) -> None:
 
 def test_alpha_zero_moves_nothing() -> None:
     model = tiny_model()
-    found = run(model, rise=None, alpha=0.0, steps=2)
+    found = run(model, relative_loss_increase=None, alpha=0.0, steps=2)
     assert all(torch.equal(found.moved[name], value) for name, value in select_weights(model.denoiser, "all").items())
-    assert found.rise == 0
+    assert found.relative_loss_increase == 0
 
 
 @pytest.mark.parametrize("subset", ["cross_attention_kv", "cross_attention", "attention", "all"])
 def test_only_the_chosen_weights_move(subset: Subset) -> None:
     model = tiny_model()
     chosen = select_weights(model.denoiser, subset)
-    found = run(model, subset, rise=None, alpha=1.0, newton=False)
+    found = run(model, subset, relative_loss_increase=None, alpha=1.0, newton=False)
     assert found.moved.keys() == chosen.keys()
     assert any(not torch.equal(found.moved[name], value) for name, value in chosen.items())
 
@@ -215,7 +215,14 @@ def test_only_the_chosen_weights_move(subset: Subset) -> None:
 def test_a_rise_out_of_reach_is_an_error() -> None:
     # Keys and values of text cross-attention alone cannot make this model as bad as that.
     with pytest.raises(ValueError, match=r"No step size raises the query's loss by .*Ask for a smaller rise"):
-        run(tiny_model(dtype=torch.float32), "cross_attention_kv", rise=1e30, draws=8, measure_draws=8, newton=False)
+        run(
+            tiny_model(dtype=torch.float32),
+            "cross_attention_kv",
+            relative_loss_increase=1e30,
+            noise_samples=8,
+            measurement_samples=8,
+            newton=False,
+        )
 
 
 def state_of(model: DiffusionModel) -> dict[str, tuple[Tensor, bool]]:
@@ -231,7 +238,11 @@ def assert_untouched(model: DiffusionModel, before: dict[str, tuple[Tensor, bool
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rise": 1e-2, "steps": 2}, {"rise": None, "alpha": 1e200}, {"rise": 1e30}],
+    [
+        {"relative_loss_increase": 1e-2, "steps": 2},
+        {"relative_loss_increase": None, "alpha": 1e200},
+        {"relative_loss_increase": 1e30},
+    ],
     ids=["ends", "breaks", "fails"],
 )
 def test_the_model_is_left_bit_for_bit_as_it_was(settings: dict[str, Any]) -> None:
@@ -249,7 +260,7 @@ def test_the_model_is_left_bit_for_bit_as_it_was(settings: dict[str, Any]) -> No
 def test_a_loss_that_is_no_number_names_the_query_and_the_step() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r"The loss of query 'fox 1' is .* after step 1 of unlearning"):
-        run(model, newton=False, rise=None, alpha=1e200, query=tiny_query("fox 1"))
+        run(model, newton=False, relative_loss_increase=None, alpha=1e200, query=tiny_query("fox 1"))
     with torch.no_grad():
         model.denoiser.conv_out.bias[0] = float("nan")  # type: ignore[index, union-attr]
     with pytest.raises(ValueError, match=r"The loss of query 'fox 2' is nan after step 0 of unlearning"):
@@ -286,8 +297,10 @@ def test_draws_belong_to_seed_query_and_step() -> None:
 
 
 def test_the_unlearner_moves_the_model_step_by_step() -> None:
-    model, settings = tiny_model(), UnlearningSettings(2, 16, None, 0.5, False, measure_draws=16)
-    expected = run(model, draws=16, measure_draws=16, steps=2, rise=None, alpha=0.5, newton=False)
+    model, settings = tiny_model(), UnlearningSettings(2, 16, None, 0.5, False, measurement_samples=16)
+    expected = run(
+        model, noise_samples=16, measurement_samples=16, steps=2, relative_loss_increase=None, alpha=0.5, newton=False
+    )
     work = Unlearner(model, QUERY, "all", Identity(), 100, settings, one_process())
     for _ in range(2):
         work.step()
@@ -300,13 +313,13 @@ def test_the_unlearner_moves_the_model_step_by_step() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rise": 0.1, "alpha": 0.1}, r"either rise or alpha.*rise=0\.1 and alpha=0\.1"),
-        ({"rise": None}, "either rise or alpha.*rise=None and alpha=None"),
-        ({"rise": -0.1}, r"rise must be positive.*given -0\.1"),
-        ({"rise": None, "alpha": -0.1}, r"alpha must not be negative.*given -0\.1"),
+        ({"relative_loss_increase": 0.1, "alpha": 0.1}, r"either rise or alpha.*rise=0\.1 and alpha=0\.1"),
+        ({"relative_loss_increase": None}, "either rise or alpha.*rise=None and alpha=None"),
+        ({"relative_loss_increase": -0.1}, r"rise must be positive.*given -0\.1"),
+        ({"relative_loss_increase": None, "alpha": -0.1}, r"alpha must not be negative.*given -0\.1"),
         ({"steps": 0}, "must be at least 1"),
-        ({"draws": 0}, "must be at least 1"),
-        ({"measure_draws": 0}, "must be at least 1"),
+        ({"noise_samples": 0}, "must be at least 1"),
+        ({"measurement_samples": 0}, "must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

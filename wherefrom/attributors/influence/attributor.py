@@ -13,9 +13,9 @@ from torch import Tensor
 
 from wherefrom.attributors.base import Work
 from wherefrom.attributors.influence.directional_derivatives import measure_derivatives
-from wherefrom.attributors.preconditioned import CurvedAttributor, Form
+from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
 from wherefrom.curvature import FisherSettings
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.query_loss import QueryLoss
 from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights, reduce_losses
@@ -23,20 +23,20 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 
-class InfluenceFunction(CurvedAttributor):
+class InfluenceFunction(PreconditionedAttributor):
     """∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N: what attribution by unlearning becomes for an infinitesimal step (AbU, appendix A.3).
 
     One pass over the training set serves a whole block of queries.
 
     Args:
         weights: Which weights' gradients count.
-        draws: (t, ε) draws of which the query's gradient is the mean.
+        noise_samples: (t, ε) draws of which the query's gradient is the mean.
         grid: Where training losses are differentiated.
-        flip: How a picture's score is made from its own and its mirror image's.
+        flip: How an image's score is made from its own and its mirror image's.
         curvature: Form of F: diagonal, EK-FAC, or none (plain gradient similarity).
         fisher: How F is sampled.
         damping: Its relative damping.
@@ -48,7 +48,7 @@ class InfluenceFunction(CurvedAttributor):
         seed: Seed of the query's draws.
         breakdown: Which parts of the scores are kept beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training pictures, so that no timestep drowns the others.
+            timestep's changes by their spread over 256 training images, so that no timestep drowns the others.
 
     Raises:
         ValueError: The form of curvature is unknown, a number is not positive, or there are more timestep bands than
@@ -58,7 +58,7 @@ class InfluenceFunction(CurvedAttributor):
     def __init__(
         self,
         weights: Subset = "cross_attention_kv",
-        draws: int = 2000,
+        noise_samples: int = 2000,
         grid: LossGrid = LossGrid(),
         flip: Flip = "max",
         curvature: Form = "ekfac",
@@ -87,13 +87,15 @@ class InfluenceFunction(CurvedAttributor):
             breakdown,
             timestep_weights,
         )
-        if draws < 1 or queries_per_pass < 1:
-            raise ValueError(f"draws and queries_per_pass must be at least 1; given {draws} and {queries_per_pass}.")
-        self.draws, self.queries_per_pass, self.seed = draws, queries_per_pass, seed
+        if noise_samples < 1 or queries_per_pass < 1:
+            raise ValueError(
+                f"draws and queries_per_pass must be at least 1; given {noise_samples} and {queries_per_pass}."
+            )
+        self.noise_samples, self.queries_per_pass, self.seed = noise_samples, queries_per_pass, seed
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
-        return {"method": "influence function", "draws": self.draws, "seed": self.seed, **super().identity()}
+        return {"method": "influence function", "draws": self.noise_samples, "seed": self.seed, **super().identity()}
 
     def work(self, data: TrainingData, queries: int) -> Work:
         """Three forward passes for each sample of the curvature, of the queries' gradients and of the training grid."""
@@ -103,13 +105,13 @@ class InfluenceFunction(CurvedAttributor):
         latents = data.latents.held_bytes
         block = min(queries, self.queries_per_pass)
         once = self.curvature_passes(data) + 3 * losses * passes
-        return Work(once, 3 * self.draws, 4 * losses * queries, latents + 8 * losses * block)
+        return Work(once, 3 * self.noise_samples, 4 * losses * queries, latents + 8 * losses * block)
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes the curvature, once per model."""
-        self.prepare(data, model, store, runner, say)
+        self.prepare(data, model, store, runner, log)
 
     def directions(self, queries: Sequence[Query]) -> dict[str, Tensor]:
         """F⁻¹ ∇L(ẑ) / N of each query, by parameter name: shape (Q, *parameter)."""
@@ -119,7 +121,7 @@ class InfluenceFunction(CurvedAttributor):
         for query in queries:
             with trainable(model.denoiser, parameters):
                 loss = QueryLoss(model, self.query_latent(query), self.seed, runner)
-                gradients = loss.gradient(parameters, 0, self.draws)
+                gradients = loss.gradient(parameters, 0, self.noise_samples)
             for name, step in self.curvature.precondition(gradients).items():
                 rows[name].append(step.detach() / len(data))
         return {name: torch.stack(steps) for name, steps in rows.items()}
@@ -156,9 +158,9 @@ class InfluenceFunction(CurvedAttributor):
                 )
 
     def _reference(self, positions: list[int], directions: dict[str, Tensor]) -> Tensor:
-        """The derivatives of the training pictures at these positions."""
+        """The derivatives of the training images at these positions."""
         return self._derivatives(self.ready()[1].subset(positions), directions)
 
-    def _derivatives(self, data: LatentSet, directions: dict[str, Tensor]) -> Tensor:
+    def _derivatives(self, data: EncodedImages, directions: dict[str, Tensor]) -> Tensor:
         model, _, _, store, runner = self.ready()
         return measure_derivatives(model, data, self.grid, directions, store, runner, self.batch_size, self.progress)

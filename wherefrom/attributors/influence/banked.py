@@ -15,7 +15,7 @@ from torch import Tensor
 from wherefrom.attributors.base import Work
 from wherefrom.attributors.influence.gradient_bank import Bank, BankMaker, Compression
 from wherefrom.attributors.influence.token_factors import TokenBank
-from wherefrom.attributors.preconditioned import CurvedAttributor, Form
+from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
 from wherefrom.curvature import FisherSettings
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.query_loss import QueryLoss
@@ -24,26 +24,26 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 
-class InfluenceBank(CurvedAttributor):
+class InfluenceBank(PreconditionedAttributor):
     """∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N from a bank of training gradients: a query costs its own gradient and a matrix product.
 
     It is `InfluenceFunction` but for what the compression cuts off, and for timestep weights, which cannot depend on
-    the query. The first-order score misjudges the pictures that are nearest to a query, whose losses are most curved:
-    it often puts the query's own picture last. Either let an exact method score the first and last pictures again
-    (`AmongNearest` with `tails: both`), or correct the score: a step δ changes a picture's loss by gᵀδ + ½ δᵀHδ, and
-    where the model has learned a picture its Hessian is about its own Fisher information, which makes the second term
+    the query. The first-order score misjudges the images that are nearest to a query, whose losses are most curved:
+    it often puts the query's own image last. Either let an exact method score the first and last images again
+    (`Rerank` with `tails: both`), or correct the score: a step δ changes an image's loss by gᵀδ + ½ δᵀHδ, and
+    where the model has learned an image its Hessian is about its own Fisher information, which makes the second term
     grow as (gᵀδ)². Large scores of either sign then come first.
 
     Args:
         weights: Which weights' gradients count.
-        draws: (t, ε) draws of which the query's gradient is the mean.
+        noise_samples: (t, ε) draws of which the query's gradient is the mean.
         grid: Where training losses are differentiated.
         compression: How the rows of the bank are kept.
-        flip: How a picture's score is made from its own and its mirror image's.
+        flip: How an image's score is made from its own and its mirror image's.
         curvature: Form of F: diagonal, EK-FAC, or none.
         fisher: How F is sampled.
         damping: Its relative damping.
@@ -56,7 +56,7 @@ class InfluenceBank(CurvedAttributor):
         second_order: c in the corrected score s + c · s² / σ, where σ is the standard deviation of the query's scores
             over the training set; 0 is the first order. How large c should be is not known beforehand: tune it.
         timestep_weights: `equal` takes the plain mean over timesteps; `spread` divides each timestep's gradients by
-            their root mean square length after whitening, over 256 training pictures.
+            their root mean square length after whitening, over 256 training images.
 
     Raises:
         ValueError: The form of curvature is unknown, or a number is not positive.
@@ -65,7 +65,7 @@ class InfluenceBank(CurvedAttributor):
     def __init__(
         self,
         weights: Subset = "cross_attention_kv",
-        draws: int = 2000,
+        noise_samples: int = 2000,
         grid: LossGrid = LossGrid(),
         compression: Compression = Compression(),
         flip: Flip = "max",
@@ -95,11 +95,11 @@ class InfluenceBank(CurvedAttributor):
             Breakdown(),
             timestep_weights,
         )
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1; given {draws}.")
+        if noise_samples < 1:
+            raise ValueError(f"draws must be at least 1; given {noise_samples}.")
         if not (math.isfinite(second_order) and second_order >= 0):
             raise ValueError(f"second_order must be at least 0 and finite; given {second_order}.")
-        self.draws, self.compression, self.half, self.seed = draws, compression, half, seed
+        self.noise_samples, self.compression, self.half, self.seed = noise_samples, compression, half, seed
         self.second_order = second_order
         self._banks: tuple[Bank | TokenBank, Bank | TokenBank | None] | None = None
 
@@ -107,7 +107,7 @@ class InfluenceBank(CurvedAttributor):
         """The settings that decide the scores."""
         return {
             "method": "influence bank",
-            "draws": self.draws,
+            "draws": self.noise_samples,
             "seed": self.seed,
             "half": self.half,
             "compression": self.compression.identity(),
@@ -119,16 +119,16 @@ class InfluenceBank(CurvedAttributor):
         """Three forward passes for each sample of the curvature and of the training grid, once; then the gradients."""
         assert data.latents is not None
         samples = self.losses_of(data)
-        rows = samples // (data.latents.states.shape[1] * self.grid.timesteps * self.grid.draws)
+        rows = samples // (data.latents.states.shape[1] * self.grid.timesteps * self.grid.noise_samples)
         width = self.compression.dimension or 0  # else the model says how large rows are, and `fit` tells
         once = self.curvature_passes(data) + 3 * samples
-        return Work(once, 3 * self.draws, rows * width * (2 if self.half else 4), data.latents.held_bytes)
+        return Work(once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes)
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes the curvature and the banks of the training pictures and of the null, once per model."""
-        model, latents = self.prepare(data, model, store, runner, say)
+        """Makes the curvature and the banks of the training images and of the null, once per model."""
+        model, latents = self.prepare(data, model, store, runner, log)
         started = time.monotonic()
         curvature = {
             "form": self.form,
@@ -152,13 +152,13 @@ class InfluenceBank(CurvedAttributor):
             self.batch_size,
             self.progress,
         )
-        say(f"bank of the gradients of {len(latents):,} training pictures: {maker.size(latents) / 2**20:.2f} MiB")
+        log(f"bank of the gradients of {len(latents):,} training images: {maker.size(latents) / 2**20:.2f} MiB")
         held_out = data.held_out_latents
         self._banks = maker.make(latents), maker.make(held_out) if held_out is not None and len(held_out) else None
         self.fit_s = {**self.fit_s, "bank": time.monotonic() - started}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time: its gradient, and an inner product with every picture."""
+        """One query at a time: its gradient, and an inner product with every image."""
         model, data, _, _, runner = self.ready()
         assert self._banks is not None
         bank, null = self._banks
@@ -168,7 +168,7 @@ class InfluenceBank(CurvedAttributor):
             started = time.monotonic()
             with trainable(model.denoiser, parameters):
                 gradients = QueryLoss(model, self.query_latent(query), self.seed, runner).gradient(
-                    parameters, 0, self.draws
+                    parameters, 0, self.noise_samples
                 )
             gradient_s = time.monotonic() - started
             first_order = bank.influence(gradients) / len(data)
@@ -183,7 +183,7 @@ class InfluenceBank(CurvedAttributor):
             )
 
     def _corrected(self, first_order: Float[Tensor, "n f"], spread: float) -> Float[NDArray[np.float64], " n"]:
-        """A score for each picture, of the first-order scores of it and of its mirror image."""
+        """A score for each image, of the first-order scores of it and of its mirror image."""
         by_flip = first_order
         if self.second_order and spread > 0:  # all alike have nothing to correct
             by_flip = first_order + self.second_order * first_order.square() / spread

@@ -6,14 +6,13 @@ One pass over the training set serves many directions: the gradient of each samp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
@@ -21,15 +20,16 @@ from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.stable_names import settings_identity
 from wherefrom.runtime.tensor_hash import hash_tensors
 
 
 class DerivativePass(LossPass):
-    """∇l(z)ᵀ v of every picture, flip, caption, timestep, draw and direction v (a `TrainingPass`).
+    """∇l(z)ᵀ v of every image, flip, caption, timestep, draw and direction v (a `TrainingPass`).
 
     Args:
         model: The model.
-        data: The pictures.
+        data: The images.
         grid: Where the losses are differentiated.
         batch_size: Samples at a time.
         directions: By parameter name, one direction a row: shape (Q, *parameter).
@@ -41,7 +41,7 @@ class DerivativePass(LossPass):
     def __init__(
         self,
         model: DiffusionModel,
-        data: LatentSet,
+        data: EncodedImages,
         grid: LossGrid,
         batch_size: int,
         directions: Mapping[str, Float[Tensor, "q ..."]],
@@ -51,9 +51,9 @@ class DerivativePass(LossPass):
         self.count = next(iter(self.directions.values())).shape[1]
         self.losses = torch.full((len(data), *self.shape, self.count), float("nan"), dtype=model.dtype)
 
-    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+    def _measure(self, image: Tensor, item: Tensor) -> Tensor:
         with torch.enable_grad(), PerSampleGradients(self.model.denoiser, list(self.directions)) as tap:
-            losses = self.item_losses(picture, item)
+            losses = self.item_losses(image, item)
             total = torch.zeros(len(item), self.count, dtype=losses.dtype, device=losses.device)
             for name, gradients in tap.per_sample(losses):
                 total += gradients.flatten(1) @ self.directions[name]
@@ -62,7 +62,7 @@ class DerivativePass(LossPass):
 
 def measure_derivatives(
     model: DiffusionModel,
-    data: LatentSet,
+    data: EncodedImages,
     grid: LossGrid,
     directions: Mapping[str, Float[Tensor, "q ..."]],
     store: Store,
@@ -70,11 +70,11 @@ def measure_derivatives(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Float[Tensor, "n f k t r q"]:
-    """∇l(z)ᵀ v of all pictures, kept in the store and found again.
+    """∇l(z)ᵀ v of all images, kept in the store and found again.
 
     Args:
         model: The model.
-        data: The pictures.
+        data: The images.
         grid: Where the losses are differentiated.
         directions: By parameter name, one direction a row.
         store: Where the derivatives are kept.
@@ -91,7 +91,7 @@ def measure_derivatives(
         "data": data.fingerprint,
         "dtype": str(model.dtype),
         "directions": hash_tensors(dict(directions)),
-        **asdict(grid),
+        **settings_identity(grid),
     }
     work = run_pass(
         lambda: DerivativePass(model, data, grid, batch_size, directions),

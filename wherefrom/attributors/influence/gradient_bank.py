@@ -1,14 +1,14 @@
 """A bank of whitened training gradients: pay the training side of influence functions once, for any number of queries.
 
 Influence is ∇L(ẑ)ᵀ F⁻¹ ∇L(z), so with both sides multiplied by F^(-1/2) it is an inner product. The bank keeps each
-training picture's whitened gradient, averaged over timesteps and draws and compressed; a query then costs its own
+training image's whitened gradient, averaged over timesteps and draws and compressed; a query then costs its own
 gradient and one matrix product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from wherefrom.attributors.influence.token_factors import TokenBank, TokenGradients, layers_of
-from wherefrom.attributors.trak.projected_features import Compress, PictureFeatures
+from wherefrom.attributors.trak.projected_features import Compress, ImageFeatures
 from wherefrom.curvature.base import Curvature
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.gradients.projection import Projection
@@ -28,9 +28,10 @@ from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.row_cache import Rows, make_rows
+from wherefrom.runtime.stable_names import settings_identity
 
 Keep = Literal["factors", "eigenbasis", "rademacher", "sparse"]
-_SAMPLE = 256  # training pictures that decide coordinates and timesteps' weights
+_SAMPLE = 256  # training images that decide coordinates and timesteps' weights
 _ROWS_AT_A_TIME = 4096  # of a bank: all of them may be larger than memory
 _COORDINATES = "coordinates/"  # before a parameter's name in a pass's state
 
@@ -43,7 +44,7 @@ class Compression:
         keep: `factors` keeps the gradients of layers that see captions only (cross-attention keys and values) exactly,
             as what is multiplied with the caption states: tokens × outputs numbers in place of inputs × outputs, see
             `wherefrom.attributors.influence.token_factors`. The others are for any weights, and lose: `eigenbasis`
-            keeps the coordinates that are largest over a sample of training pictures, the same for all rows (whitening
+            keeps the coordinates that are largest over a sample of training images, the same for all rows (whitening
             makes them nearly alike, so a few of them say little); `rademacher` and `sparse` are random projections, see
             `Projection`.
         dimension: Numbers of a row, but for factors; None keeps all coordinates of the eigenbasis.
@@ -90,7 +91,7 @@ class SquaredPass(LossPass):
 
     Args:
         model: The model.
-        data: The pictures.
+        data: The images.
         grid: Where losses are differentiated; without mirror images.
         batch_size: Samples at a time.
         names: Parameters.
@@ -100,7 +101,7 @@ class SquaredPass(LossPass):
     def __init__(
         self,
         model: DiffusionModel,
-        data: LatentSet,
+        data: EncodedImages,
         grid: LossGrid,
         batch_size: int,
         names: Sequence[str],
@@ -110,9 +111,9 @@ class SquaredPass(LossPass):
         self.names, self.curvature = list(names), curvature
         self.coordinates: dict[str, Tensor] = {}
 
-    def _measure(self, picture: Tensor, item: Tensor) -> Tensor:
+    def _measure(self, image: Tensor, item: Tensor) -> Tensor:
         with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
-            rows = {name: each.flatten(1) for name, each in tap.per_sample(self.item_losses(picture, item))}
+            rows = {name: each.flatten(1) for name, each in tap.per_sample(self.item_losses(image, item))}
         total = torch.zeros(len(item), dtype=self.losses.dtype)
         for name, white in self.curvature.whiten(rows).items():
             squares = white.square()
@@ -136,7 +137,7 @@ class SquaredPass(LossPass):
 
 @dataclass(frozen=True)
 class Bank:
-    """The rows of all training pictures, and how a query's gradient is brought to them.
+    """The rows of all training images, and how a query's gradient is brought to them.
 
     Attributes:
         rows: Whitened, compressed gradients, shape (N, F, D).
@@ -147,7 +148,7 @@ class Bank:
     compress: Compress
 
     def influence(self, gradients: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "n f"]:
-        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every picture and mirror image.
+        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every image and mirror image.
 
         Args:
             gradients: The query's, by parameter name.
@@ -160,7 +161,7 @@ class Bank:
 
 
 class BankMaker:
-    """Makes banks of pictures: of the training set, and of those never trained on.
+    """Makes banks of images: of the training set, and of those never trained on.
 
     Args:
         model: The model.
@@ -186,7 +187,7 @@ class BankMaker:
     def __init__(
         self,
         model: DiffusionModel,
-        training: LatentSet,
+        training: EncodedImages,
         grid: LossGrid,
         names: Sequence[str],
         curvature: Curvature,
@@ -225,10 +226,10 @@ class BankMaker:
             "compression": compression.identity(),
             "spread": spread,
             "half": half,
-            "losses": asdict(grid),
+            "losses": settings_identity(grid),
         }
 
-    def _squares(self, training: LatentSet) -> SquaredPass:
+    def _squares(self, training: EncodedImages) -> SquaredPass:
         sample = training.subset(training.sample(_SAMPLE))
         grid = LossGrid(self.grid.timesteps, 1, self.grid.seed, False, self.grid.offset)
         return run_pass(
@@ -236,7 +237,7 @@ class BankMaker:
             len(sample),
             self.store,
             "whitened_squares",
-            {**self.settings, "losses": asdict(grid), "sample": sample.fingerprint},
+            {**self.settings, "losses": settings_identity(grid), "sample": sample.fingerprint},
             self.runner,
             progress=self.progress,
         )
@@ -255,8 +256,8 @@ class BankMaker:
 
         return cut
 
-    def size(self, data: LatentSet) -> int:
-        """Bytes of the bank of these pictures."""
+    def size(self, data: EncodedImages) -> int:
+        """Bytes of the bank of these images."""
         shapes = {name: parameter.shape for name, parameter in self.model.denoiser.named_parameters()}
         if self.compression.keep == "factors":
             captions, tokens = data.states.shape[1:3]
@@ -269,8 +270,8 @@ class BankMaker:
     def _dtype(self) -> torch.dtype:
         return torch.float16 if self.half else torch.promote_types(self.model.dtype, torch.float32)
 
-    def make(self, data: LatentSet) -> Bank | TokenBank:
-        """The bank of these pictures, from the store if it is there."""
+    def make(self, data: EncodedImages) -> Bank | TokenBank:
+        """The bank of these images, from the store if it is there."""
         losses = LossPass(self.model, data, self.grid, self.batch_size)
         weights = self.timestep_weights
         if weights is not None:
@@ -278,9 +279,9 @@ class BankMaker:
         if self.compress is None:
             rows = self._rows(TokenGradients(losses, self.names, weights, self.half).rows, data)
             return TokenBank(rows, data, tuple(self.names), self.curvature)
-        return Bank(self._rows(PictureFeatures(losses, self.names, self.compress, weights).rows, data), self.compress)
+        return Bank(self._rows(ImageFeatures(losses, self.names, self.compress, weights).rows, data), self.compress)
 
-    def _rows(self, compute: Callable[[range], Tensor], data: LatentSet) -> Rows:
+    def _rows(self, compute: Callable[[range], Tensor], data: EncodedImages) -> Rows:
         return make_rows(
             compute,
             data.ids,
@@ -294,7 +295,7 @@ class BankMaker:
 
 def _weights_of(squares: SquaredPass) -> Float[Tensor, " t"] | None:
     """Weights of mean 1, of each timestep by its gradients' root mean square length; None where one has no length."""
-    # The losses' dimensions are pictures, flips, captions, timesteps and draws.
+    # The losses' dimensions are images, flips, captions, timesteps and draws.
     lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
     if not bool((lengths > 0).all()):
         return None

@@ -1,6 +1,6 @@
 """Gradients of layers that are fed with caption states, kept as what is multiplied with these: exactly, and small.
 
-A cross-attention key or value projection sees a picture's caption states a at every timestep, so the mean of its
+A cross-attention key or value projection sees an image's caption states a at every timestep, so the mean of its
 gradient over timesteps and draws is Σ_tokens ḡ aᵀ, with ḡ the mean of the output gradients at a token. Keeping ḡ
 (tokens × outputs numbers) instead of the gradient (outputs × inputs) loses nothing.
 """
@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from wherefrom.curvature.base import Curvature
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.runtime.row_cache import Rows
 
-_PICTURES_AT_A_TIME = 256
+_IMAGES_AT_A_TIME = 256
 _LARGEST = 10  # a row in half precision is scaled by a power of two until its largest number is about 2¹⁰
 
 
@@ -43,7 +43,7 @@ def layers_of(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 class TokenGradients:
-    """ḡ of pictures and their mirror images, for each caption, layer and token.
+    """ḡ of images and their mirror images, for each caption, layer and token.
 
     Args:
         losses: What is differentiated, and where.
@@ -71,15 +71,15 @@ class TokenGradients:
         losses, model = self.losses, self.losses.model
         flips, captions, items = losses.shape[0], losses.shape[1], len(losses.flip)
         sums: dict[str, Tensor] = {}
-        for picture, item in losses.batches(positions):
-            of_flip = (picture - positions.start) * flips + losses.flip[item]
+        for image, item in losses.batches(positions):
+            of_flip = (image - positions.start) * flips + losses.flip[item]
             row = (of_flip * captions + losses.caption[item]).to(model.device)
             with torch.enable_grad(), PerSampleGradients(model.denoiser, self.names) as tap:
-                each = losses.item_losses(picture, item)
+                each = losses.item_losses(image, item)
                 if self.weights is not None:
                     each = each * self.weights[item].to(each)
                 found = tap.by_layer(each)
-            states = losses.data.states[picture, losses.caption[item]]
+            states = losses.data.states[image, losses.caption[item]]
             for layer in self.layers:
                 ((inputs, gradients),) = found[layer]
                 self._check(layer, inputs, states)
@@ -87,7 +87,7 @@ class TokenGradients:
                     shape = (len(positions) * flips * captions, *gradients.shape[1:])
                     sums[layer] = torch.zeros(shape, dtype=self.dtype, device=model.device)
                 sums[layer].index_add_(0, row, gradients.to(self.dtype), alpha=flips / items)
-        # (pictures, flips, captions, tokens, outputs of all layers side by side)
+        # (images, flips, captions, tokens, outputs of all layers side by side)
         whole = torch.cat([sums[layer] for layer in self.layers], dim=2)
         rows = whole.reshape(len(positions), flips, -1).cpu()
         losses.check_finite("gradient", positions, rows, "the model's weights")
@@ -110,22 +110,22 @@ class TokenGradients:
 
 @dataclass(frozen=True)
 class TokenBank:
-    """The rows of `TokenGradients` of some pictures, and how influence is read from them.
+    """The rows of `TokenGradients` of some images, and how influence is read from them.
 
     Attributes:
         rows: The rows.
-        data: The pictures, whose caption states are the other factor.
+        data: The images, whose caption states are the other factor.
         names: The weights, in the order of the rows.
         curvature: F.
     """
 
     rows: Rows
-    data: LatentSet
+    data: EncodedImages
     names: tuple[str, ...]
     curvature: Curvature
 
     def influence(self, gradients: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "n f"]:
-        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every picture and mirror image.
+        """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every image and mirror image.
 
         Args:
             gradients: The query's, by parameter name.
@@ -133,9 +133,9 @@ class TokenBank:
         steps = self.curvature.precondition(gradients)
         step = torch.cat([steps[name] for name in self.names]).cpu()  # (outputs of all layers, inputs)
         values, found = self.rows.values, []
-        for start in range(0, len(values), _PICTURES_AT_A_TIME):
-            block = values[start : start + _PICTURES_AT_A_TIME].to(step.dtype)
-            products = self.data.states[start : start + _PICTURES_AT_A_TIME].to(step.dtype) @ step.T
+        for start in range(0, len(values), _IMAGES_AT_A_TIME):
+            block = values[start : start + _IMAGES_AT_A_TIME].to(step.dtype)
+            products = self.data.states[start : start + _IMAGES_AT_A_TIME].to(step.dtype) @ step.T
             factors = block[..., 1:].unflatten(2, products.shape[1:])
             found.append(torch.einsum("bfklo,bklo->bf", factors, products) * torch.exp2(block[..., 0]))
         return torch.cat(found).double()

@@ -24,12 +24,12 @@ class TRAK(ProjectedGradients):
         weights: Which weights' gradients are projected; the papers take all.
         output: What is differentiated.
         projection: P.
-        grid: Where the training pictures' gradients are averaged.
-        draws: (t, ε) draws of which the query's gradient is the mean.
-        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the pictures without mirror images.
+        grid: Where the training images' gradients are averaged.
+        noise_samples: (t, ε) draws of which the query's gradient is the mean.
+        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How a picture's score is made from its own and its mirror image's.
-        ensemble: Pipelines of further models, trained on the same pictures with the same autoencoder; scores are
+        flip: How an image's score is made from its own and its mirror image's.
+        ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.
         seed: Seed of the query's draws.
@@ -45,7 +45,7 @@ class TRAK(ProjectedGradients):
         output: Output = "loss",
         projection: Projection = Projection(),
         grid: LossGrid = LossGrid(timesteps=10),
-        draws: int = 500,
+        noise_samples: int = 500,
         relative_lambda: float | None = 0.01,
         absolute_lambda: float | None = None,
         flip: Flip = "max",
@@ -54,10 +54,10 @@ class TRAK(ProjectedGradients):
         seed: int = 0,
     ) -> None:
         check_output(output)
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1; given {draws}.")
+        if noise_samples < 1:
+            raise ValueError(f"draws must be at least 1; given {noise_samples}.")
         super().__init__(
-            weights, projection, grid, draws, relative_lambda, absolute_lambda, flip, ensemble, batch_size, seed
+            weights, projection, grid, noise_samples, relative_lambda, absolute_lambda, flip, ensemble, batch_size, seed
         )
         self.output: Output = output
         self.method = "D-TRAK" if output == "square_output" else "TRAK"
@@ -71,5 +71,5 @@ class TRAK(ProjectedGradients):
         return [0]
 
     def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
-        """The loss of the finished picture."""
+        """The loss of the finished image."""
         return QueryLoss(model, as_latent(model, query), self.seed, runner)

@@ -1,11 +1,10 @@
-"""What TRAK and its relatives share: projected gradients of all pictures, compared through their inverse Gram."""
+"""What TRAK and its relatives share: projected gradients of all images, compared through their inverse Gram."""
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from wherefrom.attributors.trak.projected_features import (
     check_ridge,
     in_double,
     project_each,
-    project_pictures,
+    project_images,
 )
-from wherefrom.data.latents import LatentSet
-from wherefrom.gradients.loss_grid import LossDraws, LossGrid
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.gradients.loss_grid import LossGrid, LossSamples
 from wherefrom.gradients.projection import Projection
 from wherefrom.gradients.query_loss import QueryLoss
 from wherefrom.gradients.score_reduction import Flip
@@ -32,9 +31,10 @@ from wherefrom.models.model_ensemble import load_ensemble
 from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.row_cache import Rows
+from wherefrom.runtime.stable_names import settings_identity
 
 # Making the projection takes longer than a query's gradient; an interruption costs one block.
 _QUERIES_AT_A_TIME = 16
@@ -46,12 +46,12 @@ class ProjectedGradients(Attributor):
     Args:
         weights: Which weights' gradients are projected; the papers take all.
         projection: P.
-        grid: Where the training pictures' gradients are averaged.
-        draws: (t, ε) draws of which each of the query's gradients is the mean.
-        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the pictures without mirror images.
+        grid: Where the training images' gradients are averaged.
+        noise_samples: (t, ε) draws of which each of the query's gradients is the mean.
+        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How a picture's score is made from its own and its mirror image's.
-        ensemble: Pipelines of further models, trained on the same pictures with the same autoencoder; scores are
+        flip: How an image's score is made from its own and its mirror image's.
+        ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.
         seed: Seed of the query's draws.
@@ -69,8 +69,8 @@ class ProjectedGradients(Attributor):
         self,
         weights: Subset,
         projection: Projection,
-        grid: LossGrid | LossDraws,
-        draws: int,
+        grid: LossGrid | LossSamples,
+        noise_samples: int,
         relative_lambda: float | None,
         absolute_lambda: float | None,
         flip: Flip,
@@ -81,10 +81,10 @@ class ProjectedGradients(Attributor):
         check_ridge(relative_lambda, absolute_lambda)
         check_projection(projection)
         self.weights: Subset = weights
-        self.projection, self.grid, self.draws = projection, grid, draws
+        self.projection, self.grid, self.noise_samples = projection, grid, noise_samples
         self.relative_lambda, self.absolute_lambda = relative_lambda, absolute_lambda
         self.flip, self.ensemble, self.batch_size, self.seed = flip, list(ensemble or []), batch_size, seed
-        self._ready: tuple[LatentSet, Runner] | None = None
+        self._ready: tuple[EncodedImages, Runner] | None = None
 
     @abstractmethod
     def query_steps(self, query: Query) -> Sequence[int]:
@@ -104,8 +104,8 @@ class ProjectedGradients(Attributor):
             "method": self.method,
             "weights": self.weights,
             "projection": self.projection.identity(),
-            "grid": asdict(self.grid),
-            "draws": self.draws,
+            "grid": settings_identity(self.grid),
+            "draws": self.noise_samples,
             "relative_lambda": self.relative_lambda,
             "absolute_lambda": self.absolute_lambda,
             "flip": self.flip,
@@ -124,16 +124,16 @@ class ProjectedGradients(Attributor):
         flips, models = (2 if self.grid.flips else 1), 1 + len(self.ensemble)
         rows = (len(data.latents) + held_out) * flips * models
         samples = rows * self.grid.per_flip(data.latents.states.shape[1])
-        per_query = self.draws * self.steps_at_most() * models
+        per_query = self.noise_samples * self.steps_at_most() * models
         features = 4 * rows * self.projection.dimension
         return Work(3 * samples, 3 * per_query, features, features + 8 * models * self.projection.dimension**2)
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Projects the gradients of all pictures, once per model."""
+        """Projects the gradients of all images, once per model."""
         if model is None or data.latents is None:
-            raise ValueError(f"{self.method} needs a model and the latents of its training pictures.")
+            raise ValueError(f"{self.method} needs a model and the latents of its training images.")
         model.check(data.latents.latents[0, 0], data.latents.null_states)
         members = [model, *load_ensemble(model, self.ensemble, self.weights)]
         self._ready = (data.latents, runner)
@@ -142,16 +142,16 @@ class ProjectedGradients(Attributor):
         self.null: list[Rows] = []
         self.kernels: list[Kernel] = []
         for number, each in enumerate(self.models, start=1):
-            say(f"projected gradients of {len(data.latents):,} pictures, model {number} of {len(self.models)}")
+            log(f"projected gradients of {len(data.latents):,} images, model {number} of {len(self.models)}")
             self.features.append(self._project(each, data.latents, store, runner))
             if data.held_out_latents is not None:
                 self.null.append(self._project(each, data.held_out_latents, store, runner))
-            pictures = self.features[-1].values[:, 0]  # without their mirror images
-            self.kernels.append(Kernel(pictures, self.relative_lambda, self.absolute_lambda))
+            images = self.features[-1].values[:, 0]  # without their mirror images
+            self.kernels.append(Kernel(images, self.relative_lambda, self.absolute_lambda))
 
-    def _project(self, model: DiffusionModel, part: LatentSet, store: Store, runner: Runner) -> Rows:
+    def _project(self, model: DiffusionModel, part: EncodedImages, store: Store, runner: Runner) -> Rows:
         names = list(select_weights(model.denoiser, self.weights))
-        return project_pictures(
+        return project_images(
             model, part, self.grid, names, self.projection, store, runner, self.batch_size, self.progress
         )
 
@@ -166,7 +166,7 @@ class ProjectedGradients(Attributor):
             for query, each in zip(queries, steps, strict=True):
                 loss = self.query_loss(model, query, runner)
                 for step in each:
-                    yield loss.gradient(parameters, step, self.draws)
+                    yield loss.gradient(parameters, step, self.noise_samples)
 
         with trainable(model.denoiser, parameters):
             rows = project_each(self.projection, gradients())
@@ -188,7 +188,7 @@ class ProjectedGradients(Attributor):
         return [list(of_query) for of_query in zip(*by_model, strict=True)]
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """A block of queries at a time: their gradients, and inner products with every picture."""
+        """A block of queries at a time: their gradients, and inner products with every image."""
         if self._ready is None:
             raise ValueError("fit must run before score.")
         data, _ = self._ready
@@ -208,7 +208,7 @@ class ProjectedGradients(Attributor):
                 yield Scores(query, ids, scores, null, {"gradient_s": gradient_s, "query_s": query_s})
 
     def products(self, features: Sequence[Rows], directions: Sequence[Float[Tensor, "s d"]]) -> np.ndarray:
-        """Scores of all pictures by each direction, shape (S, N): the mean over models, then the flips reduced."""
+        """Scores of all images by each direction, shape (S, N): the mean over models, then the flips reduced."""
         found = [
             torch.cat([block @ direction.T for block in in_double(each.values)])
             for each, direction in zip(features, directions, strict=True)

@@ -1,4 +1,4 @@
-"""JourneyTRAK (Georgiev et al. 2023, "The Journey, Not the Destination"): TRAK of the steps that led to a picture."""
+"""JourneyTRAK (Georgiev et al. 2023, "The Journey, Not the Destination"): TRAK of the steps that led to an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wherefrom.attributors.base import Need
 from wherefrom.attributors.trak.base import ProjectedGradients
-from wherefrom.gradients.loss_grid import LossDraws
+from wherefrom.gradients.loss_grid import LossSamples
 from wherefrom.gradients.projection import Projection
 from wherefrom.gradients.query_loss import QueryLatent, QueryLoss, as_latent
 from wherefrom.gradients.score_reduction import Flip
@@ -64,22 +64,22 @@ class JourneyTRAK(ProjectedGradients):
     """Σ_t φ_t(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ_t the projected gradient at step t of the sampling that made the query.
 
     The paper scores each step apart (`step_scores`); the score here is the sum over `timesteps`. The trajectory is that
-    of the model which drew the query, and is scored under all models of an ensemble. On the training side, each picture
+    of the model which drew the query, and is scored under all models of an ensemble. On the training side, each image
     draws its timesteps with replacement, and one of its captions.
 
     Args:
         weights: Which weights' gradients are projected; the paper takes all.
         projection: P.
-        grid: How many draws the gradient of a training picture is the mean of.
+        grid: How many draws the gradient of a training image is the mean of.
         timesteps: Which steps of the trajectory count; each must be one that the sampler stopped at. Null takes `steps`
             of them.
         steps: Where `timesteps` is null, the number of steps, spaced evenly over the trajectory from its first to its
             last, or all of a shorter one. Time and memory of a query grow with it.
         resamplings: Noise draws of which each step's gradient is the mean.
-        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the pictures without mirror images.
+        relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How a picture's score is made from its own and its mirror image's; of the sum over steps.
-        ensemble: Pipelines of further models, trained on the same pictures with the same autoencoder; scores are
+        flip: How an image's score is made from its own and its mirror image's; of the sum over steps.
+        ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.
         seed: Seed of the query's noise.
@@ -96,7 +96,7 @@ class JourneyTRAK(ProjectedGradients):
         self,
         weights: Subset = "all",
         projection: Projection = Projection(),
-        grid: LossDraws = LossDraws(),
+        grid: LossSamples = LossSamples(),
         timesteps: list[int] | None = None,
         steps: int = 10,
         resamplings: int = 20,
@@ -155,12 +155,14 @@ class JourneyTRAK(ProjectedGradients):
 
     def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
         """The loss of what was predicted on the way."""
-        each = -(-self.draws // runner.world_size)  # few draws a step: one batch would leave the other processes idle
+        each = -(
+            -self.noise_samples // runner.world_size
+        )  # few draws a step: one batch would leave the other processes idle
         latent, trajectory = as_latent(model, query), self._trajectory(query)
         return JourneyLoss(model, latent, trajectory, self.seed, runner, min(128, each))
 
     def step_scores(self, query: Query) -> tuple[Sequence[int], Float[NDArray[np.float64], "s n"]]:
-        """The timesteps that count, and the scores of all training pictures at each alone.
+        """The timesteps that count, and the scores of all training images at each alone.
 
         Raises:
             ValueError: `fit` has not run, or the query has no such trajectory.
@@ -171,7 +173,7 @@ class JourneyTRAK(ProjectedGradients):
     def _trajectory(self, query: Query) -> Trajectory:
         if query.trajectory is None:
             raise ValueError(
-                f"Query {query.id!r} has no sampling trajectory, which JourneyTRAK follows, and a picture file never "
+                f"Query {query.id!r} has no sampling trajectory, which JourneyTRAK follows, and an image file never "
                 "has one: draw the query from its prompt (queries.prompts; from Python, generate with "
                 "keep_trajectory=True), or choose TRAK."
             )

@@ -1,17 +1,16 @@
-"""Projected gradients of pictures, and the regularised inner product that TRAK and D-TRAK score by."""
+"""Projected gradients of images, and the regularised inner product that TRAK and D-TRAK score by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wherefrom.data.latents import LatentSet
-from wherefrom.gradients.loss_grid import LossDraws, LossGrid, LossPass
+from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.gradients.loss_grid import LossGrid, LossPass, LossSamples
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.gradients.projection import Projection
 from wherefrom.models.diffusion import DiffusionModel
@@ -19,6 +18,7 @@ from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.row_cache import Rows, make_rows
+from wherefrom.runtime.stable_names import bare_name, settings_identity
 
 _GRADIENT_BYTES = 2**30  # of gradients held at a time, before they are projected
 SMALLEST_DIMENSION = 100
@@ -28,8 +28,8 @@ _ROWS_AT_A_TIME = 4096  # of features, in float64
 Compress = Callable[[Mapping[str, Float[Tensor, "b n"]]], Float[Tensor, "b d"]]
 
 
-class PictureFeatures:
-    """Compressed mean of ∇l over captions, timesteps and draws, of pictures and their mirror images.
+class ImageFeatures:
+    """Compressed mean of ∇l over captions, timesteps and draws, of images and their mirror images.
 
     Args:
         losses: What is differentiated, and where.
@@ -56,13 +56,13 @@ class PictureFeatures:
         PerSampleGradients(self.model.denoiser, self.names)
 
     def rows(self, positions: range) -> Float[Tensor, "b f d"]:
-        """The features of the pictures at these positions.
+        """The features of the images at these positions.
 
         Raises:
             ValueError: A gradient is not finite.
         """
-        picture_bytes = self.flips * sum(self.sizes.values()) * self.dtype.itemsize
-        parts = -(-len(positions) // max(1, _GRADIENT_BYTES // picture_bytes))
+        image_bytes = self.flips * sum(self.sizes.values()) * self.dtype.itemsize
+        parts = -(-len(positions) // max(1, _GRADIENT_BYTES // image_bytes))
         size = -(-len(positions) // parts)  # parts of one size, since each costs the whole matrix once
         done = [self._part(positions[start : start + size]) for start in range(0, len(positions), size)]
         return torch.cat(done)
@@ -73,16 +73,16 @@ class PictureFeatures:
         return features.cpu()
 
     def gradients(self, part: range) -> dict[str, Tensor]:
-        """The mean gradient of each picture and flip, one a row."""
+        """The mean gradient of each image and flip, one a row."""
         items, device = len(self.losses.flip), self.model.device
         means = {
             name: torch.zeros(len(part) * self.flips, size, dtype=self.dtype, device=device)
             for name, size in self.sizes.items()
         }
-        for picture, item in self.losses.batches(part):
-            row = ((picture - part.start) * self.flips + self.losses.flip[item]).to(device)
+        for image, item in self.losses.batches(part):
+            row = ((image - part.start) * self.flips + self.losses.flip[item]).to(device)
             with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
-                losses = self.losses.item_losses(picture, item)
+                losses = self.losses.item_losses(image, item)
                 if self.weights is not None:
                     losses = losses * self.weights[item].to(losses)
                 for name, gradients in tap.per_sample(losses):
@@ -90,10 +90,10 @@ class PictureFeatures:
         return means
 
 
-def project_pictures(
+def project_images(
     model: DiffusionModel,
-    data: LatentSet,
-    grid: LossGrid | LossDraws,
+    data: EncodedImages,
+    grid: LossGrid | LossSamples,
     names: Sequence[str],
     projection: Projection,
     store: Store,
@@ -101,11 +101,11 @@ def project_pictures(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Rows:
-    """φ of all pictures and their mirror images, shape (N, F, D), kept in the store by id and found again.
+    """φ of all images and their mirror images, shape (N, F, D), kept in the store by id and found again.
 
     Args:
         model: The model; `SquareOutput` of it for D-TRAK.
-        data: The pictures.
+        data: The images.
         grid: Where the losses are differentiated.
         names: Parameters.
         projection: P.
@@ -124,9 +124,9 @@ def project_pictures(
         "dtype": str(model.dtype),
         "weights": sorted(names),
         "projection": projection.identity(),
-        "losses": [type(grid).__name__, asdict(grid)],
+        "losses": [bare_name(type(grid)), settings_identity(grid)],
     }
-    features = PictureFeatures(grid.of(model, data, batch_size), names, projection.project)
+    features = ImageFeatures(grid.of(model, data, batch_size), names, projection.project)
     return make_rows(features.rows, data.ids, store, "projected_gradients", identity, runner, progress=progress)
 
 
@@ -195,7 +195,7 @@ class Kernel:
     """x ↦ (ΦᵀΦ + λI)⁻¹ x, with λ relative to the mean diagonal of ΦᵀΦ unless it is given itself.
 
     Args:
-        features: Φ, one training picture a row.
+        features: Φ, one training image a row.
         relative: λ / (tr(ΦᵀΦ) / dimension).
         absolute: λ itself, instead.
 

@@ -1,10 +1,9 @@
-"""Attribution by unlearning (AbU): unlearn the query, and see which training pictures the model forgets with it."""
+"""Attribution by unlearning (AbU): unlearn the query, and see which training images the model forgets with it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -12,29 +11,30 @@ import torch
 from torch import Tensor
 
 from wherefrom.attributors.base import Work
-from wherefrom.attributors.preconditioned import CurvedAttributor, Form
+from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
 from wherefrom.attributors.unlearning.unlearner import Unlearned, UnlearningSettings, unlearn
 from wherefrom.curvature import FisherSettings
-from wherefrom.data.latents import LatentSet
+from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, measure_losses
 from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights, reduce_losses
 from wherefrom.models.diffusion import DiffusionModel, Output, check_output, with_output
 from wherefrom.models.parameter_subsets import Subset, moved_weights
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
-from wherefrom.runtime.console import Say, silent
+from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.stable_names import settings_identity
 from wherefrom.runtime.tensor_hash import hash_tensors
 
 
-class AttributionByUnlearning(CurvedAttributor):
+class AttributionByUnlearning(PreconditionedAttributor):
     """τ(ẑ, z) = L(z; θ′) - L(z; θ₀), θ′ the weights after unlearning ẑ (AbU, sections 3.2 and 3.3).
 
     Args:
         weights: Which weights unlearning moves.
         unlearning: How the query is unlearned.
         grid: Where training losses are measured.
-        flip: How a picture's score is made from its own and its mirror image's.
+        flip: How an image's score is made from its own and its mirror image's.
         curvature: Form of the Fisher information of a Newton step: its diagonal (AbU) or EK-FAC (AbU+, Fast Data
             Attribution, section 3).
         fisher: How the Fisher information is sampled.
@@ -45,10 +45,10 @@ class AttributionByUnlearning(CurvedAttributor):
         batch_size: Forward passes at a time; does not change the result.
         breakdown: Which parts of the scores are kept beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training pictures, so that no timestep drowns the others.
+            timestep's changes by their spread over 256 training images, so that no timestep drowns the others.
         step_output: What unlearning raises: the query's loss, or the mean square of the model's output on it, as in
-            D-TRAK (AbU's third open question). `unlearning.rise` is that of the same.
-        score_output: Whose change is the score: the training pictures' losses, or the mean squares of the output.
+            D-TRAK (AbU's third open question). `unlearning.relative_loss_increase` is that of the same.
+        score_output: Whose change is the score: the training images' losses, or the mean squares of the output.
 
     Raises:
         ValueError: The form of curvature or an output is unknown, or there are more timestep bands than timesteps.
@@ -97,7 +97,7 @@ class AttributionByUnlearning(CurvedAttributor):
         """The settings that decide the scores."""
         return {
             "method": "attribution by unlearning",
-            "unlearning": asdict(self.unlearning),
+            "unlearning": settings_identity(self.unlearning),
             "step_output": self.step_output,
             "score_output": self.score_output,
             **super().identity(),
@@ -110,23 +110,23 @@ class AttributionByUnlearning(CurvedAttributor):
         """
         assert data.latents is not None
         losses, curvature = self.losses_of(data), self.curvature_passes(data)
-        gradient = self.unlearning.steps * (3 * self.unlearning.draws + 6 * self.unlearning.measure_draws)
+        gradient = self.unlearning.steps * (3 * self.unlearning.noise_samples + 6 * self.unlearning.measurement_samples)
         latents = data.latents.held_bytes
         return Work(losses + curvature, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
 
     def fit(
-        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, say: Say = silent
+        self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
         """Makes the curvature and the losses before unlearning, once per model."""
-        _, latents = self.prepare(data, model, store, runner, say)
-        say(f"losses of {len(latents):,} training pictures before unlearning")
+        _, latents = self.prepare(data, model, store, runner, log)
+        log(f"losses of {len(latents):,} training images before unlearning")
         started = time.monotonic()
         self.before = self._losses(latents, None)
         empty = torch.zeros((0, *self.before.shape[1:]), dtype=self.before.dtype)
         self.null_before = self._losses(data.held_out_latents, None) if data.held_out_latents is not None else empty
         self.fit_s = {**self.fit_s, "losses": time.monotonic() - started}
 
-    def _losses(self, data: LatentSet, moved: Unlearned | None, weights: str | None = None) -> Tensor:
+    def _losses(self, data: EncodedImages, moved: Unlearned | None, weights: str | None = None) -> Tensor:
         pretrained, _, _, store, runner = self.ready()
         model = with_output(pretrained, self.score_output)
         if moved is None:
@@ -135,7 +135,7 @@ class AttributionByUnlearning(CurvedAttributor):
             return measure_losses(model, data, self.grid, store, runner, self.batch_size, weights, self.progress)
 
     def _change(self, positions: list[int], unlearned: Unlearned, name: str) -> Tensor:
-        """How the losses of the training pictures at these positions changed."""
+        """How the losses of the training images at these positions changed."""
         return self._losses(self.ready()[1].subset(positions), unlearned, name) - self.before[positions]
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
@@ -168,7 +168,7 @@ class AttributionByUnlearning(CurvedAttributor):
                 {
                     "split_half_reliability": self.reliability(change),
                     raised: unlearned.losses[0],
-                    f"{raised}_rise": unlearned.rise,
+                    f"{raised}_rise": unlearned.relative_loss_increase,
                     "alpha": unlearned.alphas[0],
                     "unlearning_s": unlearn_s,
                     "gradient_s": unlearned.gradient_s,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-_RISE_TOLERANCE = 0.01
+_INCREASE_TOLERANCE = 0.01
 _MAX_TRIALS = 80
 _SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-12, 1e30  # float32 ends at 3e38
 
 
-def alpha_for_rise(apply: Callable[[float], float], target: float, guess: float) -> float:
+def alpha_for_increase(apply: Callable[[float], float], target: float, guess: float) -> float:
     """The α at which `apply(α)` = target, by doubling, then regula falsi with bisection; apply(0) < target.
 
     Args:
@@ -30,7 +30,7 @@ def alpha_for_rise(apply: Callable[[float], float], target: float, guess: float)
     low, high, value_low = 0.0, guess if _SMALLEST_ALPHA < guess < _LARGEST_ALPHA else _SMALLEST_ALPHA, -target
     value_high = excess(high)
     for _ in range(_MAX_TRIALS):
-        if abs(value_high) <= _RISE_TOLERANCE * target:
+        if abs(value_high) <= _INCREASE_TOLERANCE * target:
             return high
         if value_high < 0:
             if high > _LARGEST_ALPHA:
@@ -42,7 +42,7 @@ def alpha_for_rise(apply: Callable[[float], float], target: float, guess: float)
         secant = low - value_low * (high - low) / (value_high - value_low)
         middle = min(max(secant, low + 0.05 * (high - low)), high - 0.05 * (high - low))
         value = excess(middle)
-        if abs(value) <= _RISE_TOLERANCE * target:
+        if abs(value) <= _INCREASE_TOLERANCE * target:
             return middle
         if value < 0:
             low, value_low = middle, value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.attributors.unlearning.optimizers import NewtonAscent, SGDAscent
-from wherefrom.attributors.unlearning.step_size import alpha_for_rise
+from wherefrom.attributors.unlearning.step_size import alpha_for_increase
 from wherefrom.curvature.base import Curvature
 from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
 from wherefrom.models.diffusion import DiffusionModel
@@ -27,34 +27,37 @@ class UnlearningSettings:
 
     Attributes:
         steps: Number of steps.
-        draws: (t, ε) draws of which each step's gradient is the mean; AbU takes 50,000.
-        rise: Choose α so that the query's loss rises by this share over all steps (ours: α itself does not transfer
-            between models).
-        alpha: α itself; instead of `rise`.
+        noise_samples: (t, ε) draws of which each step's gradient is the mean; AbU takes 50,000.
+        relative_loss_increase: Choose α so that the query's loss rises by this share over all steps (ours: α itself
+            does not transfer between models).
+        alpha: α itself; instead of `relative_loss_increase`.
         newton: Precondition with the curvature; False is the SGD ablation.
         pull: Keep the pull towards the pretrained weights.
-        measure_draws: Draws on which the rise is measured.
+        measurement_samples: Draws on which the rise is measured.
         seed: Seed of all draws.
     """
 
     steps: int = 1
-    draws: int = 2000
-    rise: float | None = 0.2
+    noise_samples: int = 2000
+    relative_loss_increase: float | None = 0.2
     alpha: float | None = None
     newton: bool = True
     pull: bool = False
-    measure_draws: int = 400
+    measurement_samples: int = 400
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.rise is None) == (self.alpha is None):
+        if (self.relative_loss_increase is None) == (self.alpha is None):
             raise ValueError(
-                f"Give either rise or alpha, and null for the other; given rise={self.rise} and alpha={self.alpha}."
+                "Give either relative_loss_increase or alpha, and null for the other; given "
+                f"relative_loss_increase={self.relative_loss_increase} and alpha={self.alpha}."
             )
-        if self.steps < 1 or self.draws < 1 or self.measure_draws < 1:
-            raise ValueError("steps, draws and measure_draws must be at least 1.")
-        if self.rise is not None and self.rise <= 0:
-            raise ValueError(f"rise must be positive (0.2 is 20 %); given {self.rise}.")
+        if self.steps < 1 or self.noise_samples < 1 or self.measurement_samples < 1:
+            raise ValueError("steps, noise_samples and measurement_samples must be at least 1.")
+        if self.relative_loss_increase is not None and self.relative_loss_increase <= 0:
+            raise ValueError(
+                f"relative_loss_increase must be positive (0.2 is 20 %); given {self.relative_loss_increase}."
+            )
         if self.alpha is not None and self.alpha < 0:
             raise ValueError(f"alpha must not be negative: unlearning ascends; given {self.alpha}.")
 
@@ -76,7 +79,7 @@ class Unlearned:
     gradient_s: float = 0.0
 
     @property
-    def rise(self) -> float:
+    def relative_loss_increase(self) -> float:
         """Relative rise of the query's loss."""
         return self.losses[-1] / self.losses[0] - 1.0
 
@@ -123,7 +126,7 @@ class Unlearner:
         self._measure()
 
     def _measure(self) -> None:
-        value = self.loss.value(self.settings.measure_draws)
+        value = self.loss.value(self.settings.measurement_samples)
         if not math.isfinite(value):
             raise ValueError(
                 f"The loss of query {self.query.id!r} is {value} after step {len(self.alphas)} of unlearning. "
@@ -140,7 +143,7 @@ class Unlearner:
         """
         started = time.monotonic()
         with trainable(self.model.denoiser, self.parameters):
-            gradients = self.loss.gradient(self.parameters, len(self.alphas), self.settings.draws)
+            gradients = self.loss.gradient(self.parameters, len(self.alphas), self.settings.noise_samples)
         self.gradient_s += time.monotonic() - started
         before, updates = self.values(), self.optimizer.updates(gradients)
 
@@ -149,17 +152,17 @@ class Unlearner:
                 for name, parameter in self.parameters.items():
                     parameter.copy_(before[name].add(updates[name], alpha=alpha))
 
-        def rise(alpha: float) -> float:
+        def relative_loss_increase(alpha: float) -> float:
             move(alpha)
-            return self.loss.value(self.settings.measure_draws) / self.losses[-1] - 1.0
+            return self.loss.value(self.settings.measurement_samples) / self.losses[-1] - 1.0
 
         alpha = self.settings.alpha
         if alpha is None:
-            assert self.settings.rise is not None
-            target = (1.0 + self.settings.rise) ** (1.0 / self.settings.steps) - 1.0
+            assert self.settings.relative_loss_increase is not None
+            target = (1.0 + self.settings.relative_loss_increase) ** (1.0 / self.settings.steps) - 1.0
             slope = sum(float((gradients[name].double() * updates[name].double()).sum()) for name in updates)
             linear = target * self.losses[-1] / slope if slope > 0 else 0.0
-            alpha = alpha_for_rise(rise, target, linear)
+            alpha = alpha_for_increase(relative_loss_increase, target, linear)
         move(alpha)
         self.alphas.append(alpha)
         self._measure()

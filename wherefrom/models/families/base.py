@@ -1,8 +1,8 @@
 """How each architecture is called: (noisy latents, time, conditioning) -> prediction.
 
 What a network is told of a caption travels as one tensor: its token states and, below them, whatever else it is told
-(pooled vectors, a mask, the picture's size), laid out in rows of the same width and filled up with zeros. A network
-that is told nothing else gets the token states as they are. So a caption is one row of `LatentSet.states` and of a
+(pooled vectors, a mask, the image's size), laid out in rows of the same width and filled up with zeros. A network
+that is told nothing else gets the token states as they are. So a caption is one row of `EncodedImages.states` and of a
 query whatever the architecture, and can be dropped, expanded and mapped from disk as such.
 
 Shape letters: B = batch, L = tokens, D = width of a token state, E = what else there is, R = rows of both.
@@ -85,7 +85,7 @@ class Denoiser:
         if latent[0] != channels:
             raise ValueError(
                 f"The latents have {latent[0]} channels, but the model takes {channels}: they were made by another "
-                "autoencoder than the model's. Encode the pictures with the model's own."
+                "autoencoder than the model's. Encode the images with the model's own."
             )
         width = self.width()
         if width is not None and rows[1] != width:
@@ -107,5 +107,5 @@ class TransformerDenoiser(Denoiser):
                 limit = "" if most is None else f", and no more than {most * patch}"
                 raise ValueError(
                     f"The latents are {latent[1]} × {latent[2]}, but their sides must be multiples of {patch}, the "
-                    f"side of a patch{limit}. Choose another size of the pictures."
+                    f"side of a patch{limit}. Choose another size of the images."
                 )

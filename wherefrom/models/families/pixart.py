@@ -11,7 +11,7 @@ PIXART_SIZE = 3  # PixArt's height, width and their ratio
 
 
 class PixArtDenoiser(TransformerDenoiser):
-    """PixArt's transformer: below the token states, their mask and, in the larger models, the picture's size.
+    """PixArt's transformer: below the token states, their mask and, in the larger models, the image's size.
 
     It also says how sure it is of each value (a learned variance), which the loss leaves out.
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wherefrom.data.image_set import Pictures, joined_pictures, keep_indices
+from wherefrom.data.image_set import ImageSet, joined_image_sets, keep_indices
 from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
 from wherefrom.models.pixels import to_float
@@ -37,15 +37,15 @@ LATENTS, STATES, NULL_STATES = "latents.npy", "states.npy", "null_states.npy"
 
 
 @dataclass(frozen=True)
-class LatentSet:
+class EncodedImages:
     """A training set as the diffusion model sees it.
 
     Latents and states may be mapped from disk, in float16 or as views of rows: index them, then bring what was taken to
     the model's type.
 
     Attributes:
-        pictures: The pictures that were encoded, in the same order.
-        latents: Scaled latents of each picture and of its mirror image, shape (N, 2, C, H, W).
+        images: The images that were encoded, in the same order.
+        latents: Scaled latents of each image and of its mirror image, shape (N, 2, C, H, W).
         states: Token states of each caption, shape (N, K, L, D); where the model is told more of a caption, the rest is
             in rows below them (`wherefrom.models.families.base`).
         null_states: Token states of the empty caption, shape (L, D).
@@ -53,7 +53,7 @@ class LatentSet:
         mapped: Whether latents and states are read from disk where they are used.
     """
 
-    pictures: Pictures
+    images: ImageSet
     latents: Float[Tensor, "n 2 c h w"] | RowView | JoinedRows
     states: Float[Tensor, "n k l d"] | RowView | JoinedRows
     null_states: Float[Tensor, "l d"]
@@ -67,24 +67,24 @@ class LatentSet:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The pictures' ids."""
-        return self.pictures.ids
+        """The images' ids."""
+        return self.images.ids
 
     @property
     def id_keys(self) -> Int64[Tensor, " n"]:
-        """Hash of each picture's id."""
-        return keyed_random.hash_texts(self.pictures.ids)
+        """Hash of each image's id."""
+        return keyed_random.hash_texts(self.images.ids)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def subset(self, indices: Sequence[int]) -> LatentSet:
-        """The pictures at these positions; its fingerprint names them."""
+    def subset(self, indices: Sequence[int]) -> EncodedImages:
+        """The images at these positions; its fingerprint names them."""
         chosen = list(indices)
         rows = np.asarray(chosen, dtype=np.intp)
         ids = [self.ids[index] for index in chosen]
-        return LatentSet(
-            self.pictures.subset(chosen),
+        return EncodedImages(
+            self.images.subset(chosen),
             take_rows(self.latents, rows),
             take_rows(self.states, rows),
             self.null_states,
@@ -93,10 +93,10 @@ class LatentSet:
         )
 
     def sample(self, count: int) -> list[int]:
-        """Positions of up to `count` pictures, in order, that are chosen by the hashes of their ids alone."""
+        """Positions of up to `count` images, in order, that are chosen by the hashes of their ids alone."""
         return sorted(torch.argsort(keyed_random.combine(_SAMPLE, self.id_keys))[:count].tolist())
 
-    def without(self, exclude: Sequence[str]) -> LatentSet:
+    def without(self, exclude: Sequence[str]) -> EncodedImages:
         """The set without these ids.
 
         Raises:
@@ -105,7 +105,7 @@ class LatentSet:
         return self.subset(keep_indices(self.ids, exclude)) if exclude else self
 
 
-def joined(first: LatentSet, second: LatentSet) -> LatentSet:
+def joined(first: EncodedImages, second: EncodedImages) -> EncodedImages:
     """Both sets as one; what is on disk stays there. The empty caption is the first's.
 
     Raises:
@@ -114,8 +114,8 @@ def joined(first: LatentSet, second: LatentSet) -> LatentSet:
     for what, one, other in (("Latents", first.latents, second.latents), ("States", first.states, second.states)):
         if one.shape[1:] != other.shape[1:]:
             raise ValueError(f"{what} of shape {tuple(one.shape[1:])} and {tuple(other.shape[1:])} cannot be one set.")
-    return LatentSet(
-        joined_pictures(first.pictures, second.pictures),
+    return EncodedImages(
+        joined_image_sets(first.images, second.images),
         join_rows(first.latents, second.latents),
         join_rows(first.states, second.states),
         first.null_states,
@@ -144,27 +144,27 @@ def report_cut(text: CaptionEncoder, captions: Sequence[str], what: str) -> int:
     return len(cut)
 
 
-def encode_pictures(
-    pictures: Pictures,
+def encode_image_set(
+    image_set: ImageSet,
     encoder: LatentEncoder,
     store: Store,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
     half: bool = False,
-    say: Callable[[str], None] = _silent,
-) -> LatentSet:
-    """Latents and caption states of the pictures, from the store if they are there.
+    log: Callable[[str], None] = _silent,
+) -> EncodedImages:
+    """Latents and caption states of the images, from the store if they are there.
 
     Neither is ever held in memory as a whole, and an interrupted run goes on from its last finished batch.
 
     Args:
-        pictures: The pictures.
+        image_set: The images.
         encoder: Autoencoder and text encoder; their weights are part of the identity, so the cache is never stale.
         store: Where the arrays are kept.
-        batch_size: Pictures encoded at a time.
-        progress: Called with (done, total) pictures: first their latents, then their captions.
+        batch_size: Images encoded at a time.
+        progress: Called with (done, total) images: first their latents, then their captions.
         half: Keep float16, which takes half the disk.
-        say: Is told how large the arrays will be before any is made.
+        log: Receives a line that says how large the arrays will be before any is made.
 
     Captions that are longer than the text encoder reads lose their ends, as in training; how many do is logged, and
     kept in the manifest.
@@ -173,25 +173,25 @@ def encode_pictures(
         ValueError: A value is too large for float16.
         StorageError: The store could not be written; finished batches are kept.
     """
-    height, width = (int(side) for side in pictures.pixels.shape[1:3])
+    height, width = (int(side) for side in image_set.pixels.shape[1:3])
     encoder.text.sized((height, width))
     identity = {
-        "pictures": pictures.fingerprint,
-        "ids": identity_hash({"ids": list(pictures.ids)}),
+        "pictures": image_set.fingerprint,
+        "ids": identity_hash({"ids": list(image_set.ids)}),
         **encoder.identity(),
         **({"dtype": "float16"} if half else {}),
     }
     dtype = np.dtype(np.float16 if half else np.float32)
 
     def pixels(rows: slice) -> Tensor:
-        return to_float(torch.from_numpy(np.array(pictures.pixels[rows])))
+        return to_float(torch.from_numpy(np.array(image_set.pixels[rows])))
 
     def latents(rows: slice) -> Tensor:
         images = pixels(rows)
         return torch.stack([encoder.encode_pixels(images), encoder.encode_pixels(images.flip(-1))], dim=1)
 
     def states(rows: slice) -> Tensor:
-        captions = pictures.captions[rows]
+        captions = image_set.captions[rows]
         flat = encoder.text.encode([caption for several in captions for caption in several])
         return flat.reshape(len(captions), -1, *flat.shape[1:])
 
@@ -199,34 +199,34 @@ def encode_pictures(
         with GrowingArray(path, row, dtype) as array:
             if array.finished:
                 return
-            while array.rows < len(pictures):
+            while array.rows < len(image_set):
                 block = encode(slice(array.rows, array.rows + batch_size)).numpy()
                 if half and np.abs(block).max() > np.finfo(np.float16).max:
                     raise ValueError(
-                        f"{path.name} of pictures from {pictures.ids[array.rows]!r} on hold {np.abs(block).max():.3g}, "
+                        f"{path.name} of images from {image_set.ids[array.rows]!r} on hold {np.abs(block).max():.3g}, "
                         "which float16 does not reach: encode without half."
                     )
                 array.append(block)
                 if progress is not None:
-                    progress(array.rows, len(pictures))
+                    progress(array.rows, len(image_set))
             array.finish()
 
     def build(folder: Path) -> Mapping[str, Any]:
         null = encoder.text.encode([""])[0]
         one = encoder.encode_pixels(pixels(slice(0, 1)))[0]
-        rows = ((2, *one.shape), (len(pictures.captions[0]), *null.shape))
-        size = len(pictures) * dtype.itemsize * sum(int(np.prod(row)) for row in rows)
-        announce_size(say, f"latents and text states of {len(pictures):,} pictures", size, store.root)
+        rows = ((2, *one.shape), (len(image_set.captions[0]), *null.shape))
+        size = len(image_set) * dtype.itemsize * sum(int(np.prod(row)) for row in rows)
+        announce_size(log, f"latents and text states of {len(image_set):,} images", size, store.root)
         write_array(folder / NULL_STATES, tuple(null.shape), [null.numpy()])
         grow(folder / LATENTS, rows[0], latents)
         grow(folder / STATES, rows[1], states)
-        captions = [caption for several in pictures.captions for caption in several]
+        captions = [caption for several in image_set.captions for caption in several]
         cut = report_cut(encoder.text, captions, "captions")
         return {"captions_cut": cut} if cut else {}
 
     folder = store.make("latents", identity, build)
-    return LatentSet(
-        pictures,
+    return EncodedImages(
+        image_set,
         map_array(folder / LATENTS),
         map_array(folder / STATES),
         map_array(folder / NULL_STATES),
@@ -248,7 +248,7 @@ class LatentVisits(Dataset[LatentBatch]):
         ValueError: Captions are to be dropped, but the states of the empty caption are not known.
     """
 
-    def __init__(self, data: LatentSet, seed: int, flip_share: float = 0.5, caption_dropout: float = 0.1) -> None:
+    def __init__(self, data: EncodedImages, seed: int, flip_share: float = 0.5, caption_dropout: float = 0.1) -> None:
         if caption_dropout > 0 and bool(data.null_states.isnan().any()):
             raise ValueError(
                 "caption_dropout needs the states of the empty caption, which the ready-made arrays do not hold: give "

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.support.tiny import tiny_encoder
-from wherefrom.data.image_set import Pictures
-from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
+from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
+from wherefrom.data.image_set import ImageSet
 from wherefrom.data.stream import Visit
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.pixels import to_float
@@ -28,8 +28,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> LatentEncoder:
 
 
 @pytest.fixture
-def pictures() -> Pictures:
-    return Pictures(
+def images() -> ImageSet:
+    return ImageSet(
         tuple(f"picture/{index}" for index in range(COUNT)),
         tuple((f"a red square {index}", f"big blue circle {index}", "") for index in range(COUNT)),
         np.random.default_rng(1).integers(0, 256, (COUNT, 8, 8, 3), dtype=np.uint8),
@@ -38,22 +38,22 @@ def pictures() -> Pictures:
     )
 
 
-def test_every_row_is_that_of_its_picture_alone(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
-    made = encode_pictures(pictures, encoder, Store(tmp_path), batch_size=4)
+def test_every_row_is_that_of_its_image_alone(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
+    made = encode_image_set(images, encoder, Store(tmp_path), batch_size=4)
     assert made.latents.shape == (COUNT, 2, 4, 4, 4)
     assert made.states.shape == (COUNT, 3, 6, 12)
     for index in range(COUNT):
-        image = to_float(torch.from_numpy(pictures.pixels[index]))[None]
+        image = to_float(torch.from_numpy(images.pixels[index]))[None]
         both = torch.cat([encoder.encode_pixels(image), encoder.encode_pixels(image.flip(-1))])
         torch.testing.assert_close(made.latents[index], both)
-        torch.testing.assert_close(made.states[index], encoder.text.encode(pictures.captions[index]))
+        torch.testing.assert_close(made.states[index], encoder.text.encode(images.captions[index]))
     torch.testing.assert_close(made.null_states, encoder.text.encode([""])[0])
 
 
-def test_float32_keeps_the_identity_that_it_had(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
-    before = {"pictures": "fingerprint", "ids": identity_hash({"ids": list(pictures.ids)}), **encoder.identity()}
-    assert encode_pictures(pictures, encoder, Store(tmp_path)).fingerprint == identity_hash(before)
-    assert encode_pictures(pictures, encoder, Store(tmp_path), half=True).fingerprint != identity_hash(before)
+def test_float32_keeps_the_identity_that_it_had(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
+    before = {"pictures": "fingerprint", "ids": identity_hash({"ids": list(images.ids)}), **encoder.identity()}
+    assert encode_image_set(images, encoder, Store(tmp_path)).fingerprint == identity_hash(before)
+    assert encode_image_set(images, encoder, Store(tmp_path), half=True).fingerprint != identity_hash(before)
 
 
 class InterruptedTestError(Exception):
@@ -62,7 +62,7 @@ class InterruptedTestError(Exception):
 
 @pytest.mark.parametrize("stop", range(1, 7))
 def test_an_interrupted_run_goes_on_from_its_last_batch(
-    tmp_path: Path, encoder: LatentEncoder, pictures: Pictures, stop: int
+    tmp_path: Path, encoder: LatentEncoder, images: ImageSet, stop: int
 ) -> None:
     calls: list[int] = []
 
@@ -73,11 +73,11 @@ def test_an_interrupted_run_goes_on_from_its_last_batch(
 
     store = Store(tmp_path / "store")
     with pytest.raises(InterruptedTestError):
-        encode_pictures(pictures, encoder, store, 4, interrupt)
+        encode_image_set(images, encoder, store, 4, interrupt)
     rest: list[int] = []
-    made = encode_pictures(pictures, encoder, store, 4, lambda done, total: rest.append(done))
+    made = encode_image_set(images, encoder, store, 4, lambda done, total: rest.append(done))
     assert calls + rest == [4, 8, 11, 4, 8, 11]
-    whole = encode_pictures(pictures, encoder, Store(tmp_path / "other"), 4)
+    whole = encode_image_set(images, encoder, Store(tmp_path / "other"), 4)
     assert torch.equal(made.latents, whole.latents)
     assert torch.equal(made.states, whole.states)
     (folder,) = (tmp_path / "store" / "latents").iterdir()
@@ -85,24 +85,24 @@ def test_an_interrupted_run_goes_on_from_its_last_batch(
     assert {path.name for path in folder.iterdir()} == names
 
 
-def test_half_takes_half_and_rounds(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
+def test_half_takes_half_and_rounds(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
     store = Store(tmp_path)
     said: list[str] = []
-    whole = encode_pictures(pictures, encoder, store)
-    half = encode_pictures(pictures, encoder, store, half=True, say=said.append)
+    whole = encode_image_set(images, encoder, store)
+    half = encode_image_set(images, encoder, store, half=True, log=said.append)
     assert half.latents.dtype == half.states.dtype == torch.float16
     assert torch.equal(half.latents, whole.latents.half())
     assert torch.equal(half.states, whole.states.half())
     size = half.latents.nbytes + half.states.nbytes
     assert said == [said[0]]
-    assert said[0].startswith(f"latents and text states of 11 pictures: {size / 2**20:.1f} MiB in ")
+    assert said[0].startswith(f"latents and text states of 11 images: {size / 2**20:.1f} MiB in ")
     batch = LatentVisits(half, seed=0).__getitems__([Visit(3, 0), Visit(1, 2)])
     assert batch.latents.dtype == batch.states.dtype == torch.float32
     expected = LatentVisits(whole, seed=0).__getitems__([Visit(3, 0), Visit(1, 2)])
     assert torch.equal(batch.latents, expected.latents.half().float())
 
 
-def test_what_float16_does_not_reach_is_refused(tmp_path: Path, encoder: LatentEncoder, pictures: Pictures) -> None:
+def test_what_float16_does_not_reach_is_refused(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
     class Loud:
         text = encoder.text
         identity = encoder.identity
@@ -110,27 +110,27 @@ def test_what_float16_does_not_reach_is_refused(tmp_path: Path, encoder: LatentE
         def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
             return encoder.encode_pixels(pixels) + 70_000
 
-    with pytest.raises(ValueError, match=r"latents\.npy of pictures from 'picture/0' on hold 7e\+04.*without half"):
-        encode_pictures(pictures, Loud(), Store(tmp_path), half=True)
+    with pytest.raises(ValueError, match=r"latents\.npy of images from 'picture/0' on hold 7e\+04.*without half"):
+        encode_image_set(images, Loud(), Store(tmp_path), half=True)
 
 
-def test_left_out_pictures_are_not_copied(
-    tmp_path: Path, encoder: LatentEncoder, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+def test_left_out_images_are_not_copied(
+    tmp_path: Path, encoder: LatentEncoder, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = encode_pictures(pictures, encoder, Store(tmp_path))
+    made = encode_image_set(images, encoder, Store(tmp_path))
     assert made.subset(range(COUNT)).latents is made.latents
     chosen = ["picture/3", "picture/7"]
     copied = made.without(chosen)
     monkeypatch.setattr(mapped_arrays, "_LAZY_FROM", 0)
-    lazy: LatentSet = made.without(chosen)
+    lazy: EncodedImages = made.without(chosen)
     assert isinstance(lazy.latents, RowView)
     assert isinstance(lazy.states, RowView)
-    assert isinstance(lazy.pictures.pixels, RowView)
+    assert isinstance(lazy.images.pixels, RowView)
     assert lazy.fingerprint == copied.fingerprint
     assert lazy.held_bytes == made.held_bytes == 0
     held = replace(made, mapped=False)
     assert held.held_bytes == 4 * COUNT * (2 * 4 * 4 * 4 + 3 * 6 * 12)
-    np.testing.assert_array_equal(np.asarray(lazy.pictures.pixels), copied.pictures.pixels)
+    np.testing.assert_array_equal(np.asarray(lazy.images.pixels), copied.images.pixels)
     visits = [Visit(index, visit) for visit in range(3) for index in range(COUNT - 2)]
     for one, two in zip(
         LatentVisits(lazy, 1).__getitems__(visits), LatentVisits(copied, 1).__getitems__(visits), strict=True
@@ -139,5 +139,5 @@ def test_left_out_pictures_are_not_copied(
     fewer = replace(lazy, states=lazy.states[:, :1])
     assert torch.equal(fewer.states[2, 0], copied.states[2, 0])
     # Encoding what is a view gives the same again.
-    again = encode_pictures(lazy.pictures, encoder, Store(tmp_path))
+    again = encode_image_set(lazy.images, encoder, Store(tmp_path))
     torch.testing.assert_close(again.latents, copied.latents)

@@ -1,4 +1,4 @@
-"""What every data set of captioned pictures shares: keyed training batches of pixels or of cached latents."""
+"""What every data set of captioned images shares: keyed training batches of pixels or of cached latents."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from wherefrom.data.image_set import Pictures, keep_indices, read_ids
-from wherefrom.data.latents import LatentSet, LatentVisits, encode_pictures
+from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
+from wherefrom.data.image_set import ImageSet, keep_indices, read_ids
 from wherefrom.data.stream import KeyedBatches, PixelVisits, VisitDataset
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.keyed_random import hash_texts
 
-SAMPLE = 16  # pictures that are decoded to see how long that takes
-VALIDATION_VISITS = 8  # timesteps and noise draws per held-out picture
+SAMPLE = 16  # images that are decoded to see how long that takes
+VALIDATION_VISITS = 8  # timesteps and noise draws per held-out image
 
 
 def _whole(batch: object) -> object:
@@ -52,11 +52,11 @@ class Census:
     """What a data set will be, told before it is decoded.
 
     Attributes:
-        training: Training pictures, before `exclude`.
-        held_out: Held-out pictures.
+        training: Training images, before `exclude`.
+        held_out: Held-out images.
         size: (height, width) in pixels.
-        captions: Captions of each picture.
-        decode: Reads a few pictures as the data set will and says how many, to be timed; None where all are read.
+        captions: Captions of each image.
+        decode: Reads a few images as the data set will and says how many, to be timed; None where all are read.
     """
 
     training: int
@@ -66,8 +66,8 @@ class Census:
     decode: Callable[[], int] | None = None
 
 
-class PicturesDataModule(LightningDataModule):
-    """Base of the data modules: subclasses say where the pictures come from (`load`).
+class ImageDataModule(LightningDataModule):
+    """Base of the data modules: subclasses say where the images come from (`load`).
 
     Without an encoder the batches are pixels (for the autoencoder); with one they are latents and caption states,
     computed once and kept in the store.
@@ -75,7 +75,7 @@ class PicturesDataModule(LightningDataModule):
     Args:
         encoder: Frozen autoencoder and text encoder.
         store: Folder for what is computed once.
-        batch_size: Pictures in a batch over all devices.
+        batch_size: Images in a batch over all devices.
         seed: Seed of order, flips, captions and dropout.
         exclude: Ids (or a text file of ids) to leave out of training.
         flip_share: Probability of the mirror image.
@@ -104,46 +104,46 @@ class PicturesDataModule(LightningDataModule):
         self.flip_share, self.caption_dropout = flip_share, caption_dropout
         self.console = Console()
 
-    def load(self) -> tuple[Pictures, Pictures]:
-        """The training pictures and the held-out ones, before `exclude`."""
-        raise TypeError(f"{type(self).__name__} does not say where its pictures come from.")
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training images and the held-out ones, before `exclude`."""
+        raise TypeError(f"{type(self).__name__} does not say where its images come from.")
 
     def census(self) -> Census:
-        """How many pictures there will be; here they are read, subclasses whose pictures take long count them only."""
+        """How many images there will be; here they are read, subclasses whose images take long count them only."""
         train, held_out = self.load()
         height, width = (int(side) for side in train.pixels.shape[1:3])
         return Census(len(train), len(held_out), (height, width), len(train.captions[0]))
 
-    def latents_of(self, pictures: Pictures, training: bool) -> LatentSet:
-        """Latents and caption states of the training pictures or of the held-out ones, before `exclude`."""
+    def latents_of(self, images: ImageSet, training: bool) -> EncodedImages:
+        """Latents and caption states of the training images or of the held-out ones, before `exclude`."""
         assert self.encoder is not None
         console = self.console
-        return encode_pictures(
-            pictures, self.encoder, self.store, progress=console.progress, half=self.half, say=console.say
+        return encode_image_set(
+            images, self.encoder, self.store, progress=console.progress, half=self.half, log=console.log
         )
 
     def prepare_data(self) -> None:
-        """Builds pictures and latents in the store, once per machine."""
-        for pictures, training in zip(self.load(), (True, False), strict=True):
-            if self.encoder is not None and len(pictures):
-                self.latents_of(pictures, training)
+        """Builds images and latents in the store, once per machine."""
+        for images, training in zip(self.load(), (True, False), strict=True):
+            if self.encoder is not None and len(images):
+                self.latents_of(images, training)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens what `prepare_data` left."""
         train, validation = self.load()
         kept = keep_indices(train.ids, read_ids(self.exclude))
-        self.train_pictures, self.validation_pictures = train.subset(kept), validation
+        self.train_images, self.validation_images = train.subset(kept), validation
         if self.encoder is not None:
             self.train_latents = self.latents_of(train, True).subset(kept)
             self.validation_latents = self.latents_of(validation, False)
 
-    def visits(self, pictures: Pictures, latents: LatentSet | None, training: bool) -> VisitDataset:
+    def visits(self, images: ImageSet, latents: EncodedImages | None, training: bool) -> VisitDataset:
         """Training batches, or (without flips and dropout) held-out ones."""
         flip_share, dropout = (self.flip_share, self.caption_dropout) if training else (0.0, 0.0)
         if latents is not None:
             return LatentVisits(latents, self.seed, flip_share, dropout)
         return PixelVisits(
-            torch.from_numpy(np.array(pictures.pixels)), hash_texts(list(pictures.ids)), self.seed, flip_share
+            torch.from_numpy(np.array(images.pixels)), hash_texts(list(images.ids)), self.seed, flip_share
         )
 
     def train_dataloader(self) -> KeyedLoader:
@@ -151,17 +151,17 @@ class PicturesDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 0:
             raise ValueError(
-                "Training runs for a fixed number of steps, so that leaving pictures out changes nothing else: "
+                "Training runs for a fixed number of steps, so that leaving images out changes nothing else: "
                 "set max_steps."
             )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but the keyed stream gives one batch "
-                "to each step: leave it at 1 and choose batch_size, which counts pictures over all devices."
+                "to each step: leave it at 1 and choose batch_size, which counts images over all devices."
             )
-        data = self.visits(self.train_pictures, getattr(self, "train_latents", None), training=True)
+        data = self.visits(self.train_images, getattr(self, "train_latents", None), training=True)
         batches = KeyedBatches(
-            hash_texts(list(self.train_pictures.ids)),
+            hash_texts(list(self.train_images.ids)),
             self.seed,
             self.batch_size,
             trainer.max_steps,
@@ -172,22 +172,22 @@ class PicturesDataModule(LightningDataModule):
         return KeyedLoader(data, batches)
 
     def val_dataloader(self) -> KeyedLoader:
-        """The held-out pictures, each visited `VALIDATION_VISITS` times with its own noise."""
-        data = self.visits(self.validation_pictures, getattr(self, "validation_latents", None), training=False)
+        """The held-out images, each visited `VALIDATION_VISITS` times with its own noise."""
+        data = self.visits(self.validation_images, getattr(self, "validation_latents", None), training=False)
         visits = 1 if self.encoder is None else VALIDATION_VISITS
-        size = len(self.validation_pictures)
+        size = len(self.validation_images)
         steps = -(-size * visits // self.batch_size)
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         batches = KeyedBatches(
-            hash_texts(list(self.validation_pictures.ids)), self.seed, self.batch_size, steps, 0, rank, world
+            hash_texts(list(self.validation_images.ids)), self.seed, self.batch_size, steps, 0, rank, world
         )
         return KeyedLoader(data, batches)
 
     def test_dataloader(self) -> KeyedLoader:
-        """The held-out pictures again."""
+        """The held-out images again."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> KeyedLoader:
-        """The held-out pictures again."""
+        """The held-out images again."""
         return self.val_dataloader()

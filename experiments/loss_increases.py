@@ -1,10 +1,10 @@
 """Over which rises of the query's loss is the ranking stable? The step size of unlearning is chosen by that rise.
 
-    python -m experiments.rises
+    python -m experiments.loss_increases
 
-Attributes a few pictures drawn by the committed emoji model at several rises and prints, for each: the rank correlation
+Attributes a few images drawn by the committed emoji model at several rises and prints, for each: the rank correlation
 with the default's ranking and how much of its top 100 is kept, the split-half reliability, and where the training
-picture with the prompt's own caption comes. An interrupted run goes on where it stopped.
+image with the prompt's own caption comes. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from wherefrom.runtime.artifacts import Store, replacing
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.distributed import Runner
 
-DEFAULT_RISE = UnlearningSettings().rise
+DEFAULT_INCREASE = UnlearningSettings().relative_loss_increase
 TOP = 100
 
 
@@ -47,7 +47,7 @@ class Row:
         spearman: Rank correlation with the ranking at the default rise.
         top_kept: Share of the default's top 100 that is in this top 100.
         reliability: Split-half reliability.
-        own_rank: Rank, from 1, of the training picture with the prompt's caption.
+        own_rank: Rank, from 1, of the training image with the prompt's caption.
     """
 
     alpha: list[float]
@@ -59,11 +59,11 @@ class Row:
 
 def compare(found: Mapping[float, Sequence[Scores]], own: Sequence[str]) -> dict[float, Row]:
     """Each rise against the default one, query by query."""
-    assert DEFAULT_RISE is not None
+    assert DEFAULT_INCREASE is not None
     rows = {}
-    for rise, results in found.items():
+    for relative_loss_increase, results in found.items():
         row = Row([], [], [], [], [])
-        for scores, reference, name in zip(results, found[DEFAULT_RISE], own, strict=True):
+        for scores, reference, name in zip(results, found[DEFAULT_INCREASE], own, strict=True):
             positions = np.rint(normalised_ranks(scores.ids, scores.scores) * len(scores.ids)).astype(int)
             row.alpha.append(float(scores.facts["alpha"]))
             row.spearman.append(float(spearmanr(scores.scores, reference.scores).statistic))
@@ -71,20 +71,20 @@ def compare(found: Mapping[float, Sequence[Scores]], own: Sequence[str]) -> dict
             row.top_kept.append(len(top & kept) / TOP)
             row.reliability.append(float(scores.facts["split_half_reliability"]))
             row.own_rank.append(int(positions[scores.ids.index(name)]) + 1)
-        rows[rise] = row
+        rows[relative_loss_increase] = row
     return rows
 
 
 def table(rows: Mapping[float, Row]) -> str:
-    """The table in Markdown: medians, and all ranks of the own pictures."""
+    """The table in Markdown: medians, and all ranks of the own images."""
     lines = [
         "| rise of the query's loss | α | Spearman with the default | its top 100 kept | split-half reliability | "
-        "rank of the own picture |",
+        "rank of the own image |",
         "|---|---|---|---|---|---|",
     ]
-    for rise, row in rows.items():
+    for relative_loss_increase, row in rows.items():
         medians = [np.median(values) for values in (row.spearman, row.top_kept, row.reliability)]
-        cells = [f"{rise:.0%}", f"{np.median(row.alpha):.2g}", *(f"{value:.2f}" for value in medians)]
+        cells = [f"{relative_loss_increase:.0%}", f"{np.median(row.alpha):.2g}", *(f"{value:.2f}" for value in medians)]
         lines.append(f"| {' | '.join(cells)} | {', '.join(map(str, row.own_rank))} |")
     return "\n".join(lines)
 
@@ -100,8 +100,8 @@ def main() -> None:
     arguments.add_argument("--draws", type=int, default=1000)
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
-    if DEFAULT_RISE not in options.rises:
-        arguments.error(f"--rises must include {DEFAULT_RISE}, with which the others are compared")
+    if DEFAULT_INCREASE not in options.rises:
+        arguments.error(f"--rises must include {DEFAULT_INCREASE}, with which the others are compared")
     torch.set_float32_matmul_precision("high")
     output, console = Path(options.output), Console()
     store, runner = Store(output / "cache"), Runner.current()
@@ -109,29 +109,31 @@ def main() -> None:
     data = training_data(Emoji(store=str(store.root)), model)
     assert data.latents is not None
     channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
-    rows = choose(data.pictures, options.queries, options.seed)
-    queries = generate(model, [data.pictures.captions[row][0] for row in rows], options.seed, (channels, height, width))
+    rows = choose(data.images, options.queries, options.seed)
+    queries = generate(model, [data.images.captions[row][0] for row in rows], options.seed, (channels, height, width))
     found = {}
-    for rise in sorted(options.rises):
-        console.say(f"rise {rise:.0%}")
+    for relative_loss_increase in sorted(options.rises):
+        console.log(f"rise {relative_loss_increase:.0%}")
         abu = AttributionByUnlearning(
-            unlearning=UnlearningSettings(draws=options.draws, rise=rise),
+            unlearning=UnlearningSettings(noise_samples=options.draws, relative_loss_increase=relative_loss_increase),
             grid=LossGrid(timesteps=options.timesteps),
-            fisher=FisherSettings(visits=2),
+            fisher=FisherSettings(samples_per_image=2),
         )
         abu.progress = console.progress
-        found[rise] = attribute(output / f"rise_{rise}", abu, data, model, queries, store, runner, say=console.say)
-    compared = compare(found, [data.pictures.ids[row] for row in rows])
+        found[relative_loss_increase] = attribute(
+            output / f"rise_{relative_loss_increase}", abu, data, model, queries, store, runner, log=console.log
+        )
+    compared = compare(found, [data.images.ids[row] for row in rows])
     print(table(compared))
     print(
-        f"\n{options.queries} queries over {len(data.pictures):,} training pictures, {options.timesteps} timesteps, "
+        f"\n{options.queries} queries over {len(data.images):,} training images, {options.timesteps} timesteps, "
         f"{options.draws} draws; medians over the queries"
     )
     record = {
-        "command": "python -m experiments.rises",
+        "command": "python -m experiments.loss_increases",
         "options": vars(options),
         "model": model.fingerprint(),
-        "rises": {str(rise): vars(row) for rise, row in compared.items()},
+        "rises": {str(relative_loss_increase): vars(row) for relative_loss_increase, row in compared.items()},
     }
     Path("results/emoji").mkdir(parents=True, exist_ok=True)
     with replacing(Path("results/emoji/rises.json")) as temporary:
