@@ -272,8 +272,8 @@ def run_counterfactual(config: Any) -> Done:
 
 def run_calibrate(config: Any) -> None:
     """`evaluate.py calibrate`."""
-    found = calibrate_ranker(config.output, config.ranker, config.teacher, config.settings)
-    print(f"calibrated on {len(found.queries)} queries, {len(found.low)} bins of similarity: {config.output}")
+    result = calibrate_ranker(config.output, config.ranker, config.teacher, config.settings)
+    print(f"calibrated on {len(result.queries)} queries, {len(result.low)} bins of similarity: {config.output}")
 
 
 def run_report(config: Any) -> None:

@@ -89,14 +89,14 @@ def parts(facts: Mapping[str, float]) -> dict[str, float]:
     step or, for influence functions, gradients together with their inner products. Where gradients are projected, that
     belongs to the gradient.
     """
-    found = {"gradient": facts["gradient_s"]} if "gradient_s" in facts else {}
+    result = {"gradient": facts["gradient_s"]} if "gradient_s" in facts else {}
     for name, whole in (("step", "unlearning_s"), ("products", "query_s")):
         if whole in facts:
-            found[name] = facts[whole] - facts["gradient_s"]
+            result[name] = facts[whole] - facts["gradient_s"]
     for whole in ("losses_s", "pass_s"):
         if whole in facts:
-            found["pass"] = facts[whole]
-    return found
+            result["pass"] = facts[whole]
+    return result
 
 
 def once_of(fit_s: Mapping[str, float], seconds: float) -> dict[str, float]:

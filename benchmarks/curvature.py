@@ -209,8 +209,8 @@ def memory_of(side: str, options: argparse.Namespace, case: str) -> int:
     for name in ("model", "pictures", "visits", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
-    return found
+    result: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
+    return result
 
 
 def measure(case: Case, runs: int) -> None:

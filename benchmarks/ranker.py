@@ -159,17 +159,17 @@ def precision(scores: Tensor, held_out: TeacherPairs, k: int) -> float:
 
 def throughput(pairs: TeacherPairs, options: argparse.Namespace) -> dict[str, float]:
     """Labelled pairs a second of whole training steps: medians of alternating runs."""
-    found: dict[str, list[float]] = {"rows": [], "blocks": []}
-    sides = {side: Trained(side, pairs, options) for side in found}
+    result: dict[str, list[float]] = {"rows": [], "blocks": []}
+    sides = {side: Trained(side, pairs, options) for side in result}
     for each in sides.values():
         each.train(0.0)  # not counted
     for run in range(options.runs):
         for side in list(sides)[:: 1 if run % 2 == 0 else -1]:
             seen, seconds = sides[side].pairs_seen, sides[side].seconds
             sides[side].train(options.run_seconds)
-            found[side].append((sides[side].pairs_seen - seen) / (sides[side].seconds - seconds))
-        print("  " + ", ".join(f"{side} {values[-1]:,.0f} pairs/s" for side, values in found.items()), flush=True)
-    return {side: statistics.median(values) for side, values in found.items()}
+            result[side].append((sides[side].pairs_seen - seen) / (sides[side].seconds - seconds))
+        print("  " + ", ".join(f"{side} {values[-1]:,.0f} pairs/s" for side, values in result.items()), flush=True)
+    return {side: statistics.median(values) for side, values in result.items()}
 
 
 def curve(trained: Trained, held_out: TeacherPairs, options: argparse.Namespace) -> Iterator[tuple[float, float]]:
@@ -183,7 +183,7 @@ def curve(trained: Trained, held_out: TeacherPairs, options: argparse.Namespace)
 
 def reached(points: list[tuple[float, float]], level: float) -> float:
     """Seconds until the mAP was first at least this."""
-    return next(seconds for seconds, found in points if found >= level)
+    return next(seconds for seconds, result in points if result >= level)
 
 
 def main() -> None:
@@ -242,13 +242,13 @@ def main() -> None:
     for side in ("rows", "blocks"):
         trained = Trained(side, pairs, options)
         curves[side] = list(curve(trained, held_out, options))
-        best = max(found for _, found in curves[side])
+        best = max(result for _, result in curves[side])
         print(
             f"  {side}: {trained.steps} steps, {trained.pairs_seen:,} labelled pairs, mAP({options.k}) "
             f"{best:.3f} at best, {curves[side][-1][1]:.3f} after {trained.seconds:.0f} s",
             flush=True,
         )
-    level = min(max(found for _, found in points) for points in curves.values())
+    level = min(max(result for _, result in points) for points in curves.values())
     print(f"seconds to shares of mAP({options.k}) {level:.3f}, which both reached:")
     for share in (0.8, 0.9, 0.95, 1.0):
         rows, blocks = (reached(curves[side], share * level) for side in ("rows", "blocks"))

@@ -50,17 +50,17 @@ def sort(folder: Path, k: int) -> list[list[str]]:
     table = ScoreTable(folder)
     read = pq.read_table(table.parts())
     ids = read["image"].to_pylist()
-    found = []
+    result = []
     for place in range(len(table.queries)):
         scores = read[str(place)].to_numpy()
-        found.append([ids[row] for row in order_of(ids, scores)[:k]])
-    return found
+        result.append([ids[row] for row in order_of(ids, scores)[:k]])
+    return result
 
 
 def _child(work: Callable[..., Any], arguments: tuple[Any, ...], answers: Any) -> None:
     before, started = peak_memory(), time.perf_counter()
-    found = work(*arguments)
-    answers.put((found, time.perf_counter() - started, peak_memory() - before))
+    result = work(*arguments)
+    answers.put((result, time.perf_counter() - started, peak_memory() - before))
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, int]:
@@ -86,7 +86,7 @@ def main() -> None:
     try:
         _, write_s, write_bytes = alone(write, folder, options.rows, options.queries)
         disk = sum(path.stat().st_size for path in folder.iterdir())
-        found, merge_s, merge_bytes = alone(merge, folder, options.k)
+        result, merge_s, merge_bytes = alone(merge, folder, options.k)
         measured = {
             "rows": options.rows,
             "queries": options.queries,
@@ -97,7 +97,7 @@ def main() -> None:
         }
         if not options.no_sort:
             whole, sort_s, sort_bytes = alone(sort, folder, options.k)
-            assert whole == found, "both find the same images"
+            assert whole == result, "both find the same images"
             measured["sort"] = {"seconds": sort_s, "bytes": sort_bytes}
     finally:
         shutil.rmtree(folder)

@@ -90,22 +90,24 @@ def queries_of(kind: str, count: int) -> NDArray[np.float32]:
 def exact(vectors: NDArray[np.float16], queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Positions of the k nearest of each query, streamed."""
     best = np.full((len(queries), 0), 0.0, np.float32)
-    found = np.zeros((len(queries), 0), np.int64)
+    result = np.zeros((len(queries), 0), np.int64)
     for start in range(0, len(vectors), CHUNK):
         scores = queries @ vectors[start : start + CHUNK].astype(np.float32).T
         best = np.concatenate([best, scores], axis=1)
         places = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
-        found = np.concatenate([found, places], axis=1)
+        result = np.concatenate([result, places], axis=1)
         top = np.argpartition(-best, min(k, best.shape[1]) - 1, axis=1)[:, :k]
-        best, found = np.take_along_axis(best, top, 1), np.take_along_axis(found, top, 1)
-    return found
+        best, result = np.take_along_axis(best, top, 1), np.take_along_axis(result, top, 1)
+    return result
 
 
 def recall(index: Index, ranker: dict[str, Any], queries: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
     """Share of the truly nearest that the index finds."""
     hits = index.search(Embeddings(queries, ranker), truth.shape[1])
     pairs = zip(hits, truth, strict=True)
-    return float(np.mean([len({int(name) for name in found.images} & set(true.tolist())) for found, true in pairs]) / K)
+    return float(
+        np.mean([len({int(name) for name in result.images} & set(true.tolist())) for result, true in pairs]) / K
+    )
 
 
 def latencies(
@@ -145,12 +147,12 @@ def choose(
         if family in given_up:
             continue
         index.contents.engine.configure(setting)
-        found = recall(index, ranker, queries, truth)
-        if found >= RECALL:
+        result = recall(index, ranker, queries, truth)
+        if result >= RECALL:
             reached.append((float(np.median(latencies(index, ranker, queries, time.process_time))), setting))
             given_up.add(family)
         else:
-            missed.append((-found, setting))
+            missed.append((-result, setting))
     return min(reached or missed)[1]
 
 
@@ -181,7 +183,7 @@ def measure(
     warm_up = latencies(index, ranker, queries)
     warm, processor = latencies(index, ranker, queries), latencies(index, ranker, queries, time.process_time)
     after = process.memory_info()
-    found = {
+    result = {
         "setting": setting,
         "recall@100": round(recall(index, ranker, queries, truth), 4),
         "warm_p50_ms": round(float(np.percentile(warm, 50)), 3),
@@ -204,7 +206,7 @@ def measure(
         index = Index(folder, search=setting, verify=False)
         opening.append(1000 * (time.perf_counter() - started))
         cold += latencies(index, ranker, query[None])
-    return found | {
+    return result | {
         "cold_p50_ms": round(float(np.percentile(cold, 50)), 3),
         "cold_p99_ms": round(float(np.percentile(cold, 99)), 3),
         "cold_open_p50_ms": round(float(np.percentile(opening, 50)), 3),
@@ -252,8 +254,8 @@ def main() -> None:
                 built = time.perf_counter() - started
                 console.log(f"  {factory}: choose settings")
                 setting = choose(folder, factory, ranker, queries[options.queries :], truth[options.queries :])
-                found = measure(folder, setting, ranker, queries[: options.queries], truth[: options.queries])
-                console.log(f"  {factory}: {found}")
+                result = measure(folder, setting, ranker, queries[: options.queries], truth[: options.queries])
+                console.log(f"  {factory}: {result}")
                 # Read anew: another size may have been measured meanwhile.
                 results = json.loads(options.results.read_text()) if options.results.exists() else {"rows": {}}
                 place = f"{kind}, {size}, {factory}"
@@ -263,7 +265,7 @@ def main() -> None:
                     "vectors": size,
                     "factory": factory,
                     "build_s": max(round(built, 1), earlier),  # an index that was found again took nothing
-                    **found,
+                    **result,
                     "command": "python -m benchmarks.search " + shlex.join(sys.argv[1:]),
                     "threads": require_faiss().omp_get_max_threads(),
                 }

@@ -80,17 +80,17 @@ def recalls(
         top: How many of the exact method's first images are looked for.
         candidates: Numbers of candidates.
     """
-    found: dict[str, list[float]] = {}
+    result: dict[str, list[float]] = {}
     wanted = [normalised_ranks(ids, scores) * len(ids) < top for scores in exact]
     for name, scores in chosen.items():
         places = np.stack([normalised_ranks(ids, each) * len(ids) for each in scores]).round()
         for k in candidates:
             last = k // 2 if name.endswith("both tails") else 0
             among = (places < k - last) | (places >= len(ids) - last)
-            found.setdefault(name, []).append(
+            result.setdefault(name, []).append(
                 float(np.mean([mine[want].mean() for mine, want in zip(among, wanted, strict=True)]))
             )
-    return found
+    return result
 
 
 def costs(once: float, each: float, queries: int) -> float:
@@ -210,12 +210,12 @@ def quality(
     exact: Float[NDArray[np.float64], "q n"], fast: Float[NDArray[np.float64], "q n"], ids: Sequence[str]
 ) -> dict[str, float]:
     """Rank correlation and mAP(k) of one method's scores against another's."""
-    found = {"Spearman": float(np.mean([spearmanr(a, b).statistic for a, b in zip(exact, fast, strict=True)]))}
+    result = {"Spearman": float(np.mean([spearmanr(a, b).statistic for a, b in zip(exact, fast, strict=True)]))}
     for k in dict.fromkeys((10, *(max(1, round(share * len(ids))) for share in (0.0042, 0.0085, 0.034)))):
         metric = MeanAveragePrecision()
         metric.update(torch.from_numpy(fast), top_of(torch.from_numpy(exact), k))
-        found[f"mAP({k})"] = float(metric.compute()["mean"])
-    return found
+        result[f"mAP({k})"] = float(metric.compute()["mean"])
+    return result
 
 
 if __name__ == "__main__":

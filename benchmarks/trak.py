@@ -179,18 +179,18 @@ def memory_of(side: str, options: argparse.Namespace) -> int:
     for name in ("model", "samples", "dimension", "batch_size", "their_batch_size", "kind"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
-    return found
+    result: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
+    return result
 
 
 def measure(case: Case, runs: int) -> dict[str, float]:
     """Prints the times of interleaved runs; returns their medians."""
-    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    result: dict[str, list[float]] = {side: [] for side in SIDES}
     for run in range(runs):
         for side in SIDES if run % 2 == 0 else SIDES[::-1]:
-            found[side].append(case.seconds(side))
-        print("  " + ", ".join(f"{side} {values[-1]:.1f} s" for side, values in found.items()), flush=True)
-    return {side: statistics.median(values) for side, values in found.items()}
+            result[side].append(case.seconds(side))
+        print("  " + ", ".join(f"{side} {values[-1]:.1f} s" for side, values in result.items()), flush=True)
+    return {side: statistics.median(values) for side, values in result.items()}
 
 
 def main() -> None:

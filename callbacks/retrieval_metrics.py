@@ -87,16 +87,16 @@ class RetrievalMetrics(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the means over queries."""
         assert isinstance(pl_module, LearningToRank)
-        found = {"val/scale": pl_module.ranker.scale.detach()[0]}
+        result = {"val/scale": pl_module.ranker.scale.detach()[0]}
         for k in self.k:
             precision = self.precision[k].compute()
-            found[f"val/map_{k}"], found[f"val/recall_{k}"] = precision["mean"], self.recall[k].compute()["mean"]
+            result[f"val/map_{k}"], result[f"val/recall_{k}"] = precision["mean"], self.recall[k].compute()["mean"]
             if precision["count"] > 1:
-                found[f"val/map_{k}_error"] = precision["error"]
-        found["val/flatness"], found["val/spread"] = (each.compute()["mean"] for each in (self.flatness, self.spread))
-        self.last = {name: float(value) for name, value in found.items()}
+                result[f"val/map_{k}_error"] = precision["error"]
+        result["val/flatness"], result["val/spread"] = (each.compute()["mean"] for each in (self.flatness, self.spread))
+        self.last = {name: float(value) for name, value in result.items()}
         # The metrics have been reduced over processes already.
-        pl_module.log_dict({name: value.float() for name, value in found.items()}, sync_dist=False)
+        pl_module.log_dict({name: value.float() for name, value in result.items()}, sync_dist=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns of a ranker that should not be served."""

@@ -58,11 +58,11 @@ class SampleDeviation(Callback):
             return
         assert isinstance(pl_module, LatentDiffusion)
         after = self.panel.measure(pl_module.model())
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "deviation/loss": np.mean([each.loss - self.before[query].loss for query, each in after.items()]),
             "deviation/mse": np.mean([each.mse for each in after.values()]),
         }
         if self.encoder is not None:
-            found["deviation/similarity"] = np.mean([each.similarity for each in after.values()])
+            result["deviation/similarity"] = np.mean([each.similarity for each in after.values()])
         for logger in trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in found.items()}, trainer.global_step)
+            logger.log_metrics({name: float(value) for name, value in result.items()}, trainer.global_step)

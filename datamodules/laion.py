@@ -59,8 +59,8 @@ class LAION(ImageDataModule):
         held_out = round(self.validation_share * total)
 
         def decode() -> int:
-            found = islice(decode_shard(shards.paths[0], self.options, shards.subset), SAMPLE)
-            return sum(isinstance(each, Sample) for each in found)
+            result = islice(decode_shard(shards.paths[0], self.options, shards.subset), SAMPLE)
+            return sum(isinstance(each, Sample) for each in result)
 
         return Census(total - held_out, held_out, (side, side), 1, decode)
 

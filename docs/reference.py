@@ -17,14 +17,14 @@ PACKAGES = ("wherefrom", "callbacks", "datamodules", "lightning_modules")
 
 def modules() -> list[str]:
     """All modules of all packages but the private ones."""
-    found = []
+    result = []
     for name in PACKAGES:
         package = importlib.import_module(name)
         for public in getattr(package, "__all__", ()):
             setattr(package, public, getattr(package, public))  # what is imported when it is asked for
         below = pkgutil.walk_packages(package.__path__, f"{name}.")
-        found += [name, *(each.name for each in below if "._" not in each.name)]
-    return found
+        result += [name, *(each.name for each in below if "._" not in each.name)]
+    return result
 
 
 def main() -> None:

@@ -152,19 +152,19 @@ class Rate:
         return f"{self.value:.3f} ± {self.error:.3f} (n = {self.count})"
 
 
-def rate(found: Bool[NDArray[np.bool_], " n"]) -> Rate:
+def rate(result: Bool[NDArray[np.bool_], " n"]) -> Rate:
     """The share of images that were recognised, with its binomial standard error.
 
     Raises:
         ValueError: There are no images.
     """
-    if len(found) == 0:
+    if len(result) == 0:
         raise ValueError("A rate over no images is not defined.")
-    value = float(found.mean())
-    return Rate(value, float(np.sqrt(value * (1 - value) / len(found))), len(found))
+    value = float(result.mean())
+    return Rate(value, float(np.sqrt(value * (1 - value) / len(result))), len(result))
 
 
-def rate_ratio(found: Bool[NDArray[np.bool_], " n"], reference: Bool[NDArray[np.bool_], " n"]) -> Rate:
+def rate_ratio(result: Bool[NDArray[np.bool_], " n"], reference: Bool[NDArray[np.bool_], " n"]) -> Rate:
     """The ratio of two rates over the same prompts, with its standard error by the delta method on the pairs.
 
     Not a number where the reference recognised nothing.
@@ -172,13 +172,13 @@ def rate_ratio(found: Bool[NDArray[np.bool_], " n"], reference: Bool[NDArray[np.
     Raises:
         ValueError: The lengths differ.
     """
-    if len(found) != len(reference):
-        raise ValueError(f"{len(found)} and {len(reference)} images are not of the same prompts.")
+    if len(result) != len(reference):
+        raise ValueError(f"{len(result)} and {len(reference)} images are not of the same prompts.")
     if not reference.any():
-        return Rate(float("nan"), float("nan"), len(found))
-    ratio = float(found.mean() / reference.mean())
-    residuals = found.astype(float) - ratio * reference
-    return Rate(ratio, float(np.sqrt((residuals**2).mean() / len(found)) / reference.mean()), len(found))
+        return Rate(float("nan"), float("nan"), len(result))
+    ratio = float(result.mean() / reference.mean())
+    residuals = result.astype(float) - ratio * reference
+    return Rate(ratio, float(np.sqrt((residuals**2).mean() / len(result)) / reference.mean()), len(result))
 
 
 class AlignmentJudge:
@@ -329,12 +329,12 @@ def _found_in_top(
     model: AlignmentModel, images: Tensor, captions: Tensor, styles: Sequence[str], share: float = 0.05
 ) -> int:
     """How many images have their own caption within the nearest `share` of the captions of their style."""
-    found = 0
+    result = 0
     for style in sorted(set(styles)):
         rows = torch.tensor([row for row, name in enumerate(styles) if name == style])
         ranks = rank_of_prompt(model.predict(images[rows]), captions[rows], torch.arange(len(rows)), model.centre)
-        found += int((ranks <= max(1, round(share * len(rows)))).sum())
-    return found
+        result += int((ranks <= max(1, round(share * len(rows)))).sum())
+    return result
 
 
 def _check_distinct(what: str, values: Sequence[str]) -> None:

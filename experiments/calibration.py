@@ -63,12 +63,14 @@ def main() -> None:
     )
     others = teacher.of_queries(measuring)
     cosines = similarities(ranker, others.concatenated(features), others.rows)
-    found = assess(calibration, cosines, others.scores, others.queries)
-    print(f"{len(fitting)} queries fit the calibration, {found.count} measure it; {others.rows.shape[1]:,} images each")
-    print(f"error {found.rmse:.3g} (always saying the mean: {found.spread:.3g}), unit: the teacher's score")
-    print(f"rank correlation {found.spearman:.3f} ± {found.spearman_error:.3f}")
-    print(f"coverage {found.coverage:.3f} ± {found.coverage_error:.3f}, asked for {options.confidence:g}")
-    print("by bin of similarity, the least similar first:", ", ".join(f"{each:.3f}" for each in found.coverage_by_bin))
+    result = assess(calibration, cosines, others.scores, others.queries)
+    print(
+        f"{len(fitting)} queries fit the calibration, {result.count} measure it; {others.rows.shape[1]:,} images each"
+    )
+    print(f"error {result.rmse:.3g} (always saying the mean: {result.spread:.3g}), unit: the teacher's score")
+    print(f"rank correlation {result.spearman:.3f} ± {result.spearman_error:.3f}")
+    print(f"coverage {result.coverage:.3f} ± {result.coverage_error:.3f}, asked for {options.confidence:g}")
+    print("by bin of similarity, the least similar first:", ", ".join(f"{each:.3f}" for each in result.coverage_by_bin))
     spread = {
         "teacher": concentrations(others.scores),
         "estimates": concentrations(calibration.estimate(cosines).values),
@@ -82,7 +84,7 @@ def main() -> None:
             "ranker": ranker.identity(),
             "fitted_on": len(fitting),
             "confidence": options.confidence,
-            "assessment": asdict(found),
+            "assessment": asdict(result),
             "concentration": spread,
         },
     )

@@ -68,8 +68,8 @@ def correlations(
     """Spearman correlation over rankers of mean precision and mean rise, and its 95 % interval over queries."""
 
     def one(first: NDArray[np.intp], second: NDArray[np.intp]) -> float:
-        found = spearmanr(precisions[:, first].mean(axis=1), loss_increases[:, second].mean(axis=1))
-        return float(found.statistic)
+        result = spearmanr(precisions[:, first].mean(axis=1), loss_increases[:, second].mean(axis=1))
+        return float(result.statistic)
 
     random = np.random.default_rng(seed)
     everywhere = (np.arange(precisions.shape[1]), np.arange(loss_increases.shape[1]))
@@ -120,7 +120,7 @@ def main() -> None:
     result = judge([file for file in chosen.values() if file.stem != "caption"], options.k, options.output)
     loss_increases = np.array([loss_increases_of(result, slug(name)) for name in chosen])
     depths = sorted(table[options.variants[0]]["0"]["ap"], key=int)
-    found: dict[str, Any] = {}
+    collected: dict[str, Any] = {}
     print(f"\n| ranker | {' | '.join(f'mAP({depth})' for depth in depths)} | ΔL own − others |")
     print(f"|---{'|---' * (1 + len(depths))}|")
     for name, relative_loss_increase in zip(chosen, loss_increases, strict=True):
@@ -128,15 +128,15 @@ def main() -> None:
         print(f"| {name} | {' | '.join('{:.3f} ± {:.3f}'.format(*estimate(np.array(each))) for each in cells)} |")
     for depth in depths:
         precisions = np.array([table[name]["0"]["ap"][depth] for name in chosen])
-        found[depth] = correlations(precisions, loss_increases, seed=0)
-        print("mAP({}) and ΔL: Spearman correlation {:.2f} ({:.2f} to {:.2f})".format(depth, *found[depth]))
+        collected[depth] = correlations(precisions, loss_increases, seed=0)
+        print("mAP({}) and ΔL: Spearman correlation {:.2f} ({:.2f} to {:.2f})".format(depth, *collected[depth]))
     write_json(
         RESULT,
         {
             "command": "python -m experiments.cheap_metrics",
             "k": options.k,
             "rises": dict(zip(chosen, loss_increases.tolist(), strict=True)),
-            "spearman": found,
+            "spearman": collected,
         },
     )
 

@@ -153,7 +153,7 @@ def plan(styles: Mapping[str, Style], known: Sequence[str], models: int) -> list
         ValueError: The styles hold too few things.
     """
     names, things = sorted(styles), [name for name in known if name not in AMBIGUOUS]
-    found: list[Plan] = []
+    result: list[Plan] = []
     used: set[str] = set()
     for number in range(models):
         style = names[number % len(names)]
@@ -166,15 +166,15 @@ def plan(styles: Mapping[str, Style], known: Sequence[str], models: int) -> list
         used |= set(chosen)
         exemplars = tuple((style, name) for name in chosen)
         prompts = tuple(f"{name}, {WORD} style" for name in asked)
-        found.append(Plan("emoji_styles", number, f"{WORD} style", "picture", exemplars, prompts))
+        result.append(Plan("emoji_styles", number, f"{WORD} style", "picture", exemplars, prompts))
     everywhere = [name for name in ordered(things, 10_000) if all(name in styles[each].drawings for each in names)]
     if len(everywhere) < models:
         raise ValueError(f"Only {len(everywhere)} things are in all of {', '.join(names)}; {models} are needed.")
     for number, name in enumerate(everywhere[:models]):
         exemplars = tuple((style, name) for style in names)
         caption = f"{WORD}, drawn style"  # in the words of the base model's captions, but of neither of its styles
-        found.append(Plan("emoji_objects", number, caption, "object", exemplars, (caption,) * IMAGES))
-    return found
+        result.append(Plan("emoji_objects", number, caption, "object", exemplars, (caption,) * IMAGES))
+    return result
 
 
 def write_exemplars(each: Plan, styles: Mapping[str, Style], folder: Path) -> list[Path]:

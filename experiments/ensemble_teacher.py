@@ -41,9 +41,9 @@ def ensemble(sets: Sequence[TeacherSet]) -> TeacherSet:
             missing = ids[int(np.flatnonzero(np.isnan(given).any(axis=0))[0])]
             raise ValueError(f"A set did not score {missing!r} for the query {query!r}; the first did.")
         ranks = [normalised_ranks(ids, scores_of) for scores_of in given]
-        found = -np.mean(ranks, axis=0)
-        order = order_of(ids, found)
-        rows[place], scores[place] = candidates[order], found[order]
+        result = -np.mean(ranks, axis=0)
+        order = order_of(ids, result)
+        rows[place], scores[place] = candidates[order], result[order]
     identity = {"method": "rank ensemble", "of": [dict(each.identity) for each in sets]}
     return replace(first, rows=rows, scores=scores, identity=identity)
 
@@ -54,9 +54,9 @@ def main() -> None:
     parser.add_argument("--sets", type=Path, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    found = ensemble([read_teacher_set(options.sets[0]), *(read_teacher_set(each, []) for each in options.sets[1:])])
-    write_teacher_set(options.output, found)
-    print(f"{len(found.queries)} queries, {found.rows.shape[1]} scored images each: {options.output}")
+    result = ensemble([read_teacher_set(options.sets[0]), *(read_teacher_set(each, []) for each in options.sets[1:])])
+    write_teacher_set(options.output, result)
+    print(f"{len(result.queries)} queries, {result.rows.shape[1]} scored images each: {options.output}")
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def make_cases(
 
 def ranks(results: Sequence[Scores], cases: Sequence[Case], target: str) -> Float[NDArray[np.float64], " n"]:
     """Normalised rank of each case's target."""
-    found = []
+    result = []
     for scores, case in zip(results, cases, strict=True):
-        found.append(normalised_ranks(scores.ids, scores.scores)[scores.ids.index(case.targets[target])])
-    return np.array(found)
+        result.append(normalised_ranks(scores.ids, scores.scores)[scores.ids.index(case.targets[target])])
+    return np.array(result)
 
 
 def cell(values: Float[NDArray[np.float64], " n"]) -> str:

@@ -57,13 +57,13 @@ class Row:
     own_rank: list[int]
 
 
-def compare(found: Mapping[float, Sequence[Scores]], own: Sequence[str]) -> dict[float, Row]:
+def compare(result: Mapping[float, Sequence[Scores]], own: Sequence[str]) -> dict[float, Row]:
     """Each rise against the default one, query by query."""
     assert DEFAULT_INCREASE is not None
     rows = {}
-    for relative_loss_increase, results in found.items():
+    for relative_loss_increase, results in result.items():
         row = Row([], [], [], [], [])
-        for scores, reference, name in zip(results, found[DEFAULT_INCREASE], own, strict=True):
+        for scores, reference, name in zip(results, result[DEFAULT_INCREASE], own, strict=True):
             positions = np.rint(normalised_ranks(scores.ids, scores.scores) * len(scores.ids)).astype(int)
             row.alpha.append(float(scores.facts["alpha"]))
             row.spearman.append(float(spearmanr(scores.scores, reference.scores).statistic))
@@ -111,7 +111,7 @@ def main() -> None:
     channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
     rows = choose(data.images, options.queries, options.seed)
     queries = generate(model, [data.images.captions[row][0] for row in rows], options.seed, (channels, height, width))
-    found = {}
+    result = {}
     for relative_loss_increase in sorted(options.rises):
         console.log(f"rise {relative_loss_increase:.0%}")
         abu = AttributionByUnlearning(
@@ -120,10 +120,10 @@ def main() -> None:
             fisher=FisherSettings(samples_per_image=2),
         )
         abu.progress = console.progress
-        found[relative_loss_increase] = attribute(
+        result[relative_loss_increase] = attribute(
             output / f"rise_{relative_loss_increase}", abu, data, model, queries, store, runner, log=console.log
         )
-    compared = compare(found, [data.images.ids[row] for row in rows])
+    compared = compare(result, [data.images.ids[row] for row in rows])
     print(table(compared))
     print(
         f"\n{options.queries} queries over {len(data.images):,} training images, {options.timesteps} timesteps, "

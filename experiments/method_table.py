@@ -66,26 +66,26 @@ METHODS = (
 def same_style(results: Sequence[Scores], data: TrainingData) -> Float[NDArray[np.float64], " n"]:
     """Share of the top 100 that is drawn in the style of the prompt, for each query."""
     style_of = dict(zip(data.images.ids, data.images.columns["style"], strict=True))
-    found = []
+    result = []
     for scores in results:
         wanted = next(style for style in set(style_of.values()) if scores.query.prompt.endswith(f"{style} style"))
-        found.append(np.mean([style_of[name] == wanted for name, _ in scores.top(TOP)]))
-    return np.array(found)
+        result.append(np.mean([style_of[name] == wanted for name, _ in scores.top(TOP)]))
+    return np.array(result)
 
 
 def measure(results: Sequence[Scores], cases: Mapping[str, Sequence[Case]], data: TrainingData) -> dict[str, Any]:
     """What one method's row is made of: numbers for each query, by check."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     start = 0
     for kind, part in cases.items():
         mine = results[start : start + len(part)]
         start += len(part)
         for target in part[0].targets:
-            found[f"{kind}/{target}"] = ranks(mine, part, target).tolist()
-        found[f"{kind}/same style"] = same_style(mine, data).tolist()
+            result[f"{kind}/{target}"] = ranks(mine, part, target).tolist()
+        result[f"{kind}/same style"] = same_style(mine, data).tolist()
     for fact in ("split_half_reliability", "seconds"):
-        found[fact] = [scores.facts[fact] for scores in results if fact in scores.facts]
-    return found
+        result[fact] = [scores.facts[fact] for scores in results if fact in scores.facts]
+    return result
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -144,7 +144,7 @@ def ablation(
     assert data.latents is not None
     positions = [data.latents.ids.index(name) for name in candidates]
     part = TrainingData(data.images.subset(positions), data.latents.subset(positions))  # no null: p-values are not read
-    queries, found = [case.query for case in cases], {}
+    queries, result = [case.query for case in cases], {}
     runner, console = Runner.current(), Console()
     for method in ("abu", "abu_plus"):
         results: dict[int, list[Scores]] = {}
@@ -162,22 +162,22 @@ def ablation(
         most = results[max(results)]
         for timesteps, scored in results.items():
             pairs = list(zip(scored, most, strict=True))
-            found[f"{method}/{timesteps}"] = {
+            result[f"{method}/{timesteps}"] = {
                 "reliability": [scores.facts["split_half_reliability"] for scores in scored],
                 "spearman with the most": [float(spearmanr(one.scores, best.scores).statistic) for one, best in pairs],
                 "own": ranks(scored, cases, "own").tolist(),
                 "other style": ranks(scored, cases, "other style").tolist(),
                 "losses_s": [scores.facts["losses_s"] for scores in scored],
             }
-    return {"candidates": len(candidates), "rows": found}
+    return {"candidates": len(candidates), "rows": result}
 
 
 def ablation_table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """The ablation in Markdown: medians over the queries."""
     titles = ["method", "timesteps", *next(iter(rows.values()))]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, found in rows.items():
-        medians = [f"{np.median(values):.3f}" for values in found.values()]
+    for name, result in rows.items():
+        medians = [f"{np.median(values):.3f}" for values in result.values()]
         lines.append(f"| {' | '.join([*name.split('/'), *medians])} |")
     return "\n".join(lines)
 

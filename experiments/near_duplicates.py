@@ -219,7 +219,7 @@ def judge_copies(
     return {"copies": asdict(copies), "training_pictures": len(data.images), "loss": losses, "standings": standings}
 
 
-def report(found: Mapping[str, Any]) -> str:
+def report(result: Mapping[str, Any]) -> str:
     """The tables in Markdown: means over the queries ± standard errors; medians of ranks."""
 
     def cell(values: Sequence[float]) -> str:
@@ -227,7 +227,7 @@ def report(found: Mapping[str, Any]) -> str:
         return f"{mean:.3g} ± {error:.1g}"
 
     lines = ["| left out | ΔL of the query |", "|---|---|"]
-    lines += [f"| {words} | {cell(list(by.values()))} |" for words, by in found["loss"].items()]
+    lines += [f"| {words} | {cell(list(by.values()))} |" for words, by in result["loss"].items()]
     titles = [
         "method",
         "original, first",
@@ -239,14 +239,14 @@ def report(found: Mapping[str, Any]) -> str:
         "by chance",
     ]
     lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for method, by in found["standings"].items():
+    for method, by in result["standings"].items():
         each = list(by.values())
         medians = [np.median([one["original"] for one in each])]
         medians += [np.median([rank for one in each for rank in one[kind]]) for kind in ("copies", "left", "after")]
         means = [cell([one[kind] for one in each]) for kind in ("spearman", "share", "chance")]
         lines.append(f"| {' | '.join([method, *(f'{rank:.4g}' for rank in medians), *means])} |")
-    queries = len(found["copies"]["ids"])
-    lines += ["", f"{queries} queries over {found['training_pictures']:,} training images; ranks are medians."]
+    queries = len(result["copies"]["ids"])
+    lines += ["", f"{queries} queries over {result['training_pictures']:,} training images; ranks are medians."]
     return "\n".join(lines)
 
 
@@ -275,13 +275,13 @@ def main(args: Sequence[str] | None = None) -> None:
     for method in methods.values():
         method.progress = console.progress
     source = QuerySource(sampling_steps=options.sampling_steps, eta=1.0, seed=options.seed)
-    found = judge_copies(
+    result = judge_copies(
         options.output, world, copies, methods, store, source, options.timesteps, options.seed, console.log
     )
-    print(report(found))
+    print(report(result))
     given = {name: value for name, value in vars(options).items() if name not in ("output", "results", "store")}
     given |= {"methods": [str(file) for file in files]}
-    write_json(options.results, {"command": "python -m experiments.near_duplicates", "options": given, **found})
+    write_json(options.results, {"command": "python -m experiments.near_duplicates", "options": given, **result})
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ def read_judged(path: Path) -> tuple[Judged, dict[str, str]]:
     file = path / RESULT if path.is_dir() else path
     try:
         stored: dict[str, Any] = json.loads(file.read_text())
-        found: dict[int, dict[str, dict[str, float]]] = {}
+        result: dict[int, dict[str, dict[str, float]]] = {}
         for row in stored["rows"]:
             if row["method"] != FLOOR:
                 own = or_nan(row["loss"]["own"]).tolist()
-                found.setdefault(row["k"], {})[row["method"]] = dict(zip(row["queries"], own, strict=True))
-        return found, stored["prompts"]
+                result.setdefault(row["k"], {})[row["method"]] = dict(zip(row["queries"], own, strict=True))
+        return result, stored["prompts"]
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing: run evaluate.py counterfactual with this output first.") from error
     except (json.JSONDecodeError, KeyError) as error:
@@ -124,10 +124,10 @@ def _correlation(measure: Any, a: Float[NDArray[np.float64], " n"], b: Float[NDA
     return float(measure(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
 
 
-def report(found: Sequence[Agreement], prompts: Mapping[str, str]) -> str:
+def report(result: Sequence[Agreement], prompts: Mapping[str, str]) -> str:
     """All numbers as text."""
     lines: list[str] = []
-    for each in found:
+    for each in result:
         n, m = len(each.queries), len(each.methods)
         lines += [f"K = {each.k}: {m} methods ({', '.join(each.methods)}), {n} queries", ""]
         lines += ["| query | Kendall | Spearman |", "|---|---|---|"]

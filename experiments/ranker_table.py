@@ -69,7 +69,7 @@ def variants() -> dict[str, Variant]:
     """All lines."""
     ranker = "model.init_args.ranker.init_args"
     own_rate = {"model.init_args.scale_lr": None}
-    found = {
+    result = {
         "untuned: efficientnet": Variant(("efficientnet",), None),
         "untuned: minilm": Variant(("minilm",), None),
         "untuned: both": Variant(BOTH, None),
@@ -90,23 +90,23 @@ def variants() -> dict[str, Variant]:
         ),
     }
     for loss in (SquaredError, Ordinal, Regression):
-        found[f"loss: {loss.__name__}"] = Variant(
+        result[f"loss: {loss.__name__}"] = Variant(
             options={"model.init_args.loss": f"{loss.__module__}.{loss.__name__}"}
         )
     for share in (0.0, 0.1, 0.2, 0.8):
-        found[f"outside {share:g}"] = Variant(options={"data.init_args.outside": share})
+        result[f"outside {share:g}"] = Variant(options={"data.init_args.outside": share})
     for outputs in (64, 128, 256):
-        found[f"{outputs} outputs"] = Variant(options={f"{ranker}.outputs": outputs})
+        result[f"{outputs} outputs"] = Variant(options={f"{ranker}.outputs": outputs})
     # What weights/emoji_1k_ranker is: small enough to be kept with the code.
     small = {"width": 256, "hidden": 1, "outputs": 384}
-    found["1 encoder: minilm, small"] = Variant(
+    result["1 encoder: minilm, small"] = Variant(
         ("minilm",), {f"{ranker}.{size}": number for size, number in small.items()}
     )
     for queries in (30, 75, 150):
-        found[f"{queries} queries"] = Variant(options={"data.init_args.queries": queries})
+        result[f"{queries} queries"] = Variant(options={"data.init_args.queries": queries})
     for teacher in ("looks", "bank", "corrected", "trak", "ensemble"):
-        found[f"teacher: {teacher}"] = Variant(teacher=teacher)
-    return found
+        result[f"teacher: {teacher}"] = Variant(teacher=teacher)
+    return result
 
 
 def folder_of(variant: Variant) -> Path:
@@ -172,15 +172,15 @@ def cosines_of(
         ]
         queries, training = (F.normalize(each, dim=1) for each in vectors)
         started = time.perf_counter()
-        found = (queries @ training.T).double().numpy()
-        return found, training.shape[1], 1000 * (time.perf_counter() - started) / len(queries)
+        result = (queries @ training.T).double().numpy()
+        return result, training.shape[1], 1000 * (time.perf_counter() - started) / len(queries)
     ranker, _ = load_ranker(folder)
-    found = similarities(ranker, both)
+    result = similarities(ranker, both)
     images = ranker.embed(torch.from_numpy(np.array(both.training)))
     started = time.perf_counter()
     for query in torch.from_numpy(np.array(both.queries)):
         ranker.embed(query[None]) @ images.T
-    return found, int(ranker.sizes["outputs"]), 1000 * (time.perf_counter() - started) / len(both.queries)
+    return result, int(ranker.sizes["outputs"]), 1000 * (time.perf_counter() - started) / len(both.queries)
 
 
 def matrix_of(test: TeacherSet) -> Float[NDArray[np.float64], "q n"]:
@@ -198,13 +198,13 @@ def average_precisions(
     teacher: Float[NDArray[np.float64], "q n"], cosines: Float[NDArray[np.float64], "q n"]
 ) -> dict[str, list[float]]:
     """Each query's average precision, by k."""
-    found = {}
+    result = {}
     for share in DEPTHS:
         depth = Depth.of(share, teacher.shape[1])
         metric = MeanAveragePrecision()
         metric.update(torch.from_numpy(cosines), top_of(torch.from_numpy(teacher), depth.number))
-        found[str(depth.number)] = torch.cat(metric.values).tolist()
-    return found
+        result[str(depth.number)] = torch.cat(metric.values).tolist()
+    return result
 
 
 def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: argparse.Namespace) -> dict[str, Any]:
@@ -223,8 +223,8 @@ def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: a
         if len(features) == 2:
             widths = {each: test.features[each].training.shape[1] for each in features}
             record["alone"] = {
-                f"without {half}": found.mean
-                for half, found in shuffled_halves(test, ranker, features, widths).items()
+                f"without {half}": result.mean
+                for half, result in shuffled_halves(test, ranker, features, widths).items()
                 if half != "nothing"
             }
     cosines, width, milliseconds = cosines_of(variant, test, folder)
@@ -237,8 +237,8 @@ def line(
 ) -> str:
     """A row of the table; differences are of the same queries' average precisions."""
     means = {str(k): np.mean([record["ap"][str(k)] for record in records], axis=0) for k in ks}
-    cells = ["{:.3f} ± {:.3f}".format(*estimate(found)) for found in means.values()]
-    cells += ["{:+.3f} ± {:.3f}".format(*estimate(found - np.array(reference[k]))) for k, found in means.items()]
+    cells = ["{:.3f} ± {:.3f}".format(*estimate(result)) for result in means.values()]
+    cells += ["{:+.3f} ± {:.3f}".format(*estimate(result - np.array(reference[k]))) for k, result in means.items()]
     alone = records[0].get("alone", {})
     cells += [f"{np.mean([record['alone'][half] for record in records]):.3f}" for half in alone] or ["–", "–"]
     milliseconds = float(np.mean([record["ms"] for record in records]))

@@ -104,19 +104,19 @@ def drawings(npm: Path, store: Store) -> list[Drawing]:
     points_of = dict(zip(columns["name"], columns["concept"], strict=True))
     name_of = {points: name for name, points in points_of.items()}
     rows = zip(columns["name"], columns["style"], columns["license"], columns["author"], images.pixels, strict=True)
-    found = [Drawing(*row) for row in rows]
+    result = [Drawing(*row) for row in rows]
     archives = sorted(npm.glob("*.tgz"))
     if len(archives) < 7:
         raise SystemExit(f"{npm} holds {len(archives)} packages of 7: see --help for the command that brings them.")
     for archive in tqdm(archives, desc="styles"):
         if "fluent-emoji-3d" in archive.name:
-            found += fluent_3d(archive, name_of)
+            result += fluent_3d(archive, name_of)
             continue
         style = read_style(archive)
         for name, svg in tqdm(style.drawings.items(), desc=style.name, leave=False):
             if "flag" not in name:
-                found.append(Drawing(name, style.name.replace("-", " "), style.license, style.author, rasterise(svg)))
-    once = {each.caption: each for each in found}  # a few names stand for two code points
+                result.append(Drawing(name, style.name.replace("-", " "), style.license, style.author, rasterise(svg)))
+    once = {each.caption: each for each in result}  # a few names stand for two code points
     # Known concepts in the order by which the emoji world is cut into worlds, then names that only one package has.
     return sorted(
         once.values(),
@@ -225,14 +225,14 @@ def ranks(results: Sequence[Scores], data: TrainingData) -> dict[str, list[float
     """Normalised ranks of each query's own image, and medians of the same thing's in other styles."""
     place_of = {several[0]: place for place, several in enumerate(data.images.captions)}
     names = data.images.columns["name"]
-    found: dict[str, list[float]] = {"own": [], "other styles": []}
+    result: dict[str, list[float]] = {"own": [], "other styles": []}
     for scores in results:
         ranked: Float[NDArray[np.float64], " n"] = normalised_ranks(scores.ids, scores.scores)
         own = place_of[scores.query.prompt]
         others = [place for place, name in enumerate(names) if name == names[own] and place != own]
-        found["own"].append(float(ranked[own]))
-        found["other styles"].append(float(np.median(ranked[others])))
-    return found
+        result["own"].append(float(ranked[own]))
+        result["other styles"].append(float(np.median(ranked[others])))
+    return result
 
 
 def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[str], settings: Any) -> dict[str, Any]:

@@ -50,21 +50,21 @@ def aligned(exact: TeacherSet, bank: TeacherSet) -> tuple[Matrix, Matrix]:
     common = [query for query in exact.queries if query in set(bank.queries)]
     if not common:
         raise SystemExit("The two teacher sets have no query in common.")
-    found = [matrix_of(each.of_queries([each.queries.index(query) for query in common])) for each in (exact, bank)]
-    return found[0], found[1]
+    result = [matrix_of(each.of_queries([each.queries.index(query) for query in common])) for each in (exact, bank)]
+    return result[0], result[1]
 
 
 def measure(exact: Matrix, scores: Matrix, ids: Sequence[str], candidates: Sequence[int]) -> dict[str, Any]:
     """What the scores find of the exact ones."""
     first = exact.argmax(axis=1)
     place = (scores > np.take_along_axis(scores, first[:, None], axis=1)).sum(axis=1)
-    found = {str(top): recalls(exact, ids, {"": scores}, top, candidates)[""] for top in TOPS}
+    result = {str(top): recalls(exact, ids, {"": scores}, top, candidates)[""] for top in TOPS}
     both = {str(top): recalls(exact, ids, {"both tails": scores}, top, candidates)["both tails"] for top in TOPS}
     return {
         "ap": average_precisions(exact, scores),
         "first_is_first": (place == 0).astype(float).tolist(),
         "first_is_among_the_last": (place >= exact.shape[1] - LAST).astype(float).tolist(),
-        "recall": found,
+        "recall": result,
         "recall_both_tails": both,
     }
 

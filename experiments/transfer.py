@@ -108,8 +108,8 @@ def main() -> None:
     ):
         rows[f"on the first model: {title}"] = precisions(tests[0], cosines_of(variant, tests[0], folder)[0])
     print(f"\n| ranking | {' | '.join(f'mAP({k})' for k in rows['untuned: minilm'])} |\n|---|---|---|---|---|")
-    for title, found in rows.items():
-        cells = ("{:.3f} ± {:.3f}".format(*estimate(np.array(values))) for values in found.values())
+    for title, result in rows.items():
+        cells = ("{:.3f} ± {:.3f}".format(*estimate(np.array(values))) for values in result.values())
         print(f"| {title} | {' | '.join(cells)} |")
     record: dict[str, Any] = {"command": "python -m experiments.transfer", **vars(options), "rows": rows}
     write_json(RESULT, json.loads(json.dumps(record, default=str)))

@@ -78,25 +78,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = json.loads(result.read_text())["prompts"]
     images = data_module(yaml.safe_load(asked.data.read_text()), Store(asked.store)).train_images
     captions = {name: each[0] for name, each in zip(images.ids, images.captions, strict=True)}
-    found: dict[str, Any] = {}
+    collected: dict[str, Any] = {}
     queries: list[str] = []
     for folder in sorted(path.parent for path in asked.run.glob(f"*/{RANKING}")):
-        found[folder.name] = {kind: [] for kind in KINDS}
+        collected[folder.name] = {kind: [] for kind in KINDS}
         rankings = sorted(read_ranking(folder).items())
         queries = [prompts[query] for query, _ in rankings]  # the same of every method
         for query, (ids, scores) in rankings:
             pair = twins(captions, prompts[query])
             places = (*ranks(ids, pair), *ranks(by_size(ids, scores), pair))
             for kind, place in zip(KINDS, places, strict=True):
-                found[folder.name][kind].append(place)
+                collected[folder.name][kind].append(place)
     titles = [f"{kind}: {end} {asked.k}" for kind in KINDS for end in ENDS[kind]]
     print(f"| method | {' | '.join(titles)} |")
     print("|---" * (len(titles) + 1) + "|")
-    for method, each in found.items():
+    for method, each in collected.items():
         cells = {kind: shares(places, len(captions), asked.k) for kind, places in each.items()}
         texts = [f"{cells[kind][end]} of {cells[kind]['n']}" for kind in KINDS for end in ENDS[kind]]
         print(f"| {method} | {' | '.join(texts)} |")
-    write_json(asked.results, {"k": asked.k, "training_pictures": len(captions), "queries": queries, "ranks": found})
+    write_json(
+        asked.results, {"k": asked.k, "training_pictures": len(captions), "queries": queries, "ranks": collected}
+    )
 
 
 if __name__ == "__main__":

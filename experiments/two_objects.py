@@ -101,12 +101,12 @@ def best_rank(scores: Scores, concepts: Mapping[str, str], concept: str) -> int:
 
 def ranks_of(results: Sequence[Scores], scenes: Sequence[Scene], concepts: Mapping[str, str]) -> dict[str, Ranks]:
     """The ranks under each kind of query; `results` holds the scenes' queries in the order of `BOXES`."""
-    found = {}
+    result = {}
     for offset, name in enumerate(BOXES):
         pairs = list(zip(results[offset :: len(BOXES)], scenes, strict=True))
         a, b = ([best_rank(scores, concepts, scene.concepts[side]) for scores, scene in pairs] for side in (0, 1))
-        found[name] = Ranks(a, b)
-    return found
+        result[name] = Ranks(a, b)
+    return result
 
 
 def shares(ranks: Mapping[str, Ranks]) -> dict[str, Rate]:
@@ -118,14 +118,14 @@ def shares(ranks: Mapping[str, Ranks]) -> dict[str, Rate]:
     }
 
 
-def table(found: Mapping[str, Mapping[str, Ranks]], images: int) -> str:
+def table(result: Mapping[str, Mapping[str, Ranks]], images: int) -> str:
     """The table in Markdown: shares, and the median ranks of A's and B's best images under each query."""
     lines = [
         f"| method | scenes | box A wins | box B wins | whole image: A first | median rank of A, B of {images:,}: "
         "box A | box B | whole |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method, ranks in found.items():
+    for method, ranks in result.items():
         rates = shares(ranks)
         cells = [f"{each.value:.0%} ± {each.error:.0%}" for each in rates.values()]
         medians = [f"{np.median(each.a):.0f}, {np.median(each.b):.0f}" for each in (ranks[name] for name in BOXES)]
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
     }
     concepts = dict(zip(train.images.ids, train.images.columns["concept"], strict=True))
-    found: dict[str, dict[str, Ranks]] = {}
+    result: dict[str, dict[str, Ranks]] = {}
     results: dict[str, list[Scores]] = {}
     for name, (method, mine) in methods.items():
         if not mine:
@@ -274,8 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         method.progress = console.progress
         folder = options.output / name.replace(" ", "_")
         results[name] = attribute(folder, method, train, model, mine, store, runner, log=console.log)
-        found[name] = ranks_of(results[name], scenes[: len(mine) // len(BOXES)], concepts)
-    print(table(found, len(train.images)))
+        result[name] = ranks_of(results[name], scenes[: len(mine) // len(BOXES)], concepts)
+    print(table(result, len(train.images)))
     print(
         f"\n{admitted}; {len(train.images):,} training images, {options.timesteps} timesteps, {options.draws} "
         f"draws; peak resident memory {peak_memory() / 2**30:.1f} GiB"
@@ -300,8 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             for block, row in chosen
         ],
-        "shares": {name: {kind: asdict(each) for kind, each in shares(ranks).items()} for name, ranks in found.items()},
-        "ranks": {name: {kind: asdict(each) for kind, each in ranks.items()} for name, ranks in found.items()},
+        "shares": {
+            name: {kind: asdict(each) for kind, each in shares(ranks).items()} for name, ranks in result.items()
+        },
+        "ranks": {name: {kind: asdict(each) for kind, each in ranks.items()} for name, ranks in result.items()},
     }
     folder = Path("results/emoji") if options.pictures is None else options.output
     with replacing(folder / "two_objects.json") as temporary:

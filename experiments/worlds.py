@@ -63,14 +63,14 @@ def pairs(images: ImageSet, count: int) -> list[tuple[int, int]]:
         .tolist()
     )
     styles = images.columns["style"]
-    found = []
+    result = []
     for place, first in enumerate(order):
         second = next((row for row in order[place + 1 :] + order[:place] if styles[row] == styles[first]), None)
         if second is not None:
-            found.append((first, second))
-        if len(found) == count:
-            return found
-    raise ValueError(f"{len(images)} images make {len(found)} scenes; {count} are needed.")
+            result.append((first, second))
+        if len(result) == count:
+            return result
+    raise ValueError(f"{len(images)} images make {len(result)} scenes; {count} are needed.")
 
 
 def write_coco(folder: Path, drawings: ImageSet, scenes: int) -> None:
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/worlds"))
     options = parser.parse_args()
     images = build_emoji(Store("cache"), EmojiOptions())
-    found = {}
+    result = {}
     for name in options.worlds:
         data = options.output / name / "data"
         if name == "mscoco":
@@ -273,9 +273,9 @@ def main() -> None:
         else:
             write_shards(data, images, options.shards, options.members)
             prompt = images.captions[0][0]
-        found[name] = commands(name, data, prompt, options.output / name, options.steps)
-        print(json.dumps(found[name], indent=2))
-    write_json(options.output / "worlds.json", {"command": "python -m experiments.worlds", **found})
+        result[name] = commands(name, data, prompt, options.output / name, options.steps)
+        print(json.dumps(result[name], indent=2))
+    write_json(options.output / "worlds.json", {"command": "python -m experiments.worlds", **result})
 
 
 if __name__ == "__main__":

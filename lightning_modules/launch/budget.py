@@ -150,13 +150,13 @@ def _training(words: Sequence[str]) -> tuple[list[Stage], float, Any]:
 def _steps(module: LightningModule, batch: Any) -> tuple[float, float]:
     """Seconds of the first training step, and of a later one, on one batch."""
     made: Any = module.configure_optimizers()
-    found: Optimizer = made["optimizer"] if isinstance(made, dict) else made
+    result: Optimizer = made["optimizer"] if isinstance(made, dict) else made
     module.train()
 
     def step() -> int:
         module.training_step(batch).backward()
-        found.step()
-        found.zero_grad()
+        result.step()
+        result.zero_grad()
         return 1
 
     return timed(step), timed(lambda: sum(step() for _ in range(_STEPS)))

@@ -79,10 +79,10 @@ def rankings(folder: Path) -> dict[str, dict[str, Any]]:
     latents = [encode_image_set(each, model.encoder, store) for each in (train, held_out)]
     data = TrainingData(train, latents[0], held_out, latents[1])
     queries = generate(model, ["a big red square", "light circle"], seed=0, shape=(4, 4, 4), sampling_steps=2)
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, method in methods(folder).items():
         method.fit(data, model, store, runner)
-        found[name] = {
+        result[name] = {
             scores.query.id: {
                 "order": [image for image, _ in scores.top(len(scores.ids))],
                 "scores": [float(score).hex() for _, score in scores.top(len(scores.ids))],
@@ -90,7 +90,7 @@ def rankings(folder: Path) -> dict[str, dict[str, Any]]:
             }
             for scores in method.score(queries)
         }
-    return found
+    return result
 
 
 def machine() -> dict[str, str]:
@@ -100,12 +100,12 @@ def machine() -> dict[str, str]:
 
 def test_rankings_of_the_fixed_case_are_what_they_were(tmp_path: Path) -> None:
     record = json.loads(RECORD.read_text())
-    found = rankings(tmp_path)
+    result = rankings(tmp_path)
     if record["machine"] == machine():
-        assert found == record["rankings"]
+        assert result == record["rankings"]
     for name, by_query in record["rankings"].items():
         for query, kept in by_query.items():
-            mine = found[name][query]
+            mine = result[name][query]
             assert sorted(mine["order"]) == sorted(kept["order"])
             position = {image: number for number, image in enumerate(mine["order"])}
             before = np.array([float.fromhex(score) for score in kept["scores"]])

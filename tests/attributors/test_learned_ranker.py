@@ -255,9 +255,9 @@ def test_a_calibration_says_influence_and_how_concentrated_it_is(tmp_path: Path)
         assert after.estimates is not None
         assert after.estimates.values.tolist() == curve.estimate(after.scores).values.tolist()
         assert (after.estimates.low <= after.estimates.high).all()
-        found = concentration(after.estimates.values)
-        assert after.facts["influence_of_first_10"] == found.shares[10]
-        assert after.facts["effective_pictures"] == found.effective
+        result = concentration(after.estimates.values)
+        assert after.facts["influence_of_first_10"] == result.shares[10]
+        assert after.facts["effective_pictures"] == result.effective
     data, store = TrainingData(images()), Store(tmp_path / "store")
     runs = [attribute(tmp_path / "run", method, data, None, queries(), store, one_process()) for _ in range(2)]
     assert runs[1][0].estimates is not None, "read from what the first run kept"

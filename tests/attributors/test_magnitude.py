@@ -27,15 +27,15 @@ def test_the_sizes_are_those_of_the_methods_scores(model: DiffusionModel, tmp_pa
 
     sized = run(Magnitude(method()), model, tmp_path, QUERY, OTHER)
     signed = run(method(), model, tmp_path, QUERY, OTHER)
-    for found, expected in zip(sized, signed, strict=True):
+    for result, expected in zip(sized, signed, strict=True):
         assert len(expected.null)
         signs = [expected.scores, *expected.parts.values()]
         assert min(each.min() for each in signs) < 0 < max(each.max() for each in signs)
-        np.testing.assert_allclose(found.scores, np.abs(expected.scores), rtol=1e-9)
-        np.testing.assert_allclose(found.null, np.abs(expected.null), rtol=1e-9)
-        assert found.parts.keys() == expected.parts.keys()
+        np.testing.assert_allclose(result.scores, np.abs(expected.scores), rtol=1e-9)
+        np.testing.assert_allclose(result.null, np.abs(expected.null), rtol=1e-9)
+        assert result.parts.keys() == expected.parts.keys()
         for name, part in expected.parts.items():
-            np.testing.assert_allclose(found.parts[name], np.abs(part), rtol=1e-9)
+            np.testing.assert_allclose(result.parts[name], np.abs(part), rtol=1e-9)
 
 
 def test_it_is_another_method_and_needs_what_the_method_needs() -> None:

@@ -134,12 +134,14 @@ def test_abu_plus_goes_on_where_it_was_stopped_and_where_it_was_killed(
         step(self, positions)
 
     monkeypatch.setattr(SampledPass, "step", counted)
-    found, again = abu_plus(tmp_path, store)
+    result, again = abu_plus(tmp_path, store)
     assert seen == [(EigenvaluePass, 128), (EigenvaluePass, 256)]
-    assert isinstance(found.curvature, EKFAC)
+    assert isinstance(result.curvature, EKFAC)
     assert isinstance(expected.curvature, EKFAC)
-    assert found.curvature.samples == COUNT * FISHER.per_image
+    assert result.curvature.samples == COUNT * FISHER.per_image
     for name, factors in expected.curvature.layers.items():
-        torch.testing.assert_close(found.curvature.layers[name].eigenvalues, factors.eigenvalues, rtol=1e-9, atol=1e-18)
+        torch.testing.assert_close(
+            result.curvature.layers[name].eigenvalues, factors.eigenvalues, rtol=1e-9, atol=1e-18
+        )
     assert float(scores.scores.std()) > 1e-5
     np.testing.assert_allclose(again.scores, scores.scores, rtol=1e-8, atol=1e-11)

@@ -23,32 +23,32 @@ def test_the_nearest_keep_the_methods_scores_and_the_rest_follows(model: Diffusi
     pruned = run(Rerank(influence(), PixelSimilarity(), k=5), model, tmp_path, QUERY, OTHER)
     whole = run(influence(), model, tmp_path, QUERY, OTHER)
     near = run(PixelSimilarity(), model, tmp_path, QUERY, OTHER)
-    for found, exact, similar in zip(pruned, whole, near, strict=True):
-        assert found.ids == TRAIN.ids
-        assert found.query.id == exact.query.id
+    for result, exact, similar in zip(pruned, whole, near, strict=True):
+        assert result.ids == TRAIN.ids
+        assert result.query.id == exact.query.id
         chosen = [name for name, _ in similar.top(5)]
         expected = dict(zip(exact.ids, exact.scores, strict=True))
-        ranked = [name for name, _ in found.top(len(found.ids))]
+        ranked = [name for name, _ in result.top(len(result.ids))]
         assert ranked[:5] == sorted(chosen, key=lambda name: -expected[name])
         assert ranked[5:] == [name for name, _ in similar.top(len(TRAIN.ids))[5:]]
-        scores = dict(zip(found.ids, found.scores, strict=True))
+        scores = dict(zip(result.ids, result.scores, strict=True))
         np.testing.assert_allclose([scores[name] for name in chosen], [expected[name] for name in chosen], rtol=1e-6)
-        np.testing.assert_allclose(found.null, exact.null, rtol=1e-6)
+        np.testing.assert_allclose(result.null, exact.null, rtol=1e-6)
 
 
 def test_both_tails_are_chosen_half_and_half(model: DiffusionModel, tmp_path: Path) -> None:
-    (found,) = run(Rerank(influence(), PixelSimilarity(), k=5, tails="both"), model, tmp_path)
+    (result,) = run(Rerank(influence(), PixelSimilarity(), k=5, tails="both"), model, tmp_path)
     (similar,) = run(PixelSimilarity(), model, tmp_path)
     order = [name for name, _ in similar.top(len(TRAIN.ids))]
-    ranked = [name for name, _ in found.top(len(TRAIN.ids))]
+    ranked = [name for name, _ in result.top(len(TRAIN.ids))]
     assert set(ranked[:5]) == {*order[:3], *order[-2:]}
     assert ranked[5:] == order[3:-2]
 
 
 def test_all_of_them_are_the_method_itself(model: DiffusionModel, tmp_path: Path) -> None:
-    (found,) = run(Rerank(influence(), PixelSimilarity(), k=len(TRAIN.ids)), model, tmp_path)
+    (result,) = run(Rerank(influence(), PixelSimilarity(), k=len(TRAIN.ids)), model, tmp_path)
     (exact,) = run(influence(), model, tmp_path)
-    np.testing.assert_allclose(found.scores, exact.scores, rtol=1e-6)
+    np.testing.assert_allclose(result.scores, exact.scores, rtol=1e-6)
 
 
 def test_settings_that_make_no_sense_are_refused(model: DiffusionModel, tmp_path: Path) -> None:

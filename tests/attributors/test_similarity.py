@@ -74,7 +74,7 @@ def shrink(pixels: np.ndarray, size: int | None) -> np.ndarray:
 @pytest.mark.parametrize("size", [None, 3, 2])
 def test_pixel_similarity_is_the_larger_cosine_of_both_mirror_images(tmp_path: Path, size: int | None) -> None:
     scores = score(fitted(PixelSimilarity(size), tmp_path))
-    for found, data in ((scores.scores, TRAIN), (scores.null, HELD_OUT)):
+    for result, data in ((scores.scores, TRAIN), (scores.null, HELD_OUT)):
         both = [
             [
                 cosine(shrink(query, size).ravel(), shrink(image, size).ravel())
@@ -82,7 +82,7 @@ def test_pixel_similarity_is_the_larger_cosine_of_both_mirror_images(tmp_path: P
             ]
             for image in data.pixels
         ]
-        np.testing.assert_allclose(found, np.max(both, axis=1), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result, np.max(both, axis=1), rtol=1e-5, atol=1e-6)
         winners = {int(np.argmax(pair)) for pair in both}
         assert winners == {0, 1} or data is HELD_OUT, "either mirror image wins somewhere"
     assert scores.ids == TRAIN.ids
@@ -98,9 +98,9 @@ def test_a_image_is_most_like_itself_and_its_mirror_image(tmp_path: Path) -> Non
     for index in range(len(TRAIN)):
         query = Query("self", "", TRAIN.pixels[index])
         for each in (query, mirrored(query)):
-            found = score(attributor, each).scores
-            assert found.argmax() == index
-            assert found[index] == pytest.approx(1.0, abs=1e-6)
+            result = score(attributor, each).scores
+            assert result.argmax() == index
+            assert result[index] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
@@ -121,12 +121,12 @@ def test_pixel_similarity_tells_subsets_of_one_data_set_apart(tmp_path: Path) ->
 def test_caption_similarity_is_the_best_cosine_of_the_captions(tmp_path: Path) -> None:
     scores = score(fitted(CaptionSimilarity(Letters()), tmp_path))
     prompt = Letters().encode_texts([QUERY.prompt])[0].numpy()
-    for found, data in ((scores.scores, TRAIN), (scores.null, HELD_OUT)):
+    for result, data in ((scores.scores, TRAIN), (scores.null, HELD_OUT)):
         expected = [
             max(cosine(Letters().encode_texts([caption])[0].numpy(), prompt) for caption in several)
             for several in data.captions
         ]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
     assert TRAIN.captions[int(scores.scores.argmax())][0].startswith("red")
 
 

@@ -29,9 +29,9 @@ def test_exact_is_brute_force_over_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(search, "CHUNK", 64)
     vectors = drawn("random", 200).astype(np.float16)
     queries = search.queries_of("random", 7)
-    found = search.exact(vectors, queries, 10)
+    result = search.exact(vectors, queries, 10)
     truth = np.argsort(-(vectors.astype(np.float64) @ queries.T.astype(np.float64)), axis=0)[:10].T
-    assert np.array_equal(np.sort(found, axis=1), np.sort(truth, axis=1))
+    assert np.array_equal(np.sort(result, axis=1), np.sort(truth, axis=1))
 
 
 @pytest.mark.parametrize("size", search.FACTORIES)

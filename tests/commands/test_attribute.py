@@ -143,8 +143,8 @@ def test_a_cut_ranking_names_the_first_and_keeps_the_scores_of_all(run: Path, fo
     first = whole.filter(pc.less_equal(whole["rank"], 3))
     assert pq.read_table(cut / "ranking.parquet").equals(first), "p-values too"
     for query, (ids, scores) in read_ranking(run).items():
-        found, best = table.top(query, len(ids))
-        assert found == ids
+        result, best = table.top(query, len(ids))
+        assert result == ids
         np.testing.assert_array_equal(best, scores)
     with pytest.raises(ValueError, match="Attribute without a cut"):
         evaluate.main(
@@ -248,11 +248,11 @@ def test_a_region_is_attributed_beside_its_image(run: Path, folder: Path) -> Non
     regions = [{"of": "blue circle", "box": [0, 0, 8, 8]}, {"of": "blue circle", "box": [0, 0, 2, 8]}]
     queries = {"prompts": ["blue circle"], "sampling_steps": 2, "regions": regions}
     out = attributed(folder, "regions", queries=queries)
-    found = {name.partition(", ")[2]: dict(zip(*ranking, strict=True)) for name, ranking in read_ranking(out).items()}
-    assert set(found) == {"", "box 0,0,8,8", "box 0,0,2,8"}
-    rounding = 1e-2 * float(np.std(list(found[""].values())))  # the scores are differences in float32
-    assert found["box 0,0,8,8"] == pytest.approx(found[""], abs=rounding), "a box around all of the image is no box"
-    assert found["box 0,0,2,8"] != pytest.approx(found[""], rel=1e-2)
+    result = {name.partition(", ")[2]: dict(zip(*ranking, strict=True)) for name, ranking in read_ranking(out).items()}
+    assert set(result) == {"", "box 0,0,8,8", "box 0,0,2,8"}
+    rounding = 1e-2 * float(np.std(list(result[""].values())))  # the scores are differences in float32
+    assert result["box 0,0,8,8"] == pytest.approx(result[""], abs=rounding), "a box around all of the image is no box"
+    assert result["box 0,0,2,8"] != pytest.approx(result[""], rel=1e-2)
     assert "box 0,0,2,8; the rest is shown faded" in (out / "report.html").read_text()
     with pytest.raises(ValueError, match=r"PixelSimilarity cannot attribute a region"):
         quick(folder, "regions of pixels", queries=queries)

@@ -71,56 +71,56 @@ def made(folder: Path, model: DiffusionModel, data: TrainingData, **options: Any
 
 
 def test_it_holds_what_the_teacher_says(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:
-    found = made(tmp_path / "set", model, data, teacher=influence(), block_size=2)
-    assert found.is_whole
-    assert found.images == data.images.ids
-    assert set(found.prompts) <= {several[0] for several in data.images.captions}
-    queries = generate(model, found.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
-    assert found.queries == tuple(query.id for query in queries)
+    result = made(tmp_path / "set", model, data, teacher=influence(), block_size=2)
+    assert result.is_whole
+    assert result.images == data.images.ids
+    assert set(result.prompts) <= {several[0] for several in data.images.captions}
+    queries = generate(model, result.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+    assert result.queries == tuple(query.id for query in queries)
     teacher = influence()
     teacher.fit(data, model, Store(tmp_path / "other store"), one_process())
     for row, scores in enumerate(teacher.score(queries)):
         ranked = scores.top(len(scores.ids))
-        assert [found.images[place] for place in found.rows[row]] == [name for name, _ in ranked]
-        np.testing.assert_allclose(found.scores[row], [value for _, value in ranked], rtol=1e-5)
-    both = found.features["lengths"]
-    assert both.training.tolist() == [[len(text), len(text.split())] for text in found.captions]
-    assert both.queries.tolist() == [[len(text), len(text.split())] for text in found.prompts]
+        assert [result.images[place] for place in result.rows[row]] == [name for name, _ in ranked]
+        np.testing.assert_allclose(result.scores[row], [value for _, value in ranked], rtol=1e-5)
+    both = result.features["lengths"]
+    assert both.training.tolist() == [[len(text), len(text.split())] for text in result.captions]
+    assert both.queries.tolist() == [[len(text), len(text.split())] for text in result.prompts]
     read = read_teacher_set(tmp_path / "set")
     assert (read.images, read.captions, read.queries, read.prompts) == (
-        found.images,
-        found.captions,
-        found.queries,
-        found.prompts,
+        result.images,
+        result.captions,
+        result.queries,
+        result.prompts,
     )
-    assert np.array_equal(read.rows, found.rows)
-    assert np.array_equal(read.scores, found.scores)
+    assert np.array_equal(read.rows, result.rows)
+    assert np.array_equal(read.scores, result.scores)
     assert read.identity["teacher"] == influence().identity()
 
 
 def test_a_set_kept_without_features_gets_them_again(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:
-    found = made(tmp_path / "set", model, data, block_size=2)
+    result = made(tmp_path / "set", model, data, block_size=2)
     shutil.rmtree(tmp_path / "set" / "features")
     again = made(tmp_path / "set", model, data, block_size=2)
-    assert np.array_equal(again.rows, found.rows)
-    assert np.array_equal(again.scores, found.scores)
+    assert np.array_equal(again.rows, result.rows)
+    assert np.array_equal(again.scores, result.scores)
     for side in ("training", "queries"):
-        assert np.array_equal(getattr(again.features["lengths"], side), getattr(found.features["lengths"], side))
+        assert np.array_equal(getattr(again.features["lengths"], side), getattr(result.features["lengths"], side))
         assert (tmp_path / "set" / "features" / f"lengths.{side}.npy").exists()
 
 
 def test_only_candidates_are_scored(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:
     near = {"nearest": PixelSimilarity(), "k": 4}
-    found = made(tmp_path / "near", model, data, **near)
-    assert found.rows.shape == (5, 4)
-    queries = generate(model, found.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+    result = made(tmp_path / "near", model, data, **near)
+    assert result.rows.shape == (5, 4)
+    queries = generate(model, result.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
     pixels = PixelSimilarity()
     pixels.fit(data, None, Store(tmp_path / "s"), one_process())
     for row, scores in enumerate(pixels.score(queries)):
-        assert {found.images[place] for place in found.rows[row]} == {name for name, _ in scores.top(4)}
+        assert {result.images[place] for place in result.rows[row]} == {name for name, _ in scores.top(4)}
     drawn = made(tmp_path / "drawn", model, data, **near, subsample=2)
     assert drawn.rows.shape == (5, 2)
-    for few, all_of_them in zip(drawn.rows, found.rows, strict=True):
+    for few, all_of_them in zip(drawn.rows, result.rows, strict=True):
         assert set(few) < set(all_of_them)
         assert few.tolist() == [place for place in all_of_them if place in few], "in the teacher's order"
 
@@ -145,10 +145,10 @@ def test_blocks_and_interruptions_do_not_matter(model: DiffusionModel, data: Tra
             scored.extend(query.prompt for query in queries)
             yield from super().score(queries, candidates)
 
-    found = made(tmp_path / "set", model, data, teacher=Watched(), block_size=1)
+    result = made(tmp_path / "set", model, data, teacher=Watched(), block_size=1)
     assert len(scored) == 3, "two of five were finished before"
-    assert np.array_equal(found.rows, whole.rows)
-    assert found.queries == whole.queries
+    assert np.array_equal(result.rows, whole.rows)
+    assert result.queries == whole.queries
     again = made(tmp_path / "set", model, data, teacher=Watched(), block_size=1)
     assert len(scored) == 3
     assert np.array_equal(again.scores, whole.scores)
@@ -231,13 +231,13 @@ def test_an_ensemble_averages_ranks(model: DiffusionModel, data: TrainingData, t
     queries = [*generate(model, ["caption a", "b"], 0, (4, 4, 4), 2)]
     ensemble = RankEnsemble(members)
     ensemble.fit(data, None, Store(tmp_path), one_process())
-    for query, found in zip(queries, ensemble.score(queries), strict=True):
+    for query, result in zip(queries, ensemble.score(queries), strict=True):
         singles = [next(iter(member.score([query]))) for member in members]
         expected = -np.mean([normalised_ranks(each.ids, each.scores) for each in singles], axis=0)
-        np.testing.assert_allclose(found.scores, expected)
-        assert found.null.shape == (len(HELD_OUT),)
+        np.testing.assert_allclose(result.scores, expected)
+        assert result.null.shape == (len(HELD_OUT),)
         best = [sum(theirs.null[0] < theirs.scores) / len(theirs.scores) for theirs in singles]
-        np.testing.assert_allclose(found.null[0], -np.mean(best))
+        np.testing.assert_allclose(result.null[0], -np.mean(best))
     assert ensemble.requires == {"features", "prompt"}
     with pytest.raises(ValueError, match="at least two methods; given 1"):
         RankEnsemble([Random()])

@@ -111,7 +111,7 @@ def test_both_layouts_are_read(root: Path) -> None:
     assert released[1] == replace(
         tasks[3], model=None, caption="", queries=tuple(replace(each, prompt="") for each in tasks[3].queries)
     )
-    assert {kind: [task.name for task in found] for kind, found in cases_of(tasks, ["test_styles"]).items()} == {
+    assert {kind: [task.name for task in result] for kind, result in cases_of(tasks, ["test_styles"]).items()} == {
         "objects": ["test_objects/0", "test_objects/1"],
         "styles": ["test_styles/0", "test_styles/1"],
     }

@@ -51,13 +51,13 @@ def run_folder(
 
 def test_it_is_torchmetrics_own(tmp_path: Path) -> None:
     teacher, method = scores_of(0), scores_of(1)
-    found = retrieval(
+    result = retrieval(
         tmp_path, run_folder(tmp_path / "t", teacher), {"m": run_folder(tmp_path / "m", method, 5)}, depths=[7, 0.5]
     )
     ranks = torch.from_numpy(np.argsort(np.argsort(-teacher, axis=1), axis=1))
     positive = torch.sigmoid(torch.from_numpy(method))  # torchmetrics leaves out what is not positive
     indexes = torch.arange(len(QUERIES))[:, None].expand(-1, N).flatten()
-    by_name = {(row.metric, row.k.number): row for row in found}
+    by_name = {(row.metric, row.k.number): row for row in result}
     assert set(by_name) == {("mAP", 7), ("mAP", 20), ("Recall", 1), ("Recall", 7), ("Recall", 20)}
     for (metric, k), row in by_name.items():
         own = RetrievalMAP() if metric == "mAP" else RetrievalRecall(top_k=k)
@@ -172,9 +172,9 @@ def rewritten(change: Callable[[dict[str, list[Any]]], Any]) -> Callable[[Path],
 
 def manifest(**changes: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        found = read_manifest(folder)
-        identity = {name: changes.pop(name) for name in list(changes) if name in found["identity"]}
-        write_json(folder / "manifest.json", {**found, **changes, "identity": {**found["identity"], **identity}})
+        result = read_manifest(folder)
+        identity = {name: changes.pop(name) for name in list(changes) if name in result["identity"]}
+        write_json(folder / "manifest.json", {**result, **changes, "identity": {**result["identity"], **identity}})
 
     return apply
 
@@ -266,13 +266,13 @@ def test_kept_rankings_through_the_command_line(tmp_path: Path, capsys: pytest.C
     output = tmp_path / "out"
     arguments = ["--teacher", str(teacher), "--ceiling", str(again), "--rankings", f"m={method}", f"t={teacher}"]
     evaluate.main(["retrieval", *arguments, "--output", str(output), "--k", "[0.1, 10]"])
-    found = json.loads((output / "retrieval.json").read_text())
-    assert (found["pictures"], found["queries"]) == (N, list(QUERIES))
-    assert found["rankings"] == {"m": str(method), "t": str(teacher)}
-    assert [row["method"] for row in found["rows"]] == ["m"] * 5 + ["t"] * 5 + ["ceiling"] * 5
-    assert [row["k"]["number"] for row in found["rows"][:5]] == [4, 10, 1, 4, 10]
+    result = json.loads((output / "retrieval.json").read_text())
+    assert (result["pictures"], result["queries"]) == (N, list(QUERIES))
+    assert result["rankings"] == {"m": str(method), "t": str(teacher)}
+    assert [row["method"] for row in result["rows"]] == ["m"] * 5 + ["t"] * 5 + ["ceiling"] * 5
+    assert [row["k"]["number"] for row in result["rows"][:5]] == [4, 10, 1, 4, 10]
     direct = retrieval(tmp_path, teacher, {"m": method, "t": teacher}, again, [0.1, 10])
-    assert [row["mean"] for row in found["rows"]] == [row.mean for row in direct]
+    assert [row["mean"] for row in result["rows"]] == [row.mean for row in direct]
     assert capsys.readouterr().out == as_table(direct) + "\n"
     file = tmp_path / "random.yaml"
     file.write_text("class_path: Random\n")
@@ -293,8 +293,8 @@ def test_methods_are_run_and_measured_through_the_command_line(tmp_path: Path) -
     content |= {"rankings": [f"kept={tmp_path / 'teacher'}"]}
     (tmp_path / "retrieval.yaml").write_text(yaml.safe_dump(content))
     evaluate.main(["retrieval", "-c", str(tmp_path / "retrieval.yaml")])
-    found = json.loads((tmp_path / "out" / "retrieval.json").read_text())
-    by_method = {row["method"]: row["mean"] for row in found["rows"] if row["metric"] == "mAP" and row["k"]["share"]}
+    result = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+    by_method = {row["method"]: row["mean"] for row in result["rows"] if row["metric"] == "mAP" and row["k"]["share"]}
     assert list(by_method) == ["kept", "pixel", "random", "ceiling"]
     assert by_method["kept"] == by_method["pixel"] == by_method["ceiling"] == 1.0 > by_method["random"]
     assert read_whole_rankings(tmp_path / "out" / "random").images == read_whole_rankings(tmp_path / "teacher").images

@@ -33,26 +33,26 @@ class Kept:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
     """Notes what real, offline runs are given, and gives it to them."""
-    found = Kept()
+    result = Kept()
     log, artifact, finish = wandb.Run.log, wandb.Run.log_artifact, wandb.Run.finish
 
     def noted_log(run: wandb.Run, data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        found.logged |= data
+        result.logged |= data
         log(run, data, *args, **kwargs)
 
     def noted_artifact(run: wandb.Run, given: wandb.Artifact, *args: Any, **kwargs: Any) -> wandb.Artifact:
         if not given.name.startswith("run-"):  # a table's, which wandb makes itself
-            found.artifacts.append(given)
+            result.artifacts.append(given)
         return artifact(run, given, *args, **kwargs)
 
     def noted_finish(run: wandb.Run, *args: Any, **kwargs: Any) -> None:
-        found.config, found.summary = dict(run.config), dict(run.summary)
+        result.config, result.summary = dict(run.config), dict(run.summary)
         finish(run, *args, **kwargs)
 
     monkeypatch.setattr(wandb.Run, "log", noted_log)
     monkeypatch.setattr(wandb.Run, "log_artifact", noted_artifact)
     monkeypatch.setattr(wandb.Run, "finish", noted_finish)
-    return found
+    return result
 
 
 def test_an_attribution_is_tracked_with_its_curvature(tmp_path: Path, kept: Kept) -> None:

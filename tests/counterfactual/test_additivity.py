@@ -25,31 +25,31 @@ def measured(losses: dict[tuple[tuple[str, ...], int], dict[str, float]]) -> Mea
 
 def test_odd_and_even_places_go_to_the_halves() -> None:
     both = plan_removals("m", RANKINGS, 5, POOLS, TRAINING)
-    found = halve(both, RANKINGS, TRAINING)
-    assert found.both == both
-    assert [each.ids for each in found.first] == [("p00", "p02", "p04", "p05", "p07", "p09"), ("p10", "p12", "p14")]
-    assert [each.ids for each in found.second] == [("p01", "p03", "p06", "p08"), ("p11", "p13")]
-    for pool, first, second in zip(found.both, found.first, found.second, strict=True):
+    result = halve(both, RANKINGS, TRAINING)
+    assert result.both == both
+    assert [each.ids for each in result.first] == [("p00", "p02", "p04", "p05", "p07", "p09"), ("p10", "p12", "p14")]
+    assert [each.ids for each in result.second] == [("p01", "p03", "p06", "p08"), ("p11", "p13")]
+    for pool, first, second in zip(result.both, result.first, result.second, strict=True):
         assert pool.queries == first.queries == second.queries
         assert tuple(sorted(first.ids + second.ids)) == pool.ids
 
 
 def test_synergy_is_what_both_do_beyond_the_sum() -> None:
-    found = halve(plan_removals("m", RANKINGS, 2, POOLS, TRAINING), RANKINGS, TRAINING)
+    collected = halve(plan_removals("m", RANKINGS, 2, POOLS, TRAINING), RANKINGS, TRAINING)
     base = {"q": 1.0, "r": 2.0, "s": 3.0}
     losses = {}
     for seed, size in ((0, 1.0), (1, 3.0)):
         losses[(), seed] = base
         # Of each removal only the queries of its own pool count: the others are moved by 100.
         for removals, change in (
-            (found.first, {"q": 0.1, "r": 0.2, "s": 0.3}),
-            (found.second, {"q": 0.4, "r": 0.0, "s": -0.1}),
-            (found.both, {"q": 0.9, "r": 0.1, "s": 0.2}),
+            (collected.first, {"q": 0.1, "r": 0.2, "s": 0.3}),
+            (collected.second, {"q": 0.4, "r": 0.0, "s": -0.1}),
+            (collected.both, {"q": 0.9, "r": 0.1, "s": 0.2}),
         ):
             for removal in removals:
                 mine = {q: base[q] + size * change[q] if q in removal.queries else 100.0 for q in base}
                 losses[removal.ids, seed] = mine
-    result = synergy_of(found, measured(losses), [0, 1])
+    result = synergy_of(collected, measured(losses), [0, 1])
     assert result.queries == ("q", "r", "s")
     assert result.first == pytest.approx([0.2, 0.4, 0.6]), "the mean over the seeds"
     assert result.second == pytest.approx([0.8, 0.0, -0.2])

@@ -160,11 +160,11 @@ def test_a_measurement_is_the_mean_of_single_losses(base: DiffusionModel, panel:
 def test_the_table_outlives_the_weights(recipe_file: Path, sweep: Sweep, panel: Panel, tmp_path: Path) -> None:
     table = Measurements(tmp_path / "table.parquet")
     retrain = Retrain((sweep.retrains.ids[0],))
-    found = sweep.measure(retrain, panel, table)
+    result = sweep.measure(retrain, panel, table)
     gone = Sweep(recipe_file, tmp_path / "empty store")
     again = gone.measure(retrain, panel, table)
     assert gone.trained == []
-    for query, measured in found.items():
+    for query, measured in result.items():
         assert np.array_equal(again[query].losses, measured.losses)
         assert (again[query].loss, again[query].mse) == (measured.loss, measured.mse)
         assert np.isnan(again[query].similarity)
@@ -219,10 +219,12 @@ def test_the_command_line_judges_and_goes_on_after_a_kill(recipe_file: Path, fol
     assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "trained again"
     whole = judge_config(folder, recipe_file, "whole", "whole store")
     evaluate.main(["counterfactual", "-c", str(whole)])
-    found, expected = (json.loads((folder / name / "counterfactual.json").read_text()) for name in ("killed", "whole"))
-    for result in (found, expected):
+    collected, expected = (
+        json.loads((folder / name / "counterfactual.json").read_text()) for name in ("killed", "whole")
+    )
+    for result in (collected, expected):
         assert result.pop("costs")["pixel"]["seconds"] > 0, "the one thing that no two runs share"
-    assert found == expected
+    assert collected == expected
     page = (folder / "whole" / "judge.html").read_text()
     assert all(prompt in page for prompt in SOURCE.prompts)
     assert page.count("<td><img") == 2 * 3, "before, and without what pixel and chance named"
@@ -245,11 +247,11 @@ def test_the_command_line_trains_on_halves(recipe_file: Path, folder: Path) -> N
     del content["protocol"]
     config.write_text(json.dumps(content))
     evaluate.main(["lds", "-c", str(config)])
-    found = json.loads((folder / "halves" / "lds.json").read_text())
-    assert [row["method"] for row in found["rows"]] == ["pixel", "another seed"]
-    assert all(-1 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["count"] == 2 for row in found["rows"])
+    result = json.loads((folder / "halves" / "lds.json").read_text())
+    assert [row["method"] for row in result["rows"]] == ["pixel", "another seed"]
+    assert all(-1 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["count"] == 2 for row in result["rows"])
     assert all(
-        np.mean(row["values"]) == pytest.approx(row["mean"]) and len(row["values"]) == 2 for row in found["rows"]
+        np.mean(row["values"]) == pytest.approx(row["mean"]) and len(row["values"]) == 2 for row in result["rows"]
     )
     manifests = [json.loads(path.read_text()) for path in retrained(folder / "store")]
     trained = [each["identity"] for each in manifests if each["identity"]["excluded_count"] == COUNT // 2]
@@ -305,7 +307,7 @@ def test_random_equivalents_come_from_a_ladder_of_models(sweep: Sweep, panel: Pa
     before, rungs = sweeping.measure([Retrain()])[Retrain()], []
     for rung in random_ladder([4, 30], 2, sweep.retrains.ids):
         after = sweeping.measure([Retrain(rung.ids)])[Retrain(rung.ids)]
-        rungs.append(np.mean([after[query].loss - found.loss for query, found in before.items()]))
+        rungs.append(np.mean([after[query].loss - result.loss for query, result in before.items()]))
     expected = random_equivalent([4, 30], [rungs[:2], rungs[2:]], float(row.loss.own.mean()))
     assert row.equivalent == pytest.approx(expected)
     assert "at random |" in as_table([row]).splitlines()[0]
@@ -319,8 +321,8 @@ def test_random_equivalents_come_from_a_ladder_of_models(sweep: Sweep, panel: Pa
 def pixel_scores(sweep: Sweep, query: Query) -> Scores:
     method = PixelSimilarity()
     method.fit(sweep.data, None, sweep.store, one_process())
-    (found,) = method.score([query])
-    return found
+    (result,) = method.score([query])
+    return result
 
 
 def test_protocols_that_make_no_sense_are_refused() -> None:

@@ -31,11 +31,11 @@ def test_one_round_is_all_at_once(judge: Judge) -> None:
     pool = tuple(query.id for query in judge.queries)
     at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.images.ids)
     measured = judge.sweep.measure([Retrain(), Retrain(at_once[0].ids)])
-    (found,) = remove_greedily(first, at_once, 1, measured, judge.sweep, judge.again, [0])
-    assert found.removals == at_once
-    assert found.greedy.tolist() == found.at_once.tolist()
-    assert found.difference.tolist() == [0.0, 0.0, 0.0]
-    assert found.removed[0] == found.removed[1]
+    (result,) = remove_greedily(first, at_once, 1, measured, judge.sweep, judge.again, [0])
+    assert result.removals == at_once
+    assert result.greedy.tolist() == result.at_once.tolist()
+    assert result.difference.tolist() == [0.0, 0.0, 0.0]
+    assert result.removed[0] == result.removed[1]
 
 
 def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
@@ -43,23 +43,23 @@ def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
     pool = tuple(query.id for query in judge.queries)
     at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.images.ids)
     measured = judge.sweep.measure([Retrain(ids, seed) for seed in (0, 1) for ids in ((), at_once[0].ids)])
-    (found,) = remove_greedily(first, at_once, 2, measured, judge.sweep, judge.again, [0, 1])
+    (result,) = remove_greedily(first, at_once, 2, measured, judge.sweep, judge.again, [0, 1])
     gone = {name for query in pool for name in first["influence"][query][:1]}
     halfway = tuple(sorted(gone))
     left = judge.again("influence", Retrain(halfway, 0), pool)
     gone |= {name for query in pool for name in left[query][:1]}
-    (removal,) = found.removals
+    (removal,) = result.removals
     assert set(removal.ids) == gone != set(at_once[0].ids)
     measured = judge.sweep.measure([Retrain(ids, s) for s in (0, 1) for ids in ((), removal.ids, at_once[0].ids)])
-    for query, greedy, ordinary in zip(found.queries, found.greedy, found.at_once, strict=True):
+    for query, greedy, ordinary in zip(result.queries, result.greedy, result.at_once, strict=True):
         for ids, value in ((removal.ids, greedy), (at_once[0].ids, ordinary)):
             moved = [measured[Retrain(ids, s)][query].loss - measured[Retrain((), s)][query].loss for s in (0, 1)]
             assert value == pytest.approx(sum(moved) / 2)
     assert Retrain(halfway, 0) in judge.trained
     assert Retrain(halfway, 1) not in judge.trained, "between the rounds only the first seed is asked"
-    stored = found.as_json()
+    stored = result.as_json()
     assert stored["pools"] == [{"queries": list(pool), "ids": list(removal.ids)}]
-    assert stored["estimates"]["difference"][0] == pytest.approx(sum(found.greedy - found.at_once) / 3)
+    assert stored["estimates"]["difference"][0] == pytest.approx(sum(result.greedy - result.at_once) / 3)
 
 
 def test_the_judge_says_its_plan_and_goes_on_after_an_interruption(judge: Judge, tmp_path: Path) -> None:

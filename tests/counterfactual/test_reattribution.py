@@ -32,30 +32,30 @@ def test_nothing_removed_gives_the_first_ranking(judge: Judge) -> None:
         names = [query.id for query in judge.queries]
         assert judge.again(method, Retrain(), names) == first[method]
         removal = Removal(method, 3, tuple(names), ())
-        for found in replacements(first[method], [removal], judge.again, seed=0):
-            assert (found.foresight.spearman, found.foresight.share, found.foresight.chance) == (1.0, 1.0, 3 / 12)
-            assert found.before == found.after == first[method][found.query][:5]
-            assert found.removed == []
+        for result in replacements(first[method], [removal], judge.again, seed=0):
+            assert (result.foresight.spearman, result.foresight.share, result.foresight.chance) == (1.0, 1.0, 3 / 12)
+            assert result.before == result.after == first[method][result.query][:5]
+            assert result.removed == []
 
 
 def test_what_is_left_is_ranked_as_by_a_method_fitted_by_hand(judge: Judge) -> None:
     first, query = rankings(judge.first()), judge.queries[1]
     retrain = Retrain(tuple(sorted(first["influence"][query.id][:4])))
-    found = judge.again("influence", retrain, [query.id])
+    result = judge.again("influence", retrain, [query.id])
     method, left = quick_influence(), judge.again.left(retrain)
     assert left.latents is not None
     assert set(left.images.ids) == set(left.latents.ids) == set(judge.data.images.ids) - set(retrain.exclude)
     method.fit(left, judge.retrains.model(retrain), judge.store, one_process())
     (scores,) = method.score([query])
-    assert found[query.id] == [name for name, _ in scores.top(8)]
-    assert found[query.id] != [name for name in first["influence"][query.id] if name not in retrain.exclude]
+    assert result[query.id] == [name for name, _ in scores.top(8)]
+    assert result[query.id] != [name for name in first["influence"][query.id] if name not in retrain.exclude]
     (replacement,) = replacements(
         first["influence"], [Removal("influence", 4, (query.id,), retrain.exclude)], judge.again, seed=0
     )
     assert replacement.removed == first["influence"][query.id][:4]
     assert replacement.before[4] not in retrain.exclude
-    assert replacement.after == found[query.id][:5]
-    assert replacement.foresight == foresight(first["influence"][query.id], retrain.exclude, found[query.id], 4)
+    assert replacement.after == result[query.id][:5]
+    assert replacement.foresight == foresight(first["influence"][query.id], retrain.exclude, result[query.id], 4)
     assert replacement.model == judge.retrains.name(retrain)
 
 
@@ -65,17 +65,17 @@ def test_the_control_is_what_another_seed_says_of_what_is_left(judge: Judge) -> 
         gone = tuple(sorted(first[method][query][:3]))
         removal = Removal(method, 3, (query,), gone)
         (without,) = replacements(first[method], [removal], judge.again, seed=0)
-        (found,) = replacements(first[method], [removal], judge.again, seed=0, control=1)
+        (result,) = replacements(first[method], [removal], judge.again, seed=0, control=1)
         assert without.control is None
-        assert found.foresight == without.foresight
+        assert result.foresight == without.foresight
         left = [name for name in judge.again(method, Retrain((), 1), [query])[query] if name not in gone]
-        assert found.control == foresight(first[method][query], gone, left, 3)
-        assert (found.control.spearman == 1.0) == same, "pixels ask no model"
-        stored = foreseen([found])
+        assert result.control == foresight(first[method][query], gone, left, 3)
+        assert (result.control.spearman == 1.0) == same, "pixels ask no model"
+        stored = foreseen([result])
         assert (stored["control_spearman"][0], stored["control_share"][0]) == pytest.approx(
-            (found.control.spearman, found.control.share)
+            (result.control.spearman, result.control.share)
         )
-        assert found.as_json()["control"]["spearman"] == found.control.spearman
+        assert result.as_json()["control"]["spearman"] == result.control.spearman
         assert "control_spearman" not in foreseen([without])
 
 
@@ -89,10 +89,10 @@ def test_pixels_rank_what_is_left_as_before(judge: Judge) -> None:
 
 def test_a_finished_run_needs_no_weights_and_another_one_is_refused(judge: Judge) -> None:
     retrain, names = Retrain(judge.data.images.ids[:1]), [query.id for query in judge.queries[:2]]
-    found = judge.again("influence", retrain, names)
+    result = judge.again("influence", retrain, names)
     shutil.rmtree(judge.store.path("retrain", judge.retrains.identity(retrain)))
     before = len(judge.trained)
-    assert judge.again("influence", retrain, names[::-1]) == found, "the order of the queries does not matter"
+    assert judge.again("influence", retrain, names[::-1]) == result, "the order of the queries does not matter"
     assert len(judge.trained) == before, "trained again"
     method = judge.methods["influence"]
     judge.methods["influence"] = Random()
@@ -134,10 +134,10 @@ def test_means_are_over_the_queries(judge: Judge) -> None:
     first = rankings(judge.first())["influence"]
     names = tuple(query.id for query in judge.queries)
     removal = Removal("influence", 2, names, tuple(sorted({name for query in names for name in first[query][:2]})))
-    found = replacements(first, [removal], judge.again, seed=0)
-    stored = foreseen(found)
+    result = replacements(first, [removal], judge.again, seed=0)
+    stored = foreseen(result)
     assert (stored["method"], stored["k"], stored["queries"]) == ("influence", 2, 3)
-    values = [each.foresight.spearman for each in found]
+    values = [each.foresight.spearman for each in result]
     assert stored["spearman"] == pytest.approx([np.mean(values), np.std(values, ddof=1) / 3**0.5])
     assert stored["chance"][0] == pytest.approx(2 / (12 - len(removal.ids)))
 

@@ -12,11 +12,11 @@ IDS = [f"image {index}" for index in range(30)]
 
 
 def test_numbers_are_those_of_a_hand_made_case() -> None:
-    found = foresight(list("abcdefg"), {"a", "c"}, list("dbgef"), k=2)
+    result = foresight(list("abcdefg"), {"a", "c"}, list("dbgef"), k=2)
     # Left: b d e f g, which are now at the places 1 0 3 4 2.
-    assert found.spearman == pytest.approx(1 - 6 * (1 + 1 + 1 + 1 + 4) / (5 * 24))
-    assert found.share == 1.0, "b and d were next, and b and d took over"
-    assert found.chance == pytest.approx(2 / 5)
+    assert result.spearman == pytest.approx(1 - 6 * (1 + 1 + 1 + 1 + 4) / (5 * 24))
+    assert result.share == 1.0, "b and d were next, and b and d took over"
+    assert result.chance == pytest.approx(2 / 5)
     assert foresight(list("abcdefg"), {"a", "c"}, list("gfdeb"), k=2).share == 0.0
 
 
@@ -41,15 +41,15 @@ def test_chance_is_the_mean_share_of_random_orders() -> None:
 
 
 def test_nothing_removed_and_nothing_moved_is_full_foresight() -> None:
-    found = foresight(IDS, (), IDS, 7)
-    assert (found.spearman, found.share, found.chance) == (1.0, 1.0, 7 / 30)
+    result = foresight(IDS, (), IDS, 7)
+    assert (result.spearman, result.share, result.chance) == (1.0, 1.0, 7 / 30)
     assert foresight(IDS, (), IDS[::-1], 7).spearman == pytest.approx(-1.0)
 
 
 def test_few_images_that_are_left_are_all_counted() -> None:
-    found = foresight(list("abc"), {"a", "b"}, ["c"], 2)
-    assert np.isnan(found.spearman)
-    assert (found.share, found.chance) == (1.0, 1.0)
+    result = foresight(list("abc"), {"a", "b"}, ["c"], 2)
+    assert np.isnan(result.spearman)
+    assert (result.share, result.chance) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("after", [["b"], ["a", "b", "c"], ["b", "b"], ["b", "d"]])

@@ -95,9 +95,9 @@ def test_a_judgement_of_one_k_and_no_images(tmp_path: Path) -> None:
 def test_strips_are_read_as_they_were_written_and_wrong_ones_refused(tmp_path: Path) -> None:
     judged(tmp_path)
     path = tmp_path / IMAGES / "without.png"
-    found = read_strip(path, ["b", "a"])
-    assert (found["a"] == 100).all()
-    assert (found["b"] == 101).all()
+    result = read_strip(path, ["b", "a"])
+    assert (result["a"] == 100).all()
+    assert (result["b"] == 101).all()
     with pytest.raises(ValueError, match="16 pixels wide, which is no multiple of its 3 queries"):
         read_strip(path, ["a", "b", "c"])
     path.write_text("no image")

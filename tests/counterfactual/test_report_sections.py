@@ -83,10 +83,10 @@ def test_differences_are_taken_query_by_query(tmp_path: Path) -> None:
     }
     caption = {**pixel, "method": "caption", "queries": ["c", "b", "a"], "loss": effect(0.3, 0.6, 0.4, others=0.2)}
     result["rows"] = [pixel, caption, {**pixel, "k": 2}, row("another seed", 0, 0.05)]
-    found = paired(result["rows"], 4)
+    collected = paired(result["rows"], 4)
     values = [0.4 - 0.2, 0.8 - 0.4, 0.3 - 0.1]
-    assert found["pixel", "caption"] == pytest.approx((np.mean(values), np.std(values, ddof=1) / 3**0.5))
-    assert found["caption", "pixel"] == pytest.approx((-np.mean(values), np.std(values, ddof=1) / 3**0.5))
+    assert collected["pixel", "caption"] == pytest.approx((np.mean(values), np.std(values, ddof=1) / 3**0.5))
+    assert collected["caption", "pixel"] == pytest.approx((-np.mean(values), np.std(values, ddof=1) / 3**0.5))
     assert set(paired(result["rows"], 2)) == {("pixel", "pixel")}
     (tmp_path / RESULT).write_text(json.dumps(result))
     html = write_judge_report(tmp_path)[0].read_text()

@@ -81,9 +81,9 @@ def test_a_model_that_fails_does_not_stop_the_others(sweep: Sweep, panel: Panel,
         "model 3 of 3 (seed 0, without 1 images)",
     ]
     count = len(sweep.trained)
-    found = sweeping.measure([*wanted, wanted[0]])
+    result = sweeping.measure([*wanted, wanted[0]])
     assert sweep.trained[count:] == [wanted[1]], "only what failed is trained again"
-    assert set(found) == set(wanted)
+    assert set(result) == set(wanted)
     assert "3 models, 2 of them measured before; 1 to train: about " in said[4]
 
 
@@ -157,9 +157,9 @@ def test_a_retraining_on_two_devices_ends_like_one_on_one(sweep: Sweep, recipe_f
     two.write_text(json.dumps(config))
     ddp = Sweep(two, tmp_path / "store")
     assert ddp.retrains.name(Retrain()) == sweep.retrains.name(Retrain())
-    found, wanted = (each.retrains.model(Retrain()).denoiser.state_dict() for each in (ddp, sweep))
+    result, wanted = (each.retrains.model(Retrain()).denoiser.state_dict() for each in (ddp, sweep))
     for name, weight in wanted.items():
-        np.testing.assert_allclose(found[name].numpy(), weight.numpy(), atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(result[name].numpy(), weight.numpy(), atol=2e-3, err_msg=name)
 
 
 def test_a_retraining_that_dies_in_its_own_process_is_reported(recipe_file: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_rays_workers_measure_what_one_process_does_though_one_is_killed(
     shared.retrains.train = Killed(recipe_file, tmp_path)
     wanted = [without(alone, index, seed=seed) for index in range(2) for seed in range(2)]
     engine = Workers("ray", count=2).get()
-    found = Sweeps(shared.retrains, panel, Measurements(tmp_path / "ray.parquet"), engine).measure(wanted)
+    result = Sweeps(shared.retrains, panel, Measurements(tmp_path / "ray.parquet"), engine).measure(wanted)
     expected = Sweeps(alone.retrains, panel, Measurements(tmp_path / "one.parquet")).measure(wanted)
     processes = (tmp_path / "processes").read_text().split()
     assert processes.count("killed") == 1
@@ -192,8 +192,8 @@ def test_rays_workers_measure_what_one_process_does_though_one_is_killed(
     assert str(os.getpid()) not in trained
     for retrain in wanted:
         for query, measured in expected[retrain].items():
-            assert found[retrain][query].loss == measured.loss
-            assert np.array_equal(found[retrain][query].losses, measured.losses)
+            assert result[retrain][query].loss == measured.loss
+            assert np.array_equal(result[retrain][query].losses, measured.losses)
 
 
 class Killed:
@@ -224,7 +224,7 @@ def test_workers_that_make_no_sense_are_refused() -> None:
 
 def test_a_work_that_is_done_is_only_measured(sweep: Sweep, panel: Panel) -> None:
     work, count = Work(sweep.retrains, panel), len(sweep.trained)
-    ((retrain, found),) = in_process(work, [Retrain()])
+    ((retrain, result),) = in_process(work, [Retrain()])
     assert retrain == Retrain()
-    assert isinstance(found, Finished)
+    assert isinstance(result, Finished)
     assert len(sweep.trained) == max(count, 1)

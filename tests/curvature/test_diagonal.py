@@ -62,11 +62,11 @@ def one_pass(model: DiffusionModel, names: list[str], settings: FisherSettings, 
     return work.mean()
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    assert result.keys() == expected.keys()
     for name, values in expected.items():
         # A bias before a group norm has gradient 0 up to rounding, whose square is no number to compare.
-        torch.testing.assert_close(found[name], values, rtol=rtol, atol=1e-24, msg=lambda text, n=name: n + text)
+        torch.testing.assert_close(result[name], values, rtol=rtol, atol=1e-24, msg=lambda text, n=name: n + text)
 
 
 @pytest.mark.parametrize("subset", ["cross_attention_kv", "all"])
@@ -86,12 +86,12 @@ def test_the_fisher_equals_a_loop_over_single_images(subset: Subset, flips: bool
 def test_flips_and_seeds_are_other_samples() -> None:
     model = tiny_model()
     names = names_of(model)
-    found = [
+    result = [
         one_pass(model, names, settings, 64)[names[0]]
         for settings in (FisherSettings(3), FisherSettings(3, flips=False), FisherSettings(3, seed=1))
     ]
-    for index, left in enumerate(found):
-        for right in found[index + 1 :]:
+    for index, left in enumerate(result):
+        for right in result[index + 1 :]:
             assert not torch.allclose(left, right, rtol=1e-3)
 
 

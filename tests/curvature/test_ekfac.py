@@ -88,10 +88,10 @@ class Loop:
                     noise = keyed_random.normal(key, latent.shape[1:], torch.float64)
                     loss = self.model.losses(latent, DATA.states[image, caption], timestep, noise).sum()
                     targets = [*self.outputs.values(), *self.parameters.values()]
-                    found = torch.autograd.grad(loss, targets)
+                    result = torch.autograd.grad(loss, targets)
                     yield (
-                        dict(zip(self.outputs, found, strict=False)),
-                        dict(zip(self.parameters, found[len(self.outputs) :], strict=True)),
+                        dict(zip(self.outputs, result, strict=False)),
+                        dict(zip(self.parameters, result[len(self.outputs) :], strict=True)),
                     )
 
 
@@ -154,10 +154,10 @@ def dense_steps(model: DiffusionModel, gradient: Mapping[str, Tensor], damping: 
     return steps
 
 
-def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(result: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float) -> None:
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
-        assert float((found[name] - value).abs().max()) <= rtol * float(value.abs().max()), name
+        assert float((result[name] - value).abs().max()) <= rtol * float(value.abs().max()), name
 
 
 @pytest.mark.parametrize("subset", ["cross_attention_kv", "all"])
@@ -181,8 +181,8 @@ def test_batches_blocks_and_subsets_change_nothing(tmp_path: Path) -> None:
     assert_close(fit(tmp_path / "single", batch_size=1).precondition(gradient), whole, 1e-7)
     assert_close(fit(tmp_path / "blocks", layers_per_pass=5).precondition(gradient), whole, 1e-7)
     kv = names_of(tiny_model(), "cross_attention_kv")
-    found = fit(tmp_path / "part", "cross_attention_kv").precondition({name: gradient[name] for name in kv})
-    assert_close(found, {name: whole[name] for name in kv}, 1e-7)
+    result = fit(tmp_path / "part", "cross_attention_kv").precondition({name: gradient[name] for name in kv})
+    assert_close(result, {name: whole[name] for name in kv}, 1e-7)
 
 
 def test_layers_with_one_input_share_its_factor() -> None:

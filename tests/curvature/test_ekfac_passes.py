@@ -97,11 +97,11 @@ def single_samples(model: DiffusionModel, plan: LayerPlan) -> Iterator[tuple[Cal
             for visit in range(SETTINGS.samples_per_image):
                 kept.clear()
                 loss = noise_samples.losses(*(torch.tensor([value]) for value in (image, flip, visit))).sum()
-                found = torch.autograd.grad(loss, [*(output for _, _, output in kept), *parameters.values()])
+                result = torch.autograd.grad(loss, [*(output for _, _, output in kept), *parameters.values()])
                 calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-                for (name, inputs, _), grad in zip(kept, found, strict=False):
+                for (name, inputs, _), grad in zip(kept, result, strict=False):
                     calls.setdefault(name, []).append((inputs, grad))
-                yield calls, dict(zip(parameters, found[len(kept) :], strict=True))
+                yield calls, dict(zip(parameters, result[len(kept) :], strict=True))
     denoiser.requires_grad_(False)
     for handle in handles:
         handle.remove()
@@ -133,11 +133,11 @@ def oracle(model: DiffusionModel, plan: LayerPlan) -> tuple[dict[str, Tensor], d
     return grams, squares
 
 
-def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(result: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
         assert float(value.abs().max()) > 0
-        assert float((found[name] - value).abs().max()) <= 1e-12 * float(value.abs().max()), name
+        assert float((result[name] - value).abs().max()) <= 1e-12 * float(value.abs().max()), name
 
 
 def test_the_layers_take_every_way(plan: LayerPlan) -> None:

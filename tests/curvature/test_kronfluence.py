@@ -63,12 +63,12 @@ def test_the_covariances_are_those_of_kronfluence(fits: Fits) -> None:
     work.step(range(len(case.data)))
     ours, theirs = work.covariances(), load_covariance_matrices(fits.theirs)
     for layer in case.plan.layers:
-        for found, name in (
+        for result, name in (
             (f"A/{layer.source}", "activation_covariance"),
             (f"G/{layer.module}", "gradient_covariance"),
         ):
             expected = theirs[name][layer.module]
-            error = float((ours[found] - expected).abs().max())
+            error = float((ours[result] - expected).abs().max())
             assert error <= 1e-10 * float(expected.abs().max()), f"{name} of {layer.module}"
 
 
@@ -104,5 +104,5 @@ def test_our_files_give_our_steps_in_kronfluence(fits: Fits, tmp_path: Path) -> 
     for name in ("activation_eigenvectors", "gradient_eigenvectors"):
         factors[name] = Analyzer.load_file(tmp_path / f"{name}.safetensors")
     gradient = a_gradient(fits.case)
-    found = steps_of_kronfluence(factors, gradient)
-    assert_close({name: found[name] for name in gradient}, fits.ours.precondition(gradient), 1e-9)
+    result = steps_of_kronfluence(factors, gradient)
+    assert_close({name: result[name] for name in gradient}, fits.ours.precondition(gradient), 1e-9)

@@ -43,9 +43,9 @@ def most_held(root: Path, model: DiffusionModel, names: list[str], layers_per_pa
             original = getattr(kind, method)
 
             def watched(self: SampledPass, *arguments: object, original=original) -> object:
-                found = original(self, *arguments)
+                result = original(self, *arguments)
                 look()
-                return found
+                return result
 
             patch.setattr(kind, method, watched)
         fitted = fit_ekfac(

@@ -51,14 +51,14 @@ def test_a_copy_is_its_original_one_pixel_off_and_slightly_recoloured() -> None:
 
 def inner(difference: np.ndarray, copy: np.ndarray) -> np.ndarray | None:
     """What was added to each channel away from the border and from the ends of the scale; None if it is not one."""
-    found = []
+    result = []
     for channel in range(3):
         kept = (copy[1:-1, 1:-1, channel] > 0) & (copy[1:-1, 1:-1, channel] < 255)
         values: Sequence[int] = np.unique(difference[1:-1, 1:-1, channel][kept])
         if len(values) != 1:
             return None
-        found.append(values[0])
-    return np.array(found)
+        result.append(values[0])
+    return np.array(result)
 
 
 def test_copies_are_part_of_what_the_set_is() -> None:

@@ -30,10 +30,10 @@ def test_a_cut_at_any_byte_gives_a_beginning_of_the_samples(folder: Path, keys: 
     end = content.rstrip(b"\0")
     for at in range(1, len(end), step):
         cut.write_bytes(content[:at])
-        found = list(read_shard(cut))
-        assert isinstance(found[-1], Problem)
-        assert found[-1].kind == DAMAGED
-        samples = [sample for sample in found[:-1] if isinstance(sample, ShardSample)]
+        result = list(read_shard(cut))
+        assert isinstance(result[-1], Problem)
+        assert result[-1].kind == DAMAGED
+        samples = [sample for sample in result[:-1] if isinstance(sample, ShardSample)]
         assert samples[:-1] == whole[: max(len(samples) - 1, 0)]
         if samples:  # the last may lack members, but has none that is cut
             expected = whole[len(samples) - 1]
@@ -47,10 +47,10 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(folder: Path, keys: list[
     content = bytearray(path.read_bytes())
     content[third.offset : third.offset + 512] = b"\xa5" * 512
     path.write_bytes(content)
-    found = list(read_shard(path))
-    assert [sample.key for sample in found if isinstance(sample, ShardSample)] == keys[1][:3]
-    assert isinstance(found[-1], Problem)
-    assert found[-1].kind == DAMAGED
+    result = list(read_shard(path))
+    assert [sample.key for sample in result if isinstance(sample, ShardSample)] == keys[1][:3]
+    assert isinstance(result[-1], Problem)
+    assert result[-1].kind == DAMAGED
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_tricks_are_refused_and_counted(
         folder, [*plain(good), (name, good[0][1], fields), *plain([("y.jpg", b""), ("y.txt", b"x")])], ["ok"]
     )
     before = set(tmp_path.rglob("*"))
-    found = list(read_shard(shard))
-    (problem,) = (each for each in found if isinstance(each, Problem))
+    result = list(read_shard(shard))
+    (problem,) = (each for each in result if isinstance(each, Problem))
     assert problem.kind == REFUSED
     assert reason in problem.detail
     assert problem.name.isprintable()
-    assert [each.key for each in found if isinstance(each, ShardSample)] == ["ok", "y"]
+    assert [each.key for each in result if isinstance(each, ShardSample)] == ["ok", "y"]
     assert set(tmp_path.rglob("*")) == before
     assert build_laion(Store(tmp_path / "store"), folder, ShardOptions(size=8)).ids == ("ok",)
 
@@ -99,6 +99,6 @@ def test_a_size_that_a_header_invents_is_not_believed(folder: Path, size: int) -
     content = bytearray(shard.read_bytes())
     content[text.offset_data - 512 : text.offset_data] = invented.tobuf(tarfile.GNU_FORMAT)
     shard.write_bytes(content)
-    found = list(read_shard(shard))
-    assert [each.kind for each in found if isinstance(each, Problem)] == [DAMAGED]
-    assert [list(each.members) for each in found if isinstance(each, ShardSample)] == [["jpg"]]
+    result = list(read_shard(shard))
+    assert [each.kind for each in result if isinstance(each, Problem)] == [DAMAGED]
+    assert [list(each.members) for each in result if isinstance(each, ShardSample)] == [["jpg"]]

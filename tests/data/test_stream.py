@@ -100,8 +100,8 @@ def test_to_float_maps_bytes_to_plus_minus_one() -> None:
 def test_flip_share(share: float) -> None:
     count = 20_000
     keys = visit_keys(0, torch.arange(count), torch.zeros(count, dtype=torch.int64))
-    found = flips(keys, share).double().mean().item()
-    assert abs(found - share) <= 4 * math.sqrt(share * (1 - share) / count)
+    result = flips(keys, share).double().mean().item()
+    assert abs(result - share) <= 4 * math.sqrt(share * (1 - share) / count)
 
 
 def test_visit_times_step_by_the_golden_ratio_from_a_keyed_start() -> None:
@@ -184,13 +184,13 @@ def test_visits_mix_mirror_images_and_captions_in_their_shares(latents: EncodedI
     assert torch.equal(batch.latents[:, 0, 0, 0].floor().long(), index)
     assert set(caption.tolist()) == {0, 1, 2}
     count = len(visits)
-    for found, share, trials in (
+    for result, share, trials in (
         (mirrored.sum(), 0.5, count),
         (dropped.sum(), 0.25, count),
         ((mirrored & dropped).sum(), 0.125, count),
         *(((caption == which).sum(), 1 / 3, len(caption)) for which in range(3)),
     ):
-        assert abs(found.item() - trials * share) < 4 * math.sqrt(trials * share * (1 - share))
+        assert abs(result.item() - trials * share) < 4 * math.sqrt(trials * share * (1 - share))
 
 
 def test_without_flips_and_dropout_visits_are_plain(latents: EncodedImages) -> None:

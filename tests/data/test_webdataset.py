@@ -102,11 +102,11 @@ def test_a_cut_shard_loses_only_what_is_behind_the_cut(
     whole = build_laion(Store(tmp_path / "whole"), make(tmp_path / "again"), SMALL)
     where = [whole.ids.index(name) for name in images.ids]
     np.testing.assert_array_equal(images.pixels, np.asarray(whole.pixels)[where])
-    found = problems(tmp_path)
-    (damage,) = (problem for problem in found if problem.kind == DAMAGED)
+    result = problems(tmp_path)
+    (damage,) = (problem for problem in result if problem.kind == DAMAGED)
     assert damage.name == "00002.tar"
     assert f"of {at:,}" in damage.detail
-    named = {problem.name.partition(": ")[2] for problem in found if problem.kind in (LOST, NO_IMAGE, NO_CAPTION)}
+    named = {problem.name.partition(": ")[2] for problem in result if problem.kind in (LOST, NO_IMAGE, NO_CAPTION)}
     assert named == set(lost), "every lost sample is named"
 
 
@@ -145,10 +145,10 @@ def test_broken_members_are_counted_by_name(
     assert images.ids == ("ok", "json", "twice", "last")
     assert images.captions[1] == ("from the json",)
     np.testing.assert_array_equal(images.pixels[0], images.pixels[2])
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for problem in problems(tmp_path):
-        found.setdefault(problem.kind, []).append(problem.name.removeprefix("00000.tar: "))
-    assert found == {
+        result.setdefault(problem.kind, []).append(problem.name.removeprefix("00000.tar: "))
+    assert result == {
         UNDECODABLE: ["cut", "not", "bomb", "warned"],
         NO_CAPTION: ["mute", "blank", "half", "latin"],
         NO_IMAGE: ["blind", "big"],

@@ -48,10 +48,10 @@ def test_the_curve_of_four_points_by_hand() -> None:
     settings = CalibrationSettings(confidence=0.5, shares=())
     cosines = np.tile([0.1, 0.2, 0.3, 0.9], (8, 1))
     scores = np.tile([1.0, 4.0, 2.0, 5.0], (8, 1))
-    found = fit_calibration(cosines, scores, [f"q{index}" for index in range(8)], settings)
-    assert found.similarities.tolist() == [0.1, 0.2, 0.3, 0.9]
-    assert found.values.tolist() == [1.0, 3.0, 3.0, 5.0]
-    estimates = found.estimate(np.array([-1.0, 0.15, 0.25, 0.6, 1.0]))
+    result = fit_calibration(cosines, scores, [f"q{index}" for index in range(8)], settings)
+    assert result.similarities.tolist() == [0.1, 0.2, 0.3, 0.9]
+    assert result.values.tolist() == [1.0, 3.0, 3.0, 5.0]
+    estimates = result.estimate(np.array([-1.0, 0.15, 0.25, 0.6, 1.0]))
     assert estimates.values == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
     # Residuals are 0, 1, -1, 0 in each of four other queries; 3/4 of five groups' mass is 15 of 16 values: the largest.
     assert estimates.low - estimates.values == pytest.approx(np.full(5, -1.0))
@@ -62,8 +62,8 @@ def test_equal_similarities_have_one_estimate() -> None:
     settings = CalibrationSettings(confidence=0.5, shares=())
     cosines = np.tile([0.5, 0.5, 0.7], (6, 1))
     scores = np.tile([0.0, 2.0, 3.0], (6, 1))
-    found = fit_calibration(cosines, scores, list("abcdef"), settings)
-    assert found.estimate(np.array([0.5, 0.7])).values.tolist() == [1.0, 3.0]
+    result = fit_calibration(cosines, scores, list("abcdef"), settings)
+    assert result.estimate(np.array([0.5, 0.7])).values.tolist() == [1.0, 3.0]
 
 
 def _least_rising(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -81,16 +81,16 @@ def _least_rising(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.
 def test_the_curve_is_the_nearest_rising_one() -> None:
     cosines, scores, names = planted(0, 8, 6)
     settings = CalibrationSettings(confidence=0.5, shares=())
-    found = fit_calibration(cosines, scores, names, settings)
-    assert (np.diff(found.values) >= 0).all()
+    result = fit_calibration(cosines, scores, names, settings)
+    assert (np.diff(result.values) >= 0).all()
     # The half that the curve was fitted on is one of the choices of four queries.
     candidates = [
         (cosines[list(rows)].ravel(), scores[list(rows)].ravel())
         for rows in combinations(range(8), 4)
-        if set(found.similarities) <= set(cosines[list(rows)].ravel())
+        if set(result.similarities) <= set(cosines[list(rows)].ravel())
     ]
     assert candidates
-    assert any(np.allclose(found.estimate(np.sort(x)).values, _least_rising(x, y), rtol=1e-12) for x, y in candidates)
+    assert any(np.allclose(result.estimate(np.sort(x)).values, _least_rising(x, y), rtol=1e-12) for x, y in candidates)
 
 
 @pytest.mark.parametrize("count", [3, 9, 19, 20, 40])
@@ -125,12 +125,12 @@ def test_intervals_cover_new_queries() -> None:
     hits, tops, top_hits, queries = 0, 0, 0, 42
     for trial in range(TRIALS):
         cosines, scores, names = planted(trial, queries + 1)
-        found = fit_calibration(cosines[:-1], scores[:-1], names[:-1], settings)
-        assert len(found.edges) == 1
-        estimates = found.estimate(cosines[-1])
+        result = fit_calibration(cosines[:-1], scores[:-1], names[:-1], settings)
+        assert len(result.edges) == 1
+        estimates = result.estimate(cosines[-1])
         inside = (estimates.low <= scores[-1]) & (scores[-1] <= estimates.high)
         hits += int(inside[0])
-        top = np.flatnonzero(found.bins(cosines[-1]) == 1)
+        top = np.flatnonzero(result.bins(cosines[-1]) == 1)
         if len(top):
             tops += 1
             top_hits += int(inside[top[0]])
@@ -171,17 +171,17 @@ def test_the_order_of_queries_and_images_does_not_matter() -> None:
 def test_bins_with_too_few_queries_are_joined() -> None:
     cosines, scores, names = planted(4, 80, 30)
     cosines[5:, :] = np.minimum(cosines[5:, :], 0.5)  # hardly a query has very similar images
-    found = fit_calibration(cosines, scores, names)
-    assert (found.edges <= 0.5).all()
-    assert np.isfinite(found.low).all()
-    assert np.isfinite(found.high).all()
+    result = fit_calibration(cosines, scores, names)
+    assert (result.edges <= 0.5).all()
+    assert np.isfinite(result.low).all()
+    assert np.isfinite(result.high).all()
 
 
 def test_a_bin_that_the_other_half_hardly_fills_says_nothing() -> None:
     settings = CalibrationSettings(shares=())
     cosines, scores, names = planted(5, 38, 4)
-    found = fit_calibration(cosines, scores, names, settings)
-    assert np.isfinite(found.high).all()
+    result = fit_calibration(cosines, scores, names, settings)
+    assert np.isfinite(result.high).all()
     with pytest.raises(ValueError, match="Intervals of 90% need at least 38 held-out queries"):
         fit_calibration(cosines[1:], scores[1:], names[1:], settings)
     assert np.isinf(group_quantile(scores[:18, 0], np.arange(18), 0.95))
@@ -190,18 +190,18 @@ def test_a_bin_that_the_other_half_hardly_fills_says_nothing() -> None:
 def test_assessed_on_other_queries() -> None:
     calibration = fit_calibration(*planted(6, 200))
     cosines, scores, names = planted(7, 300, first=200)
-    found = assess(calibration, cosines, scores, names)
+    result = assess(calibration, cosines, scores, names)
     estimates = calibration.estimate(cosines)
-    assert found.rmse == pytest.approx(np.sqrt(((estimates.values - scores) ** 2).mean()))
-    assert found.rmse < found.spread == pytest.approx(scores.std())
-    assert 0.5 < found.spearman < 1
-    assert abs(found.coverage - 0.9) < 5 * found.coverage_error
-    assert len(found.coverage_by_bin) == len(calibration.low) > 1
-    assert found.count == 300
+    assert result.rmse == pytest.approx(np.sqrt(((estimates.values - scores) ** 2).mean()))
+    assert result.rmse < result.spread == pytest.approx(scores.std())
+    assert 0.5 < result.spearman < 1
+    assert abs(result.coverage - 0.9) < 5 * result.coverage_error
+    assert len(result.coverage_by_bin) == len(calibration.low) > 1
+    assert result.count == 300
     order = np.random.default_rng(0).permutation(300)
     again = assess(calibration, cosines[order], scores[order], [names[index] for index in order])
-    assert again.rmse == pytest.approx(found.rmse, rel=1e-12)
-    assert again.coverage == pytest.approx(found.coverage, rel=1e-12)
+    assert again.rmse == pytest.approx(result.rmse, rel=1e-12)
+    assert again.coverage == pytest.approx(result.coverage, rel=1e-12)
     exact = replace(calibration, low=calibration.low * 0, high=calibration.high * 0)
     perfect = assess(exact, cosines, exact.estimate(cosines).values, names)
     assert (perfect.rmse, perfect.spearman, perfect.coverage) == (0.0, pytest.approx(1.0), 1.0)
@@ -260,14 +260,14 @@ def test_a_calibration_comes_back_and_belongs_to_its_ranker_and_teacher(tmp_path
     direct = fit_calibration(similarities(ranker, teacher.features["x"], teacher.rows), teacher.scores, teacher.queries)
     np.testing.assert_array_equal(calibration.values, direct.values)
     save_calibration(tmp_path, calibration, calibration_identity(ranker, ["x"], teacher.identity))
-    for found in (
+    for result in (
         load_calibration(tmp_path, ranker, ["x"]),
         load_calibration(tmp_path, ranker, ["x"], teacher.identity),
     ):
-        assert isinstance(found, Calibration)
-        assert (found.queries, found.settings) == (calibration.queries, calibration.settings)
+        assert isinstance(result, Calibration)
+        assert (result.queries, result.settings) == (calibration.queries, calibration.settings)
         for name in ("similarities", "values", "edges", "low", "high"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(calibration, name))
+            np.testing.assert_array_equal(getattr(result, name), getattr(calibration, name))
     with pytest.raises(ArtifactMismatchError, match="is the calibration of another ranker"):
         load_calibration(tmp_path, Ranker(5, 6, 1, 4), ["x"])
     with pytest.raises(ArtifactMismatchError, match="is the calibration of another features"):

@@ -42,30 +42,30 @@ def linear(*used: float) -> Ranker:
 
 def test_what_is_used_is_missed() -> None:
     teacher = teacher_set()
-    found = shuffled_halves(teacher, linear(1.0, 1.0), ["a", "b"], HALVES, k=10)
-    assert list(found) == ["nothing", "picture", "caption"]
-    assert (found["nothing"].mean, found["nothing"].drop, found["nothing"].count) == (1.0, 0.0, QUERIES)
+    result = shuffled_halves(teacher, linear(1.0, 1.0), ["a", "b"], HALVES, k=10)
+    assert list(result) == ["nothing", "picture", "caption"]
+    assert (result["nothing"].mean, result["nothing"].drop, result["nothing"].count) == (1.0, 0.0, QUERIES)
     for name in HALVES:
-        assert found[name].drop == pytest.approx(1.0 - found[name].mean)
-        assert found[name].drop > 10 * found[name].drop_error > 0
+        assert result[name].drop == pytest.approx(1.0 - result[name].mean)
+        assert result[name].drop > 10 * result[name].drop_error > 0
 
 
 def test_what_is_ignored_is_not() -> None:
-    found = shuffled_halves(teacher_set(), linear(1.0, 0.0), ["a", "b"], HALVES, k=10)
-    assert found["caption"].drop == found["caption"].drop_error == 0.0
-    assert found["caption"].mean == found["nothing"].mean
-    assert found["picture"].drop > 5 * found["picture"].drop_error > 0
+    result = shuffled_halves(teacher_set(), linear(1.0, 0.0), ["a", "b"], HALVES, k=10)
+    assert result["caption"].drop == result["caption"].drop_error == 0.0
+    assert result["caption"].mean == result["nothing"].mean
+    assert result["picture"].drop > 5 * result["picture"].drop_error > 0
 
 
 def test_without_the_only_half_it_is_chance() -> None:
-    found = shuffled_halves(teacher_set(1), linear(0.0, 1.0), ["a", "b"], HALVES, k=10)
+    result = shuffled_halves(teacher_set(1), linear(0.0, 1.0), ["a", "b"], HALVES, k=10)
     random = np.random.default_rng(0)
     relevant = torch.zeros(QUERIES, N, dtype=torch.bool)
     relevant[:, :10] = True
     chance = MeanAveragePrecision()
     for _ in range(20):
         chance.update(torch.from_numpy(random.normal(size=(QUERIES, N))), relevant)
-    assert abs(found["caption"].mean - float(chance.compute()["mean"])) < 4 * found["caption"].error
+    assert abs(result["caption"].mean - float(chance.compute()["mean"])) < 4 * result["caption"].error
 
 
 def test_a_ranker_that_knows_nothing_is_not_handed_the_teachers_order() -> None:
@@ -78,7 +78,7 @@ def test_a_ranker_that_knows_nothing_is_not_handed_the_teachers_order() -> None:
 def test_as_they_are_it_is_map_of_the_scored_images() -> None:
     torch.manual_seed(0)
     teacher, ranker = teacher_set(2, width=50), Ranker(2 * WIDTH, 8, 1, 8)
-    found = shuffled_halves(teacher, ranker, ["a", "b"], HALVES, k=0.1)["nothing"]
+    result = shuffled_halves(teacher, ranker, ["a", "b"], HALVES, k=0.1)["nothing"]
     metric = MeanAveragePrecision()
     both = teacher.concatenated(["a", "b"])
     with torch.no_grad():
@@ -88,8 +88,8 @@ def test_as_they_are_it_is_map_of_the_scored_images() -> None:
             cosines = images[torch.from_numpy(chosen).long()] @ queries[row]
             metric.update(cosines[None], top_of(torch.from_numpy(scores)[None], 5))
     expected = metric.compute()
-    assert found.mean == pytest.approx(float(expected["mean"]), rel=1e-5)
-    assert found.error == pytest.approx(float(expected["error"]), rel=1e-4)
+    assert result.mean == pytest.approx(float(expected["mean"]), rel=1e-5)
+    assert result.error == pytest.approx(float(expected["error"]), rel=1e-4)
 
 
 def test_the_seed_decides_and_the_set_is_left_as_it_was() -> None:

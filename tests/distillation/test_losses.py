@@ -39,11 +39,11 @@ def by_hand(loss: RankingLoss, logit: float, rank: float, score: float) -> float
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 def test_one_value_a_pair_as_by_hand(loss: RankingLoss) -> None:
-    found = loss(LOGITS, RANKS, SCORES)
+    result = loss(LOGITS, RANKS, SCORES)
     expected = [
         [by_hand(loss, *(float(part[i, j]) for part in (LOGITS, RANKS, SCORES))) for j in range(3)] for i in range(2)
     ]
-    torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(result.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
@@ -73,11 +73,11 @@ def test_thresholds_of_levels_are_learned_and_stay_in_order() -> None:
         optimizer.zero_grad()
         loss(torch.zeros(500), ranks, ranks).mean().backward()
         optimizer.step()
-    found = loss.thresholds().detach()
-    assert (found.diff() > 0).all()
+    result = loss.thresholds().detach()
+    assert (result.diff() > 0).all()
     # With a logit of 0 for all, σ(-θ_k) becomes the share of ranks at level k or above.
     shares = torch.stack([(ranks >= k / 6).float().mean() for k in range(1, 6)])
-    torch.testing.assert_close((-found).sigmoid(), shares, atol=0.02, rtol=0)
+    torch.testing.assert_close((-result).sigmoid(), shares, atol=0.02, rtol=0)
 
 
 def test_levels_are_refused() -> None:

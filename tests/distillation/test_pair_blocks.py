@@ -35,9 +35,9 @@ def dense(sampler: BlockSampler, steps: int) -> tuple[torch.Tensor, torch.Tensor
     return weights.mean(0), weights.std(0) / steps**0.5
 
 
-def assert_same(found: PairBlock, expected: PairBlock) -> None:
+def assert_same(result: PairBlock, expected: PairBlock) -> None:
     for name, value in expected._asdict().items():
-        assert torch.equal(torch.as_tensor(getattr(found, name)), torch.as_tensor(value)), name
+        assert torch.equal(torch.as_tensor(getattr(result, name)), torch.as_tensor(value)), name
 
 
 def test_labels_are_the_teachers() -> None:
@@ -94,8 +94,8 @@ def test_without_outside_images_only_labelled_pairs_weigh() -> None:
 def test_an_epoch_has_as_many_labelled_pairs_as_there_are() -> None:
     teacher = planted_teacher(queries=64, images=300, scored=30)
     sampler = BlockSampler(pairs_of(teacher), seed=0, queries=8, images=50)
-    found = sum(int(sampler.block(step).labelled.sum()) for step in range(sampler.steps()))
-    assert found == pytest.approx(64 * 30, rel=0.05)
+    result = sum(int(sampler.block(step).labelled.sum()) for step in range(sampler.steps()))
+    assert result == pytest.approx(64 * 30, rel=0.05)
 
 
 def test_no_query_comes_twice_in_a_pass() -> None:
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_loop_over_pairs(loss: RankingLoss) -> None:
     block = BlockSampler(pairs_of(NEAR, double=True), seed=3, queries=4, images=10).block(5)
     parameters = [*ranker.parameters(), *loss.parameters()]
     (loss(ranker(block.queries, block.images), block.ranks, block.scores) * block.weights).sum().backward()
-    found = [parameter.grad for parameter in parameters]
+    result = [parameter.grad for parameter in parameters]
     expected = [torch.zeros_like(parameter) for parameter in parameters]
     features = NEAR.concatenated(["first", "second"])
     for i, query in enumerate(block.query_rows.tolist()):
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_loop_over_pairs(loss: RankingLoss) -> None:
             gradients = torch.autograd.grad(one.sum(), parameters)
             for total, gradient in zip(expected, gradients, strict=True):
                 total += block.weights[i, j] * gradient
-    for gradient, total in zip(found, expected, strict=True):
+    for gradient, total in zip(result, expected, strict=True):
         torch.testing.assert_close(gradient, total, rtol=1e-9, atol=1e-12)
 
 

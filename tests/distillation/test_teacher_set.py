@@ -25,26 +25,26 @@ from wherefrom.distillation.teacher_set import (
 TEACHER = planted_teacher(queries=4, images=9, scored=3)
 
 
-def assert_same(found: TeacherSet, expected: TeacherSet) -> None:
+def assert_same(result: TeacherSet, expected: TeacherSet) -> None:
     for name in ("images", "captions", "queries", "prompts", "identity"):
-        assert getattr(found, name) == getattr(expected, name)
-    assert np.array_equal(found.rows, expected.rows)
-    assert np.array_equal(found.scores, expected.scores)
-    assert found.features.keys() == expected.features.keys()
+        assert getattr(result, name) == getattr(expected, name)
+    assert np.array_equal(result.rows, expected.rows)
+    assert np.array_equal(result.scores, expected.scores)
+    assert result.features.keys() == expected.features.keys()
     for name, both in expected.features.items():
-        assert np.array_equal(found.features[name].training, both.training)
-        assert np.array_equal(found.features[name].queries, both.queries)
+        assert np.array_equal(result.features[name].training, both.training)
+        assert np.array_equal(result.features[name].queries, both.queries)
 
 
 @pytest.mark.parametrize("scored", [1, 3, None])
 def test_a_set_is_read_as_it_was_written(tmp_path: Path, scored: int | None) -> None:
     teacher = planted_teacher(queries=4, images=9, scored=scored)
     write_teacher_set(tmp_path, teacher)
-    found = read_teacher_set(tmp_path)
-    assert_same(found, teacher)
-    assert (found.rows.dtype, found.scores.dtype) == (np.int32, np.float32)
-    assert found.is_whole == (scored is None)
-    assert isinstance(found.features["first"].training, np.memmap)
+    result = read_teacher_set(tmp_path)
+    assert_same(result, teacher)
+    assert (result.rows.dtype, result.scores.dtype) == (np.int32, np.float32)
+    assert result.is_whole == (scored is None)
+    assert isinstance(result.features["first"].training, np.memmap)
 
 
 def test_the_files_are_those_that_are_documented(tmp_path: Path) -> None:

@@ -176,9 +176,9 @@ class TestRankOfPrompt:
 
 class TestRates:
     def test_rate_and_binomial_error(self) -> None:
-        found = rate(np.array([True, False, False, False]))
-        assert (found.value, found.count) == (0.25, 4)
-        assert found.error == pytest.approx(np.sqrt(0.25 * 0.75 / 4))
+        result = rate(np.array([True, False, False, False]))
+        assert (result.value, result.count) == (0.25, 4)
+        assert result.error == pytest.approx(np.sqrt(0.25 * 0.75 / 4))
         with pytest.raises(ValueError, match="no images"):
             rate(np.array([], dtype=bool))
 
@@ -216,9 +216,9 @@ class TestJudge:
         ink = images.where("style", "ink")
         by_heart = AlignmentModel.fit(features, captions, 1e-6)
         ranks = rank_of_prompt(by_heart.predict(features[:60]), captions[:60], torch.arange(60), by_heart.centre)
-        found = fitted(images, tmp_path).top5(*asked(ink)).mean()
+        result = fitted(images, tmp_path).top5(*asked(ink)).mean()
         assert (ranks <= 5).float().mean() > 0.5
-        assert found < 5 / 60 + 3 * np.sqrt(5 / 60 * 55 / 60 / 60)  # chance, and three standard errors
+        assert result < 5 / 60 + 3 * np.sqrt(5 / 60 * 55 / 60 / 60)  # chance, and three standard errors
 
     def test_a_concept_never_reaches_its_own_ridge(self, tmp_path) -> None:
         images = world()

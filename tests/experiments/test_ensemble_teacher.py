@@ -59,16 +59,18 @@ def teachers() -> list[TeacherSet]:
 
 def test_it_is_what_the_ensemble_of_the_teachers_says() -> None:
     sets = teachers()
-    found = ensemble(sets)
+    result = ensemble(sets)
     method = RankEnsemble([Kept(each) for each in sets])
-    for place, name in enumerate(found.queries):
-        candidates = [found.images[row] for row in sets[0].rows[place]]
-        query = Query(name, found.prompts[place], np.zeros((2, 2, 3), np.uint8))
+    for place, name in enumerate(result.queries):
+        candidates = [result.images[row] for row in sets[0].rows[place]]
+        query = Query(name, result.prompts[place], np.zeros((2, 2, 3), np.uint8))
         (expected,) = method.score([query], candidates)
         by_id = dict(zip(expected.ids, expected.scores, strict=True))
-        assert sorted(found.rows[place]) == sorted(sets[0].rows[place])
-        assert [by_id[found.images[row]] for row in found.rows[place]] == pytest.approx(found.scores[place], abs=1e-6)
-        assert (np.diff(found.scores[place]) <= 0).all()
+        assert sorted(result.rows[place]) == sorted(sets[0].rows[place])
+        assert [by_id[result.images[row]] for row in result.rows[place]] == pytest.approx(
+            result.scores[place], abs=1e-6
+        )
+        assert (np.diff(result.scores[place]) <= 0).all()
 
 
 def test_a_set_with_itself_keeps_its_order() -> None:
@@ -84,10 +86,10 @@ def test_sets_are_read_and_written_with_the_features_of_the_first(
         write_teacher_set(Path(folder), each)
     monkeypatch.setattr("sys.argv", ["ensemble_teacher", "--sets", *folders, "--output", str(tmp_path / "all")])
     main()
-    found = read_teacher_set(tmp_path / "all")
-    assert (found.rows == ensemble(teachers()).rows).all()
-    assert set(found.features) == set(teachers()[0].features)
-    assert found.identity["method"] == "rank ensemble"
+    result = read_teacher_set(tmp_path / "all")
+    assert (result.rows == ensemble(teachers()).rows).all()
+    assert set(result.features) == set(teachers()[0].features)
+    assert result.identity["method"] == "rank ensemble"
 
 
 def test_sets_that_do_not_fit_are_refused() -> None:

@@ -20,8 +20,8 @@ def ranked(values: np.ndarray) -> Scores:
 def test_rises_are_compared_with_the_default() -> None:
     values = np.arange(200.0)
     flipped = np.where(values < 150, values, 349 - values)  # the 50 best in reverse: the same top 100
-    found = {0.2: [ranked(values)], 0.5: [ranked(flipped)], 2.0: [ranked(-values)]}
-    rows = loss_increases.compare(found, [NAMES[198]])
+    result = {0.2: [ranked(values)], 0.5: [ranked(flipped)], 2.0: [ranked(-values)]}
+    rows = loss_increases.compare(result, [NAMES[198]])
     assert [row.own_rank for row in rows.values()] == [[2], [49], [199]]
     assert [row.top_kept for row in rows.values()] == [[1.0], [1.0], [0.0]]
     assert rows[0.2].spearman[0] == pytest.approx(1.0)
@@ -49,8 +49,8 @@ def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
         Scores(query, names, -values, np.zeros(0), {"seconds": 3.0, "split_half_reliability": 0.5}),
     ]
     case = known_answers.Case(query, {"own": NAMES[199], "other style": NAMES[99]})
-    found = method_table.measure(results, {"own": [case, case]}, TrainingData(images))
-    assert found == {
+    result = method_table.measure(results, {"own": [case, case]}, TrainingData(images))
+    assert result == {
         "own/own": [0.0, 199 / 200],
         "own/other style": [0.5, 0.495],
         "own/same style": [1.0, 0.0],
@@ -58,7 +58,7 @@ def test_a_method_is_measured_by_the_ranks_of_what_must_be_found() -> None:
         "seconds": [2.0, 3.0],
     }
     checks = ("crossed/own", "crossed/other style", "crossed/prompt's", "held-out/other style")
-    record = {"pictures": 1200, "ranks": {**found, **{key: [0.0, 1.0] for key in checks}}}
+    record = {"pictures": 1200, "ranks": {**result, **{key: [0.0, 1.0] for key in checks}}}
     row = method_table.table({"abu": record}).splitlines()[-1]
     assert row.startswith("| abu | 1,200 | 50% ± 35% | 0.497 (0.497 ± 0.003) | 0.500 (0.500 ± 0.500) |")
     assert row.endswith("| 0.50 ± 0.50 | 0.50 |")

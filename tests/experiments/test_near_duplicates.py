@@ -17,11 +17,11 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists 
 
 def test_copies_are_found_before_and_after() -> None:
     first, gone = ["a", "x", "a/copy1", "b", "y", "a/copy2"], ["a", "b"]
-    found = standing(first, ["a/copy2", "a/copy1", "x", "y"], "a", ["a/copy1", "a/copy2"], gone)
-    assert (found.original, found.copies, found.left, found.after) == (1, [3, 6], [2, 4], [2, 1])
-    assert (found.share, found.chance) == (0.5, 0.5), "of the two that lead afterwards, copy1 was next"
+    result = standing(first, ["a/copy2", "a/copy1", "x", "y"], "a", ["a/copy1", "a/copy2"], gone)
+    assert (result.original, result.copies, result.left, result.after) == (1, [3, 6], [2, 4], [2, 1])
+    assert (result.share, result.chance) == (0.5, 0.5), "of the two that lead afterwards, copy1 was next"
     # What is left, x copy1 y copy2, is now at the places 2 1 3 0.
-    assert found.spearman == pytest.approx(1 - 6 * (4 + 0 + 1 + 9) / (4 * 15))
+    assert result.spearman == pytest.approx(1 - 6 * (4 + 0 + 1 + 9) / (4 * 15))
 
 
 def test_the_benchmark_runs_on_a_tiny_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,20 +43,20 @@ def test_the_benchmark_runs_on_a_tiny_recipe(tmp_path: Path, capsys: pytest.Capt
     command += ["--methods", *(str(tmp_path / f"{name}.yaml") for name in methods)]
     near_duplicates.main(command)
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "found.json").read_text())
-    originals = found["copies"]["ids"]
+    result = json.loads((tmp_path / "found.json").read_text())
+    originals = result["copies"]["ids"]
     assert len(originals) == 2
     manifests = (tmp_path / "store" / "retrain").glob("*/manifest.json")
     assert sorted(json.loads(each.read_text())["identity"]["excluded_count"] for each in manifests) == [0, 2, 6]
-    assert set(found["loss"]) == {"originals", "originals and copies"}
-    changes = [value for by in found["loss"].values() for value in by.values()]
+    assert set(result["loss"]) == {"originals", "originals and copies"}
+    changes = [value for by in result["loss"].values() for value in by.values()]
     assert all(value != 0 for value in changes)
     for method in methods:
         for original in originals:
-            one = found["standings"][method][original]
+            one = result["standings"][method][original]
             assert len(one["copies"]) == len(one["left"]) == len(one["after"]) == 2
             assert all(left <= first for left, first in zip(one["left"], one["copies"], strict=True))
-    for one in found["standings"]["pixel"].values():
+    for one in result["standings"]["pixel"].values():
         assert (one["left"], one["spearman"], one["share"]) == (one["after"], 1.0, 1.0), "pixels ask no model"
     assert "| pixel | " in printed
     assert "2 queries over " in printed

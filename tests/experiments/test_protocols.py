@@ -38,17 +38,17 @@ def test_orders_are_compared_on_what_both_judged(tmp_path: Path, capsys: pytest.
         ("random", 5): {"r": 0.4, "q": 0.2},
     }
     folders = [write(tmp_path / name, rows) for name, rows in (("pooled", pooled), ("single", single))]
-    (found,) = protocols.agreements(*(protocols.read_judged(folder)[0] for folder in folders))
-    assert (found.k, found.methods, found.queries) == (5, ("abu", "clip", "random"), ("q", "r"))
-    assert found.kendall == pytest.approx([1.0, kendalltau([0.1, 0.5, 0.2], [0.2, 0.15, 0.4]).statistic])
-    assert found.kendall[1] == pytest.approx(-1 / 3)
-    assert found.spearman == pytest.approx([1.0, -0.5])
+    (result,) = protocols.agreements(*(protocols.read_judged(folder)[0] for folder in folders))
+    assert (result.k, result.methods, result.queries) == (5, ("abu", "clip", "random"), ("q", "r"))
+    assert result.kendall == pytest.approx([1.0, kendalltau([0.1, 0.5, 0.2], [0.2, 0.15, 0.4]).statistic])
+    assert result.kendall[1] == pytest.approx(-1 / 3)
+    assert result.spearman == pytest.approx([1.0, -0.5])
     means = [0.2, 0.35, 0.15], [0.4, 0.325, 0.3]
-    assert found.mean_kendall == pytest.approx(kendalltau(*means).statistic)
-    assert found.mean_spearman == pytest.approx(spearmanr(*means).statistic)
+    assert result.mean_kendall == pytest.approx(kendalltau(*means).statistic)
+    assert result.mean_spearman == pytest.approx(spearmanr(*means).statistic)
     flat = [0.3, 0.2, 0.1, 0.1, 0.5, 0.2], [0.6, 0.5, 0.2, 0.2, 0.15, 0.4]
-    assert found.pearson == pytest.approx(pearsonr(*flat).statistic)
-    assert found.rank_correlation == pytest.approx(spearmanr(*flat).statistic)
+    assert result.pearson == pytest.approx(pearsonr(*flat).statistic)
+    assert result.rank_correlation == pytest.approx(spearmanr(*flat).statistic)
     protocols.main([str(folders[0]), str(folders[1] / "counterfactual.json")])
     printed = capsys.readouterr().out
     assert "| a cat | -0.33 | -0.50 |" in printed
@@ -62,15 +62,15 @@ def test_a_judgement_agrees_with_itself_and_not_with_its_reverse() -> None:
     judged = {3: {name: dict(zip(queries, random.normal(size=5), strict=True)) for name in ("a", "b", "c", "d")}}
     turned = {3: {name: {query: -value for query, value in own.items()} for name, own in judged[3].items()}}
     for other, sign in ((judged, 1.0), (turned, -1.0)):
-        (found,) = protocols.agreements(judged, other)
-        numbers = [*found.kendall, *found.spearman, found.mean_kendall, found.mean_spearman, found.pearson]
+        (result,) = protocols.agreements(judged, other)
+        numbers = [*result.kendall, *result.spearman, result.mean_kendall, result.mean_spearman, result.pearson]
         assert numbers == pytest.approx([sign] * len(numbers))
 
 
 def test_equal_effects_have_no_order() -> None:
     judged = {1: {"a": {"q": 1.0}, "b": {"q": 1.0}}}
-    (found,) = protocols.agreements(judged, {1: {"a": {"q": 1.0}, "b": {"q": 2.0}}})
-    assert np.isnan(found.kendall[0])
+    (result,) = protocols.agreements(judged, {1: {"a": {"q": 1.0}, "b": {"q": 2.0}}})
+    assert np.isnan(result.kendall[0])
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_caption_that_is_cut_does_not_fit(tmp_path: Path) -> None:
 def ddim(model: DiffusionModel, latents: torch.Tensor, states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Song et al. 2021, eq. 12 with σ = 0, one image at a time."""
     signal, stride = model.process.signal, 1000 // SAMPLING_STEPS
-    found = []
+    result = []
     for latent, state, key in zip(latents, states, keys, strict=True):
         noise = keyed_random.normal(keyed_random.combine(901, key)[None], latent.shape, torch.float64)[0]
         x = signal[TIMESTEP] * latent + (1 - signal[TIMESTEP] ** 2).sqrt() * noise
@@ -74,8 +74,8 @@ def ddim(model: DiffusionModel, latents: torch.Tensor, states: torch.Tensor, key
                 v = model.predict(x[None], torch.tensor([step]), state[None])[0]
             spread = (1 - a**2).sqrt()
             x = b * (a * x - spread * v) + (1 - b**2).sqrt() * (a * v + spread * x)
-        found.append(x)
-    return torch.stack(found)
+        result.append(x)
+    return torch.stack(result)
 
 
 def test_denoising_starts_at_its_timestep() -> None:
@@ -83,11 +83,11 @@ def test_denoising_starts_at_its_timestep() -> None:
     latents = torch.randn(3, 4, 4, 8, generator=random, dtype=torch.float64)  # twice as wide as it was trained on
     states = torch.randn(3, 6, 12, generator=random, dtype=torch.float64)
     keys = keyed_random.hash_texts(["a", "b", "c"])
-    found = denoised(model, latents, states, keys, TIMESTEP, SAMPLING_STEPS)
+    result = denoised(model, latents, states, keys, TIMESTEP, SAMPLING_STEPS)
     # diffusers keeps the signal levels in float32.
-    torch.testing.assert_close(found, ddim(model, latents, states, keys), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, ddim(model, latents, states, keys), rtol=1e-4, atol=1e-5)
     alone = denoised(model, latents[1:2], states[1:2], keys[1:2], TIMESTEP, SAMPLING_STEPS)
-    torch.testing.assert_close(alone, found[1:2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alone, result[1:2], rtol=1e-9, atol=1e-9)
     barely = denoised(model, latents, states, keys, 0, SAMPLING_STEPS)
     assert (barely - latents).abs().max() < 0.1
     with pytest.raises(ValueError, match=r"between 0 and 999; given 1000"):
@@ -143,13 +143,13 @@ def test_a_box_wins_if_its_own_concept_comes_first() -> None:
     ]
     results = [ranked(query, images, names) for query, names in zip(queries, best, strict=True)]
     concepts = dict(zip(images.ids, images.columns["concept"], strict=True))
-    found = two_objects.ranks_of(results, scenes, concepts)
-    assert (found["left"].a, found["left"].b) == ([2, 1], [3, 2])
-    assert (found["right"].a, found["right"].b) == ([1, 1], [2, 3])
-    assert (found["whole"].a, found["whole"].b) == ([2, 1], [1, 2])
+    result = two_objects.ranks_of(results, scenes, concepts)
+    assert (result["left"].a, result["left"].b) == ([2, 1], [3, 2])
+    assert (result["right"].a, result["right"].b) == ([1, 1], [2, 3])
+    assert (result["whole"].a, result["whole"].b) == ([2, 1], [1, 2])
     both, none, half = (rate(np.array(wins)) for wins in ([True, True], [False, False], [True, False]))
-    assert two_objects.shares(found) == {"box A": both, "box B": none, "whole": half}
-    last = two_objects.table({"method": found}, 12).splitlines()[-1]
+    assert two_objects.shares(result) == {"box A": both, "box B": none, "whole": half}
+    last = two_objects.table({"method": result}, 12).splitlines()[-1]
     assert last == "| method | 2 | 100% ± 0% | 0% ± 0% | 50% ± 35% | 2, 2 | 1, 2 | 2, 2 |"
     shown = np.broadcast_to(np.array([200, 0, 200], dtype=np.uint8), (2, 4, 8, 3))
     sheet = np.asarray(two_objects.contact_sheet(scenes, shown, results, images))

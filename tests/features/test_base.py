@@ -108,7 +108,7 @@ class TestEfficientNetLite0:
             files = _files(STYLES[style])
             return np.stack([_draw(files[f"{0x1F400 + index:x}"], 32) for index in range(30)])
 
-        def found(a, b):
+        def right(a, b):
             # Removing each style's mean: the style itself is not the concept.
             a, b = (nn.functional.normalize(side - side.mean(0), dim=-1) for side in (a, b))
             return int(((a @ b.T).argmax(1) == torch.arange(len(a))).sum())
@@ -119,7 +119,7 @@ class TestEfficientNetLite0:
         assert features[0].shape == (30, 1280)
         assert not features[0].requires_grad
         raw = (to_float(torch.tensor(side)).flatten(1) for side in (twemoji, openmoji))
-        assert found(*features) >= 14 > 2 * found(*raw)
+        assert right(*features) >= 14 > 2 * right(*raw)
 
     def test_order_of_tensors_is_the_mapping(self) -> None:
         source = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
@@ -224,9 +224,9 @@ class TestCache:
         known, new = images(5), images(7).subset([5, 6])
         image_features(known, encoder, store)
         both = joined_image_sets(known, new)
-        found = image_features(both, encoder, store)
+        result = image_features(both, encoder, store)
         assert encoder.done == 7
-        assert torch.allclose(found, EfficientNetLite0Encoder(Affine(), side=8).encode_images(images(7).pixels))
+        assert torch.allclose(result, EfficientNetLite0Encoder(Affine(), side=8).encode_images(images(7).pixels))
         # Other pixels under a fingerprint of their own are no longer what was joined.
         changed = replace(both, pixels=images(7).pixels[:, ::-1], fingerprint="upside down")
         assert changed.parts == (changed,)

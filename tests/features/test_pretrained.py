@@ -42,11 +42,11 @@ def test_clip_is_open_clip_with_its_own_preprocessing(clip_folder: Path) -> None
     model.eval()
     with torch.no_grad():
         expected = torch.cat([model.encode_image(preprocess(Image.fromarray(each))[None]) for each in PIXELS])
-    found = encoder.encode_images(PIXELS)
-    assert found.shape == (5, 6)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    result = encoder.encode_images(PIXELS)
+    assert result.shape == (5, 6)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     floats = torch.from_numpy(PIXELS).movedim(-1, 1).float() / 127.5 - 1
-    torch.testing.assert_close(encoder.encode_images(floats), found)
+    torch.testing.assert_close(encoder.encode_images(floats), result)
     assert encoder.identity() == OpenCLIPImageEncoder(str(clip_folder)).identity()
     text = OpenCLIPTextEncoder(str(clip_folder), batch_size=2)
     captions = ["a fox", "a cake", "a fox"]
@@ -68,8 +68,8 @@ def test_dino_is_the_class_token_s_state(dino_folder: Path, tmp_path: Path, kind
     with torch.no_grad():
         inputs = processor(images=[Image.fromarray(each) for each in PIXELS], return_tensors="pt")
         expected = model(**inputs).last_hidden_state[:, 0]
-    found = TransformersImageEncoder(str(folder), batch_size=2).encode_images(PIXELS)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    result = TransformersImageEncoder(str(folder), batch_size=2).encode_images(PIXELS)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_map_is_linear_with_bias(dino_folder: Path, tmp_path: Path) -> None:
@@ -95,14 +95,14 @@ def test_image_similarity_is_the_larger_cosine_of_image_and_mirror_image(dino_fo
     with pytest.raises(ValueError, match="fit must run before score"):
         next(iter(method.score([QUERY])))
     method.fit(data, None, Store(tmp_path), one_process())
-    (found,) = method.score([QUERY])
+    (result,) = method.score([QUERY])
     query = encoder.encode_images(QUERY.pixels[None])
     sides = [encoder.encode_images(p) for p in (TRAIN.images.pixels, TRAIN.images.pixels[:, :, ::-1].copy())]
     expected = torch.stack([torch.nn.functional.cosine_similarity(side, query) for side in sides]).amax(0)
-    np.testing.assert_allclose(found.scores, expected.numpy(), rtol=1e-5)
-    assert found.null.shape == (len(HELD_OUT),)
+    np.testing.assert_allclose(result.scores, expected.numpy(), rtol=1e-5)
+    assert result.null.shape == (len(HELD_OUT),)
     (few,) = method.score([QUERY], [TRAIN.ids[3]])
-    assert few.scores[0] == pytest.approx(found.scores[3])
+    assert few.scores[0] == pytest.approx(result.scores[3])
     narrow = torch.ones(2, 8)
     save_file({"weight": narrow, "bias": torch.zeros(2)}, tmp_path / "map.safetensors")
     other = ImageSimilarity(encoder, MappedEncoder(encoder, str(tmp_path / "map.safetensors")))
@@ -114,6 +114,6 @@ def test_image_similarity_is_the_larger_cosine_of_image_and_mirror_image(dino_fo
 def test_caption_similarity_takes_a_clip(clip_folder: Path, tmp_path: Path) -> None:
     method = CaptionSimilarity(OpenCLIPTextEncoder(str(clip_folder)))
     method.fit(TrainingData(TRAIN.images), None, Store(tmp_path), one_process())
-    (found,) = method.score([QUERY])
-    assert found.scores.shape == (len(TRAIN),)
-    assert np.isfinite(found.scores).all()
+    (result,) = method.score([QUERY])
+    assert result.scores.shape == (len(TRAIN),)
+    assert np.isfinite(result.scores).all()

@@ -27,15 +27,15 @@ def test_the_querys_loss_is_the_mean_of_single_draws() -> None:
 
 def test_typical_losses_are_those_of_images_chosen_by_their_ids(tmp_path: Path) -> None:
     model, data = tiny_model(), tiny_latents(300)
-    found = typical_losses(model, data, Store(tmp_path), one_process())
-    assert found.shape == (256,)
+    result = typical_losses(model, data, Store(tmp_path), one_process())
+    assert result.shape == (256,)
     work = LossPass(model, data, LossGrid(timesteps=10, flips=False), 64)
     work.step(range(len(data)))
     every = work.losses.flatten(1).mean(dim=1).numpy()
-    assert set(np.round(found, 12)) < set(np.round(every, 12))
+    assert set(np.round(result, 12)) < set(np.round(every, 12))
     turned = data.subset(list(range(299, -1, -1)))
     again = typical_losses(model, turned, Store(tmp_path / "turned"), one_process())
-    np.testing.assert_allclose(np.sort(again), np.sort(found), rtol=1e-12)
+    np.testing.assert_allclose(np.sort(again), np.sort(result), rtol=1e-12)
 
 
 def test_excess_counts_interquartile_ranges_above_the_upper_quartile() -> None:

@@ -47,9 +47,9 @@ def change(
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
 def test_losses_equal_a_loop_over_single_evaluations(prediction: str) -> None:
     model = tiny_model(prediction=prediction)
-    found = losses(model, DATA)
-    assert found.shape == (5, 2, 2, 3, 2)
-    assert found.dtype == torch.float64
+    result = losses(model, DATA)
+    assert result.shape == (5, 2, 2, 3, 2)
+    assert result.dtype == torch.float64
     for n, name in enumerate(DATA.ids):
         for flip in range(2):
             for caption in range(2):
@@ -66,8 +66,8 @@ def test_losses_equal_a_loop_over_single_evaluations(prediction: str) -> None:
                             ).sample[0]
                         target = noise if prediction == "epsilon" else signal * noise - spread * latent
                         expected = (target - output).square().mean()
-                        torch.testing.assert_close(found[n, flip, caption, t, draw], expected, rtol=1e-10, atol=0)
-    assert len(found.flatten().unique()) == found.numel()
+                        torch.testing.assert_close(result[n, flip, caption, t, draw], expected, rtol=1e-10, atol=0)
+    assert len(result.flatten().unique()) == result.numel()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
@@ -120,8 +120,8 @@ def test_it_does_not_matter_which_of_the_two_mirror_images_is_stored_first(flip:
         work.step(range(len(DATA)))
         return work.losses
 
-    found = reduce_losses(swapped_losses(moved) - swapped_losses(model), flip).numpy()
-    np.testing.assert_allclose(found, change(model, moved, DATA, GRID, 64, flip), rtol=1e-9, atol=1e-12)
+    result = reduce_losses(swapped_losses(moved) - swapped_losses(model), flip).numpy()
+    np.testing.assert_allclose(result, change(model, moved, DATA, GRID, 64, flip), rtol=1e-9, atol=1e-12)
 
 
 def test_without_flips_only_the_image_itself_is_measured() -> None:
@@ -139,10 +139,10 @@ def test_single_precision_gives_the_same_ranking(batch_size: int) -> None:
     moved = moved_copy(double)
     rounded = moved_copy(single)  # the same step, rounded
     expected = change(single, rounded, data, grid, 256)
-    for found in (change(single, rounded, data, grid, batch_size), change(double, moved, data, grid, 256)):
-        assert np.abs(found - expected).max() <= 1e-2 * expected.std()
-        assert spearmanr(found, expected).statistic >= 0.9999
-        top = [set(order_of(data.ids, scores)[:100]) for scores in (found, expected)]
+    for result in (change(single, rounded, data, grid, batch_size), change(double, moved, data, grid, 256)):
+        assert np.abs(result - expected).max() <= 1e-2 * expected.std()
+        assert spearmanr(result, expected).statistic >= 0.9999
+        top = [set(order_of(data.ids, scores)[:100]) for scores in (result, expected)]
         assert len(top[0] & top[1]) >= 98
 
 

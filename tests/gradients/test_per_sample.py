@@ -72,12 +72,12 @@ def tapped(module: nn.Module, losses: Callable[[slice], Tensor]) -> dict[str, Te
         return dict(tap.per_sample(losses(slice(None))))
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert result.keys() == expected.keys()
     scale = max(float(values.abs().max()) for values in expected.values())
     for name, values in expected.items():
         torch.testing.assert_close(
-            found[name], values, rtol=1e-9, atol=1e-13 * scale, msg=lambda text, n=name: n + text
+            result[name], values, rtol=1e-9, atol=1e-13 * scale, msg=lambda text, n=name: n + text
         )
 
 
@@ -126,8 +126,8 @@ def test_every_weight_of_a_pixart_transformer_gets_the_gradients_of_a_loop_over_
     timesteps, sizes = torch.tensor([3, 999, 400, 0, 650]), {"resolution": None, "aspect_ratio": None}
 
     def losses(rows: slice) -> Tensor:
-        found = network(latents[rows], states[rows], timesteps[rows], added_cond_kwargs=sizes, return_dict=False)
-        return losses_of(found[0])
+        result = network(latents[rows], states[rows], timesteps[rows], added_cond_kwargs=sizes, return_dict=False)
+        return losses_of(result[0])
 
     expected = loop(network, losses)
     tables = [name for name in expected if name.endswith("scale_shift_table")]
@@ -189,9 +189,9 @@ def test_only_the_weights_that_were_named_are_given_and_nothing_stays_behind() -
 
     expected = loop(module, losses)
     with PerSampleGradients(module, ["2.weight", "0.bias"]) as tap:
-        found = dict(tap.per_sample(losses(slice(None))))
+        result = dict(tap.per_sample(losses(slice(None))))
         again = dict(tap.per_sample(losses(slice(None))))
-    assert_same(found, {name: expected[name] for name in ("2.weight", "0.bias")})
-    assert_same(again, found)
+    assert_same(result, {name: expected[name] for name in ("2.weight", "0.bias")})
+    assert_same(again, result)
     assert not any(layer._forward_hooks for layer in module.modules())
     assert not losses(slice(None)).requires_grad

@@ -40,7 +40,7 @@ def test_inner_products_are_kept_on_average(kind: str) -> None:
     """Over 400 seeds the mean error is within four standard errors of zero, and the spread is that of the theory."""
     given, dimension, trials = gradients(2), 8, 400
     x, y = torch.cat([value.flatten(1) for value in given.values()], dim=1)
-    found = np.array(
+    result = np.array(
         [
             float(u @ v)
             for u, v in (Projection(dimension, seed, kind).project(given) for seed in range(trials))  # type: ignore[arg-type]
@@ -49,8 +49,8 @@ def test_inner_products_are_kept_on_average(kind: str) -> None:
     # Var = (|x|²|y|² + (x·y)² - [signs] 2 Σ x²y²) / dimension
     excess = 2 * float((x * x * y * y).sum()) if kind != "gaussian" else 0.0
     spread = ((float(x @ x) * float(y @ y) + float(x @ y) ** 2 - excess) / dimension) ** 0.5
-    assert abs(found.mean() - float(x @ y)) < 4 * spread / trials**0.5
-    assert found.std() == pytest.approx(spread, rel=0.2)
+    assert abs(result.mean() - float(x @ y)) < 4 * spread / trials**0.5
+    assert result.std() == pytest.approx(spread, rel=0.2)
 
 
 def test_entries_have_variance_one_and_do_not_repeat() -> None:
@@ -86,10 +86,10 @@ def test_a_row_is_keyed_by_its_place(kind: str) -> None:
 def test_small_numbers_are_summed_in_float32(kind: str) -> None:
     """In bfloat16, a sum of 4,000 numbers near one would stop growing at 256."""
     p, given = Projection(100, 0, kind), {"w": torch.rand(2, 4000).bfloat16() + 1}  # type: ignore[arg-type]
-    found = p.project(given)
-    assert found.dtype == torch.float32
+    result = p.project(given)
+    assert result.dtype == torch.float32
     expected = p.project({name: value.double() for name, value in given.items()})
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_bad_settings_are_refused() -> None:

@@ -65,12 +65,12 @@ class TestEmbedding:
         monkeypatch.setattr(embeddings_module, "_CHUNK", 64)
 
     def test_is_the_ranker_in_float64(self, tmp_path: Path) -> None:
-        found, wide = embedded(tmp_path), ranker().double().eval()
+        result, wide = embedded(tmp_path), ranker().double().eval()
         with torch.no_grad():
             raw = wide.mlp(torch.cat(features(), 1).double())
-        assert found.vectors == pytest.approx(F.normalize(raw, dim=1).numpy(), abs=1e-6)
-        assert found.ranker == ranker_identity(ranker(), NAMES)
-        lengths = np.linalg.norm(found.vectors, axis=1)
+        assert result.vectors == pytest.approx(F.normalize(raw, dim=1).numpy(), abs=1e-6)
+        assert result.ranker == ranker_identity(ranker(), NAMES)
+        lengths = np.linalg.norm(result.vectors, axis=1)
         assert lengths == pytest.approx((raw.norm(dim=1) > 0).double().numpy(), abs=1e-6)
         assert lengths.sum() > 0.9 * COUNT
 
@@ -92,13 +92,13 @@ class TestEmbedding:
         original = embeddings_module.embed
         embeddings_module.embed = lambda *a, **k: (embedded_again.append(len(a[1])), original(*a, **k))[1]
         try:
-            found = embedded(tmp_path / "cut")
+            result = embedded(tmp_path / "cut")
             assert sum(embedded_again) == COUNT - 256
             embedded(tmp_path / "cut")
             assert sum(embedded_again) == COUNT - 256
         finally:
             embeddings_module.embed = original
-        assert np.array_equal(found.vectors, whole.vectors)
+        assert np.array_equal(result.vectors, whole.vectors)
         assert stamps
         assert not list((tmp_path / "cut").rglob("part-*.npy"))
 
@@ -107,10 +107,10 @@ class TestEmbedding:
         whole = embedded(tmp_path / "whole")
         for rank in reversed(range(world_size)):
             try:
-                found = embedded(tmp_path / "shared", Alone(CPU, rank, world_size))
+                result = embedded(tmp_path / "shared", Alone(CPU, rank, world_size))
             except FileNotFoundError:
                 assert rank > 0, "the first process, here the last, has the whole"
-        assert np.array_equal(found.vectors, whole.vectors)
+        assert np.array_equal(result.vectors, whole.vectors)
 
     def test_a_query_is_the_same_in_any_company(self) -> None:
         both = torch.cat(features(33), 1)
@@ -143,11 +143,11 @@ class TestEmbedding:
 
 def test_cosines_are_exact_and_alike_in_any_block() -> None:
     vectors, query = unit(9000, width=37), unit(1, seed=4, width=37)[0]
-    found = cosines(vectors, query)
-    assert found[:50] == pytest.approx([float(v.astype(float) @ query.astype(float)) for v in vectors[:50]], abs=1e-15)
+    result = cosines(vectors, query)
+    assert result[:50] == pytest.approx([float(v.astype(float) @ query.astype(float)) for v in vectors[:50]], abs=1e-15)
     order = np.random.default_rng(0).permutation(9000)
-    assert np.array_equal(cosines(vectors[order], query), found[order])
-    assert np.array_equal([cosines(vector[None], query)[0] for vector in vectors[4000:4200]], found[4000:4200])
+    assert np.array_equal(cosines(vectors[order], query), result[order])
+    assert np.array_equal([cosines(vector[None], query)[0] for vector in vectors[4000:4200]], result[4000:4200])
 
 
 def killed(root: Path, factory: str) -> None:
@@ -252,9 +252,9 @@ class TestBuild:
 
     def test_half_precision_is_taken(self, tmp_path: Path) -> None:
         half = VECTORS.astype(np.float16)
-        found = opened(built(tmp_path, IDS, half)).search(embeddings(QUERIES), 5)
+        result = opened(built(tmp_path, IDS, half)).search(embeddings(QUERIES), 5)
         scores = half.astype(np.float64) @ QUERIES.astype(np.float64).T
-        for column, hits in zip(scores.T, found, strict=True):
+        for column, hits in zip(scores.T, result, strict=True):
             assert hits.scores == pytest.approx(np.sort(column)[::-1][:5], abs=1e-12)
 
     def test_what_does_not_fit_is_refused(self, tmp_path: Path) -> None:

@@ -52,13 +52,13 @@ class TestSearch:
 
     def test_all_lists_are_brute_force(self, store: Path) -> None:
         folder = built(store, IDS, VECTORS, LISTS)
-        found = opened(folder, search="nprobe=8").search(embeddings(QUERIES), 20)
-        for query, hits in zip(QUERIES, found, strict=True):
+        result = opened(folder, search="nprobe=8").search(embeddings(QUERIES), 20)
+        for query, hits in zip(QUERIES, result, strict=True):
             ids, scores = brute_force(IDS, VECTORS, query, 20)
             assert list(hits.images) == ids
             assert hits.scores == pytest.approx(scores, abs=1e-6)
         few = opened(folder, search="nprobe=1").search(embeddings(QUERIES), 20)
-        assert not all(a.images == b.images for a, b in zip(few, found, strict=True))
+        assert not all(a.images == b.images for a, b in zip(few, result, strict=True))
 
     def test_settings_of_the_build_are_the_default(self, store: Path, tmp_path: Path) -> None:
         index = opened(built(tmp_path, IDS, VECTORS, LISTS, search="nprobe=8"))

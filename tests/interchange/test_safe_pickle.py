@@ -47,17 +47,17 @@ def test_arrays_come_back(tmp_path: Path, protocol: int, module: str) -> None:
     content = pickle.dumps(ARRAYS | others, protocol=protocol)
     if protocol < 4:
         content = content.replace(b"numpy._core", module.encode())  # else lengths would change
-    found = read_pickle(written(tmp_path, content))
-    assert list(found) == [*ARRAYS, *others]
+    result = read_pickle(written(tmp_path, content))
+    assert list(result) == [*ARRAYS, *others]
     for name, array in ARRAYS.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
-        np.testing.assert_array_equal(found[name], array)
-        assert not found[name].flags.writeable
-    assert found["list"] == others["list"]
-    assert type(found["scalar"]) is np.float32
-    assert found["scalar"] == 2.5
-    np.testing.assert_array_equal(found[3]["deep"], [0, 1, 2])
-    assert found["shared"] is found["again"]
+        assert (result[name].dtype, result[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(result[name], array)
+        assert not result[name].flags.writeable
+    assert result["list"] == others["list"]
+    assert type(result["scalar"]) is np.float32
+    assert result["scalar"] == 2.5
+    np.testing.assert_array_equal(result[3]["deep"], [0, 1, 2])
+    assert result["shared"] is result["again"]
 
 
 def test_arrays_of_python_2_come_back(tmp_path: Path) -> None:
@@ -257,9 +257,9 @@ def test_cut_and_changed_files_are_errors_not_crashes(tmp_path: Path, protocol: 
 
 
 def test_flattened_by_path() -> None:
-    found = flattened({"random": {"rank": np.eye(2), "n": [np.zeros(1), np.ones(2)]}, "k": [1, 2], "s": "x"})
-    assert list(found) == ["random/rank", "random/n/0", "random/n/1", "k", "s"]
-    assert found["k"].tolist() == [1, 2]
+    result = flattened({"random": {"rank": np.eye(2), "n": [np.zeros(1), np.ones(2)]}, "k": [1, 2], "s": "x"})
+    assert list(result) == ["random/rank", "random/n/0", "random/n/1", "k", "s"]
+    assert result["k"].tolist() == [1, 2]
     with pytest.raises(ValueError, match=r"The key '\.\.' cannot be part of a path"):
         flattened({"a": {"..": 1}})
     with pytest.raises(ValueError, match="The key '/etc/x' cannot be part of a path"):
@@ -287,8 +287,8 @@ def test_a_pickle_becomes_numpy_files_through_the_command_line(
     path = written(tmp_path, pickle.dumps({"influence": np.arange(3.0), "file": np.arange(3)}))
     main(["pickle", str(path), str(tmp_path / "out.npz")])
     assert capsys.readouterr().out == "influence: float64 (3,)\nfile: int64 (3,)\n"
-    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
-        assert {name: found[name].tolist() for name in found} == {"influence": [0.0, 1.0, 2.0], "file": [0, 1, 2]}
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as result:
+        assert {name: result[name].tolist() for name in result} == {"influence": [0.0, 1.0, 2.0], "file": [0, 1, 2]}
     with pytest.raises(ValueError, match=r"holds 2 arrays; name a \.npz file"):
         main(["pickle", str(path), str(tmp_path / "out.npy")])
     with pytest.raises(ValueError, match=r"must end with \.npy or \.npz"):

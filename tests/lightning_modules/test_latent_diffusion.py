@@ -61,10 +61,10 @@ def fit(folder: Path, name: str, *options: str, **settings: Any) -> LightningCLI
     return train.main(["fit", "-c", str(training_config(folder, name, **settings)), *options])
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(result[name], value), name
 
 
 def test_training_moves_the_weights_and_their_average_follows(run: LightningCLI, folder: Path) -> None:
@@ -265,9 +265,9 @@ def test_wandb_works_offline_and_gets_the_configuration(folder: Path) -> None:
         "--trainer.val_check_interval",
         "2",
     )
-    found = done.trainer.loggers[1].experiment.config["config"]
-    assert found["data"]["init_args"]["batch_size"] == 6
-    assert found["model"]["init_args"]["unet"]["init_args"]["config"]["cross_attention_dim"] == 12
+    result = done.trainer.loggers[1].experiment.config["config"]
+    assert result["data"]["init_args"]["batch_size"] == 6
+    assert result["model"]["init_args"]["unet"]["init_args"]["config"]["cross_attention_dim"] == 12
     wandb.finish()
     (record,) = (folder / "wandb").rglob("*.wandb")
     given_up = time.monotonic() + 60
@@ -418,12 +418,12 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
 def rates(total: int, warmup: int, decay: int) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = WarmupStableDecay(optimizer, total, warmup, decay)
-    found = []
+    result = []
     for _ in range(total + 1):
-        found.append(schedule.get_last_lr()[0] / 2.0)
+        result.append(schedule.get_last_lr()[0] / 2.0)
         optimizer.step()
         schedule.step()
-    return found
+    return result
 
 
 def test_the_learning_rate_warms_up_stays_and_decays() -> None:

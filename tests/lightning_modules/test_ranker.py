@@ -127,7 +127,7 @@ def test_a_run_leaves_a_ranker_metrics_and_a_configuration(run: LightningCLI, fo
 def test_metrics_are_of_the_validation_queries_and_the_whole_set(run: LightningCLI, folder: Path) -> None:
     data: TeacherRankings = run.datamodule
     run.trainer.validate(run.model, data, verbose=False)
-    held_out, found = data.validation_set, run.trainer.callback_metrics
+    held_out, result = data.validation_set, run.trainer.callback_metrics
     features = held_out.concatenated(["first", "second"])
     ranker = load_ranker(folder / "run" / "ranker")[0]
     with torch.no_grad():
@@ -138,11 +138,11 @@ def test_metrics_are_of_the_validation_queries_and_the_whole_set(run: LightningC
         right[torch.arange(2)[:, None], torch.tensor(held_out.rows[:, :k]).long()] = True
         for name, metric in (("map", MeanAveragePrecision()), ("recall", RecallAtK(k))):
             metric.update(cosines, right)
-            assert float(found[f"val/{name}_{k}"]) == pytest.approx(float(metric.compute()["mean"]), rel=1e-6)
+            assert float(result[f"val/{name}_{k}"]) == pytest.approx(float(metric.compute()["mean"]), rel=1e-6)
     logits = ranker.logits(cosines).gather(1, torch.tensor(held_out.rows).long())
     ranks = (torch.arange(15) / 15).expand(2, 15)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, ranks)
-    assert float(found["val/loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(result["val/loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_a_resumed_run_ends_bit_identical(run: LightningCLI, folder: Path) -> None:
@@ -189,7 +189,7 @@ def test_it_learns_what_is_planted(folder: Path) -> None:
         block_queries=30,
         block_images=80,
     )
-    found = learned.trainer.callback_metrics
+    result = learned.trainer.callback_metrics
     held_out = learned.datamodule.validation_set
     features = held_out.concatenated(["first", "second"])
     queries, images = (
@@ -198,9 +198,9 @@ def test_it_learns_what_is_planted(folder: Path) -> None:
     right = torch.zeros(30, 80, dtype=torch.bool).scatter_(1, torch.tensor(held_out.rows[:, :8]).long(), True)
     untuned = MeanAveragePrecision()
     untuned.update(queries @ images.T, right)
-    assert float(found["val/map_8"]) > 0.65
-    assert float(found["val/map_8"]) > 1.5 * float(untuned.compute()["mean"])
-    assert float(found["val/scale"]) < 0
+    assert float(result["val/map_8"]) > 0.65
+    assert float(result["val/map_8"]) > 1.5 * float(untuned.compute()["mean"])
+    assert float(result["val/scale"]) < 0
 
 
 @pytest.mark.parametrize("loss", ["SquaredError", "Ordinal", "Regression"])

@@ -90,7 +90,7 @@ def test_the_loss_is_that_of_flow_matching(done: tuple[Path, object]) -> None:
     states = torch.randn(3, LENGTH + 1, 12, generator=random)
     states[:, LENGTH:] = 1  # the mask: all tokens count
     keys, times = torch.arange(3), torch.tensor([0.1, 0.5, 0.9])
-    found = module.losses(module.ema, LatentBatch(keys, times, latents, states))  # type: ignore[attr-defined]
+    result = module.losses(module.ema, LatentBatch(keys, times, latents, states))  # type: ignore[attr-defined]
     noise = keyed_random.normal(keyed_random.combine(NOISE, keys), latents.shape[1:])
     sigmas = FlowMatchEulerDiscreteScheduler().sigmas.flip(0)[(times * 1000).long()]
     level = sigmas[:, None, None, None]
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_flow_matching(done: tuple[Path, object]) -> None:
         return_dict=False,
     )[0]
     expected = (noise - latents - output).square().flatten(1).mean(dim=1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_it_learns_and_goes_on_from_a_checkpoint(done: tuple[Path, object]) -> None:

@@ -9,9 +9,9 @@ from wherefrom.metrics.concentration import concentration
 
 
 def test_closed_forms() -> None:
-    found = concentration(np.array([3.0, -5.0, 1.0, 0.0]), tops=(1, 2, 10))
-    assert found.shares == {1: 0.75, 2: 1.0, 10: 1.0}
-    assert found.effective == pytest.approx(16 / 10)
+    result = concentration(np.array([3.0, -5.0, 1.0, 0.0]), tops=(1, 2, 10))
+    assert result.shares == {1: 0.75, 2: 1.0, 10: 1.0}
+    assert result.effective == pytest.approx(16 / 10)
     alike = concentration(np.full(250, 0.3))
     assert alike.shares == pytest.approx({1: 1 / 250, 10: 10 / 250, 100: 100 / 250})
     assert alike.effective == pytest.approx(250)
@@ -30,15 +30,15 @@ def test_unit_and_order_do_not_matter() -> None:
     scores = random.normal(size=500)
     expected = concentration(scores)
     for changed in (random.permutation(scores), scores * 1e-200, np.concatenate([scores, -np.ones(99)])):
-        found = concentration(changed)
-        assert found.shares == pytest.approx(dict(expected.shares), rel=1e-9)
-        assert found.effective == pytest.approx(expected.effective, rel=1e-9)
+        result = concentration(changed)
+        assert result.shares == pytest.approx(dict(expected.shares), rel=1e-9)
+        assert result.effective == pytest.approx(expected.effective, rel=1e-9)
 
 
 def test_without_influence_there_is_nothing_to_hold() -> None:
-    found = concentration(np.array([-1.0, 0.0]))
-    assert np.isnan(found.shares[1])
-    assert found.effective == 0.0
+    result = concentration(np.array([-1.0, 0.0]))
+    assert np.isnan(result.shares[1])
+    assert result.effective == 0.0
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -10,8 +10,8 @@ from wherefrom.metrics.null_distribution import p_values, standing_out
 
 def test_p_values_count_the_null() -> None:
     null = np.array([3.0, 1.0, 2.0, 2.0])
-    found = p_values(np.array([0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 9.0]), null)
-    assert found.tolist() == [1.0, 1.0, 4 / 5, 4 / 5, 2 / 5, 2 / 5, 1 / 5]
+    result = p_values(np.array([0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 9.0]), null)
+    assert result.tolist() == [1.0, 1.0, 4 / 5, 4 / 5, 2 / 5, 2 / 5, 1 / 5]
 
 
 def test_p_values_equal_a_loop() -> None:
@@ -25,10 +25,10 @@ def test_p_values_are_valid() -> None:
     # A score from the null itself has p ≤ k / (m + 1) with probability k / (m + 1), for every k.
     random = np.random.default_rng(1)
     noise_samples = random.normal(size=(4000, 20))
-    found = np.array([p_values(row[:1], row[1:])[0] for row in noise_samples])
+    result = np.array([p_values(row[:1], row[1:])[0] for row in noise_samples])
     for k in range(1, 21):
         share = k / 20
-        assert abs((found <= share + 1e-12).mean() - share) < 4.5 * np.sqrt(share * (1 - share) / 4000) + 1e-12
+        assert abs((result <= share + 1e-12).mean() - share) < 4.5 * np.sqrt(share * (1 - share) / 4000) + 1e-12
 
 
 def test_an_empty_null_is_refused() -> None:
@@ -57,10 +57,10 @@ def test_a_best_score_below_the_tail_is_no_surprise() -> None:
 def test_images_never_trained_on_seldom_stand_out(draw: str) -> None:
     random = np.random.default_rng(2)
     sample = getattr(random, draw)
-    found = np.array([standing_out(sample(size=300), sample(size=600)) for _ in range(1000)])
+    result = np.array([standing_out(sample(size=300), sample(size=600)) for _ in range(1000)])
     # The tail is fitted to sixty values, so a few per cent more than five.
-    assert (found < 0.05).mean() < 0.09
-    assert np.median(found) > 0.2
+    assert (result < 0.05).mean() < 0.09
+    assert np.median(result) > 0.2
 
 
 def test_a_score_far_out_stands_out() -> None:

@@ -22,10 +22,10 @@ def test_mean_and_standard_error_over_blocks() -> None:
     metric, values = QueryMean(), torch.randn(11, generator=RANDOM, dtype=torch.float64)
     for block in values.split(4):
         metric.update(block)
-    found = metric.compute()
-    assert float(found["mean"]) == pytest.approx(float(values.mean()), rel=1e-12)
-    assert float(found["error"]) == pytest.approx(float(sem(values.numpy())), rel=1e-12)
-    assert int(found["count"]) == 11
+    result = metric.compute()
+    assert float(result["mean"]) == pytest.approx(float(values.mean()), rel=1e-12)
+    assert float(result["error"]) == pytest.approx(float(sem(values.numpy())), rel=1e-12)
+    assert int(result["count"]) == 11
     single = QueryMean()
     single.update(values[:1])
     assert np.isnan(float(single.compute()["error"]))
@@ -86,9 +86,9 @@ def test_the_linear_datamodeling_score_is_scipys_spearman() -> None:
     metric.update(SCORES[4:], subsets, losses[4:])
     sums = (SCORES @ subsets.double().T).numpy()
     expected = [float(spearmanr(a, -b).statistic) for a, b in zip(sums, losses.numpy(), strict=True)]
-    found = metric.compute()
-    assert float(found["mean"]) == pytest.approx(np.mean(expected), rel=1e-6)
-    assert float(found["error"]) == pytest.approx(float(sem(expected)), rel=1e-6)
+    result = metric.compute()
+    assert float(result["mean"]) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert float(result["error"]) == pytest.approx(float(sem(expected)), rel=1e-6)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

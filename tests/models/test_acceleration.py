@@ -53,8 +53,8 @@ def scores(model: DiffusionModel, data: TrainingData, query: Query, folder: Path
         batch_size=128,  # few shapes to compile for
     )
     method.fit(data, model, Store(folder), one_process())
-    (found,) = method.score([query])
-    return found.scores
+    (result,) = method.score([query])
+    return result.scores
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,13 @@ def plain(data: TrainingData, query: Query, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("option", ["bf16", "compile", "checkpoint"])
 def test_rankings_stay(option: str, data: TrainingData, query: Query, plain: np.ndarray, tmp_path: Path) -> None:
     model = load_model(WEIGHTS).accelerate(**{option: True})
-    found = scores(model, data, query, tmp_path)
-    agreement = float(spearmanr(found, plain).statistic)
+    result = scores(model, data, query, tmp_path)
+    agreement = float(spearmanr(result, plain).statistic)
     assert agreement >= 0.99
     if option == "bf16":
-        assert not np.array_equal(found, plain), "it was computed in another precision"
+        assert not np.array_equal(result, plain), "it was computed in another precision"
     else:
-        np.testing.assert_allclose(found, plain, rtol=0.02, atol=0.02 * np.abs(plain).max())
+        np.testing.assert_allclose(result, plain, rtol=0.02, atol=0.02 * np.abs(plain).max())
 
 
 def test_bfloat16_is_another_model_to_the_store_and_keeps_its_weights() -> None:

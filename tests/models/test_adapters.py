@@ -63,8 +63,8 @@ def noise_samples(model: DiffusionModel, count: int = 3) -> tuple[Any, ...]:
 def test_the_adapter_is_added_to_the_weights(model: DiffusionModel, tmp_path: Path) -> None:
     base = load_model(str(stable_diffusion(tmp_path)), torch.float64)
     given = noise_samples(model)
-    found = model.losses(*given)
-    assert (found / base.losses(*given) - 1).abs().max() > 1e-3
+    result = model.losses(*given)
+    assert (result / base.losses(*given) - 1).abs().max() > 1e-3
     state, merged = model.denoiser.state_dict(), {}
     for name, value in base.denoiser.state_dict().items():
         wrapped = name.replace(".weight", ".base_layer.weight")
@@ -74,7 +74,7 @@ def test_the_adapter_is_added_to_the_weights(model: DiffusionModel, tmp_path: Pa
             (up,) = [each for key, each in state.items() if key.startswith(f"{name[:-7]}.lora_B.")]
             merged[name] = value + ALPHA / RANK * up @ down
     base.denoiser.load_state_dict(merged)
-    torch.testing.assert_close(found, base.losses(*given), rtol=1e-9, atol=0)
+    torch.testing.assert_close(result, base.losses(*given), rtol=1e-9, atol=0)
     prints = {model.fingerprint()}
     for module in model.denoiser.modules():
         if hasattr(module, "lora_A"):
@@ -92,15 +92,15 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(model: DiffusionMod
     assert any(".lora_A." in name for name in parameters)
     latents, states, steps, noise = noise_samples(model)
     with PerSampleGradients(model.denoiser, list(parameters)) as tap:
-        found = dict(tap.per_sample(model.losses(latents, states, steps, noise)))
-    assert found.keys() == parameters.keys()
+        result = dict(tap.per_sample(model.losses(latents, states, steps, noise)))
+    assert result.keys() == parameters.keys()
     for row in range(3):
         rows = slice(row, row + 1)
         with trainable(model.denoiser, parameters):
             loss = model.losses(latents[rows], states[rows], steps[rows], noise[rows])
             alone = torch.autograd.grad(loss.sum(), list(parameters.values()))
         for name, gradient in zip(parameters, alone, strict=True):
-            torch.testing.assert_close(found[name][row], gradient, rtol=1e-7, atol=1e-14)
+            torch.testing.assert_close(result[name][row], gradient, rtol=1e-7, atol=1e-14)
 
 
 @pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])

@@ -48,12 +48,12 @@ def own(base: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 def as_processors(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """diffusers' names, with the layers that have nothing of their own as its training script writes them."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in weights.items():
         layer, kind, _ = name.rsplit(".", 2)
-        found[f"{layer}.processor.{kind}_custom_diffusion.weight"] = value
-        found[f"{layer.replace('attn2', 'attn1')}.processor"] = {}
-    return found
+        result[f"{layer}.processor.{kind}_custom_diffusion.weight"] = value
+        result[f"{layer.replace('attn2', 'attn1')}.processor"] = {}
+    return result
 
 
 def write(folder: Path, weights: dict[str, Any] | None, words: dict[str, Any] | None, suffix: str = ".bin") -> Path:
@@ -295,12 +295,12 @@ def test_gradients_are_those_of_the_written_out_loss(world: Path) -> None:
         )
         loss = loss + model.losses(batch.latents, told, (batch.times * model.process.steps).long(), noise).mean()
     loss.backward()
-    found = read_customization(folder)
+    result = read_customization(folder)
     for name, parameter in module.moved.items():
-        torch.testing.assert_close(found.weights[name], parameter.detach() - parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.weights[name], parameter.detach() - parameter.grad, rtol=1e-4, atol=1e-6)
     assert table.grad is not None
     expected = (table - table.grad)[module.number].detach()
-    torch.testing.assert_close(found.embeddings[WORD], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.embeddings[WORD], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_prior_without_weight_is_no_prior_and_a_resumed_run_is_a_whole_one(world: Path) -> None:

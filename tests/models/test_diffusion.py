@@ -44,17 +44,17 @@ def randn(*shape: int, seed: int) -> Tensor:
 def test_the_loss_is_the_formula(prediction: str) -> None:
     model = tiny_model(prediction=prediction)
     latents, noise, timesteps = randn(3, *SHAPE, seed=2), randn(3, *SHAPE, seed=3), torch.tensor([0, 500, 999])
-    found = model.losses(latents, states_of(3), timesteps, noise)
+    result = model.losses(latents, states_of(3), timesteps, noise)
     betas = np.linspace(1e-4, 0.02, 1000)
     alphas = np.cumprod(1 - betas)
-    assert found.shape == (3,)
+    assert result.shape == (3,)
     for index, timestep in enumerate(timesteps.tolist()):
         signal, spread = np.sqrt(alphas[timestep]), np.sqrt(1 - alphas[timestep])
         noisy = signal * latents[index] + spread * noise[index]
         output = model.denoiser(noisy[None], timestep, encoder_hidden_states=states_of(3)[index : index + 1]).sample[0]
         target = noise[index] if prediction == "epsilon" else signal * noise[index] - spread * latents[index]
         # The schedule comes from diffusers in single precision.
-        torch.testing.assert_close(found[index], (target - output).square().mean(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(result[index], (target - output).square().mean(), rtol=1e-4, atol=0)
 
 
 def test_other_schedulers_are_refused() -> None:
@@ -94,10 +94,10 @@ def by_hand(model: DiffusionModel, states: Tensor, steps: int, guidance: float, 
 @torch.no_grad()
 def test_sampling_is_ddim(prediction: str, guidance: float, eta: float) -> None:
     model, states = tiny_model(prediction=prediction), states_of(3)
-    found = sample(model, states, NULL, KEYS, SHAPE, steps=4, guidance=guidance, eta=eta)
+    result = sample(model, states, NULL, KEYS, SHAPE, steps=4, guidance=guidance, eta=eta)
     expected = by_hand(model, states, 4, guidance, eta)
     assert float(expected.std()) > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -119,8 +119,8 @@ def test_a_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: f
 
 def test_without_guidance_the_empty_prompt_is_not_asked() -> None:
     broken = torch.full_like(NULL, float("nan"))
-    found = sample(tiny_model(), states_of(2), broken, KEYS[:2], SHAPE, steps=2, guidance=1.0)
-    assert torch.isfinite(found).all()
+    result = sample(tiny_model(), states_of(2), broken, KEYS[:2], SHAPE, steps=2, guidance=1.0)
+    assert torch.isfinite(result).all()
 
 
 def test_progress_counts_the_steps() -> None:

@@ -43,9 +43,9 @@ LATENTS, NOISE = randn(2, 4, 4, 4, seed=1), randn(2, 4, 4, 4, seed=2)
 
 def losses(model: DiffusionModel) -> Tensor:
     assert model.encoder is not None
-    found = model.losses(LATENTS, model.encoder.text.encode(PROMPTS), TIMES, NOISE)
-    assert found.dtype == torch.float64
-    return found
+    result = model.losses(LATENTS, model.encoder.text.encode(PROMPTS), TIMES, NOISE)
+    assert result.dtype == torch.float64
+    return result
 
 
 def alphas(kind: str) -> Tensor:
@@ -69,7 +69,7 @@ def clip(pipeline: Any, suffix: str, prompt: str) -> Any:
 @pytest.mark.parametrize("version", [1, 2])
 def test_stable_diffusion(tmp_path: Path, version: int) -> None:
     pipeline: Any = load_pipeline(str(stable_diffusion(tmp_path, version)), torch.float64)
-    found = losses(model_from_pipeline(pipeline))
+    result = losses(model_from_pipeline(pipeline))
     for index, prompt in enumerate(PROMPTS):
         signal, spread = diffused(index, "scaled")
         noisy = signal * LATENTS[index] + spread * NOISE[index]
@@ -77,14 +77,14 @@ def test_stable_diffusion(tmp_path: Path, version: int) -> None:
         output = pipeline.unet(noisy[None], TIMES[index], encoder_hidden_states=states).sample[0]
         target = NOISE[index] if version == 1 else signal * NOISE[index] - spread * LATENTS[index]
         # Schedules come from diffusers in single precision.
-        torch.testing.assert_close(found[index], (target - output).square().mean(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(result[index], (target - output).square().mean(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_sdxl(tmp_path: Path, zeros: bool) -> None:
     folder = stable_diffusion_xl(tmp_path, force_zeros_for_empty_prompt=zeros)
     pipeline: Any = load_pipeline(str(folder), torch.float64)
-    found = losses(model_from_pipeline(pipeline))
+    result = losses(model_from_pipeline(pipeline))
     for index, prompt in enumerate(PROMPTS):
         signal, spread = diffused(index, "scaled")
         first, second = clip(pipeline, "", prompt), clip(pipeline, "_2", prompt)
@@ -95,7 +95,7 @@ def test_sdxl(tmp_path: Path, zeros: bool) -> None:
         added = {"text_embeds": pooled, "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]], dtype=torch.float64)}
         noisy = (signal * LATENTS[index] + spread * NOISE[index])[None]
         output = pipeline.unet(noisy, TIMES[index], encoder_hidden_states=states, added_cond_kwargs=added).sample[0]
-        torch.testing.assert_close(found[index], (NOISE[index] - output).square().mean(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(result[index], (NOISE[index] - output).square().mean(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("sized", [False, True])
@@ -104,7 +104,7 @@ def test_pixart(tmp_path: Path, sized: bool) -> None:
     if sized:  # a width that three embeddings of the size fill
         network = pixart_transformer(use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24)
     pipeline: Any = load_pipeline(str(pixart(tmp_path, transformer=network)), torch.float64)
-    found = losses(model_from_pipeline(pipeline))
+    result = losses(model_from_pipeline(pipeline))
     for index, prompt in enumerate(PROMPTS):
         signal, spread = diffused(index, "linear")
         tokens = pipeline.tokenizer(prompt, padding="max_length", max_length=120, return_tensors="pt")
@@ -121,13 +121,13 @@ def test_pixart(tmp_path: Path, sized: bool) -> None:
             added_cond_kwargs=added,
         ).sample[0]
         assert output.shape[0] == 8
-        torch.testing.assert_close(found[index], (NOISE[index] - output[:4]).square().mean(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(result[index], (NOISE[index] - output[:4]).square().mean(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("t5", [True, False])
 def test_stable_diffusion_3(tmp_path: Path, t5: bool) -> None:
     pipeline: Any = load_pipeline(str(stable_diffusion_3(tmp_path, t5)), torch.float64)
-    found = losses(model_from_pipeline(pipeline))
+    result = losses(model_from_pipeline(pipeline))
     for index, prompt in enumerate(PROMPTS):
         even = (float(TIMES[index]) + 1) / 1000
         level = 3 * even / (1 + 2 * even)
@@ -144,7 +144,7 @@ def test_stable_diffusion_3(tmp_path: Path, t5: bool) -> None:
             timestep=torch.tensor([level * 1000]),
         ).sample[0]
         expected = (NOISE[index] - LATENTS[index] - output).square().mean()
-        torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(result[index], expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("tokens", "width", "count"), [(5, 3, 0), (5, 3, 3), (5, 3, 7), (4, 10, 16), (1, 1, 1)])

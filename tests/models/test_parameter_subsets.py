@@ -83,8 +83,8 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(
     states = pack(tokens, (beside > 0.3) if extra == 5 else beside)
     steps, parameters = torch.tensor([10, 500, 900]), select_weights(network, subset)
     with PerSampleGradients(network, list(parameters)) as tap:
-        found = dict(tap.per_sample(model.losses(latents, states, steps, noise)))
-    assert found.keys() == parameters.keys()
+        result = dict(tap.per_sample(model.losses(latents, states, steps, noise)))
+    assert result.keys() == parameters.keys()
     for row in range(3):
         rows = slice(row, row + 1)
         with trainable(network, parameters):
@@ -92,4 +92,4 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(
             alone = torch.autograd.grad(loss.sum(), list(parameters.values()))
         for name, gradient in zip(parameters, alone, strict=True):
             # Time embeddings and root-mean-square norms are computed in single precision.
-            torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(result[name][row], gradient, rtol=1e-4, atol=1e-8)

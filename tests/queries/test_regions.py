@@ -26,10 +26,10 @@ SIZE = (8, 12)
 def test_a_box_covers_cells_by_their_area() -> None:
     region = Region.from_box((1, 2, 6, 4), SIZE)
     assert region.name == "box 1,2,6,4"
-    found = region.weights((4, 6))  # cells of 2 by 2 pixels
+    result = region.weights((4, 6))  # cells of 2 by 2 pixels
     expected = torch.zeros(4, 6, dtype=torch.float64)
     expected[1] = torch.tensor([0.5, 1.0, 1.0, 0, 0, 0])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
 def test_a_mask_counts_what_is_white(tmp_path: Path) -> None:
@@ -38,10 +38,10 @@ def test_a_mask_counts_what_is_white(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     region = Region.from_file(tmp_path / "mask.png", SIZE)
     assert re.fullmatch("mask mask-[0-9a-f]{8}", region.name)
-    found = region.weights((4, 6))
+    result = region.weights((4, 6))
     expected = torch.zeros(4, 6, dtype=torch.float64)
     expected[0, 0], expected[2, 2] = 1.0, 0.2 / 4
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("box", [(0, 0, 13, 4), (-1, 0, 4, 4), (4, 0, 4, 4), (0, 6, 4, 2), (0, 0, 4)])
@@ -74,7 +74,7 @@ def test_the_loss_is_the_mean_over_the_cells_inside(square: bool) -> None:
     latents, states = query.latent.expand(2, -1, -1, -1), query.states.expand(2, -1, -1)
     weights = torch.zeros(4, 4, dtype=torch.float64)
     weights[0, 1], weights[3] = 0.5, 1.0
-    found = model.losses(latents, states, timesteps, noise, weights)
+    result = model.losses(latents, states, timesteps, noise, weights)
     output = model.predict(model.process.noisy(latents, timesteps, noise), timesteps, states)
     error = (output if square else model.process.target(latents, timesteps, noise) - output) ** 2
     expected = [
@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_over_the_cells_inside(square: bool) -> None:
         / (4 * 4.5)
         for b in range(2)
     ]
-    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert result.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_region_of_the_whole_image_changes_nothing_and_boxes_differ() -> None:

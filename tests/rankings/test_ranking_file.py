@@ -83,10 +83,10 @@ def test_p_values_go_with_their_images(tmp_path: Path) -> None:
 
 def test_a_ranking_comes_back(tmp_path: Path) -> None:
     write_ranking(tmp_path, RANKINGS)
-    found = read_ranking(tmp_path)
-    assert list(found) == ["first", "second"]
-    assert found["second"][0] == ["a", "b", "c", "d"]
-    assert found["second"][1].tolist() == [1.5, 0.5, 0.1 + 0.2, -0.5]
+    result = read_ranking(tmp_path)
+    assert list(result) == ["first", "second"]
+    assert result["second"][0] == ["a", "b", "c", "d"]
+    assert result["second"][1].tolist() == [1.5, 0.5, 0.1 + 0.2, -0.5]
 
 
 def test_a_bad_score_leaves_the_former_file(tmp_path: Path) -> None:

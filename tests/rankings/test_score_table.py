@@ -38,8 +38,8 @@ def test_the_top_is_that_of_a_full_sort(
     ids = [name_of(row) for row in range(1000)]
     for place, query in enumerate(QUERIES):
         order = order_of(ids, scores[place])[:k]
-        found, best = ScoreTable(tmp_path / "table").top(query, k)
-        assert found == [ids[row] for row in order]
+        result, best = ScoreTable(tmp_path / "table").top(query, k)
+        assert result == [ids[row] for row in order]
         np.testing.assert_array_equal(best, scores[place][order])
     assert len(table) == 1000
 

@@ -76,7 +76,9 @@ class Page(HTMLParser):
 
     def all(self, tag: str, class_: str | None = None) -> list[dict[str, str | None]]:
         return [
-            found for name, found in self.elements if name == tag and (class_ is None or found.get("class") == class_)
+            result
+            for name, result in self.elements
+            if name == tag and (class_ is None or result.get("class") == class_)
         ]
 
 
@@ -262,7 +264,7 @@ def test_p_values(tmp_path: Path, p: float, shown: str) -> None:
 
 
 def _bars(page: Page) -> list[str]:
-    return [str(found["style"]) for found in page.all("span") if found.get("class") in {"fill", "whisker", "tick"}]
+    return [str(result["style"]) for result in page.all("span") if result.get("class") in {"fill", "whisker", "tick"}]
 
 
 def test_share_bars(tmp_path: Path) -> None:

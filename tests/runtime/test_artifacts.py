@@ -124,12 +124,12 @@ def test_find_refuses_a_folder_whose_manifest_says_otherwise(tmp_path: Path) -> 
 
 def test_an_interrupted_build_is_absent_and_resumes_from_its_parts(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    found: list[list[str]] = []
+    result: list[list[str]] = []
 
     def build(folder: Path) -> None:
-        found.append(sorted(path.name for path in folder.iterdir()))
+        result.append(sorted(path.name for path in folder.iterdir()))
         for name in ("a", "b", "c"):
-            if len(found) == 1 and name == "c":
+            if len(result) == 1 and name == "c":
                 raise KeyboardInterrupt
             (folder / name).write_text(name)
 
@@ -137,7 +137,7 @@ def test_an_interrupted_build_is_absent_and_resumes_from_its_parts(tmp_path: Pat
         store.make("kind", IDENTITY, build)
     assert store.find("kind", IDENTITY) is None
     made = store.make("kind", IDENTITY, build)
-    assert found == [[], ["a", "b"]]
+    assert result == [[], ["a", "b"]]
     assert sorted(path.name for path in made.iterdir()) == ["a", "b", "c", MANIFEST]
 
 

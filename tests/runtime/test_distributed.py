@@ -124,20 +124,20 @@ def test_fisher_unlearning_and_scores_of_two_processes_are_those_of_one(tmp_path
     expected = numbers(tmp_path, one_process())
     both = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
     ids = tiny_latents(COUNT).ids
-    for found in both:
-        assert found.keys() == expected.keys()
+    for result in both:
+        assert result.keys() == expected.keys()
         for kind, rtol in KINDS.items():
             names = [name for name in expected if name.startswith(kind)]
             scale = max(float(expected[name].abs().max()) for name in names)
             for name in names:
                 torch.testing.assert_close(
-                    found[name],
+                    result[name],
                     expected[name],
                     rtol=rtol,
                     atol=rtol / 100 * scale,
                     msg=lambda text, n=name: f"{n}: {text}",
                 )
-        assert np.array_equal(order_of(ids, found["scores"].numpy()), order_of(ids, expected["scores"].numpy()))
+        assert np.array_equal(order_of(ids, result["scores"].numpy()), order_of(ids, expected["scores"].numpy()))
     assert float(expected["scores"].std()) > 1e-4
     assert float(expected["plus scores"].std()) > 1e-6
 
@@ -191,9 +191,9 @@ def test_attribution_on_two_processes_gives_the_ranking_of_one(commands: Path) -
     found_ids, scores = read_ranking(folder / "two")[query]
     assert len(ids) == COUNT
     assert set(found_ids) == set(ids)
-    found = scores[[found_ids.index(name) for name in ids]]
+    result = scores[[found_ids.index(name) for name in ids]]
     # The command line computes in float32.
-    assert np.abs(found - expected).max() <= 1e-2 * expected.std()
-    assert spearmanr(found, expected).statistic >= 0.9999
+    assert np.abs(result - expected).max() <= 1e-2 * expected.std()
+    assert spearmanr(result, expected).statistic >= 0.9999
     assert len(set(found_ids[:100]) & set(ids[:100])) >= 98
     assert (folder / "two" / "report.html").exists()

@@ -157,9 +157,9 @@ def test_joined_rows_are_read_as_one_array(kind: str) -> None:
         torch.tensor([], dtype=torch.long),
     ]
     for key in keys:
-        found, expected = joined[key], whole[key]
-        assert found.dtype == whole.dtype
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+        result, expected = joined[key], whole[key]
+        assert result.dtype == whole.dtype
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
     assert (len(joined), joined.shape, joined.nbytes, joined.itemsize) == (9, (9, 2, 3), both.nbytes, 2)
     np.testing.assert_array_equal(np.asarray(take_rows(joined, np.array([7, 1, 6]))), both[[7, 1, 6]])
     with pytest.raises(IndexError):

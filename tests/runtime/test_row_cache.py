@@ -83,11 +83,11 @@ def test_processes_share_the_chunks_that_are_left(tmp_path: Path) -> None:
         make(tmp_path, squares([], broken=3), chunk_size=3)
     meeting, summands = threading.Barrier(2), list[Tensor]()
     asked: list[list[range]] = [[], []]
-    found: list[Rows | None] = [None, None]
+    result: list[Rows | None] = [None, None]
 
     def work(rank: int) -> None:
         runner = Together(torch.device("cpu"), rank, 2, meeting, summands)
-        found[rank] = make(tmp_path, squares(asked[rank]), 3, runner)
+        result[rank] = make(tmp_path, squares(asked[rank]), 3, runner)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -95,7 +95,7 @@ def test_processes_share_the_chunks_that_are_left(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert asked == [[range(3, 6), range(9, 10)], [range(6, 9)]]
-    for rows in found:
+    for rows in result:
         assert rows is not None
         torch.testing.assert_close(rows.values, EXPECTED, rtol=0, atol=0)
 

@@ -86,11 +86,11 @@ class Judge:
 
     def first(self) -> dict[str, list[Scores]]:
         """Method -> scores of all queries under the model with all images."""
-        found = {}
+        result = {}
         for name, method in self.methods.items():
             method.fit(self.data, self.base, self.store, one_process())
-            found[name] = list(method.score(self.queries))
-        return found
+            result[name] = list(method.score(self.queries))
+        return result
 
 
 def rankings(scores: dict[str, Sequence[Scores]]) -> dict[str, dict[str, list[str]]]:

@@ -56,19 +56,19 @@ def test_it_is_muon_for_matrices_and_adamw_for_the_rest(monkeypatch: pytest.Monk
         muon.step()
         adamw.step()
     expected[0].weight.data = kernel.data.reshape(16, 4, 3, 3)
-    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for result, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model[3].weight, network()[3].weight)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 6), (6, 11), (6, 12), (6, 80)])
 def test_orthogonalising_is_the_iteration_on_each_matrix_alone(rows: int, columns: int) -> None:
     stacked = torch.randn(3, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = orthogonalise(stacked)
-    for matrix, result in zip(stacked, found, strict=True):
+    collected = orthogonalise(stacked)
+    for matrix, result in zip(stacked, collected, strict=True):
         torch.testing.assert_close(result, iterated(matrix))
         assert torch.linalg.svdvals(result).sub(1).abs().max() < 0.35
-    torch.testing.assert_close(orthogonalise(stacked.float()).double(), found, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(orthogonalise(stacked.float()).double(), collected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_state_of_another_optimizer_is_refused() -> None:
@@ -82,8 +82,8 @@ def test_the_memory_format_of_kernels_does_not_matter() -> None:
     take_steps(model, MuonAdamW(model.parameters(), lr=0.01), range(4))
     take_steps(last, MuonAdamW(last.parameters(), lr=0.01), range(4))
     assert last[0].weight.is_contiguous(memory_format=torch.channels_last)
-    for found, wanted in zip(last.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    for result, wanted in zip(last.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_state_is_gone_on_with_and_a_schedule_is_followed() -> None:
@@ -106,19 +106,19 @@ def test_a_state_is_gone_on_with_and_a_schedule_is_followed() -> None:
     resumed.load_state_dict(state[0])
     resumed_schedule.load_state_dict(state[1])
     go(second, resumed, resumed_schedule, range(3, 6))
-    for found, wanted in zip(second.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(found, wanted)
+    for result, wanted in zip(second.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(result, wanted)
     before = [each.detach().clone() for each in second.parameters()]
     take_steps(second, resumed, range(6, 7))
-    for found, wanted in zip(second.parameters(), before, strict=True):
-        assert torch.equal(found, wanted), "the schedule ended at 0"
+    for result, wanted in zip(second.parameters(), before, strict=True):
+        assert torch.equal(result, wanted), "the schedule ended at 0"
 
 
 def test_clipping_and_missing_gradients() -> None:
     model = network()
     optimizer = MuonAdamW(model.parameters(), lr=0.01)
     listed = [each for group in optimizer.param_groups for each in group["params"]]
-    assert all(found is wanted for found, wanted in zip(listed, model.parameters(), strict=True)), "what is clipped"
+    assert all(result is wanted for result, wanted in zip(listed, model.parameters(), strict=True)), "what is clipped"
     before = model[0].weight.detach().clone()
     model[0].weight.requires_grad_(False)
     take_steps(model, optimizer, range(1))

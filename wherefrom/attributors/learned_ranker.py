@@ -195,6 +195,6 @@ class LearnedRanker(Attributor):
 
 def _concentration(estimates: Estimates) -> dict[str, float]:
     """How concentrated a query's influence is, as facts of its scores."""
-    found = concentration(estimates.values)
-    shares = {f"influence_of_first_{count}": share for count, share in found.shares.items()}
-    return {**shares, "effective_pictures": found.effective}
+    result = concentration(estimates.values)
+    shares = {f"influence_of_first_{count}": share for count, share in result.shares.items()}
+    return {**shares, "effective_pictures": result.effective}

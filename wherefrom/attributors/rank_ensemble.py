@@ -65,12 +65,14 @@ class RankEnsemble(Attributor):
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
         """One query at a time."""
-        for query, *found in zip(queries, *(method.score(queries, candidates) for method in self.methods), strict=True):
-            ids = found[0].ids
-            assert all(scores.ids == ids for scores in found)
-            ranks = np.mean([normalised_ranks(ids, scores.scores) for scores in found], axis=0)
-            with_null = all(len(scores.null) for scores in found)
-            null = np.mean([_places(scores) for scores in found], axis=0) if with_null else np.zeros(0)
+        for query, *result in zip(
+            queries, *(method.score(queries, candidates) for method in self.methods), strict=True
+        ):
+            ids = result[0].ids
+            assert all(scores.ids == ids for scores in result)
+            ranks = np.mean([normalised_ranks(ids, scores.scores) for scores in result], axis=0)
+            with_null = all(len(scores.null) for scores in result)
+            null = np.mean([_places(scores) for scores in result], axis=0) if with_null else np.zeros(0)
             yield Scores(query, ids, -ranks, -null)
 
 

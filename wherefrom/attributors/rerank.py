@@ -102,10 +102,10 @@ class Rerank(Attributor):
             if self.subsample is not None:
                 keys = {name: hash_text(f"subsample/{query.name}/{name}") for name in chosen}
                 chosen = sorted(chosen, key=lambda name: keys[name])[: self.subsample]
-            (found,) = self.method.score([query], chosen)
-            by_id = dict(zip(found.ids, found.scores.tolist(), strict=True))
-            lowest, spread = float(found.scores.min()), float(np.ptp(found.scores)) or 1.0
+            (result,) = self.method.score([query], chosen)
+            by_id = dict(zip(result.ids, result.scores.tolist(), strict=True))
+            lowest, spread = float(result.scores.min()), float(np.ptp(result.scores)) or 1.0
             rest = [name for name in order if name not in by_id]
             by_id |= {name: lowest - spread * (place + 1) / len(near.ids) for place, name in enumerate(rest)}
             scores = np.array([by_id[name] for name in near.ids])
-            yield replace(found, ids=near.ids, scores=scores, parts={})
+            yield replace(result, ids=near.ids, scores=scores, parts={})

@@ -124,9 +124,9 @@ def attribute(
         measured = _representation(attributor, data, model, waiting, store, runner)
         attributor.fit(data, model, store, runner, log)
         started = time.monotonic()
-        for found in attributor.score(waiting):
-            facts = {**found.facts, **measured.get(found.query.name, {}), "seconds": time.monotonic() - started}
-            scores = replace(found, facts=facts)
+        for result in attributor.score(waiting):
+            facts = {**result.facts, **measured.get(result.query.name, {}), "seconds": time.monotonic() - started}
+            scores = replace(result, facts=facts)
             started = time.monotonic()
             finished[scores.query.name] = scores
             if runner.is_main:
@@ -152,11 +152,11 @@ def _representation(
     if "model" not in attributor.requires or model is None or data.latents is None or model.encoder is None:
         return {}
     typical = typical_losses(model, data.latents, store, runner)
-    found = {}
+    result = {}
     for query in queries:
         seen = as_latent(model, query)
-        found[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.states), typical)}
-    return found
+        result[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.states), typical)}
+    return result
 
 
 def _scores_file(folder: Path, query: Query) -> Path:

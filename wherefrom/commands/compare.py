@@ -132,7 +132,7 @@ def _write_tables(folder: Path, results: Mapping[str, Sequence[Scores]], costs: 
     }
     with replacing(folder / METHODS) as temporary:
         pq.write_table(pa.table(columns), temporary)
-    mean, error = correlations({name: [each.scores for each in found] for name, found in results.items()})
+    mean, error = correlations({name: [each.scores for each in result] for name, result in results.items()})
     pairs = [(i, j) for i in range(len(names)) for j in range(len(names))]
     with replacing(folder / CORRELATIONS) as temporary:
         pq.write_table(

@@ -110,10 +110,10 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
     starts = np.flatnonzero(np.diff(queries[0], prepend=-1))
     orders: dict[str, NDArray[np.int32]] = {}
     for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
-        query, found = queries[1][queries[0][start]], positions[start:stop]
+        query, result = queries[1][queries[0][start]], positions[start:stop]
         if query in orders or not np.array_equal(ranks[start:stop], np.arange(1, stop - start + 1)):
             raise ValueError(f"{path} is not sorted by query and rank, from 1 on, at query {query!r}. Attribute again.")
-        named = np.bincount(found, minlength=len(order))
+        named = np.bincount(result, minlength=len(order))
         if not (named == 1).all():
             wrong = images[1][order[int(np.flatnonzero(named != 1)[0])]]
             how = "twice" if named[named != 1][0] else "not at all"
@@ -121,7 +121,7 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
                 f"{path} ranks {wrong!r} {how} for query {query!r}, though other queries or places name it: retrieval "
                 "needs rankings of the whole set, each image once."
             )
-        orders[query] = found
+        orders[query] = result
     return tuple(images[1][index] for index in order), orders
 
 

@@ -242,8 +242,8 @@ def curate(
     log(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training images scored for each")
     alone = TrainingData(data.images, data.latents)  # a teacher set has no use for scores of held-out images
     work = TeacherWork(folder, method, alone, model, source, shape, store, runner, progress)
-    found = _work_off(engine, work, blocks, log)
-    ordered = [scores for block in blocks for scores in found[block]]
+    result = _work_off(engine, work, blocks, log)
+    ordered = [scores for block in blocks for scores in result[block]]
     teacher_set = _teacher_set(ordered, data.images, scored, features, store, identity, progress)
     if runner is None or runner.is_main:
         write_teacher_set(folder, teacher_set)
@@ -254,7 +254,7 @@ def curate(
 def _work_off(
     engine: Engine[Block, list[Scores]], work: TeacherWork, blocks: Sequence[Block], log: Log
 ) -> dict[Block, list[Scores]]:
-    found: dict[Block, list[Scores]] = {}
+    collected: dict[Block, list[Scores]] = {}
     failed: list[tuple[Block, Exception]] = []
     started = time.monotonic()
     for done, (block, result) in enumerate(engine(work, blocks), start=1):
@@ -262,7 +262,7 @@ def _work_off(
             failed.append((block, result))
             log(f"FAILED: block {block.number}: {result}")
             continue
-        found[block] = result
+        collected[block] = result
         left = (time.monotonic() - started) / done * (len(blocks) - done)
         log(f"block {done} of {len(blocks)} is done; {duration(left)} to go")
     if failed:
@@ -271,7 +271,7 @@ def _work_off(
             f"{len(failed)} of {len(blocks)} blocks failed; the others are kept, and the same command goes on from "
             f"there. The first that failed, block {block.number}: {error}"
         ) from error
-    return found
+    return collected
 
 
 def _teacher_set(

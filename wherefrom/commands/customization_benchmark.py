@@ -204,7 +204,7 @@ def benchmark(
         if isinstance(method, PreconditionedAttributor):
             log(f"{name}: curvature of the base model")
             method.take_curvature(base_model, background, store, runner, log)
-    found: list[Found] = []
+    result: list[Found] = []
     for kind, chosen in cases_of(tasks, styles).items():
         for number, task in enumerate(chosen, start=1):
             log(f"{kind}: {task.name}, model {number} of {len(chosen)}")
@@ -216,13 +216,13 @@ def benchmark(
                 for name, method in methods.items():
                     place = folder / f"{hash_text(task.name):016x}-{each}" / name
                     results = attribute(place, method, data, model, queries, store, runner, options, log)
-                    found += [find(scores, name, kind, task, each, k) for scores in results]
+                    result += [find(scores, name, kind, task, each, k) for scores in results]
                     if isinstance(method, PreconditionedAttributor):
-                        found += [find(by_size(scores), f"{name}{BY_SIZE}", kind, task, each, k) for scores in results]
-    lines = summarise(found)
+                        result += [find(by_size(scores), f"{name}{BY_SIZE}", kind, task, each, k) for scores in results]
+    lines = summarise(result)
     if runner.is_main:
         with replacing(folder / ROWS) as temporary:
-            pq.write_table(pa.Table.from_pylist([asdict(each) for each in found]), temporary)
+            pq.write_table(pa.Table.from_pylist([asdict(each) for each in result]), temporary)
         write_json(folder / RESULT, {"k": k, "lines": [asdict(line) for line in lines]})
     runner.barrier()
     return lines
@@ -246,10 +246,10 @@ def _prepare(
     return TrainingData(images, latents), queries
 
 
-def summarise(found: Sequence[Found]) -> list[Line]:
+def summarise(result: Sequence[Found]) -> list[Line]:
     """Means over models: images of one model are no independent evidence."""
     groups: dict[tuple[str, str, Words], dict[str, list[Found]]] = {}
-    for each in found:
+    for each in result:
         groups.setdefault((each.method, each.kind, each.words), {}).setdefault(each.task, []).append(each)
     lines = []
     for (method, kind, words), models in groups.items():

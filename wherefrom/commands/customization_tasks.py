@@ -60,16 +60,16 @@ def read_all(files: Sequence[Path], root: Path, limit: int | None = None) -> lis
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be positive; given {limit}.")
-    found: list[Task] = []
+    result: list[Task] = []
     for file in files:
         made = read_abc(file, root) if "exemplar" in _list(file)[0] else read_tasks(file, root)
-        twice = {task.name for task in made} & {task.name for task in found}
+        twice = {task.name for task in made} & {task.name for task in result}
         if twice:
             raise ValueError(f"{file}: the model {min(twice)} is in another file of tasks too.")
-        found += made
+        result += made
     seen: dict[str, int] = {}
     kept = []
-    for task in found:
+    for task in result:
         seen[task.case] = seen.get(task.case, 0) + 1
         if limit is None or seen[task.case] <= limit:
             kept.append(task)
@@ -87,14 +87,14 @@ def read_tasks(tasks: Path, root: Path) -> list[Task]:
         FileNotFoundError: A file is missing.
         ValueError: A file is of another shape, a path leads out of the root, or two entries of a model contradict.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    result: dict[str, list[dict[str, Any]]] = {}
     for number, entry in enumerate(_list(tasks)):
         for name, kind in _FIELDS.items():
             if not isinstance(entry.get(name), kind) or isinstance(entry.get(name), bool):
                 raise ValueError(f"{tasks}: entry {number} should have {name!r} of type {kind.__name__}.")
-        found.setdefault(f"{entry['test_case']}/{entry['test_case_ind']}", []).append(entry)
+        result.setdefault(f"{entry['test_case']}/{entry['test_case_ind']}", []).append(entry)
     made: list[Task] = []
-    for name, entries in found.items():
+    for name, entries in result.items():
         first = entries[0]
         for other in entries[1:]:
             for field in ("model_path", "train_prompt"):
@@ -154,17 +154,17 @@ def _exemplars(entry: dict[str, Any], number: int, file: Path, root: Path) -> tu
 
 def _inside(root: Path, path: str, file: Path) -> Path:
     """A path below the root: lists come from elsewhere, and are not to be trusted with the rest of the disk."""
-    found = (root / path).resolve()
-    if not found.is_relative_to(root.resolve()):
+    result = (root / path).resolve()
+    if not result.is_relative_to(root.resolve()):
         raise ValueError(f"{file}: the path {path!r} leads out of {root}.")
-    return found
+    return result
 
 
 def _file(root: Path, path: str, file: Path) -> Path:
-    found = _inside(root, path, file)
-    if not found.is_file():
+    result = _inside(root, path, file)
+    if not result.is_file():
         raise FileNotFoundError(f"{file} names {path!r}, which is no file in {root}.")
-    return found
+    return result
 
 
 def cases_of(tasks: Sequence[Task], styles: Sequence[str]) -> dict[str, list[Task]]:
@@ -181,4 +181,4 @@ def cases_of(tasks: Sequence[Task], styles: Sequence[str]) -> dict[str, list[Tas
         "objects": [task for task in tasks if task.case not in styles],
         "styles": [task for task in tasks if task.case in styles],
     }
-    return {kind: found for kind, found in split.items() if found}
+    return {kind: result for kind, result in split.items() if result}

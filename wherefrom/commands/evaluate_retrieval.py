@@ -57,9 +57,9 @@ def agreements(name: str, teacher: WholeRankings, other: WholeRankings, depths: 
     for query, order in teacher.orders.items():
         ranks = np.empty(len(order), np.int32)
         ranks[order] = np.arange(len(order), dtype=np.int32)
-        found = ranks[other.orders[query]]  # the teacher's ranks in the order of the method
+        result = ranks[other.orders[query]]  # the teacher's ranks in the order of the method
         for kept, (metric, depth) in zip(values, wanted, strict=True):
-            places = np.flatnonzero(found < depth.number)
+            places = np.flatnonzero(result < depth.number)
             precision = np.arange(1, depth.number + 1) / (places + 1)
             kept.append(float(precision.mean() if metric == "mAP" else (places < depth.number).mean()))
     return [_agreement(name, metric, depth, kept) for (metric, depth), kept in zip(wanted, values, strict=True)]
@@ -68,9 +68,9 @@ def agreements(name: str, teacher: WholeRankings, other: WholeRankings, depths: 
 def _agreement(name: str, metric: str, depth: Depth, values: Sequence[float]) -> Agreement:
     mean = QueryMean()
     mean.update(torch.tensor(values, dtype=torch.float64))
-    found = {key: value.item() for key, value in mean.compute().items()}
-    error = None if math.isnan(found["error"]) else found["error"]
-    return Agreement(name, metric, depth, found["mean"], error, int(found["count"]))
+    result = {key: value.item() for key, value in mean.compute().items()}
+    error = None if math.isnan(result["error"]) else result["error"]
+    return Agreement(name, metric, depth, result["mean"], error, int(result["count"]))
 
 
 def named_folders(pairs: Sequence[str]) -> dict[str, Path]:
@@ -119,9 +119,9 @@ def retrieval(
     chosen = [Depth.of(k, len(truth.images)) for k in depths]
     rows: list[Agreement] = []
     for name, place in [*methods.items(), *([(CEILING, ceiling)] if ceiling is not None else [])]:
-        found = read_whole_rankings(place)
-        check_alike(truth, found, same_model=name != CEILING)
-        rows += agreements(name, truth, found, chosen)
+        result = read_whole_rankings(place)
+        check_alike(truth, result, same_model=name != CEILING)
+        rows += agreements(name, truth, result, chosen)
     write_json(
         folder / RESULT,
         {
@@ -143,7 +143,7 @@ def as_table(rows: Sequence[Agreement]) -> str:
     lines = ["| ranking | " + " | ".join(titles) + " | n |", "|---" * (len(columns) + 2) + "|"]
     cells = {(row.method, row.metric, row.k): row for row in rows}
     for method in dict.fromkeys(row.method for row in rows):
-        found = [cells[method, *column] for column in columns]
-        numbers = [f"{row.mean:.3f} ± {'–' if row.error is None else f'{row.error:.3f}'}" for row in found]
-        lines.append(f"| {method} | " + " | ".join(numbers) + f" | {found[0].count} |")
+        result = [cells[method, *column] for column in columns]
+        numbers = [f"{row.mean:.3f} ± {'–' if row.error is None else f'{row.error:.3f}'}" for row in result]
+        lines.append(f"| {method} | " + " | ".join(numbers) + f" | {result[0].count} |")
     return "\n".join(lines)

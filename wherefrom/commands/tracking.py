@@ -129,8 +129,8 @@ def track(
             run.log({"ranked": ranked(results, images, tracking.top)})
             facts = {name for scores in results for name in scores.facts}
             for name in sorted(facts):
-                found = [scores.facts[name] for scores in results if name in scores.facts]
-                run.summary[f"mean {name}"] = float(np.mean(found))
+                result = [scores.facts[name] for scores in results if name in scores.facts]
+                run.summary[f"mean {name}"] = float(np.mean(result))
         touched = {} if store is None else {path: path.parent.name for path in store.touched}
         log_lineage(run, folder, job, touched, tracking.upload)
     finally:
@@ -191,13 +191,13 @@ def _log_result(run: wandb.Run, name: str, content: Any) -> None:
 
 def _flat(row: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Nested dictionaries and short lists as one row: {"loss": {"own": [1, 2]}} becomes {"loss.own.0": 1, …}."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in row.items():
         name = f"{before}{key}"
         if isinstance(value, dict):
-            found |= _flat(value, f"{name}.")
+            result |= _flat(value, f"{name}.")
         elif isinstance(value, list):
-            found |= _flat({str(place): each for place, each in enumerate(value)}, f"{name}.")
+            result |= _flat({str(place): each for place, each in enumerate(value)}, f"{name}.")
         else:
-            found[name] = value
-    return found
+            result[name] = value
+    return result

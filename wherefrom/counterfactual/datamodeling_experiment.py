@@ -57,11 +57,11 @@ class Halves:
 
     def subsets(self, ids: Sequence[str]) -> Bool[NDArray[np.bool_], "m n"]:
         """Which images each model sees, by hash."""
-        size, found = round(self.share * len(ids)), np.zeros((self.count, len(ids)), dtype=bool)
+        size, result = round(self.share * len(ids)), np.zeros((self.count, len(ids)), dtype=bool)
         for index in range(self.count):
             keys = [hash_text(f"half/{self.seed}/{index}/{name}") for name in ids]
-            found[index, np.argsort(keys, kind="stable")[:size]] = True
-        return found
+            result[index, np.argsort(keys, kind="stable")[:size]] = True
+        return result
 
 
 @dataclass(frozen=True)
@@ -125,21 +125,26 @@ def linear_datamodeling_scores(
         return np.array([[measured[model(row, seed)][query].loss for row in range(count)] for query in queries])
 
     whole = losses(halves.count, halves.seed)
-    found = []
+    collected = []
     for method, results in rankings.items():
         by_query = {scores.query.id: dict(zip(scores.ids, scores.scores, strict=True)) for scores in results}
         values = torch.tensor([[by_query[query][name] for name in ids] for query in queries], dtype=torch.float64)
         metric = LinearDatamodelingScore()
         metric.update(values, torch.from_numpy(subsets), torch.from_numpy(whole))
-        found.append(_score(method, torch.cat([each.flatten() for each in metric.values])))
+        collected.append(_score(method, torch.cat([each.flatten() for each in metric.values])))
     if seeds:
         again = np.mean([losses(halves.repeated, seed) for seed in seeds], axis=0)
         pairs = zip(whole[:, : halves.repeated], again, strict=True)
-        found.append(_score("another seed", torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])))
+        collected.append(_score("another seed", torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])))
     prompts = {query.id: query.prompt for query in sweep.panel.queries}
-    result = {"halves": vars(halves), "queries": queries, "prompts": prompts, "rows": [vars(score) for score in found]}
+    result = {
+        "halves": vars(halves),
+        "queries": queries,
+        "prompts": prompts,
+        "rows": [vars(score) for score in collected],
+    }
     write_json(folder / RESULT, result)
-    return found
+    return collected
 
 
 def _score(method: str, values: Float[Tensor, " q"]) -> Score:

@@ -18,8 +18,8 @@ KINDS = ("loss", "mse", "similarity")
 def changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
     """Query -> what changed between two models of one seed; images are compared with the query itself."""
     return {
-        query: {"loss": found.loss - before[query].loss, "mse": found.mse, "similarity": found.similarity}
-        for query, found in after.items()
+        query: {"loss": result.loss - before[query].loss, "mse": result.mse, "similarity": result.similarity}
+        for query, result in after.items()
     }
 
 
@@ -34,20 +34,20 @@ def effects(removals: Sequence[Removal], measured: Measured, seeds: Sequence[int
     Raises:
         ValueError: A query was not measured after a removal.
     """
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    result: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for removal in removals:
         by_seed = [changes(measured[Retrain((), seed)], measured[Retrain(removal.ids, seed)]) for seed in seeds]
-        for kind, each in found.items():
+        for kind, each in result.items():
             each.append({query: float(np.mean([change[query][kind] for change in by_seed])) for query in by_seed[0]})
-    return {kind: effect_of(removals, each) for kind, each in found.items()}
+    return {kind: effect_of(removals, each) for kind, each in result.items()}
 
 
 def by_method(removals: Sequence[Removal]) -> list[list[Removal]]:
     """The removals of each method and K."""
-    found: dict[tuple[str, int], list[Removal]] = {}
+    result: dict[tuple[str, int], list[Removal]] = {}
     for removal in removals:
-        found.setdefault((removal.method, removal.k), []).append(removal)
-    return list(found.values())
+        result.setdefault((removal.method, removal.k), []).append(removal)
+    return list(result.values())
 
 
 def or_none(values: Sequence[float] | Float[NDArray[np.float64], " q"]) -> list[float | None]:

@@ -93,7 +93,7 @@ def plan(
     if reserved:
         raise ValueError(f"A method is called {min(reserved)!r}, as a row of the judge's own is: rename its file.")
     first_method = next(iter(rankings.values()))
-    found: list[Removal] = []
+    result: list[Removal] = []
     for k, size in protocol.stages():
         tops = {query: frozenset(top_of_ranking(ids, k, query)) for query, ids in first_method.items()}
         pools = pool_queries(tops, size)
@@ -101,10 +101,10 @@ def plan(
         for method, by in rankings.items():
             removals = plan_removals(method, by, k, pools, training)
             first = first or removals
-            found += removals
+            result += removals
         for draw in range(protocol.random):
-            found += random_removals(first, training, draw)
-    return found
+            result += random_removals(first, training, draw)
+    return result
 
 
 def judge(
@@ -172,8 +172,8 @@ def judge(
         result |= _after(folder, chosen, named, again, seeds)
         write_json(folder / RESULT, result)
     if again is not None and protocol.greedy:
-        found = remove_greedily(named, rounds, protocol.greedy, measured, sweep, again, seeds) if rounds else []
-        result |= {"greedy": [each.as_json() for each in found], "not_greedy": unmoved}
+        collected = remove_greedily(named, rounds, protocol.greedy, measured, sweep, again, seeds) if rounds else []
+        result |= {"greedy": [each.as_json() for each in collected], "not_greedy": unmoved}
         write_json(folder / RESULT, result)
     return rows
 
@@ -198,11 +198,11 @@ def _after(
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Who replaced what the methods named, as `counterfactual.json` keeps it; the images go beside it."""
-    found = [replacements(named[group[0].method], group, again, *seeds[:2]) for group in chosen]
-    shown = [name for each in found for one in each for name in (*one.before, *one.after)]
+    result = [replacements(named[group[0].method], group, again, *seeds[:2]) for group in chosen]
+    shown = [name for each in result for one in each for name in (*one.before, *one.after)]
     return {
-        "after": [one.as_json() for each in found for one in each],
-        "foresight": [foreseen(each) for each in found],
+        "after": [one.as_json() for each in result for one in each],
+        "foresight": [foreseen(each) for each in result],
         "shown": write_shown(folder, again.data.images, shown),
     }
 
@@ -214,9 +214,9 @@ def _model(sweep: Sweep, removal: Removal, seed: int) -> dict[str, Any]:
 
 
 def _row(removals: Sequence[Removal], measured: Measured, protocol: Protocol) -> Row:
-    found = effects(removals, measured, protocol.seeds)
+    result = effects(removals, measured, protocol.seeds)
     count = float(np.mean([len(removal.ids) for removal in removals]))
-    return Row(removals[0].method, removals[0].k, count, found["loss"], found["mse"], found["similarity"])
+    return Row(removals[0].method, removals[0].k, count, result["loss"], result["mse"], result["similarity"])
 
 
 def _with_equivalent(row: Row, ladder: Sequence[Removal], measured: Measured, protocol: Protocol) -> Row:
@@ -227,8 +227,8 @@ def _with_equivalent(row: Row, ladder: Sequence[Removal], measured: Measured, pr
             moved = changes(measured[Retrain((), seed)], measured[Retrain(rung.ids, seed)])
             rungs.setdefault(rung.k, []).append(float(np.mean([moved[query]["loss"] for query in row.loss.queries])))
     counts = sorted(rungs)
-    found = random_equivalent(counts, [rungs[count] for count in counts], float(row.loss.own.mean()))
-    return replace(row, equivalent=found)
+    result = random_equivalent(counts, [rungs[count] for count in counts], float(row.loss.own.mean()))
+    return replace(row, equivalent=result)
 
 
 def _floor(measured: Measured, protocol: Protocol) -> list[Row]:
@@ -237,13 +237,13 @@ def _floor(measured: Measured, protocol: Protocol) -> list[Row]:
         return []
     models = [measured[Retrain((), seed)] for seed in protocol.seeds]
     queries = tuple(sorted(models[0]))
-    found: dict[str, Float[NDArray[np.float64], " q"]] = {}
+    result: dict[str, Float[NDArray[np.float64], " q"]] = {}
     for kind in KINDS:
-        found[kind] = np.array(
+        result[kind] = np.array(
             [np.mean([abs(changes(models[0], other)[query][kind]) for other in models[1:]]) for query in queries]
         )
     nothing = np.full(len(queries), np.nan)
-    loss, mse, similarity = (Effect(queries, found[kind], nothing) for kind in KINDS)
+    loss, mse, similarity = (Effect(queries, result[kind], nothing) for kind in KINDS)
     return [Row(FLOOR, 0, 0.0, loss, mse, similarity)]
 
 

@@ -128,17 +128,17 @@ def remove_greedily(
         StorageError: A file could not be written.
     """
     removals = [replace(each, ids=()) for each in at_once]
-    found: Measured = {}
+    result: Measured = {}
     for number in range(1, rounds + 1):
         if number > 1:
             sweep.log(f"greedy removal: ranking what is left after round {number - 1} of {rounds}")
         removals = [_next(each, each.k // rounds, rankings, again, seeds[0]) for each in removals]
         trained = list(seeds) if number == rounds else [seeds[0]]
         sweep.log(f"greedy removal, round {number} of {rounds}: {len(removals)} pools, {len(trained)} seeds")
-        found = sweep.measure([Retrain(each.ids, seed) for seed in trained for each in removals])
+        result = sweep.measure([Retrain(each.ids, seed) for seed in trained for each in removals])
     results = []
     for mine, theirs in zip(by_method(removals), by_method(at_once), strict=True):
-        greedy, ordinary = (effects(each, {**measured, **found}, seeds)["loss"] for each in (mine, theirs))
+        greedy, ordinary = (effects(each, {**measured, **result}, seeds)["loss"] for each in (mine, theirs))
         counts = [float(np.mean([len(removal.ids) for removal in each])) for each in (mine, theirs)]
         results.append(
             Greedy(

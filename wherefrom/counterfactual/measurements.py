@@ -60,14 +60,14 @@ class Measurements:
             seconds: dict[str, float] = {}
             for row in rows:
                 losses = np.array(row["losses"], dtype=np.float16)
-                found = Measurement(row["loss"], losses, row["mse"], row["similarity"])
-                measured.setdefault(row["retrain"], {})[row["query"]] = found
+                result = Measurement(row["loss"], losses, row["mse"], row["similarity"])
+                measured.setdefault(row["retrain"], {})[row["query"]] = result
                 seconds[row["retrain"]] = row["seconds"]
         except (pa.ArrowInvalid, KeyError) as error:
             raise ValueError(
                 f"{self.path} is not a table of measurements ({error}). Name another file, or delete it to start anew."
             ) from error
-        return {name: Finished(found, seconds[name]) for name, found in measured.items()}
+        return {name: Finished(result, seconds[name]) for name, result in measured.items()}
 
     def add(self, name: str, retrain: Retrain, panel: str, finished: Finished) -> None:
         """Adds a model's rows; several sweeps may write to one table.

@@ -207,7 +207,7 @@ def replacements(
         ValueError: Training or attribution failed.
         StorageError: A file could not be written; finished queries are kept.
     """
-    found = []
+    result = []
     for removal in removals:
         retrain, gone = Retrain(removal.ids, seed), set(removal.ids)
         name = again.retrains.name(retrain)
@@ -219,21 +219,21 @@ def replacements(
             left = [each for each in other.get(query, ()) if each not in gone]
             by_chance = foresight(first, gone, left, removal.k) if query in other else None
             removed = [each for each in before if each in gone]
-            found.append(
+            result.append(
                 Replacement(removal.method, removal.k, query, name, before, removed, after[:TOP], seen, by_chance)
             )
-    return found
+    return result
 
 
-def foreseen(found: Sequence[Replacement]) -> dict[str, Any]:
+def foreseen(result: Sequence[Replacement]) -> dict[str, Any]:
     """Means over the queries and standard errors of one method and K, as JSON has them."""
     numbers = {
-        kind: or_none(estimate(np.array([getattr(each.foresight, kind) for each in found]))) for kind in _NUMBERS
+        kind: or_none(estimate(np.array([getattr(each.foresight, kind) for each in result]))) for kind in _NUMBERS
     }
-    controls = [each.control for each in found if each.control is not None]
+    controls = [each.control for each in result if each.control is not None]
     for kind in _UNDER_CONTROL if controls else ():
         numbers[f"control_{kind}"] = or_none(estimate(np.array([getattr(each, kind) for each in controls])))
-    return {"method": found[0].method, "k": found[0].k, "queries": len(found), **numbers}
+    return {"method": result[0].method, "k": result[0].k, "queries": len(result), **numbers}
 
 
 def write_shown(folder: Path, images: ImageSet, ids: Sequence[str]) -> dict[str, str]:

@@ -99,7 +99,7 @@ def plan_removals(
         ValueError: A pool would leave out more than a tenth of the training set, an image is not in it, or `k` is
             larger than a ranking.
     """
-    known, found = set(training), []
+    known, result = set(training), []
     for pool in pools:
         ids = sorted({name for query in pool for name in top_of_ranking(rankings[query], k, query)})
         unknown = [name for name in ids if name not in known]
@@ -113,8 +113,8 @@ def plan_removals(
                 f"A pool of {len(pool)} queries would leave out {len(ids)} of {len(known)} images, more than "
                 f"{MOST_REMOVED:.0%}: choose a smaller pool or K."
             )
-        found.append(Removal(method, k, tuple(pool), tuple(ids)))
-    return found
+        result.append(Removal(method, k, tuple(pool), tuple(ids)))
+    return result
 
 
 def random_removals(like: Sequence[Removal], training: Sequence[str], seed: int) -> list[Removal]:
@@ -125,12 +125,12 @@ def random_removals(like: Sequence[Removal], training: Sequence[str], seed: int)
         training: Ids of the training set.
         seed: Seed of the choice.
     """
-    found = []
+    result = []
     for removal in like:
         salt = f"random removal/{seed}/{removal.k}/{'/'.join(removal.queries)}"
         order = sorted(training, key=lambda name: hash_text(f"{salt}/{name}"))
-        found.append(Removal(RANDOM, removal.k, removal.queries, tuple(sorted(order[: len(removal.ids)]))))
-    return found
+        result.append(Removal(RANDOM, removal.k, removal.queries, tuple(sorted(order[: len(removal.ids)]))))
+    return result
 
 
 def random_ladder(counts: Sequence[int], noise_samples: int, training: Sequence[str]) -> list[Removal]:
@@ -149,12 +149,12 @@ def random_ladder(counts: Sequence[int], noise_samples: int, training: Sequence[
     odd = [count for count in counts if not 0 < count < len(training)]
     if odd:
         raise ValueError(f"A ladder of {len(training)} images has rungs between 1 and one less; given {odd[0]}.")
-    found = []
+    result = []
     for count in counts:
         for draw in range(noise_samples):
             order = sorted(training, key=lambda name: hash_text(f"random ladder/{draw}/{name}"))
-            found.append(Removal(RANDOM, count, (), tuple(sorted(order[:count]))))
-    return found
+            result.append(Removal(RANDOM, count, (), tuple(sorted(order[:count]))))
+    return result
 
 
 @dataclass(frozen=True)

@@ -101,15 +101,15 @@ def write_judge_report(folder: Path) -> tuple[Path, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: run evaluate.py counterfactual with this output first.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): run evaluate.py counterfactual again.") from error
-    missing = {"rows", "models", "prompts", "protocol", "encoder", "training_pictures"} - set(found)
+    missing = {"rows", "models", "prompts", "protocol", "encoder", "training_pictures"} - set(result)
     if missing:
         raise ValueError(f"{path} lacks {min(missing)!r}: run evaluate.py counterfactual again.")
-    return found
+    return result
 
 
 def _row(stored: dict[str, Any]) -> Row:
@@ -125,8 +125,8 @@ def _row(stored: dict[str, Any]) -> Row:
 
 
 def _values(row: Row, kind: str, part: str) -> Float[NDArray[np.float64], " q"]:
-    found: Float[NDArray[np.float64], " q"] = getattr(getattr(row, kind), part)
-    return found
+    result: Float[NDArray[np.float64], " q"] = getattr(getattr(row, kind), part)
+    return result
 
 
 def _curves(rows: list[Row], costs: Mapping[str, Cost]) -> NDArray[np.uint8]:

@@ -68,15 +68,15 @@ def paired(rows: Sequence[Stored], k: int) -> dict[tuple[str, str], tuple[float,
         (method, other method) -> of the first minus the second, over the queries that both were judged on; NaN where
         there are no such queries.
     """
-    found: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["k"] == k:
             values = or_nan(row["loss"]["own"]) - or_nan(row["loss"]["others"])
-            found[row["method"]] = dict(zip(row["queries"], values.tolist(), strict=True))
+            result[row["method"]] = dict(zip(row["queries"], values.tolist(), strict=True))
     return {
         (first, second): estimate(np.array([mine[query] - theirs[query] for query in sorted({*mine} & {*theirs})]))
-        for first, mine in found.items()
-        for second, theirs in found.items()
+        for first, mine in result.items()
+        for second, theirs in result.items()
     }
 
 
@@ -84,12 +84,12 @@ def _pairs(rows: Sequence[Stored]) -> list[Markup]:
     parts: list[Markup] = []
     for k in sorted({row["k"] for row in rows if row["k"]}):
         methods = [row["method"] for row in rows if row["k"] == k]
-        found = paired(rows, k)
-        if len(methods) < 2 or not np.isfinite([mean for mean, _ in found.values()]).any():
+        result = paired(rows, k)
+        if len(methods) < 2 or not np.isfinite([mean for mean, _ in result.values()]).any():
             continue
         lines = []
         for first in methods:
-            cells = [_difference(*found[first, second]) if first != second else "" for second in methods]
+            cells = [_difference(*result[first, second]) if first != second else "" for second in methods]
             lines.append(tag("tr", tag("th", foreign(first)), *(tag("td", cell) for cell in cells)))
         head = tag("tr", tag("th", f"K = {k}"), *(tag("th", foreign(method)) for method in methods))
         parts.append(tag("div", tag("table", head, *lines, class_="judge"), class_="scroll"))
@@ -119,8 +119,8 @@ def _groups(groups: Sequence[Stored]) -> list[Markup]:
         return []
     lines = []
     for each in groups:
-        found = each["estimates"]
-        shown = [number(found[name]) for name in ("first", "second", "both", "synergy")]
+        result = each["estimates"]
+        shown = [number(result[name]) for name in ("first", "second", "both", "synergy")]
         lines.append([foreign(each["method"]), str(each["k"]), str(len(each["queries"])), *shown])
     return [
         tag("h2", "Do effects add up?"),
@@ -138,8 +138,8 @@ def _greedy(greedy: Sequence[Stored], unmoved: Sequence[str]) -> list[Markup]:
         return []
     lines = []
     for each in greedy:
-        found, (mine, theirs) = each["estimates"], each["removed"]
-        shown = [number(found[name]) for name in ("greedy", "at_once", "difference")]
+        result, (mine, theirs) = each["estimates"], each["removed"]
+        shown = [number(result[name]) for name in ("greedy", "at_once", "difference")]
         counts = [str(each["k"]), str(each["rounds"]), str(len(each["queries"])), f"{mine:.0f} / {theirs:.0f}"]
         lines.append([foreign(each["method"]), *counts, *shown])
     titles = ["method", "K", "rounds", "n", "left out, in rounds / at once", "ΔL in rounds", "ΔL at once", "difference"]
@@ -160,8 +160,8 @@ def _greedy(greedy: Sequence[Stored], unmoved: Sequence[str]) -> list[Markup]:
 
 
 def _after(folder: Path, result: Stored) -> list[Markup]:
-    found: Sequence[Stored] = result.get("after", [])
-    if not found:
+    collected: Sequence[Stored] = result.get("after", [])
+    if not collected:
         return []
     lines = [
         [
@@ -181,7 +181,7 @@ def _after(folder: Path, result: Stored) -> list[Markup]:
             tag("td", _taken(folder, each["before"], captions, each["removed"])),
             tag("td", _taken(folder, each["after"], captions, [])),
         )
-        for each in found
+        for each in collected
     ]
     head = tag("tr", *(tag("th", title) for title in ("", "query", "first before", "first after")))
     return [

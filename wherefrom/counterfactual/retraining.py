@@ -224,17 +224,17 @@ class Panel:
             features = self.encoder.encode_images(pixels)
             assert self.features is not None
             similarity = torch.cosine_similarity(features.double(), self.features.double()).numpy()
-        found = {}
+        result = {}
         for row, query in enumerate(self.queries):
             difference = (pixels[row].astype(np.float64) - query.pixels) / 255.0
-            found[query.id] = Measurement(
+            result[query.id] = Measurement(
                 float(losses[row].mean()),
                 losses[row].astype(np.float16),
                 float(np.square(difference).mean()),
                 float(similarity[row]),
                 pixels[row],
             )
-        return found
+        return result
 
     def draw(self, model: DiffusionModel) -> UInt8[NDArray[np.uint8], "q h w 3"]:
         """What this model draws from the queries' noise, in their order."""

@@ -85,8 +85,8 @@ class Sweep:
         distinct = list(dict.fromkeys(wanted))
         names = {retrain: self.retrains.name(retrain) for retrain in distinct}
         known = self.table.read(self.panel.name)
-        found = {retrain: known[name].measured for retrain, name in names.items() if name in known}
-        waiting = [retrain for retrain in distinct if retrain not in found]
+        collected = {retrain: known[name].measured for retrain, name in names.items() if name in known}
+        waiting = [retrain for retrain in distinct if retrain not in collected]
         self.log(self._plan(len(distinct), len(waiting), known))
         started, failed = time.monotonic(), []
         for done, (retrain, result) in enumerate(self.engine(self.work, waiting), start=1):
@@ -98,7 +98,7 @@ class Sweep:
             drawn = {query: each.image for query, each in result.measured.items() if each.image is not None}
             write_strip(self._strip(names[retrain]), drawn)
             self.table.add(names[retrain], retrain, self.panel.name, result)
-            found[retrain] = result.measured
+            collected[retrain] = result.measured
             left = (time.monotonic() - started) / done * (len(waiting) - done)
             self.log(f"model {done} of {len(waiting)} ({model}): {duration(result.seconds)}; {duration(left)} to go")
         if failed:
@@ -110,7 +110,7 @@ class Sweep:
             ) from error
         if self.images is not None:
             self._bring(names, self.images)
-        return found
+        return collected
 
     def _strip(self, name: str) -> Path:
         """What a model draws for this panel, in the store: a run that does not measure it finds it there."""

@@ -66,20 +66,20 @@ class Diagonal(Curvature):
 
     def whiten(self, gradients: Mapping[str, Float[Tensor, "b n"]]) -> dict[str, Float[Tensor, "b m"]]:
         """Returns g / √(f + δ) of each row."""
-        found = {}
+        result = {}
         for name, rows in gradients.items():
             values = self.fisher.get(name)
             shape = rows.shape[1:] if values is None or values.numel() != rows.shape[1] else values.shape
-            found[name] = finite_rows(name, rows / self._damped(name, rows, shape).flatten().sqrt())
-        return found
+            result[name] = finite_rows(name, rows / self._damped(name, rows, shape).flatten().sqrt())
+        return result
 
     def _damped(self, name: str, like: Tensor, shape: torch.Size) -> Tensor:
         """The damped values of a tensor of this shape."""
         values = self.fisher.get(name)
         if values is None or values.shape != shape:
-            found = "none" if values is None else f"shape {tuple(values.shape)}"
+            result = "none" if values is None else f"shape {tuple(values.shape)}"
             raise ValueError(
-                f"The Fisher information holds {found} for weight {name!r} of shape {tuple(shape)}: it was made for "
+                f"The Fisher information holds {result} for weight {name!r} of shape {tuple(shape)}: it was made for "
                 "other weights. Fit it with the same `weights` and model."
             )
         values = values.to(like.device, like.dtype)

@@ -127,7 +127,7 @@ class EKFAC(Curvature):
             ValueError: A parameter is missing on either side or has another shape, or a coordinate is not finite.
         """
         owners, rest = self._split(gradients)
-        found = self.diagonal.whiten(rest)
+        result = self.diagonal.whiten(rest)
         for owner in owners:
             factors, name = self.layers[owner], f"{owner}.weight"
             rows, (outputs, inputs) = gradients[name], factors.eigenvalues.shape
@@ -136,8 +136,8 @@ class EKFAC(Curvature):
             matrices = rows.unflatten(1, (outputs, -1))
             if factors.bias:
                 matrices = torch.cat([matrices, gradients[f"{owner}.bias"][:, :, None]], dim=2)
-            found[name] = finite_rows(name, factors.whiten(matrices, self.damping).flatten(1))
-        return found
+            result[name] = finite_rows(name, factors.whiten(matrices, self.damping).flatten(1))
+        return result
 
     def _split(self, gradients: Mapping[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
         """Layers with factors, whose gradients are all there, and the other gradients.

@@ -77,9 +77,9 @@ class CovariancePass(SampledPass):
         traces = {}
         for layer in self.plan.layers:
             module = self.model.denoiser.get_submodule(layer.module)
-            found = calls.pop(layer.module)
+            result = calls.pop(layer.module)
             trace = losses.new_zeros(())
-            for inputs, grads in found:
+            for inputs, grads in result:
                 trace = trace + _add_gram(self.sums[f"G/{layer.module}"], gradient_rows(module, grads))
                 if layer.source == layer.module:
                     trace = trace + _add_gram(self.sums[f"A/{layer.source}"], layer.input_rows(module, inputs))

@@ -140,10 +140,10 @@ def _contents(folder: Path, rows: Sequence[Row]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         try:
-            found = hash_file(folder / row.name)
+            result = hash_file(folder / row.name)
         except OSError:
-            found = "unreadable"  # drawing it says why
-        digest.update(f"{row.name}\0{found}\0".encode())
+            result = "unreadable"  # drawing it says why
+        digest.update(f"{row.name}\0{result}\0".encode())
     return digest.hexdigest()
 
 

@@ -62,24 +62,24 @@ def metadata_files(folder: Path) -> dict[Path, str]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder that holds the images and their metadata file.")
-    found: dict[Path, str] = {}
+    result: dict[Path, str] = {}
     for place in ("", *SPLITS):
         files = [folder / place / name for name in METADATA if (folder / place / name).is_file()]
         if len(files) > 1:
             names = shown([path.name for path in files])
             raise ValueError(f"{folder / place} holds {len(files)} metadata files ({names}). Keep one.")
-        found.update(dict.fromkeys(files, place))
-    if not found:
+        result.update(dict.fromkeys(files, place))
+    if not result:
         raise ValueError(
             f"{folder} holds no metadata file. Add {', '.join(METADATA[:-1])} or {METADATA[-1]} with a column "
             f"'file_name' and a caption column, there or in each of its subfolders {', '.join(SPLITS)}."
         )
-    if "" in found.values() and len(found) > 1:
+    if "" in result.values() and len(result) > 1:
         raise ValueError(
-            f"{folder} holds a metadata file and so do its subfolders ({shown([str(f) for f in found])}). "
+            f"{folder} holds a metadata file and so do its subfolders ({shown([str(f) for f in result])}). "
             "Keep the one above, with a column 'split', or those below."
         )
-    return found
+    return result
 
 
 def _read_jsonl(path: Path) -> Iterator[_Cells]:

@@ -69,7 +69,7 @@ class ImageSet:
 
     def where(self, column: str, value: str) -> ImageSet:
         """The images whose column has this value."""
-        return self.subset([index for index, found in enumerate(self.columns[column]) if found == value])
+        return self.subset([index for index, result in enumerate(self.columns[column]) if result == value])
 
 
 def joined_image_sets(first: ImageSet, second: ImageSet) -> ImageSet:

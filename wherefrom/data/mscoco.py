@@ -92,14 +92,14 @@ def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
     images = _entries(path, content, "images", {"id": int, "file_name": str})
     written = _entries(path, content, "annotations", {"image_id": int, "caption": str})
     _check_images(path, images)
-    found: dict[int, list[str]] = {image["id"]: [] for image in images}
+    result: dict[int, list[str]] = {image["id"]: [] for image in images}
     for annotation in written:
-        if annotation["image_id"] not in found:
+        if annotation["image_id"] not in result:
             raise ValueError(f"{path}: a caption is of image {annotation['image_id']}, which 'images' does not have.")
         if annotation["caption"].strip():
-            found[annotation["image_id"]].append(annotation["caption"])
+            result[annotation["image_id"]].append(annotation["caption"])
     for minimum, what in ((1, "no caption"), (captions, f"fewer than {captions} captions")):
-        short = [str(name) for name, several in found.items() if len(several) < minimum]
+        short = [str(name) for name, several in result.items() if len(several) < minimum]
         if short:
             raise ValueError(
                 f"{path}: {len(short)} images have {what}: {shown(short)}. Add what is missing, take the images out of "
@@ -110,7 +110,7 @@ def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
         CocoImage(
             str(image["id"]),
             image["file_name"],
-            tuple(found[image["id"]][:captions]),
+            tuple(result[image["id"]][:captions]),
             terms.get(_number(image.get("license")), "unknown"),
             str(image.get("flickr_url") or image.get("coco_url") or ""),
         )

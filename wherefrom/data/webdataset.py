@@ -89,10 +89,10 @@ def _table(shard: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
                     "has in the options 'columns' and 'license'; 'key' must be there."
                 )
             wanted = list(dict.fromkeys(("key", *columns, *(name for name in ("status",) if name in names))))
-            found: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()
+            result: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({error}). Download it again.") from error
-    return found
+    return result
 
 
 def _keys(shard: Path, columns: Sequence[str]) -> list[str]:

@@ -100,8 +100,8 @@ class Calibration:
 
     def bins(self, cosines: Float[NDArray[np.floating], "..."]) -> Int64[NDArray[np.int64], "..."]:
         """The bin of each similarity, 0 the least similar."""
-        found: NDArray[np.int64] = np.searchsorted(self.edges, cosines, side="right")
-        return found
+        result: NDArray[np.int64] = np.searchsorted(self.edges, cosines, side="right")
+        return result
 
     def estimate(self, cosines: Float[NDArray[np.floating], "..."]) -> Estimates:
         """Estimates of the teacher's scores of images with these similarities to a query."""
@@ -243,9 +243,9 @@ def calibrate_ranker(
             f"The ranker {ranker} learned from the teacher set {teacher}: on queries that it knows it would look too "
             "sure. Curate others (captions.skip leaves out those that were used)."
         )
-    found = calibrate(held_out, network, features, settings)
-    save_calibration(folder, found, calibration_identity(network, features, held_out.identity))
-    return found
+    result = calibrate(held_out, network, features, settings)
+    save_calibration(folder, result, calibration_identity(network, features, held_out.identity))
+    return result
 
 
 def save_calibration(folder: Path, calibration: Calibration, identity: Identity) -> None:
@@ -344,10 +344,10 @@ def assess(
         raise ValueError(
             f"{len(used)} queries were used for the calibration, such as {used[0]!r}: assess it on others."
         )
-    found = calibration.estimate(cosines)
-    inside = (found.low <= scores) & (scores <= found.high)
+    result = calibration.estimate(cosines)
+    inside = (result.low <= scores) & (scores <= result.high)
     bins = calibration.bins(cosines)
-    correlations = np.array([_spearman(a, b) for a, b in zip(found.values, scores, strict=True)])
+    correlations = np.array([_spearman(a, b) for a, b in zip(result.values, scores, strict=True)])
     coverages = inside.mean(axis=1)
     by_bin = []
     for index in range(len(calibration.low)):
@@ -357,7 +357,7 @@ def assess(
         by_bin.append(float(each.mean()) if len(each) else float("nan"))
     (spearman, spearman_error), (coverage, coverage_error) = estimate(correlations), estimate(coverages)
     return Assessment(
-        rmse=float(np.sqrt(np.square(found.values - scores).mean())),
+        rmse=float(np.sqrt(np.square(result.values - scores).mean())),
         spread=float(scores.std()),
         spearman=spearman,
         spearman_error=spearman_error,

@@ -29,7 +29,7 @@ def similarities(
     images, queries = (ranker.embed_all(side, _BLOCK) for side in (features.training, features.queries))
     if rows is None:
         return (queries @ images.T).double().cpu().numpy()
-    found = np.empty(rows.shape)
+    result = np.empty(rows.shape)
     for index, (query, chosen) in enumerate(zip(queries, rows, strict=True)):
-        found[index] = (images[torch.tensor(chosen, dtype=torch.long, device=images.device)] @ query).cpu().numpy()
-    return found
+        result[index] = (images[torch.tensor(chosen, dtype=torch.long, device=images.device)] @ query).cpu().numpy()
+    return result

@@ -76,7 +76,7 @@ def shuffled_halves(
         raise ValueError("Halves can be shuffled across at least two queries; there is one.")
     depth = Depth.of(k, teacher.rows.shape[1])
     whole = _average_precisions(teacher, ranker, both, depth)
-    found, start = {"nothing": _shuffled(whole, whole)}, 0
+    result, start = {"nothing": _shuffled(whole, whole)}, 0
     for name, size in halves.items():
         columns = slice(start, start + size)
         changed = Features(
@@ -85,9 +85,9 @@ def shuffled_halves(
                 for side, matrix in (("training", both.training), ("queries", both.queries))
             )
         )
-        found[name] = _shuffled(_average_precisions(teacher, ranker, changed, depth), whole)
+        result[name] = _shuffled(_average_precisions(teacher, ranker, changed, depth), whole)
         start += size
-    return found
+    return result
 
 
 def _with_others(matrix: Float[NDArray[np.float32], "n d"], columns: slice, seed: int) -> NDArray[np.float32]:
@@ -107,5 +107,5 @@ def _average_precisions(teacher: TeacherSet, ranker: Ranker, features: Features,
     return torch.cat(metric.values)
 
 
-def _shuffled(found: Float[Tensor, " q"], whole: Float[Tensor, " q"]) -> Shuffled:
-    return Shuffled(*estimate(found.numpy()), *estimate((whole - found).numpy()), len(found))
+def _shuffled(result: Float[Tensor, " q"], whole: Float[Tensor, " q"]) -> Shuffled:
+    return Shuffled(*estimate(result.numpy()), *estimate((whole - result).numpy()), len(result))

@@ -185,11 +185,11 @@ class BlockSampler:
 
     def steps(self) -> int:
         """Blocks that hold, on average, as many labelled pairs as there are: an epoch."""
-        found = 0.0
+        result = 0.0
         for step in range(self._blocks):
             union = self._union(self.block_queries(step)).sum()
-            found += float(self._inside(union) / union) * self.queries * self.pairs.used
-        return max(1, round(len(self.pairs.queries) * self.pairs.used * self._blocks / found))
+            result += float(self._inside(union) / union) * self.queries * self.pairs.used
+        return max(1, round(len(self.pairs.queries) * self.pairs.used * self._blocks / result))
 
     def block(self, step: int) -> PairBlock:
         """The block of a step."""

@@ -116,9 +116,9 @@ class TeacherSet:
 
     def by_image(self) -> Float[NDArray[np.float64], "q n"]:
         """The scores in the order of the training images; NaN where the teacher scored none."""
-        found = np.full((len(self.queries), len(self.images)), np.nan)
-        np.put_along_axis(found, self.rows.astype(np.int64), self.scores.astype(np.float64), axis=1)
-        return found
+        result = np.full((len(self.queries), len(self.images)), np.nan)
+        np.put_along_axis(result, self.rows.astype(np.int64), self.scores.astype(np.float64), axis=1)
+        return result
 
     def of_queries(self, positions: Sequence[int]) -> TeacherSet:
         """The set of some queries only."""

@@ -181,12 +181,12 @@ class PerSampleGradients:
         """(input, output gradient) of each layer's calls, by the layer's name, in the order of the forward pass."""
         calls, self._calls = self._calls, []
         grads = torch.autograd.grad(losses.sum(), [output for _, _, output in calls])
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        result: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (owner, inputs, _), grad in zip(calls, grads, strict=True):
             layer, rules = self._layers[owner]
             dtype = layer.get_parameter(next(iter(rules))).dtype  # under autocast both are of fewer bits
-            found.setdefault(owner, []).append((inputs.to(dtype), grad.to(dtype)))
-        return found
+            result.setdefault(owner, []).append((inputs.to(dtype), grad.to(dtype)))
+        return result
 
     def of_layer(
         self, owner: str, calls: Sequence[tuple[Tensor, Tensor]]

@@ -90,12 +90,12 @@ class Breakdown:
             kept = means[torch.arange(len(means)), means.flatten(2).mean(dim=2).argmax(dim=1)]
         else:
             kept = means.mean(dim=1)
-        found = {}
+        result = {}
         if self.timestep_bands:
             for band in np.array_split(np.arange(len(timesteps)), self.timestep_bands):
                 name = f"timesteps {int(timesteps[band[0]])} to {int(timesteps[band[-1]])}"
-                found[name] = kept[:, :, band].flatten(1).mean(dim=1).numpy()
+                result[name] = kept[:, :, band].flatten(1).mean(dim=1).numpy()
         if self.captions:
             for index in range(kept.shape[1]):
-                found[f"caption {index + 1}"] = kept[:, index].mean(dim=1).numpy()
-        return found
+                result[f"caption {index + 1}"] = kept[:, index].mean(dim=1).numpy()
+        return result

@@ -82,8 +82,8 @@ def keys_of(rows: pa.Table) -> Int64[NDArray[np.int64], " n"]:
 
 def among(rows: pa.Table, ids: Iterable[str]) -> Bool[NDArray[np.bool_], " n"]:
     """Which rows have one of the ids."""
-    found: NDArray[np.bool_] = pc.is_in(rows[IMAGE], pa.array(list(ids), pa.large_string())).to_numpy()
-    return found
+    result: NDArray[np.bool_] = pc.is_in(rows[IMAGE], pa.array(list(ids), pa.large_string())).to_numpy()
+    return result
 
 
 def join_rows(first: pa.Table, second: pa.Table) -> pa.Table:

@@ -94,11 +94,11 @@ class Contents:
         """Takes images down; returns the ids that it did not hold, which are kept out from now on too."""
         given = set(ids)
         there = among(self.rows, given)
-        found = self.rows.filter(pa.array(there))
-        self.engine.remove(keys_of(found))
+        result = self.rows.filter(pa.array(there))
+        self.engine.remove(keys_of(result))
         self.rows = self.rows.filter(pa.array(~there))
         self.removed |= given
-        return tuple(sorted(given.difference(found[IMAGE].to_pylist())))
+        return tuple(sorted(given.difference(result[IMAGE].to_pylist())))
 
     def merge(self, other: Contents) -> None:
         """Moves another's images in; what either took down stays down.

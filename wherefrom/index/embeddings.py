@@ -85,15 +85,15 @@ def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) ->
     Raises:
         ValueError: Names the first row that is not.
     """
-    found = np.ascontiguousarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(found, axis=1)
+    result = np.ascontiguousarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(result, axis=1)
     bad = np.flatnonzero(~((np.abs(lengths - 1) <= _LENGTH_TOLERANCE) | (lengths == 0)))  # NaN is among them
     if len(bad):
         raise ValueError(
             f"Embedding {first + int(bad[0])} has length {lengths[bad[0]]:g}; embeddings must be finite unit vectors. "
             "Look for images whose features are not finite, or divide the vectors by their lengths."
         )
-    return found
+    return result
 
 
 def embed(
@@ -115,8 +115,8 @@ def embed(
             f"The ranker takes {ranker.inputs} features, but {' and '.join(names)} give {features.shape[1]}: the "
             "encoders are not those that it was trained with."
         )
-    found = ranker.embed_all(features, 1 if alone else max(len(features), 1))
-    vectors: NDArray[np.float32] = found.float().cpu().numpy()
+    result = ranker.embed_all(features, 1 if alone else max(len(features), 1))
+    vectors: NDArray[np.float32] = result.float().cpu().numpy()
     return vectors
 
 
@@ -180,10 +180,10 @@ def cosines(
     vectors: Float[NDArray[np.floating[Any]], "n e"], query: Float[NDArray[np.floating[Any]], " e"]
 ) -> Float[NDArray[np.float64], " n"]:
     """Inner products in float64, each from its own row only: neither order nor number of rows changes a digit."""
-    found = np.empty(len(vectors), dtype=np.float64)
+    result = np.empty(len(vectors), dtype=np.float64)
     wide = query.astype(np.float64)
     for start in range(0, len(vectors), _BLOCK):
         block = np.asarray(vectors[start : start + _BLOCK], dtype=np.float64)
         # Not a matrix product: BLAS sums in an order that depends on a row's place.
-        found[start : start + _BLOCK] = (block * wide).sum(axis=1)
-    return found
+        result[start : start + _BLOCK] = (block * wide).sum(axis=1)
+    return result

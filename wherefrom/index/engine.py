@@ -134,10 +134,10 @@ class Engine:
             self._keys = _faiss().vector_to_array(self.index.id_map)
         places = np.searchsorted(self._keys, keys)
         try:
-            found: Vectors = self.outer.reconstruct_batch(places)
+            result: Vectors = self.outer.reconstruct_batch(places)
         except RuntimeError as error:
             raise ValueError(f"Indexes of this type cannot be merged ({_reason(error)}): make one of all.") from error
-        return found
+        return result
 
     def configure(self, settings: str) -> None:
         """Sets how thoroughly it searches, such as `nprobe=64` or `efSearch=128,k_factor_rf=4`.
@@ -246,8 +246,8 @@ class Engine:
 
 
 def _search(index: Any, queries: Vectors, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    found: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, count)
-    return found
+    result: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, count)
+    return result
 
 
 def _transformed(index: Any, vectors: Vectors) -> Vectors:

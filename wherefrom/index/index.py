@@ -149,10 +149,10 @@ class Index:
             first, filled = None, bool((keys[0] >= 0).all())
             places = np.minimum(np.searchsorted(self._keys, keys[0]), len(self) - 1)
             alive = (keys[0] >= 0) & (self._keys[places] == keys[0])
-            found, places = scores[0][alive].astype(np.float64), places[alive]
-            order = np.argsort(-found, kind="stable")
-            found, places = found[order], places[order]
-            settled = len(found) >= k and (not filled or count == total or found[-1] < found[k - 1] - slack)
+            result, places = scores[0][alive].astype(np.float64), places[alive]
+            order = np.argsort(-result, kind="stable")
+            result, places = result[order], places[order]
+            settled = len(result) >= k and (not filled or count == total or result[-1] < result[k - 1] - slack)
             if settled:
                 break
             if filled and count < total:
@@ -161,12 +161,12 @@ class Index:
                 assert effort < most, "every vector was looked at"
                 effort = min(2 * effort, most)
         if engine.is_exact:
-            found = cosines(engine.vectors(self._keys[places]), query)
+            result = cosines(engine.vectors(self._keys[places]), query)
         rows = self.contents.rows.take(places)
         images = np.asarray(rows[IMAGE].to_pylist())
-        first_k = np.lexsort((images, -found))[:k]
+        first_k = np.lexsort((images, -result))[:k]
         chosen = rows.take(first_k).drop_columns([KEY])
-        return Hits(tuple(chosen[IMAGE].to_pylist()), found[first_k], chosen)
+        return Hits(tuple(chosen[IMAGE].to_pylist()), result[first_k], chosen)
 
     def add(self, rows: pa.Table, embeddings: Embeddings, source: Any = None) -> tuple[str, ...]:
         """Adds images; see `rows_of`.

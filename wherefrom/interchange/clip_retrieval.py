@@ -110,10 +110,10 @@ def read_clip_retrieval(folder: Path, ranker: Mapping[str, Any] | None = None) -
     """
     named = {kind: _numbered(folder / kind, end) for kind, end in ((VECTORS, "npy"), (METADATA, "parquet"))}
     if not named[VECTORS] or named[VECTORS].keys() != named[METADATA].keys():
-        found = {kind: sorted(files) for kind, files in named.items()}
+        result = {kind: sorted(files) for kind, files in named.items()}
         raise ValueError(
             f"{folder} must hold {VECTORS}/{VECTORS}_0.npy … and {METADATA}/{METADATA}_0.parquet … with the same "
-            f"numbers; their numbers are {found}."
+            f"numbers; their numbers are {result}."
         )
     whose = _whose(folder, ranker)
     vectors, tables = [], []

@@ -54,10 +54,10 @@ def read_fastgda_teacher(
         FileNotFoundError: A file is missing.
     """
     file = folder / f"influence_{part}.pkl"
-    found = _features(folder / "feats", part, features)
-    count = {len(both.training) for both in found.values()}
+    result = _features(folder / "feats", part, features)
+    count = {len(both.training) for both in result.values()}
     if len(count) > 1:
-        sizes = ", ".join(f"{name} {len(both.training)}" for name, both in found.items())
+        sizes = ", ".join(f"{name} {len(both.training)}" for name, both in result.items())
         raise ValueError(f"{folder / 'feats'} has features of different training sets: {sizes} images.")
     images, captions = _named(image_set, ("image", "caption"), count.pop(), "row {:06d}")
     content = read_pickle(file)
@@ -80,10 +80,10 @@ def read_fastgda_teacher(
         "file": hash_file(file),
         "training_pictures": identity_hash({"ids": list(images)}),
         "queries": identity_hash({"ids": list(names)}),
-        "features": sorted(found),
+        "features": sorted(result),
     }
     try:
-        return TeacherSet(images, captions, names, prompts, rows, scores, found, identity)
+        return TeacherSet(images, captions, names, prompts, rows, scores, result, identity)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be used: {error}") from error
 
@@ -198,8 +198,8 @@ def _check_neighbours(file: Path, rows: Int32[NDArray[np.int32], "q m"]) -> None
         raise ValueError(f"{file} has no entry ['fixed']['rank'].") from error
     if len(near) != len(rows):
         raise ValueError(f"{file} has neighbours of {len(near)} queries, but {len(rows)} are ranked.")
-    for query, (found, ranked) in enumerate(zip(near, rows, strict=True)):
-        strange = ranked[~np.isin(ranked, np.asarray(found))]
+    for query, (result, ranked) in enumerate(zip(near, rows, strict=True)):
+        strange = ranked[~np.isin(ranked, np.asarray(result))]
         if len(strange):
             raise ValueError(f"{file}: image {strange[0]}, which query {query} ranks, is not among its neighbours.")
 

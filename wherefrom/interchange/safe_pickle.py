@@ -194,10 +194,10 @@ def _admitted(module: Any, name: Any) -> Global:
     Raises:
         Refused: Plain arrays do not need it.
     """
-    found = NUMPY.get((module, name)) if type(module) is str and type(name) is str else None
-    if found is None:
+    result = NUMPY.get((module, name)) if type(module) is str and type(name) is str else None
+    if result is None:
         raise Refused(f"{_short(module)}, {_short(name)}")
-    return found
+    return result
 
 
 def _filled(target: dict[Any, Any], values: Sequence[Any]) -> dict[Any, Any]:
@@ -274,7 +274,7 @@ def flattened(value: Any, most: int = 10_000) -> dict[str, NDArray[Any]]:
     Raises:
         ValueError: There are too many paths, two are the same, or a key would lead out of a folder.
     """
-    found: dict[str, NDArray[Any]] = {}
+    result: dict[str, NDArray[Any]] = {}
     made: dict[int, NDArray[Any]] = {}
     visited = 0
 
@@ -291,17 +291,17 @@ def flattened(value: Any, most: int = 10_000) -> dict[str, NDArray[Any]]:
                     raise ValueError(f"The key {str(name)[:80]!r} cannot be part of a path.")
                 visit(inner, f"{path}/{name}" if path else str(name))
             return
-        if path in found:
+        if path in result:
             raise ValueError(f"Two arrays have the path {path!r}: they cannot be told apart.")
-        found[path] = made.setdefault(id(each), np.asarray(each))
-        if found[path].dtype == object:
+        result[path] = made.setdefault(id(each), np.asarray(each))
+        if result[path].dtype == object:
             raise ValueError(f"The numbers of {path!r} are too large for an array.")
 
     visit(value, "")
-    repeated = sum(array.nbytes for array in found.values()) - sum(array.nbytes for array in made.values())
+    repeated = sum(array.nbytes for array in result.values()) - sum(array.nbytes for array in made.values())
     if repeated > _REPEATED:
         raise ValueError(f"It names the same arrays again and again: {repeated:,} bytes more than it has.")
-    return found
+    return result
 
 
 def _is_flat(values: Sequence[Any]) -> bool:

@@ -61,8 +61,8 @@ def _top_masses(
     """
     count = len(ordered)
     places = [(count - 1) // 2, count // 2, top - 1]
-    found = ordered[[np.searchsorted(reached, places, side="right") for reached in copies.cumsum(axis=1)]]
-    median, edge = found[:, :2].mean(axis=1, keepdims=True), found[:, 2:]
+    result = ordered[[np.searchsorted(reached, places, side="right") for reached in copies.cumsum(axis=1)]]
+    median, edge = result[:, :2].mean(axis=1, keepdims=True), result[:, 2:]
     reach = np.searchsorted(-ordered, -edge.min(), side="right")
     ordered, copies = ordered[:reach], copies[:, :reach]
     above, tied = (ordered > edge) * copies, (ordered == edge) * copies
@@ -149,8 +149,8 @@ def group_shares(
     low, high = np.zeros(len(names)), np.zeros(len(names))
     low[columns], high[columns] = np.quantile(table, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     expected = np.bincount(group, minlength=len(names)) / count
-    found = [
+    result = [
         Share(str(name), float(s), float(lo), float(hi), float(e))
         for name, s, lo, hi, e in zip(names, whole[0], low, high, expected, strict=True)
     ]
-    return sorted(found, key=lambda each: (-each.share, -(each.expected or 0.0), each.name))
+    return sorted(result, key=lambda each: (-each.share, -(each.expected or 0.0), each.name))

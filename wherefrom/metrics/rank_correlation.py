@@ -19,13 +19,13 @@ def correlations(
     """
     names = list(scores)
     count = len(next(iter(scores.values())))
-    found = np.ones((len(names), len(names), count))
+    result = np.ones((len(names), len(names), count))
     for i, first in enumerate(names):
         for j in range(i):
             for query in range(count):
                 left, right = scores[first][query], scores[names[j]][query]
                 constant = np.ptp(left) == 0 or np.ptp(right) == 0
                 value = float("nan") if constant else float(spearmanr(left, right).statistic)
-                found[i, j, query] = found[j, i, query] = value
-    error = found.std(axis=2, ddof=1) / np.sqrt(count) if count > 1 else np.full(found.shape[:2], np.nan)
-    return found.mean(axis=2), error
+                result[i, j, query] = result[j, i, query] = value
+    error = result.std(axis=2, ddof=1) / np.sqrt(count) if count > 1 else np.full(result.shape[:2], np.nan)
+    return result.mean(axis=2), error

@@ -44,11 +44,11 @@ class QueryMean(Metric):
         Raises:
             ValueError: There were no queries.
         """
-        found = torch.cat([value.flatten() for value in self.values]) if len(self.values) else torch.empty(0)
-        if len(found) == 0:
+        result = torch.cat([value.flatten() for value in self.values]) if len(self.values) else torch.empty(0)
+        if len(result) == 0:
             raise ValueError(f"{type(self).__name__} has seen no query.")
-        error = found.std() / len(found) ** 0.5 if len(found) > 1 else torch.tensor(float("nan"))
-        return {"mean": found.mean(), "error": error, "count": torch.tensor(len(found))}
+        error = result.std() / len(result) ** 0.5 if len(result) > 1 else torch.tensor(float("nan"))
+        return {"mean": result.mean(), "error": error, "count": torch.tensor(len(result))}
 
 
 def top_of(teacher: Float[Tensor, "q n"], k: int) -> Bool[Tensor, "q n"]:

@@ -121,7 +121,7 @@ def _kind(value: Any) -> str:
 
 def _named(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """Weights under the U-Net's own names."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, value in content.items():
         if isinstance(value, Mapping) and not value:
             continue  # diffusers writes layers that have nothing of their own so
@@ -130,8 +130,8 @@ def _named(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name!r} is no weight of Custom Diffusion; known are {', '.join(_OWN)}.")
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name!r} should be a tensor; found {_kind(value)}.")
-        found[f"{layer}.{_OWN[own]}" if processor else name] = value
-    return found
+        result[f"{layer}.{_OWN[own]}" if processor else name] = value
+    return result
 
 
 def add_word(text: CaptionEncoder, word: str, embedding: Float[Tensor, " d"]) -> int:

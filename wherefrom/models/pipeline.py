@@ -139,10 +139,10 @@ def _text_encoder(path: str) -> nn.Module:
     resolved = resolve_path(path)
     parts = resolved.split("/")
     if len(parts) > 2 and not Path(resolved).exists() and parts[0]:
-        found: nn.Module = AutoModel.from_pretrained("/".join(parts[:2]), subfolder="/".join(parts[2:]))
+        result: nn.Module = AutoModel.from_pretrained("/".join(parts[:2]), subfolder="/".join(parts[2:]))
     else:
-        found = AutoModel.from_pretrained(resolved)
-    return found
+        result = AutoModel.from_pretrained(resolved)
+    return result
 
 
 def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
@@ -214,8 +214,8 @@ def _text_parts(pipeline: DiffusionPipeline, suffixes: Sequence[str]) -> tuple[l
     missing = [name for name in names if pipeline.components.get(name) is None]
     if missing:
         raise _unsupported(pipeline, f"It is missing its {' and '.join(missing)}")
-    found = [pipeline.components[name] for name in names]
-    return found[::2], found[1::2]
+    result = [pipeline.components[name] for name in names]
+    return result[::2], result[1::2]
 
 
 def _unsupported(pipeline: DiffusionPipeline, why: str) -> ValueError:

@@ -47,14 +47,14 @@ class PromptEncoder(CaptionEncoder):
 
     def tokens(self, which: int, captions: Sequence[str]) -> tuple[Int64[Tensor, "n l"], Int64[Tensor, "n l"]]:
         """Token numbers and mask for one of the text encoders."""
-        found = self.tokenizers[which](
+        result = self.tokenizers[which](
             list(captions),
             padding="max_length",
             truncation=True,
             max_length=self.lengths[which],
             return_tensors="pt",
         )
-        return found.input_ids.to(self.device), found.attention_mask.to(self.device)
+        return result.input_ids.to(self.device), result.attention_mask.to(self.device)
 
     def penultimate(self, which: int, captions: Sequence[str]) -> tuple[Float[Tensor, "n l d"], Float[Tensor, "n p"]]:
         """A CLIP's token states before its last layer, and its pooled vector."""

@@ -193,18 +193,18 @@ def read_regions(
     Raises:
         ValueError: A region is of something that is not attributed, is given twice, or cannot be used.
     """
-    found: dict[str, list[Region]] = {}
+    result: dict[str, list[Region]] = {}
     for each in regions:
         if each.of not in known:
             raise ValueError(
                 f"queries.regions: {each.of!r} is neither a prompt nor an image file of this run; there are "
                 f"{', '.join(map(repr, known))}."
             )
-        region, others = each.read(size), found.setdefault(each.of, [])
+        region, others = each.read(size), result.setdefault(each.of, [])
         if region.name in [other.name for other in others]:
             raise ValueError(f"queries.regions: {region.name} of {each.of!r} is given twice.")
         others.append(region)
-    return found
+    return result
 
 
 def with_regions(source: str, query: Query, regions: Mapping[str, Sequence[Region]]) -> list[Query]:
@@ -251,5 +251,5 @@ def make_queries(
         progress,
         keep_trajectory,
     )
-    found = zip([*files, *source.prompts], [*read, *drawn], strict=True)
-    return [query for of, whole in found for query in with_regions(of, whole, regions)]
+    result = zip([*files, *source.prompts], [*read, *drawn], strict=True)
+    return [query for of, whole in result for query in with_regions(of, whole, regions)]

@@ -63,8 +63,8 @@ def write_parts(
     """
     tables = []
     for query in sorted(parts):
-        ids, found = parts[query]
-        for part, scores in found.items():
+        ids, result = parts[query]
+        for part, scores in result.items():
             columns = {
                 "query": pa.array([query] * len(ids), pa.string()),
                 "part": pa.array([part] * len(ids), pa.string()),
@@ -106,10 +106,10 @@ def write_ranking(
         if p_values is not None:
             columns["p_value"] = pa.array(p_values[query][order], pa.float64())
         if estimates is not None:
-            known, found = estimates[query]
+            known, result = estimates[query]
             place = {name: index for index, name in enumerate(known)}
             rows = [place[ids[index]] for index in order]
-            for name, values in (("estimate", found.values), ("low", found.low), ("high", found.high)):
+            for name, values in (("estimate", result.values), ("low", result.low), ("high", result.high)):
                 columns[name] = pa.array(values[rows], pa.float64())
         parts.append(pa.table(columns))
     with replacing(folder / RANKING) as temporary:

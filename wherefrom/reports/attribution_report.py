@@ -126,11 +126,11 @@ def _p_value(p: float | None) -> str:
     return "p = 0" if p == 0 else f"p = {p:.{2 if p >= 0.1 else 3 if p >= 1e-3 else 4}f}"
 
 
-def _influence(found: tuple[float, float, float] | None) -> Markup:
-    if found is None:
+def _influence(result: tuple[float, float, float] | None) -> Markup:
+    if result is None:
         return Markup()
-    write = _score_format(number for number in found if math.isfinite(number))
-    value, low, high = (write(number) if math.isfinite(number) else "−∞" if number < 0 else "∞" for number in found)
+    write = _score_format(number for number in result if math.isfinite(number))
+    value, low, high = (write(number) if math.isfinite(number) else "−∞" if number < 0 else "∞" for number in result)
     return tag("p", f"influence {value} ({low} to {high})", class_="p")
 
 

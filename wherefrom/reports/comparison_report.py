@@ -28,8 +28,8 @@ _STYLE = """
 
 def median_reliability(results: Sequence[Scores]) -> float:
     """Median split-half reliability over a method's queries; NaN where it is not known."""
-    found = [scores.facts["split_half_reliability"] for scores in results if "split_half_reliability" in scores.facts]
-    return float(np.median(found)) if found else float("nan")
+    result = [scores.facts["split_half_reliability"] for scores in results if "split_half_reliability" in scores.facts]
+    return float(np.median(result)) if result else float("nan")
 
 
 def _number(value: float, digits: int = 2) -> str:
@@ -64,7 +64,7 @@ def write_comparison_report(
         StorageError: The file could not be written.
     """
     names = list(results)
-    mean, error = correlations({name: [each.scores for each in found] for name, found in results.items()})
+    mean, error = correlations({name: [each.scores for each in result] for name, result in results.items()})
     table = [
         [
             name,

@@ -69,10 +69,10 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
     def ranked(
         values: Float[NDArray[np.float64], " n"], count: int, chances: Float[NDArray[np.float64], " n"] | None = None
     ) -> list[RankedImage]:
-        found = []
+        result = []
         for rank, position in enumerate(order_of(scores.ids, values)[:count], start=1):
             index = where[scores.ids[position]]
-            found.append(
+            result.append(
                 RankedImage(
                     id=images.ids[index],
                     rank=rank,
@@ -85,7 +85,7 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
                     influence=influence(int(position)),
                 )
             )
-        return found
+        return result
 
     facts, notes = _facts(scores)
     shares = {}

@@ -233,14 +233,14 @@ class Store:
         Raises:
             StorageError: The artifact could not be written; the partial folder stays for the next run.
         """
-        found = self.find(kind, identity)
-        if found is not None:
-            return found
+        result = self.find(kind, identity)
+        if result is not None:
+            return result
         folder, partial = self.path(kind, identity), self.partial(kind, identity)
         with self.lock(kind, identity), storage_errors(partial):
-            found = self.find(kind, identity)
-            if found is not None:
-                return found
+            result = self.find(kind, identity)
+            if result is not None:
+                return result
             partial.mkdir(parents=True, exist_ok=True)
             extra = build(partial) or {}
             write_manifest(partial, identity, **extra)

@@ -125,9 +125,9 @@ def make_together(
         identity: Its identity.
         runner: This process's place.
     """
-    found = store.find(kind, identity)
+    result = store.find(kind, identity)
     # Another run may be at the same pass in the same store: the main process waits for it, and takes what it made.
-    with store.lock(kind, identity) if runner.is_main and found is None else nullcontext():
+    with store.lock(kind, identity) if runner.is_main and result is None else nullcontext():
         missing = runner.is_main and store.find(kind, identity) is None
         if runner.sum(torch.tensor(float(missing), device=runner.device)) > 0:
             work()

@@ -230,16 +230,16 @@ class JoinedRows:
             row, before = range(len(self))[int(rows)], len(self.first)
             return self.first[(row, *rest)] if row < before else self._alike(self.second[(row - before, *rest)])
         rows = np.where(rows < 0, rows + len(self), rows)
-        found, places = [], []
+        result, places = [], []
         for side, start, mine in (
             (self.first, 0, rows < len(self.first)),
             (self.second, len(self.first), rows >= len(self.first)),
         ):
             others = [each[mine] if isinstance(each, np.ndarray) else each for each in map(_as_index, rest)]
-            found.append(self._alike(side[(rows[mine] - start, *others)]))
+            result.append(self._alike(side[(rows[mine] - start, *others)]))
             places.append(np.flatnonzero(mine))
         back = np.argsort(np.concatenate(places))
-        return torch.cat(found)[back] if isinstance(found[0], Tensor) else np.concatenate(found)[back]
+        return torch.cat(result)[back] if isinstance(result[0], Tensor) else np.concatenate(result)[back]
 
     def _alike(self, values: Any) -> Any:
         return values.to(self.dtype) if isinstance(values, Tensor) else np.asarray(values, dtype=self.dtype)

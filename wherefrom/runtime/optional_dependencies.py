@@ -16,11 +16,11 @@ def require_faiss() -> ModuleType:
         ImportError: FAISS is not installed, or its CPU and GPU distributions lie over each other.
     """
     names = (distribution.name.lower().replace("_", "-") for distribution in distributions())
-    found = sorted({name for name in names if name.startswith(("faiss-cpu", "faiss-gpu"))})
-    if len(found) > 1:
+    result = sorted({name for name in names if name.startswith(("faiss-cpu", "faiss-gpu"))})
+    if len(result) > 1:
         raise ImportError(
-            f"{' and '.join(found)} are installed together and overwrite each other's module faiss. "
-            f"Run pip uninstall {' '.join(found)}, then {_CHOICE}."
+            f"{' and '.join(result)} are installed together and overwrite each other's module faiss. "
+            f"Run pip uninstall {' '.join(result)}, then {_CHOICE}."
         )
     try:
         return importlib.import_module("faiss")

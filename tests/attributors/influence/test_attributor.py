@@ -56,9 +56,9 @@ def test_it_is_the_limit_of_unlearning(model: DiffusionModel, tmp_path: Path, cu
         )
         form = "diagonal" if curvature == "identity" else curvature
         abu = AttributionByUnlearning("all", settings, GRID, curvature=form, fisher=FISHER)
-        (found,) = run(abu, model, tmp_path)
-        agreement.append(float(np.abs(found.scores / alpha - limit.scores).max()) / size)
-        correlation.append(spearmanr(found.scores, limit.scores).statistic)
+        (result,) = run(abu, model, tmp_path)
+        agreement.append(float(np.abs(result.scores / alpha - limit.scores).max()) / size)
+        correlation.append(spearmanr(result.scores, limit.scores).statistic)
     assert agreement[0] > agreement[1] > agreement[2]
     assert agreement[2] < 1e-3
     assert correlation[0] <= correlation[1] <= correlation[2] == pytest.approx(1.0)

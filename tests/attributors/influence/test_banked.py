@@ -51,18 +51,18 @@ def test_a_whole_bank_is_the_influence_function(
     model: DiffusionModel, tmp_path: Path, curvature: Any, weights: Any, keep: Any
 ) -> None:
     settings: dict[str, Any] = {"curvature": curvature, "weights": weights, "timestep_weights": "equal"}
-    found = run(bank(**settings, compression=Compression(keep)), model, tmp_path, QUERY, OTHER)
+    result = run(bank(**settings, compression=Compression(keep)), model, tmp_path, QUERY, OTHER)
     exact = run(
         InfluenceFunction(noise_samples=12, grid=GRID, fisher=FISHER, **settings), model, tmp_path, QUERY, OTHER
     )
-    for mine, theirs in zip(found, exact, strict=True):
+    for mine, theirs in zip(result, exact, strict=True):
         np.testing.assert_allclose(mine.scores, theirs.scores, rtol=1e-7, atol=1e-9 * np.abs(theirs.scores).max())
         np.testing.assert_allclose(mine.null, theirs.null, rtol=1e-7, atol=1e-9 * np.abs(theirs.null).max())
 
 
 def test_each_timestep_is_divided_by_its_gradients_length(model: DiffusionModel, tmp_path: Path) -> None:
     attributor = bank(curvature="identity")
-    (found,) = run(attributor, model, tmp_path)
+    (result,) = run(attributor, model, tmp_path)
     (plain,) = run(bank(curvature="identity", timestep_weights="equal"), model, tmp_path)
     parameters = select_weights(model.denoiser, "cross_attention_kv")
     losses, rows = LossPass(model, TRAIN, GRID, 64), []
@@ -84,20 +84,20 @@ def test_each_timestep_is_divided_by_its_gradients_length(model: DiffusionModel,
     for step, weight in zip(steps, weights, strict=True):
         for flip in (0, 1):
             by_flip[:, flip] += weight * products[:, (losses.timestep == step) & (losses.flip == flip)].mean(1) / 3
-    np.testing.assert_allclose(found.scores, by_flip.amax(1).numpy(), rtol=1e-7)
-    assert not np.allclose(found.scores, plain.scores, rtol=1e-3)
+    np.testing.assert_allclose(result.scores, by_flip.amax(1).numpy(), rtol=1e-7)
+    assert not np.allclose(result.scores, plain.scores, rtol=1e-3)
 
 
 def test_the_second_order_grows_as_the_square_of_the_first(model: DiffusionModel, tmp_path: Path) -> None:
     upright = {"grid": LossGrid(timesteps=3, flips=False)}
     (first,) = run(bank(**upright), model, tmp_path)
     attributor = bank(**upright, second_order=0.4)
-    (found,) = run(attributor, model, tmp_path)
+    (result,) = run(attributor, model, tmp_path)
     spread = first.scores.std()
-    np.testing.assert_allclose(found.scores, first.scores + 0.4 * first.scores**2 / spread, rtol=1e-9)
-    np.testing.assert_allclose(found.null, first.null + 0.4 * first.null**2 / spread, rtol=1e-9)
+    np.testing.assert_allclose(result.scores, first.scores + 0.4 * first.scores**2 / spread, rtol=1e-9)
+    np.testing.assert_allclose(result.null, first.null + 0.4 * first.null**2 / spread, rtol=1e-9)
     (few,) = attributor.score([QUERY], [TRAIN.ids[7], TRAIN.ids[2]])
-    np.testing.assert_allclose(few.scores, found.scores[[7, 2]], rtol=1e-9)
+    np.testing.assert_allclose(few.scores, result.scores[[7, 2]], rtol=1e-9)
     (mirrored,) = run(bank(), model, tmp_path)
     (corrected,) = run(bank(second_order=0.4), model, tmp_path)
     assert np.all(corrected.scores > mirrored.scores)
@@ -109,8 +109,8 @@ def test_the_more_numbers_are_kept_the_closer_are_the_scores(model: DiffusionMod
     for keep in ("eigenbasis", "rademacher"):
         errors = []
         for dimension in (20, 400, 8000):
-            (found,) = run(bank(compression=Compression(keep, dimension)), model, tmp_path)  # type: ignore[arg-type]
-            errors.append(float(np.abs(found.scores - whole.scores).max() / np.abs(whole.scores).max()))
+            (result,) = run(bank(compression=Compression(keep, dimension)), model, tmp_path)  # type: ignore[arg-type]
+            errors.append(float(np.abs(result.scores - whole.scores).max() / np.abs(whole.scores).max()))
         assert errors[0] > errors[1] > errors[2], keep
         assert errors[2] < 0.2, keep
     (factors,) = run(bank(compression=Compression()), model, tmp_path)
@@ -133,8 +133,8 @@ def test_it_says_how_large_a_bank_will_be(model: DiffusionModel, tmp_path: Path)
 
 def test_the_largest_coordinates_are_found_over_all_tensors() -> None:
     numbers = {"b": torch.tensor([1.0, 5.0]), "a": torch.tensor([3.0, 5.0, 0.0])}
-    found = largest(numbers, 3)
-    assert {name: where.tolist() for name, where in found.items()} == {"a": [0, 1], "b": [1]}
+    result = largest(numbers, 3)
+    assert {name: where.tolist() for name, where in result.items()} == {"a": [0, 1], "b": [1]}
     assert sum(len(where) for where in largest(numbers, None).values()) == 5
 
 

@@ -49,15 +49,15 @@ def loop_features(model: DiffusionModel) -> Tensor:
     """φ of each training image and flip: one loss at a time by autograd, then the product with the whole matrix."""
     parameters = select_weights(model.denoiser, "all")
     matrix = torch.cat([P.rows(n, 0, v.numel(), torch.device("cpu"), torch.float64) for n, v in parameters.items()])
-    grid, found = LossPass(model, TRAIN, GRID, 1), torch.zeros(len(TRAIN), 2, P.dimension, dtype=torch.float64)
+    grid, result = LossPass(model, TRAIN, GRID, 1), torch.zeros(len(TRAIN), 2, P.dimension, dtype=torch.float64)
     model.denoiser.requires_grad_(True)
     for image in range(len(TRAIN)):
         for item, flip in enumerate(grid.flip.tolist()):
             loss = grid.item_losses(torch.tensor([image]), torch.tensor([item])).sum()
             gradient = torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(parameters.values()))])
-            found[image, flip] += gradient @ matrix / P.dimension**0.5 / (len(grid.flip) / 2)
+            result[image, flip] += gradient @ matrix / P.dimension**0.5 / (len(grid.flip) / 2)
     model.denoiser.requires_grad_(False)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("output", ["loss", "square_output"])
@@ -68,11 +68,11 @@ def test_it_equals_the_formula(model: DiffusionModel, tmp_path: Path, output: An
     gram = features[:, 0].T @ features[:, 0]
     ridge = 0.01 * gram.trace() / P.dimension
     expected = features @ torch.linalg.inv(gram + ridge * torch.eye(P.dimension, dtype=torch.float64)) @ asked
-    found = run(trak(output=output), model, tmp_path)
-    np.testing.assert_allclose(found.scores, expected.amax(dim=1).numpy(), rtol=1e-6)
+    result = run(trak(output=output), model, tmp_path)
+    np.testing.assert_allclose(result.scores, expected.amax(dim=1).numpy(), rtol=1e-6)
     mean = run(trak(output=output, flip="mean", absolute_lambda=float(ridge), relative_lambda=None), model, tmp_path)
     np.testing.assert_allclose(mean.scores, expected.mean(dim=1).numpy(), rtol=1e-6)
-    assert found.null.shape == (len(HELD_OUT),)
+    assert result.null.shape == (len(HELD_OUT),)
 
 
 def test_the_query_s_features_are_its_projected_gradient(model: DiffusionModel) -> None:
@@ -85,8 +85,8 @@ def test_the_query_s_features_are_its_projected_gradient(model: DiffusionModel) 
     model.denoiser.requires_grad_(False)
     flat = torch.cat([value.flatten() for value in gradient.values()])
     matrix = torch.cat([P.rows(n, 0, v.numel(), torch.device("cpu"), torch.float64) for n, v in parameters.items()])
-    (found,) = trak().query_features(model, [QUERY], one_process())
-    torch.testing.assert_close(found[0], flat @ matrix / P.dimension**0.5)
+    (result,) = trak().query_features(model, [QUERY], one_process())
+    torch.testing.assert_close(result[0], flat @ matrix / P.dimension**0.5)
 
 
 def test_how_the_work_is_cut_changes_nothing(
@@ -94,8 +94,8 @@ def test_how_the_work_is_cut_changes_nothing(
 ) -> None:
     expected = run(trak(), model, tmp_path / "a")
     monkeypatch.setattr(module, "_GRADIENT_BYTES", 1)
-    found = run(trak(batch_size=5), model, tmp_path / "b")
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
+    result = run(trak(batch_size=5), model, tmp_path / "b")
+    np.testing.assert_allclose(result.scores, expected.scores, rtol=1e-6)
     few = run(trak(), model, tmp_path / "a", [TRAIN.ids[4], TRAIN.ids[1]])
     assert few.ids == (TRAIN.ids[4], TRAIN.ids[1])
     np.testing.assert_array_equal(few.scores, expected.scores[[4, 1]])

@@ -94,15 +94,15 @@ def by_hand(model: DiffusionModel, timesteps: list[int], flip: str) -> tuple[tor
 @pytest.mark.parametrize("flip", ["max", "mean"])
 def test_it_equals_the_formula(model: DiffusionModel, tmp_path: Path, flip: Any) -> None:
     attributor = journey(flip=flip)
-    found = run(attributor, model, tmp_path)
+    result = run(attributor, model, tmp_path)
     steps, total = by_hand(model, [749, 249], flip)
-    np.testing.assert_allclose(found.scores, total.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(result.scores, total.numpy(), rtol=1e-6)
     timesteps, apart = attributor.step_scores(JOURNEY)
     assert list(timesteps) == [749, 249]
     np.testing.assert_allclose(apart, steps.numpy(), rtol=1e-6)
-    assert found.null.shape == (len(HELD_OUT),)
+    assert result.null.shape == (len(HELD_OUT),)
     if flip == "mean":
-        np.testing.assert_allclose(apart.sum(axis=0), found.scores, rtol=1e-9)
+        np.testing.assert_allclose(apart.sum(axis=0), result.scores, rtol=1e-9)
 
 
 def test_a_step_depends_on_no_other_and_not_on_how_the_work_is_cut(
@@ -159,12 +159,12 @@ def test_images_draw_their_own_timesteps_and_one_caption() -> None:
     # Nothing depends on the other images.
     part = data.subset([7, 3])
     alone = LossSamples(noise_samples=5).of(tiny_model(), part, 16)
-    for found, whole in zip(
+    for result, whole in zip(
         alone.noise_samples(torch.zeros(10, dtype=torch.int64), item[:10]),
         losses.noise_samples(torch.full((10,), 7), item[:10]),
         strict=True,
     ):
-        assert torch.equal(found, whole)
+        assert torch.equal(result, whole)
 
 
 def test_the_command_line_draws_what_it_needs(tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_a_score_is_the_change_of_a_images_loss(
         weights = 1 / np.sort(np.abs(every - middle), axis=0)[(len(every) - 1) // 2]
         weights /= weights.mean()
         assert weights.max() > 1.05
-    for found, expected in ((scores.scores, trained), (scores.null, held_out)):
-        np.testing.assert_allclose(found, (expected * weights).mean(axis=2).max(axis=1), rtol=1e-8, atol=1e-12)
+    for result, expected in ((scores.scores, trained), (scores.null, held_out)):
+        np.testing.assert_allclose(result, (expected * weights).mean(axis=2).max(axis=1), rtol=1e-8, atol=1e-12)
     assert scores.ids == TRAIN.ids
     assert scores.facts["query_loss_rise"] == pytest.approx(1e-2, rel=0.011)
     assert scores.facts["alpha"] > 0
@@ -152,9 +152,9 @@ def test_the_weights_come_back(model: DiffusionModel, tmp_path: Path) -> None:
 
 
 def test_the_batch_size_does_not_matter(model: DiffusionModel, tmp_path: Path) -> None:
-    found = [score(method(batch_size=size), model, tmp_path / str(size)).scores for size in (7, 256)]
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-9, atol=1e-12)
-    assert np.array_equal(order_of(TRAIN.ids, found[0]), order_of(TRAIN.ids, found[1]))
+    result = [score(method(batch_size=size), model, tmp_path / str(size)).scores for size in (7, 256)]
+    np.testing.assert_allclose(result[0], result[1], rtol=1e-9, atol=1e-12)
+    assert np.array_equal(order_of(TRAIN.ids, result[0]), order_of(TRAIN.ids, result[1]))
 
 
 def test_candidates_are_scored_as_among_all(model: DiffusionModel, tmp_path: Path) -> None:
@@ -269,15 +269,15 @@ def test_ekfac_takes_the_place_of_the_diagonal(model: DiffusionModel, tmp_path: 
     assert isinstance(plus.curvature, EKFAC)
     assert said[0].startswith("EK-FAC of ")
     assert "the diagonal for" in said[0]
-    (found,) = plus.score([QUERY])
-    assert found.facts["query_loss_rise"] == pytest.approx(1e-2, rel=0.02)
+    (result,) = plus.score([QUERY])
+    assert result.facts["query_loss_rise"] == pytest.approx(1e-2, rel=0.02)
     assert plus.identity()["curvature"] == "ekfac"
     diagonal = score(method(), model, tmp_path)
-    assert found.facts["alpha"] != diagonal.facts["alpha"]
-    assert not np.allclose(found.scores, diagonal.scores, rtol=1e-3)
+    assert result.facts["alpha"] != diagonal.facts["alpha"]
+    assert not np.allclose(result.scores, diagonal.scores, rtol=1e-3)
     save_ekfac(tmp_path / "saved", plus.curvature, model)
     loaded = score(method(curvature="ekfac", fisher_path=str(tmp_path / "saved")), model, tmp_path)
-    np.testing.assert_allclose(loaded.scores, found.scores, rtol=1e-9)
+    np.testing.assert_allclose(loaded.scores, result.scores, rtol=1e-9)
     with pytest.raises(ValueError, match="Unknown curvature 'kfac'"):
         method(curvature="kfac")
 

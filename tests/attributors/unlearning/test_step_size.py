@@ -21,9 +21,9 @@ SHAPES: dict[str, tuple[Callable[[float], float], float]] = {
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_the_rise_is_reached_from_any_guess(shape: str, guess: float) -> None:
     relative_loss_increase, expected = SHAPES[shape]
-    found = alpha_for_increase(relative_loss_increase, 0.2, guess)
-    assert relative_loss_increase(found) == pytest.approx(0.2, rel=0.011)
-    assert found == pytest.approx(expected, rel=0.05)
+    result = alpha_for_increase(relative_loss_increase, 0.2, guess)
+    assert relative_loss_increase(result) == pytest.approx(0.2, rel=0.011)
+    assert result == pytest.approx(expected, rel=0.05)
 
 
 def test_a_good_guess_needs_few_trials() -> None:
@@ -38,8 +38,8 @@ def test_a_good_guess_needs_few_trials() -> None:
 
 
 def test_a_step_that_breaks_the_model_is_too_long() -> None:
-    found = alpha_for_increase(lambda alpha: alpha if alpha < 5 else float("nan"), 0.2, 100.0)
-    assert found == pytest.approx(0.2, rel=0.011)
+    result = alpha_for_increase(lambda alpha: alpha if alpha < 5 else float("nan"), 0.2, 100.0)
+    assert result == pytest.approx(0.2, rel=0.011)
 
 
 def test_a_rise_that_no_step_reaches_is_an_error() -> None:

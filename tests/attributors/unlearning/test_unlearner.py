@@ -147,7 +147,7 @@ def test_unlearning_a_linear_model_is_the_closed_form(steps: int, newton: bool, 
     alpha /= steps
     settings = UnlearningSettings(steps, noise_samples, None, alpha, newton, pull, measure, seed=6)
     model = DiffusionModel(denoiser, tiny_schedule())
-    found = unlearn(model, QUERY, "all", curvature, size, settings, one_process(), batch_size=7)
+    result = unlearn(model, QUERY, "all", curvature, size, settings, one_process(), batch_size=7)
 
     second, cross, square = moments(MEASURE, 6, 0, measure)
 
@@ -161,12 +161,12 @@ def test_unlearning_a_linear_model_is_the_closed_form(steps: int, newton: bool, 
         direction = gradient / (fisher + damping) / size if newton else gradient
         matrix = matrix + alpha * direction - alpha * pull * (matrix - start)
         losses.append(value())
-    moved = torch.cat([found.moved["latent"], found.moved["text"]], dim=1)
+    moved = torch.cat([result.moved["latent"], result.moved["text"]], dim=1)
     torch.testing.assert_close(moved, matrix, rtol=1e-10, atol=1e-12)
-    assert found.losses == pytest.approx(losses, rel=1e-10)
-    assert found.alphas == [alpha] * steps
-    assert found.relative_loss_increase == pytest.approx(losses[-1] / losses[0] - 1, rel=1e-8)
-    assert found.relative_loss_increase > 0.01
+    assert result.losses == pytest.approx(losses, rel=1e-10)
+    assert result.alphas == [alpha] * steps
+    assert result.relative_loss_increase == pytest.approx(losses[-1] / losses[0] - 1, rel=1e-8)
+    assert result.relative_loss_increase > 0.01
 
 
 def curvature_of(model: DiffusionModel, subset: Subset) -> Diagonal:
@@ -188,28 +188,28 @@ def run(
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("newton", [True, False])
 def test_the_rise_is_hit(steps: int, newton: bool) -> None:
-    found = run(tiny_model(), steps=steps, newton=newton, relative_loss_increase=1e-2)
-    assert found.relative_loss_increase == pytest.approx(1e-2, rel=0.011)
-    assert len(found.alphas) == steps
-    assert found.losses == sorted(found.losses)
-    assert len(found.losses) == steps + 1
-    assert min(found.alphas) > 0
+    result = run(tiny_model(), steps=steps, newton=newton, relative_loss_increase=1e-2)
+    assert result.relative_loss_increase == pytest.approx(1e-2, rel=0.011)
+    assert len(result.alphas) == steps
+    assert result.losses == sorted(result.losses)
+    assert len(result.losses) == steps + 1
+    assert min(result.alphas) > 0
 
 
 def test_alpha_zero_moves_nothing() -> None:
     model = tiny_model()
-    found = run(model, relative_loss_increase=None, alpha=0.0, steps=2)
-    assert all(torch.equal(found.moved[name], value) for name, value in select_weights(model.denoiser, "all").items())
-    assert found.relative_loss_increase == 0
+    result = run(model, relative_loss_increase=None, alpha=0.0, steps=2)
+    assert all(torch.equal(result.moved[name], value) for name, value in select_weights(model.denoiser, "all").items())
+    assert result.relative_loss_increase == 0
 
 
 @pytest.mark.parametrize("subset", ["cross_attention_kv", "cross_attention", "attention", "all"])
 def test_only_the_chosen_weights_move(subset: Subset) -> None:
     model = tiny_model()
     chosen = select_weights(model.denoiser, subset)
-    found = run(model, subset, relative_loss_increase=None, alpha=1.0, newton=False)
-    assert found.moved.keys() == chosen.keys()
-    assert any(not torch.equal(found.moved[name], value) for name, value in chosen.items())
+    result = run(model, subset, relative_loss_increase=None, alpha=1.0, newton=False)
+    assert result.moved.keys() == chosen.keys()
+    assert any(not torch.equal(result.moved[name], value) for name, value in chosen.items())
 
 
 def test_a_rise_out_of_reach_is_an_error() -> None:

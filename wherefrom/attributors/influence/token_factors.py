@@ -30,7 +30,7 @@ def layers_of(model: nn.Module, names: Sequence[str]) -> list[str]:
     Raises:
         ValueError: One is not the weight of a linear layer.
     """
-    found = []
+    result = []
     for name in names:
         owner, _, parameter = name.rpartition(".")
         if parameter != "weight" or not isinstance(model.get_submodule(owner), nn.Linear):
@@ -38,8 +38,8 @@ def layers_of(model: nn.Module, names: Sequence[str]) -> list[str]:
                 f"{name} is not the weight of a linear layer that sees captions only, so its gradients cannot be kept "
                 "as factors: choose weights cross_attention_kv, or another compression.keep."
             )
-        found.append(owner)
-    return found
+        result.append(owner)
+    return result
 
 
 class TokenGradients:
@@ -78,10 +78,10 @@ class TokenGradients:
                 each = losses.item_losses(image, item)
                 if self.weights is not None:
                     each = each * self.weights[item].to(each)
-                found = tap.by_layer(each)
+                result = tap.by_layer(each)
             states = losses.data.states[image, losses.caption[item]]
             for layer in self.layers:
-                ((inputs, gradients),) = found[layer]
+                ((inputs, gradients),) = result[layer]
                 self._check(layer, inputs, states)
                 if layer not in sums:
                     shape = (len(positions) * flips * captions, *gradients.shape[1:])
@@ -132,10 +132,10 @@ class TokenBank:
         """
         steps = self.curvature.precondition(gradients)
         step = torch.cat([steps[name] for name in self.names]).cpu()  # (outputs of all layers, inputs)
-        values, found = self.rows.values, []
+        values, result = self.rows.values, []
         for start in range(0, len(values), _IMAGES_AT_A_TIME):
             block = values[start : start + _IMAGES_AT_A_TIME].to(step.dtype)
             products = self.data.states[start : start + _IMAGES_AT_A_TIME].to(step.dtype) @ step.T
             factors = block[..., 1:].unflatten(2, products.shape[1:])
-            found.append(torch.einsum("bfklo,bklo->bf", factors, products) * torch.exp2(block[..., 0]))
-        return torch.cat(found).double()
+            result.append(torch.einsum("bfklo,bklo->bf", factors, products) * torch.exp2(block[..., 0]))
+        return torch.cat(result).double()

@@ -197,9 +197,9 @@ class ProjectedGradients(Attributor):
         for start in range(0, len(queries), _QUERIES_AT_A_TIME):
             block = queries[start : start + _QUERIES_AT_A_TIME]
             started = time.monotonic()
-            found = self.directions(block)
+            result = self.directions(block)
             gradient_s = (time.monotonic() - started) / len(block)
-            for query, steps in zip(block, found, strict=True):
+            for query, steps in zip(block, result, strict=True):
                 started = time.monotonic()
                 directions = [each.sum(dim=0, keepdim=True) for each in steps]
                 scores = self.products(self.features, directions)[0][chosen]
@@ -209,10 +209,10 @@ class ProjectedGradients(Attributor):
 
     def products(self, features: Sequence[Rows], directions: Sequence[Float[Tensor, "s d"]]) -> np.ndarray:
         """Scores of all images by each direction, shape (S, N): the mean over models, then the flips reduced."""
-        found = [
+        result = [
             torch.cat([block @ direction.T for block in in_double(each.values)])
             for each, direction in zip(features, directions, strict=True)
         ]
-        by_flip = torch.stack(found).mean(dim=0)
+        by_flip = torch.stack(result).mean(dim=0)
         scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).T.numpy()
         return scores

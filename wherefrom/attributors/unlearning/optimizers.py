@@ -84,14 +84,14 @@ class NewtonAscent(Optimizer):
             ValueError: A preconditioned gradient is not finite.
         """
         directions = self.curvature.precondition(gradients)
-        found = {}
+        result = {}
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name in directions:
-                    found[name] = directions[name] / self.dataset_size
+                    result[name] = directions[name] / self.dataset_size
                     if self.pull:
-                        found[name] -= parameter - self.state[parameter]["pretrained"]
-        return found
+                        result[name] -= parameter - self.state[parameter]["pretrained"]
+        return result
 
 
 class SGDAscent(NewtonAscent):
