@@ -204,19 +204,26 @@ def run_attribute(config: Any) -> Done:
     """`evaluate.py attribute`."""
     run, output = prepare(config, [config.attributor]), Path(config.output)
     if run.runner.is_main:
-        announce(run.console, config.attributor, run.data, run.model, len(run.queries), output)
+        announce(
+            run.console,
+            attributor=config.attributor,
+            data=run.data,
+            model=run.model,
+            queries=len(run.queries),
+            output=output,
+        )
     config.attributor.progress = run.console.progress
     results = attribute(
         output,
-        config.attributor,
-        run.data,
-        run.model,
-        run.queries,
-        run.store,
-        run.runner,
-        config.report,
-        run.console.log,
-        config.cut,
+        attributor=config.attributor,
+        data=run.data,
+        model=run.model,
+        queries=run.queries,
+        store=run.store,
+        runner=run.runner,
+        options=config.report,
+        log=run.console.log,
+        cut=config.cut,
     )
     run.console.log(f"report: {output / 'report.html'}   ranking: {output / 'ranking.parquet'}")
     run.console.log(f"peak resident memory: {peak_memory() / 2**30:.2f} GiB")
@@ -230,9 +237,21 @@ def run_compare(config: Any) -> Done:
     for name, method in methods.items():
         if run.runner.is_main:
             run.console.log(name)
-            announce(run.console, method, run.data, run.model, len(run.queries), output)
+            announce(
+                run.console, attributor=method, data=run.data, model=run.model, queries=len(run.queries), output=output
+            )
         method.progress = run.console.progress
-    compare(output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.log)
+    compare(
+        output,
+        methods=methods,
+        data=run.data,
+        model=run.model,
+        queries=run.queries,
+        store=run.store,
+        runner=run.runner,
+        options=config.report,
+        log=run.console.log,
+    )
     run.console.log(f"report: {output / 'report.html'}   table: {output / 'methods.parquet'}")
     return Done(run.store, is_main=run.runner.is_main)
 
@@ -247,7 +266,15 @@ def run_retrieval(config: Any) -> Done:
             raise ValueError("methods: attributors need --model and --data; rankings that are kept need neither.")
         run = prepare(config, methods.values())
         compare(
-            output, methods, run.data, run.model, run.queries, run.store, run.runner, config.report, run.console.log
+            output,
+            methods=methods,
+            data=run.data,
+            model=run.model,
+            queries=run.queries,
+            store=run.store,
+            runner=run.runner,
+            options=config.report,
+            log=run.console.log,
         )
         if not run.runner.is_main:
             return Done(is_main=False)
@@ -264,7 +291,14 @@ def run_counterfactual(config: Any) -> Done:
     """`evaluate.py counterfactual`."""
     protocol: Protocol = config.protocol
     trial = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
-    rows = judge(Path(config.output), trial.rankings, trial.sweep, protocol, trial.again, trial.costs)
+    rows = judge(
+        Path(config.output),
+        rankings=trial.rankings,
+        sweep=trial.sweep,
+        protocol=protocol,
+        again=trial.again,
+        costs=trial.costs,
+    )
     print(evaluate.as_table(rows, trial.costs))
     write_judge_report(Path(config.output))
     return Done()
@@ -307,18 +341,18 @@ def run_customized(config: Any) -> Done:
         method.progress = run.console.progress
     lines = customization_benchmark.benchmark(
         Path(config.output),
-        tasks,
-        config.styles,
-        methods,
-        config.model,
-        run.model,
-        replace(run.data, held_out=None, held_out_latents=None),
-        run.store,
-        run.runner,
-        config.words,
-        config.k,
-        config.report,
-        run.console.log,
+        tasks=tasks,
+        styles=config.styles,
+        methods=methods,
+        base=config.model,
+        base_model=run.model,
+        background=replace(run.data, held_out=None, held_out_latents=None),
+        store=run.store,
+        runner=run.runner,
+        words=config.words,
+        k=config.k,
+        options=config.report,
+        log=run.console.log,
     )
     if run.runner.is_main:
         print(customization_benchmark.as_table(lines, config.k))
@@ -333,22 +367,22 @@ def run_curate(config: Any) -> Done:
     alone = config.workers.engine == "local"
     curate(
         Path(config.output),
-        config.teacher,
-        run.data,
-        run.model,
-        config.captions,
-        config.queries,
-        shapes(run.data)[0],
-        config.features,
-        run.store,
-        config.nearest,
-        config.k,
-        config.subsample,
-        config.block_size,
-        config.workers.get(),
-        run.runner if alone else None,
-        run.console.log,
-        run.console.progress if alone else None,
+        teacher=config.teacher,
+        data=run.data,
+        model=run.model,
+        captions=config.captions,
+        source=config.queries,
+        shape=shapes(run.data)[0],
+        features=config.features,
+        store=run.store,
+        nearest=config.nearest,
+        k=config.k,
+        subsample=config.subsample,
+        block_size=config.block_size,
+        engine=config.workers.get(),
+        runner=run.runner if alone else None,
+        log=run.console.log,
+        progress=run.console.progress if alone else None,
     )
     return Done(run.store, is_main=run.runner.is_main)
 
@@ -404,7 +438,15 @@ def main(args: Sequence[str] | None = None) -> None:
         done = runs[command](settings)
         if done is not None and done.is_main:
             told = config[command].as_dict()
-            track(settings.wandb, command, Path(settings.output), told, done.store, done.results, done.images)
+            track(
+                settings.wandb,
+                job=command,
+                folder=Path(settings.output),
+                config=told,
+                store=done.store,
+                results=done.results,
+                images=done.images,
+            )
 
 
 if __name__ == "__main__":

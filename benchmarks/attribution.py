@@ -193,7 +193,9 @@ def prepare(options: argparse.Namespace) -> tuple[DiffusionModel, TrainingData, 
     rows = choose_prompts(data.images, options.queries, options.seed)
     prompts = [data.images.captions[row][0] for row in rows]
     channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
-    queries = generate(model, prompts, options.seed, (channels, height, width), eta=1.0, keep_trajectory=True)
+    queries = generate(
+        model, prompts=prompts, seed=options.seed, shape=(channels, height, width), eta=1.0, keep_trajectory=True
+    )
     return model, data if options.pictures is None else part_of(data, options.pictures), queries
 
 

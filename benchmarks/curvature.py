@@ -161,11 +161,11 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             return fit_ekfac(
                 self.model,
-                self.data,
-                self.names,
-                Store(Path(folder)),
-                Runner(torch.device("cpu")),
-                self.settings,
+                data=self.data,
+                names=self.names,
+                store=Store(Path(folder)),
+                runner=Runner(torch.device("cpu")),
+                settings=self.settings,
                 batch_size=self.batch_size,
             )
 

@@ -108,7 +108,7 @@ class Trained:
 
     def __init__(self, side: str, pairs: TeacherPairs, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
-        self.ranker = Ranker(options.features, options.width, options.hidden, options.width)
+        self.ranker = Ranker(options.features, width=options.width, hidden=options.hidden, outputs=options.width)
         torch.nn.init.constant_(self.ranker.scale, options.scale)
         self.optimizer = torch.optim.AdamW(self.ranker.parameters(), lr=options.lr)
         self.loss, self.steps, self.pairs_seen, self.seconds = BinaryCrossEntropy(), 0, 0, 0.0

@@ -243,11 +243,11 @@ def main() -> None:
                 started = time.perf_counter()
                 folder = build_index(
                     store,
-                    Runner(torch.device("cpu")),
-                    rows,
-                    Embeddings(vectors, ranker),
-                    {"kind": kind, "count": size, "seed": 0},
-                    factory,
+                    runner=Runner(torch.device("cpu")),
+                    rows=rows,
+                    embeddings=Embeddings(vectors, ranker),
+                    training={"kind": kind, "count": size, "seed": 0},
+                    factory=factory,
                     sample=SAMPLES[known],
                     progress=console.progress,
                 )

@@ -123,7 +123,7 @@ def main() -> None:
     ids = data.images.ids
     rows = sorted(range(len(ids)), key=lambda row: hash_text(f"teacher/{options.seed}/{ids[row]}"))[: options.queries]
     prompts = [data.images.captions[row][0] for row in rows]
-    queries = generate(model, prompts, options.seed, shapes(data)[0], eta=1.0)
+    queries = generate(model, prompts=prompts, seed=options.seed, shape=shapes(data)[0], eta=1.0)
     for kind in ("bank", "whitened_squares", "losses"):  # what an earlier run left would be found instead of made
         shutil.rmtree(store.root / kind, ignore_errors=True)
     grid, fisher = LossGrid(options.timesteps), FisherSettings(options.visits)

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -117,8 +118,13 @@ class Case:
         """Our featurising, once it is set up."""
         with tempfile.TemporaryDirectory() as folder:
             store, runner = Store(Path(folder)), Runner(torch.device("cpu"))
-            arguments = (self.model, self.data, self.noise_samples, self.names, self.projection, store, runner)
-            yield lambda: (project_images(*arguments, self.batch_size), None)[1]
+            settings: dict[str, Any] = {"grid": self.noise_samples, "names": self.names, "projection": self.projection}
+            yield lambda: (
+                project_images(
+                    self.model, data=self.data, store=store, runner=runner, batch_size=self.batch_size, **settings
+                ),
+                None,
+            )[1]
 
     @contextmanager
     def traker(self) -> Iterator[Callable[[], None]]:

@@ -47,8 +47,15 @@ class SampleDeviation(Callback):
         if not trainer.is_global_zero:
             return
         model, source = load_model(self.reference).to(pl_module.device), self.queries
-        shape, sampler = pl_module.latent_shape(), (source.sampling_steps, source.guidance, source.eta)
-        drawn = generate(model, source.prompts, source.seed, shape, *sampler)
+        drawn = generate(
+            model,
+            prompts=source.prompts,
+            seed=source.seed,
+            shape=pl_module.latent_shape(),
+            sampling_steps=source.sampling_steps,
+            guidance=source.guidance,
+            eta=source.eta,
+        )
         self.panel = Panel(drawn, model, source, self.timesteps, self.encoder)
         self.before = self.panel.measure(model)
 

@@ -41,7 +41,14 @@ class SampleGrid(Callback):
             )
         model = pl_module.model()
         channels, rows, columns = pl_module.latent_shape()
-        drawn = generate(model, self.prompts, self.seed, (channels, rows, columns), self.sampling_steps, self.guidance)
+        drawn = generate(
+            model,
+            prompts=self.prompts,
+            seed=self.seed,
+            shape=(channels, rows, columns),
+            sampling_steps=self.sampling_steps,
+            guidance=self.guidance,
+        )
         grid = np.concatenate([query.pixels for query in drawn], axis=1)
         self.folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(grid).save(self.folder / f"step-{trainer.global_step:06d}.png")

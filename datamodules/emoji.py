@@ -27,6 +27,7 @@ class Emoji(ImageDataModule):
     def __init__(
         self,
         options: EmojiOptions = EmojiOptions(),
+        *,
         encoder: LatentEncoder | None = None,
         store: str = "cache",
         batch_size: int = 64,
@@ -36,7 +37,15 @@ class Emoji(ImageDataModule):
         caption_dropout: float = 0.1,
         copies: Copies | None = None,
     ) -> None:
-        super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
+        super().__init__(
+            encoder,
+            store=store,
+            batch_size=batch_size,
+            seed=seed,
+            exclude=exclude,
+            flip_share=flip_share,
+            caption_dropout=caption_dropout,
+        )
         self.options, self.copies = options, copies
 
     def load(self) -> tuple[ImageSet, ImageSet]:

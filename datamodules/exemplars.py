@@ -73,6 +73,7 @@ class Exemplars(ImageFolder):
     def __init__(
         self,
         folder: str,
+        *,
         prior: ImageDataModule | None = None,
         options: ImageFolderOptions = ImageFolderOptions(),
         encoder: LatentEncoder | None = None,
@@ -82,7 +83,18 @@ class Exemplars(ImageFolder):
         exclude: list[str] | str | None = None,
         flip_share: float = 0.5,
     ) -> None:
-        super().__init__(folder, options, 0.0, encoder, store, batch_size, seed, exclude, flip_share, 0.0)
+        super().__init__(
+            folder,
+            options=options,
+            validation_share=0.0,
+            encoder=encoder,
+            store=store,
+            batch_size=batch_size,
+            seed=seed,
+            exclude=exclude,
+            flip_share=flip_share,
+            caption_dropout=0.0,
+        )
         self.prior = prior
         if encoder is None:
             raise ValueError("Exemplars are learned from their latents: give the base model's encoder.")
@@ -120,8 +132,19 @@ class Exemplars(ImageFolder):
         steps = -(-len(self.train_images) * VALIDATION_VISITS // self.batch_size)
         keys = hash_texts(list(self.train_images.ids))
         trainer = self.trainer
-        place = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return KeyedLoader(data, KeyedBatches(keys, self.seed + 1, self.batch_size, steps, 0, *place))
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return KeyedLoader(
+            data,
+            KeyedBatches(
+                keys,
+                seed=self.seed + 1,
+                batch_size=self.batch_size,
+                steps=steps,
+                start_step=0,
+                rank=rank,
+                world_size=world_size,
+            ),
+        )
 
     def train_dataloader(self) -> Any:
         """Both streams, step by step."""

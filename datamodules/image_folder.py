@@ -30,6 +30,7 @@ class ImageFolder(ImageDataModule):
     def __init__(
         self,
         folder: str,
+        *,
         options: ImageFolderOptions = ImageFolderOptions(),
         validation_share: float = 0.05,
         encoder: LatentEncoder | None = None,
@@ -40,7 +41,15 @@ class ImageFolder(ImageDataModule):
         flip_share: float = 0.5,
         caption_dropout: float = 0.1,
     ) -> None:
-        super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
+        super().__init__(
+            encoder,
+            store=store,
+            batch_size=batch_size,
+            seed=seed,
+            exclude=exclude,
+            flip_share=flip_share,
+            caption_dropout=caption_dropout,
+        )
         self.folder, self.options, self.validation_share = Path(folder), options, validation_share
 
     def census(self) -> Census:

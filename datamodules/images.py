@@ -91,6 +91,7 @@ class ImageDataModule(LightningDataModule):
     def __init__(
         self,
         encoder: LatentEncoder | None = None,
+        *,
         store: str = "cache",
         batch_size: int = 64,
         seed: int = 0,
@@ -119,7 +120,7 @@ class ImageDataModule(LightningDataModule):
         assert self.encoder is not None
         console = self.console
         return encode_image_set(
-            images, self.encoder, self.store, progress=console.progress, half=self.half, log=console.log
+            images, encoder=self.encoder, store=self.store, progress=console.progress, half=self.half, log=console.log
         )
 
     def prepare_data(self) -> None:
@@ -162,12 +163,12 @@ class ImageDataModule(LightningDataModule):
         data = self.visits(self.train_images, getattr(self, "train_latents", None), training=True)
         batches = KeyedBatches(
             hash_texts(list(self.train_images.ids)),
-            self.seed,
-            self.batch_size,
-            trainer.max_steps,
-            trainer.global_step,
-            trainer.global_rank,
-            trainer.world_size,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            steps=trainer.max_steps,
+            start_step=trainer.global_step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
         )
         return KeyedLoader(data, batches)
 
@@ -180,7 +181,13 @@ class ImageDataModule(LightningDataModule):
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         batches = KeyedBatches(
-            hash_texts(list(self.validation_images.ids)), self.seed, self.batch_size, steps, 0, rank, world
+            hash_texts(list(self.validation_images.ids)),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            steps=steps,
+            start_step=0,
+            rank=rank,
+            world_size=world,
         )
         return KeyedLoader(data, batches)
 

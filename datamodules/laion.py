@@ -34,6 +34,7 @@ class LAION(ImageDataModule):
     def __init__(
         self,
         folder: str,
+        *,
         options: ShardOptions = ShardOptions(),
         subset: list[str] | str | None = None,
         validation_share: float = 0.05,
@@ -46,7 +47,15 @@ class LAION(ImageDataModule):
         flip_share: float = 0.5,
         caption_dropout: float = 0.1,
     ) -> None:
-        super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
+        super().__init__(
+            encoder,
+            store=store,
+            batch_size=batch_size,
+            seed=seed,
+            exclude=exclude,
+            flip_share=flip_share,
+            caption_dropout=caption_dropout,
+        )
         self.folder, self.options, self.half = Path(folder), options, half
         self.subset, self.validation_share = subset, validation_share
 
@@ -68,10 +77,10 @@ class LAION(ImageDataModule):
         """The training images and the held-out ones."""
         images = build_laion(
             self.store,
-            self.folder,
-            self.options,
-            None if self.subset is None else read_ids(self.subset, "subset"),
-            self.console.log,
-            self.console.progress,
+            folder=self.folder,
+            options=self.options,
+            subset=None if self.subset is None else read_ids(self.subset, "subset"),
+            log=self.console.log,
+            progress=self.console.progress,
         )
         return split_images(images, self.validation_share)

@@ -53,6 +53,7 @@ class MSCOCO(ImageDataModule):
     def __init__(
         self,
         folder: str,
+        *,
         options: CocoOptions = CocoOptions(),
         subset: list[str] | str | None = None,
         validation_subset: list[str] | str | None = None,
@@ -66,7 +67,15 @@ class MSCOCO(ImageDataModule):
         flip_share: float = 0.5,
         caption_dropout: float = 0.1,
     ) -> None:
-        super().__init__(encoder, store, batch_size, seed, exclude, flip_share, caption_dropout)
+        super().__init__(
+            encoder,
+            store=store,
+            batch_size=batch_size,
+            seed=seed,
+            exclude=exclude,
+            flip_share=flip_share,
+            caption_dropout=caption_dropout,
+        )
         self.folder, self.options, self.half, self.ready_made = Path(folder), options, half, ready_made
         self.subsets = {"train2017": subset, "val2017": validation_subset}
 
@@ -96,12 +105,12 @@ class MSCOCO(ImageDataModule):
         subset = self.subsets[split]
         return build_mscoco(
             self.store,
-            self.folder / split,
-            self.folder / CAPTIONS.format(split=split),
-            self.options,
-            None if subset is None else read_ids(subset, "subset"),
-            self.console.log,
-            self.console.progress,
+            folder=self.folder / split,
+            captions=self.folder / CAPTIONS.format(split=split),
+            options=self.options,
+            subset=None if subset is None else read_ids(subset, "subset"),
+            log=self.console.log,
+            progress=self.console.progress,
         )
 
     def latents_of(self, image_set: ImageSet, training: bool) -> EncodedImages:

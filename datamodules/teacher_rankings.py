@@ -105,6 +105,7 @@ class TeacherRankings(LightningDataModule):
     def __init__(
         self,
         folder: str,
+        *,
         features: list[str],
         validation_folder: str | None = None,
         validation_share: float = 0.1,

@@ -199,6 +199,7 @@ class AlignmentJudge:
     def __init__(
         self,
         images: ImageEncoder,
+        *,
         texts: TextEncoder,
         store: Store,
         folds: int = 5,

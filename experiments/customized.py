@@ -216,7 +216,7 @@ def make(plans: Sequence[Plan], styles: Mapping[str, Style], steps: int) -> None
             train.main(["fit", "-c", f"{EXPERIMENT}/emoji_customized.yaml", *words])
         drawn = [ROOT / "synth" / each.name / f"{index}.png" for index in range(len(each.prompts))]
         if not all(path.exists() for path in drawn):
-            queries = generate(load_model(str(model)), each.prompts, 0, (4, 8, 8), eta=1.0)
+            queries = generate(load_model(str(model)), prompts=each.prompts, seed=0, shape=(4, 8, 8), eta=1.0)
             for path, query in zip(drawn, queries, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:

@@ -66,7 +66,7 @@ def make_cases(
         : counts["held-out"]
     ]
     prompts = [images.captions[index][0] for index in own] + [held_out.captions[index][0] for index in unseen]
-    drawn = generate(model, prompts, seed, (channels, rows, columns), eta=eta, keep_trajectory=True)
+    drawn = generate(model, prompts=prompts, seed=seed, shape=(channels, rows, columns), eta=eta, keep_trajectory=True)
     cases: dict[str, list[Case]] = {"own": [], "crossed": [], "held-out": []}
     for index, query in zip(own, drawn, strict=False):
         name = images.ids[index]

@@ -110,7 +110,12 @@ def main() -> None:
     assert data.latents is not None
     channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
     rows = choose(data.images, options.queries, options.seed)
-    queries = generate(model, [data.images.captions[row][0] for row in rows], options.seed, (channels, height, width))
+    queries = generate(
+        model,
+        prompts=[data.images.captions[row][0] for row in rows],
+        seed=options.seed,
+        shape=(channels, height, width),
+    )
     result = {}
     for relative_loss_increase in sorted(options.rises):
         console.log(f"rise {relative_loss_increase:.0%}")
@@ -121,7 +126,14 @@ def main() -> None:
         )
         abu.progress = console.progress
         result[relative_loss_increase] = attribute(
-            output / f"rise_{relative_loss_increase}", abu, data, model, queries, store, runner, log=console.log
+            output / f"rise_{relative_loss_increase}",
+            attributor=abu,
+            data=data,
+            model=model,
+            queries=queries,
+            store=store,
+            runner=runner,
+            log=console.log,
         )
     compared = compare(result, [data.images.ids[row] for row in rows])
     print(table(compared))

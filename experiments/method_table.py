@@ -256,7 +256,16 @@ def main() -> None:
             attributor.progress = console.progress
             queries = [case.query for case in flat]
             if options.candidates is None:
-                results = attribute(output / method, attributor, data, model, queries, store, runner, log=console.log)
+                results = attribute(
+                    output / method,
+                    attributor=attributor,
+                    data=data,
+                    model=model,
+                    queries=queries,
+                    store=store,
+                    runner=runner,
+                    log=console.log,
+                )
             else:
                 attributor.fit(data, model, store, runner, console.log)
                 part = choose_candidates(data.images, flat, options.candidates, options.seed)

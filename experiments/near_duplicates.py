@@ -115,7 +115,9 @@ class World:
     module: ImageDataModule
 
 
-def planted(file: str | Path, copies: Copies | int, store: Store, output: Path, seed: int = 0, count: int = 2) -> World:
+def planted(
+    file: str | Path, *, copies: Copies | int, store: Store, output: Path, seed: int = 0, count: int = 2
+) -> World:
     """A recipe that trains on the copies also.
 
     Args:
@@ -155,6 +157,7 @@ def data_module(config: Mapping[str, Any], store: Store) -> ImageDataModule:
 
 def judge_copies(
     output: Path,
+    *,
     world: World,
     copies: Copies,
     methods: Mapping[str, Attributor],
@@ -190,17 +193,43 @@ def judge_copies(
     prompts = [data.images.captions[where[name]][0] for name in copies.ids]
     settings = {**vars(source), "prompts": prompts}
     source = QuerySource(**settings)
-    queries = generate(model, prompts, source.seed, shapes(data)[0], source.sampling_steps, source.guidance, source.eta)
+    queries = generate(
+        model,
+        prompts=prompts,
+        seed=source.seed,
+        shape=shapes(data)[0],
+        sampling_steps=source.sampling_steps,
+        guidance=source.guidance,
+        eta=source.eta,
+    )
     panel = Panel(queries, model, source, timesteps)
     gone = Retrain(tuple(sorted(copies.ids)), seed)
     all_gone = Retrain(tuple(sorted([*copies.ids, *copies.planted])), seed)
-    sweep = Sweep(retrains, panel, Measurements(output / "retrains.parquet"), log=log)
+    sweep = Sweep(retrains, panel=panel, table=Measurements(output / "retrains.parquet"), log=log)
     measured = sweep.measure([Retrain((), seed), gone, all_gone])
-    again = Reattribution(output / AFTER, methods, data, retrains, queries, store, runner, log=log)
+    again = Reattribution(
+        output / AFTER,
+        methods=methods,
+        data=data,
+        retrains=retrains,
+        queries=queries,
+        store=store,
+        runner=runner,
+        log=log,
+    )
     standings: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
         log(name)
-        scores = attribute(output / name, method, data, model, queries, store, runner, log=log)
+        scores = attribute(
+            output / name,
+            attributor=method,
+            data=data,
+            model=model,
+            queries=queries,
+            store=store,
+            runner=runner,
+            log=log,
+        )
         after = again(name, gone, [query.id for query in queries])
         standings[name] = {
             original: asdict(
@@ -269,14 +298,24 @@ def main(args: Sequence[str] | None = None) -> None:
     files = options.methods or [Path(f"configs/attributor/{name}.yaml") for name in ("abu_plus", "pixel", "caption")]
     console, store = Console(), Store(options.store)
     asked = options.originals if options.ids is None else Copies(options.ids, options.count, options.seed)
-    world = planted(options.recipe, asked, store, options.output, options.seed, options.count)
+    world = planted(
+        options.recipe, copies=asked, store=store, output=options.output, seed=options.seed, count=options.count
+    )
     copies = world.module.copies
     methods = load_methods(files, options.settings)
     for method in methods.values():
         method.progress = console.progress
     source = QuerySource(sampling_steps=options.sampling_steps, eta=1.0, seed=options.seed)
     result = judge_copies(
-        options.output, world, copies, methods, store, source, options.timesteps, options.seed, console.log
+        options.output,
+        world=world,
+        copies=copies,
+        methods=methods,
+        store=store,
+        source=source,
+        timesteps=options.timesteps,
+        seed=options.seed,
+        log=console.log,
     )
     print(report(result))
     given = {name: value for name, value in vars(options).items() if name not in ("output", "results", "store")}

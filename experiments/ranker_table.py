@@ -224,7 +224,7 @@ def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: a
             widths = {each: test.features[each].training.shape[1] for each in features}
             record["alone"] = {
                 f"without {half}": result.mean
-                for half, result in shuffled_halves(test, ranker, features, widths).items()
+                for half, result in shuffled_halves(test, ranker=ranker, features=features, halves=widths).items()
                 if half != "nothing"
             }
     cosines, width, milliseconds = cosines_of(variant, test, folder)

@@ -97,7 +97,7 @@ def choose_prompts(images: ImageSet, count: int, seed: int) -> list[int]:
 
 
 def recognisability(
-    judge: AlignmentJudge, images: ImageSet, draw: Draw, count: int = 100, seed: int = 0, among: int = 100
+    judge: AlignmentJudge, *, images: ImageSet, draw: Draw, count: int = 100, seed: int = 0, among: int = 100
 ) -> Recognisability:
     """Draws training prompts and ranks each among `among` captions, from the drawn and from the real image.
 
@@ -158,7 +158,7 @@ def contact_sheet(result: Recognisability, columns: int = 10, cell: int = 72) ->
 
 
 def drawing_with(
-    model: DiffusionModel, seed: int, steps: int, guidance: float, batch_size: int = 50, eta: float = 0.0
+    model: DiffusionModel, *, seed: int, steps: int, guidance: float, batch_size: int = 50, eta: float = 0.0
 ) -> Draw:
     """Draws prompts with a model from keyed noise.
 
@@ -185,7 +185,16 @@ def drawing_with(
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             keys = keyed_random.combine(seed, keyed_random.hash_texts(batch))
-            latents = sample(model, encoder.text.encode(batch), null_states, keys, shape, steps, guidance, eta)
+            latents = sample(
+                model,
+                states=encoder.text.encode(batch),
+                null_states=null_states,
+                keys=keys,
+                shape=shape,
+                steps=steps,
+                guidance=guidance,
+                eta=eta,
+            )
             pixels = encoder.decode(latents).float().cpu()
             drawn.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy())
         return np.concatenate(drawn)
@@ -219,13 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawn_images = build_emoji(store, EmojiOptions())
     images, texts = EfficientNetLite0Encoder.from_pretrained(), MiniLMEncoder.from_pretrained()
     print(f"judge: features of {len(drawn_images)} images (kept in {options.cache})", flush=True)
-    judge = AlignmentJudge(images, texts, store).fit(
+    judge = AlignmentJudge(images, texts=texts, store=store).fit(
         drawn_images, lambda done, total: print(f"  {done} of {total}", flush=True)
     )
     model = load_model(options.weights)
-    draw = drawing_with(model, options.seed, options.steps, options.guidance, eta=options.eta)
+    draw = drawing_with(model, seed=options.seed, steps=options.steps, guidance=options.guidance, eta=options.eta)
     asked = build_emoji(store, EmojiOptions(concepts=tuple(options.concepts)))
-    result = recognisability(judge, asked, draw, options.prompts, options.seed)
+    result = recognisability(judge, images=asked, draw=draw, count=options.prompts, seed=options.seed)
     with replacing(options.sheet) as temporary:
         contact_sheet(result).save(temporary, format="PNG")
     print(summary(result))

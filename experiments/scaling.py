@@ -170,7 +170,7 @@ def choose_prompts(folder: Path, count: int) -> list[str]:
     return [min(captions[name], key=lambda text: hash_text(f"scaling/{text}")) for name in several[:count]]
 
 
-def fit(folder: Path, output: Path, widths: tuple[int, int], base: bool, images: int, visits: int) -> Path:
+def fit(folder: Path, *, output: Path, widths: tuple[int, int], base: bool, images: int, visits: int) -> Path:
     """Trains a model on a folder, or finds it; gives its pipeline."""
     model = output / "model"
     if (model / "model_index.json").exists():
@@ -243,7 +243,7 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
     data = TrainingData(whole.images, whole.latents)  # p-values are not read
     assert data.latents is not None
     channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
-    queries = generate(model, prompts, 0, (channels, height, width), eta=1.0)
+    queries = generate(model, prompts=prompts, seed=0, shape=(channels, height, width), eta=1.0)
     method = load("abu_plus", settings)
     method.progress = console.progress
     once = output / "once.json"
@@ -251,7 +251,16 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
     method.fit(data, model, store, runner, console.log)
     if not once.exists():
         write_json(once, {"seconds": time.monotonic() - started})
-    results = attribute(output / "attribution", method, data, model, queries, store, runner, log=console.log)
+    results = attribute(
+        output / "attribution",
+        attributor=method,
+        data=data,
+        model=model,
+        queries=queries,
+        store=store,
+        runner=runner,
+        log=console.log,
+    )
     facts = {
         name: [scores.facts[name] for scores in results if name in scores.facts]
         for name in ("seconds", "split_half_reliability")
@@ -328,7 +337,7 @@ def main() -> None:
         output = options.output / f"{count}_{widths[0]}_{widths[1]}_{visits}"
         write_part(folder, whole, count)
         started, made = time.monotonic(), output / "training.json"
-        model = fit(folder, output, widths, base, count, visits)
+        model = fit(folder, output=output, widths=widths, base=base, images=count, visits=visits)
         if not made.exists():
             write_json(made, {"seconds": time.monotonic() - started, "threads": os.environ.get("OMP_NUM_THREADS")})
         kept[name] = {

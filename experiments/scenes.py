@@ -85,6 +85,7 @@ def fits(text: CaptionEncoder, prompt: str) -> bool:
 @torch.no_grad()
 def denoised(
     model: DiffusionModel,
+    *,
     latents: Float[Tensor, "n c h w"],
     states: Float[Tensor, "n l d"],
     keys: Int64[Tensor, " n"],
@@ -140,7 +141,7 @@ class Admission:
 
 
 def judge_scenes(
-    model: DiffusionModel, judge: AlignmentJudge, scenes: Sequence[Scene], seed: int, timestep: int, steps: int
+    model: DiffusionModel, *, judge: AlignmentJudge, scenes: Sequence[Scene], seed: int, timestep: int, steps: int
 ) -> Admission:
     """Noises, denoises and judges a block of scenes; their objects are the captions that each is ranked among."""
     assert model.encoder is not None
@@ -149,7 +150,9 @@ def judge_scenes(
     latents = encoder.encode_pixels(to_float(pixels))
     keys = keyed_random.combine(seed, keyed_random.hash_texts([scene.id for scene in scenes]))
     states = encoder.text.encode([scene.prompt for scene in scenes])
-    shown = encoder.decode_images(denoised(model, latents, states, keys, timestep, steps))
+    shown = encoder.decode_images(
+        denoised(model, latents=latents, states=states, keys=keys, timestep=timestep, steps=steps)
+    )
     width = shown.shape[2] // 2
     halves = np.stack([shown[:, :, :width], shown[:, :, width:]], axis=1)
     ranks = judge.ranks(

@@ -135,6 +135,7 @@ def table(result: Mapping[str, Mapping[str, Ranks]], images: int) -> str:
 
 def contact_sheet(
     scenes: Sequence[Scene],
+    *,
     shown: UInt8[NDArray[np.uint8], "n h w 3"],
     results: Sequence[Scores],
     images: ImageSet,
@@ -212,12 +213,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = training_data(Emoji(store=str(store.root)), model)
     assert data.latents is not None
     console.log("judge: features of all images")
-    judge = AlignmentJudge(EfficientNetLite0Encoder.from_pretrained(), MiniLMEncoder.from_pretrained(), store)
+    judge = AlignmentJudge(
+        EfficientNetLite0Encoder.from_pretrained(), texts=MiniLMEncoder.from_pretrained(), store=store
+    )
     judge.fit(build_emoji(store, EmojiOptions()), console.progress)
     console.log("scenes")
 
     def judged(scenes: Sequence[Scene]) -> Admission:
-        return judge_scenes(model, judge, scenes, options.seed, options.from_timestep, options.sampling_steps)
+        return judge_scenes(
+            model,
+            judge=judge,
+            scenes=scenes,
+            seed=options.seed,
+            timestep=options.from_timestep,
+            steps=options.sampling_steps,
+        )
 
     blocks = admit(data.images, options.scenes, options.seed, judged, most=12)
     tried = sum(len(block.scenes) for block in blocks)
@@ -273,7 +283,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.log(f"{name}: {len(mine)} queries")
         method.progress = console.progress
         folder = options.output / name.replace(" ", "_")
-        results[name] = attribute(folder, method, train, model, mine, store, runner, log=console.log)
+        results[name] = attribute(
+            folder,
+            attributor=method,
+            data=train,
+            model=model,
+            queries=mine,
+            store=store,
+            runner=runner,
+            log=console.log,
+        )
         result[name] = ranks_of(results[name], scenes[: len(mine) // len(BOXES)], concepts)
     print(table(result, len(train.images)))
     print(
@@ -282,7 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     with replacing(options.sheet) as temporary:
         shown = np.stack([block.shown[row] for block, row in chosen])
-        contact_sheet(scenes, shown, next(iter(results.values())), train.images).save(temporary, format="PNG")
+        contact_sheet(scenes, shown=shown, results=next(iter(results.values())), images=train.images).save(
+            temporary, format="PNG"
+        )
     record = {
         "command": "python -m experiments.two_objects",
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},

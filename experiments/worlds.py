@@ -230,7 +230,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
         ),
         *(
             "--attributor",
-            "configs/attributor/fast_trained.yaml",
+            "configs/attributor/learned_ranker.yaml",
             "--attributor.init_args.ranker",
             output / "ranker",
             *store,

@@ -51,6 +51,7 @@ class Autoencoder(LightningModule):
     def __init__(
         self,
         vae: AutoencoderKL,
+        *,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         kl_weight: float = 1e-3,

@@ -43,6 +43,7 @@ class CustomDiffusion(LightningModule):
     def __init__(
         self,
         base: str,
+        *,
         word: str = "<new1>",
         start: str = "object",
         optimizer: OptimizerCallable = torch.optim.AdamW,

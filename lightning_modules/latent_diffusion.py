@@ -57,6 +57,7 @@ class LatentDiffusion(LightningModule):
     def __init__(
         self,
         unet: UNet2DConditionModel | PixArtTransformer2DModel,
+        *,
         noise_scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,

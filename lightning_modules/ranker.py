@@ -53,6 +53,7 @@ class LearningToRank(LightningModule):
     def __init__(
         self,
         ranker: Ranker,
+        *,
         loss: RankingLoss | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,  # its default rate, 1e-3, is the paper's
         scheduler: LRSchedulerCallable | None = None,

@@ -43,6 +43,7 @@ class Unlearning(LightningModule):
     def __init__(
         self,
         model: str,
+        *,
         prompt: str,
         weights: Subset = "cross_attention_kv",
         settings: UnlearningSettings = UnlearningSettings(),
@@ -87,14 +88,30 @@ class Unlearning(LightningModule):
         encoder.text.model.to(self.device)
         runner, train = Runner.current(self.device), self.images.train_latents
         channels, rows, columns = train.latents.shape[2:]
-        query = generate(self.diffusion, [self.prompt], self.seed, (channels, rows, columns))[0]
+        query = generate(self.diffusion, prompts=[self.prompt], seed=self.seed, shape=(channels, rows, columns))[0]
         assert query.latent is not None
         curvature: Curvature = Identity()
         if self.settings.newton:
             names = list(select_weights(self.unet, self.weights))
-            curvature = fit_diagonal(self.diffusion, train, names, self.images.store, runner, self.fisher, self.damping)
+            curvature = fit_diagonal(
+                self.diffusion,
+                data=train,
+                names=names,
+                store=self.images.store,
+                runner=runner,
+                settings=self.fisher,
+                damping=self.damping,
+            )
         latent = QueryLatent(query.id, query.latent, encoder.text.encode([self.prompt])[0])
-        self.unlearner = Unlearner(self.diffusion, latent, self.weights, curvature, len(train), self.settings, runner)
+        self.unlearner = Unlearner(
+            self.diffusion,
+            query=latent,
+            weights=self.weights,
+            curvature=curvature,
+            dataset_size=len(train),
+            settings=self.settings,
+            runner=runner,
+        )
 
     def training_step(self, batch: object) -> None:
         """One step of ascent on the image's loss."""

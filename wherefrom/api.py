@@ -34,6 +34,7 @@ def image_size(model: DiffusionModel) -> int:
 
 def attribute_images(
     pipeline: DiffusionPipeline,
+    *,
     folder: str | Path,
     images: list[tuple[str, str]],
     attributor: Attributor | None = None,
@@ -76,9 +77,9 @@ def attribute_images(
     null = every.where("split", "validation") if split else None
     data = TrainingData(
         train,
-        encode_image_set(train, model.encoder, kept),
+        encode_image_set(train, encoder=model.encoder, store=kept),
         null,
-        None if null is None else encode_image_set(null, model.encoder, kept),
+        None if null is None else encode_image_set(null, encoder=model.encoder, store=kept),
     )
     method = AttributionByUnlearning() if attributor is None else attributor
     method.check(queries)

@@ -57,14 +57,23 @@ def of_queries(command: str, config: Any) -> list[Stage]:
         queries = config.captions.count
         stages.append(drawing(queries, config.queries.sampling_steps, config.queries.guidance, rate))
         if config.nearest is not None:
-            stages += method("candidates", config.nearest, data, queries, rate)
-        teaching = method("teacher", config.teacher, data, queries, rate, config.subsample or config.k)
+            stages += method("candidates", attributor=config.nearest, data=data, queries=queries, rate=rate)
+        teaching = method(
+            "teacher",
+            attributor=config.teacher,
+            data=data,
+            queries=queries,
+            rate=rate,
+            candidates=config.subsample or config.k,
+        )
         stages += [replace(stage, at_once=config.workers.count) if stage.each else stage for stage in teaching]
         return stages + [features(encoder, data, name) for name, encoder in config.features.items()]
     queries = len(config.queries.prompts) + len(config.queries.images) + len(config.queries.regions)
     stages.append(drawing(len(config.queries.prompts), config.queries.sampling_steps, config.queries.guidance, rate))
     if command == "attribute":
-        return stages + method(type(config.attributor).__name__, config.attributor, data, queries, rate)
+        return stages + method(
+            type(config.attributor).__name__, attributor=config.attributor, data=data, queries=queries, rate=rate
+        )
     return stages + _methods(config, data, queries, rate)
 
 
@@ -120,7 +129,11 @@ def _begun(data: ImageDataModule, model: DiffusionModel) -> tuple[list[Stage], T
 
 def _methods(config: Any, data: TrainingData, queries: int, rate: float) -> list[Stage]:
     methods = methods_of(config)
-    return [stage for name, each in methods.items() for stage in method(name, each, data, queries, rate)]
+    return [
+        stage
+        for name, each in methods.items()
+        for stage in method(name, attributor=each, data=data, queries=queries, rate=rate)
+    ]
 
 
 def _training(words: Sequence[str]) -> tuple[list[Stage], float, Any]:

@@ -103,8 +103,16 @@ def prepare(config: Any, methods: Iterable[Attributor], with_queries: bool = Tru
     if not with_queries:
         return Run(model, data, [], store, runner, console)
     console.log("queries")
+    latent_shape, size = shapes(data)
     keep_trajectory = any("trajectory" in method.requires for method in methods)
-    queries = make_queries(model, config.queries, *shapes(data), console.progress, keep_trajectory)
+    queries = make_queries(
+        model,
+        source=config.queries,
+        latent_shape=latent_shape,
+        size=size,
+        progress=console.progress,
+        keep_trajectory=keep_trajectory,
+    )
     return Run(model, data, queries, store, runner, console)
 
 
@@ -147,15 +155,31 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
     model = retrains.model(Retrain((), seed)).to(runner.device)
     keep_trajectory = any("trajectory" in method.requires for method in methods.values())
     source: QuerySource = replace(config.queries, prompts=[*config.queries.prompts, *config.also])
-    drawn = make_queries(model, source, *shapes(data), console.progress, keep_trajectory)
+    latent_shape, size = shapes(data)
+    drawn = make_queries(
+        model,
+        source=source,
+        latent_shape=latent_shape,
+        size=size,
+        progress=console.progress,
+        keep_trajectory=keep_trajectory,
+    )
     panel = Panel(drawn, model, source, timesteps, config.similarity)
     queries = drawn[: len(drawn) - len(config.also)]
-    rankings, costs, common = {}, {}, (store, runner, config.report, console.log)
+    rankings, costs = {}, {}
+    common: dict[str, Any] = {"store": store, "runner": runner, "options": config.report, "log": console.log}
     for name, method in methods.items():
         console.log(name)
         method.progress = console.progress
-        rankings[name], costs[name] = attribute_at_cost(output / name, method, data, model, queries, *common)
+        rankings[name], costs[name] = attribute_at_cost(
+            output / name, method=method, data=data, model=model, queries=queries, **common
+        )
     table = Measurements(Path(config.measurements or output / "retrains.parquet"))
     engine, images = config.workers.get(), output / evaluate.IMAGES
-    sweep = Sweep(retrains, panel, table, engine, console.log, images=images)
-    return Trial(rankings, costs, sweep, Reattribution(output / AFTER, methods, data, retrains, queries, *common))
+    sweep = Sweep(retrains, panel=panel, table=table, engine=engine, log=console.log, images=images)
+    return Trial(
+        rankings,
+        costs,
+        sweep,
+        Reattribution(output / AFTER, methods=methods, data=data, retrains=retrains, queries=queries, **common),
+    )

@@ -68,7 +68,7 @@ def methods(folder: Path) -> dict[str, Attributor]:
         "trak": TRAK(weights="all", projection=projection, grid=grid),
         "d_trak": TRAK(weights="all", projection=projection, grid=grid, output="square_output"),
         "influence": InfluenceFunction(noise_samples=32, grid=grid, fisher=fisher, curvature="ekfac"),
-        "ranker": LearnedRanker(str(ranker), {"colours": MeanColour(), "lengths": Lengths()}),
+        "ranker": LearnedRanker(str(ranker), encoders={"colours": MeanColour(), "lengths": Lengths()}),
     }
 
 
@@ -76,9 +76,9 @@ def rankings(folder: Path) -> dict[str, dict[str, Any]]:
     """Method -> query -> ids from first to last, scores and those of the null as exact hexadecimal numbers."""
     model, store, runner = load_model(str(tiny_pipeline(folder / "model"))), Store(folder / "store"), one_process()
     train, held_out = split_images(build_image_folder(store, tiny_folder(folder / "pictures", count=24)), 0.1)
-    latents = [encode_image_set(each, model.encoder, store) for each in (train, held_out)]
+    latents = [encode_image_set(each, encoder=model.encoder, store=store) for each in (train, held_out)]
     data = TrainingData(train, latents[0], held_out, latents[1])
-    queries = generate(model, ["a big red square", "light circle"], seed=0, shape=(4, 4, 4), sampling_steps=2)
+    queries = generate(model, prompts=["a big red square", "light circle"], seed=0, shape=(4, 4, 4), sampling_steps=2)
     result: dict[str, dict[str, Any]] = {}
     for name, method in methods(folder).items():
         method.fit(data, model, store, runner)

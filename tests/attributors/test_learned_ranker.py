@@ -64,7 +64,7 @@ def queries(count: int = 3) -> list[Query]:
 
 def fast(folder: Path, scale: float = -2.0, **settings) -> LearnedRanker:
     ranker = tiny_ranker(folder / "ranker", {"lengths": 2, "colours": 3}, scale)
-    return LearnedRanker(str(ranker), {"colours": Colours(), "lengths": Lengths()}, **settings)
+    return LearnedRanker(str(ranker), encoders={"colours": Colours(), "lengths": Lengths()}, **settings)
 
 
 def fitted(folder: Path, held_out: ImageSet | None = None, **settings) -> LearnedRanker:
@@ -151,7 +151,16 @@ def test_a_run_that_was_finished_before_a_take_down_is_not_shown_again(tmp_path:
         }
         store = Store(tmp_path / "store")
         data = TrainingData(images())
-        return attribute(tmp_path / "run", attributors[around], data, None, queries(1), store, one_process(), None)
+        return attribute(
+            tmp_path / "run",
+            attributor=attributors[around],
+            data=data,
+            model=None,
+            queries=queries(1),
+            store=store,
+            runner=one_process(),
+            options=None,
+        )
 
     before = run()[0].scores.tolist()
     assert run()[0].scores.tolist() == before
@@ -177,9 +186,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
     folder = tiny_ranker(tmp_path / "two", {"lengths": 2, "colours": 3})
     for encoders in ({}, {"colours": Colours()}, {"colours": Colours(), "length": Lengths()}):
         with pytest.raises(ValueError, match="takes features of lengths, colours"):
-            LearnedRanker(str(folder), encoders)
+            LearnedRanker(str(folder), encoders=encoders)
     with pytest.raises(FileNotFoundError):
-        LearnedRanker(str(tmp_path / "nothing"), {})
+        LearnedRanker(str(tmp_path / "nothing"), encoders={})
     with pytest.raises(ValueError, match="fit must run"):
         next(fast(tmp_path).score(queries()))
     with pytest.raises(ValueError, match="fit must run"):
@@ -187,9 +196,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
 
 
 def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
-    save_ranker(tmp_path / "ranker", Ranker(9, 4, 1, 4), ["lengths", "colours"])
+    save_ranker(tmp_path / "ranker", Ranker(9, width=4, hidden=1, outputs=4), ["lengths", "colours"])
     wide = tiny_ranker(tmp_path / "wide", {"lengths": 4, "colours": 5})
-    method = LearnedRanker(str(wide), {"colours": Colours(), "lengths": Lengths()})
+    method = LearnedRanker(str(wide), encoders={"colours": Colours(), "lengths": Lengths()})
     with pytest.raises(ValueError, match="takes 9 features, but lengths and colours give 5"):
         method.fit(TrainingData(images()), None, Store(tmp_path / "store"), one_process())
 
@@ -200,7 +209,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             return super().encode_images(pixels) * float("nan")
 
     ranker = tiny_ranker(tmp_path / "ranker", {"colours": 3})
-    method = LearnedRanker(str(ranker), {"colours": Broken()})
+    method = LearnedRanker(str(ranker), encoders={"colours": Broken()})
     with pytest.raises(ValueError, match="Embedding 0 has length nan"):
         method.fit(TrainingData(images()), None, Store(tmp_path / "store"), one_process())
 
@@ -259,7 +268,18 @@ def test_a_calibration_says_influence_and_how_concentrated_it_is(tmp_path: Path)
         assert after.facts["influence_of_first_10"] == result.shares[10]
         assert after.facts["effective_pictures"] == result.effective
     data, store = TrainingData(images()), Store(tmp_path / "store")
-    runs = [attribute(tmp_path / "run", method, data, None, queries(), store, one_process()) for _ in range(2)]
+    runs = [
+        attribute(
+            tmp_path / "run",
+            attributor=method,
+            data=data,
+            model=None,
+            queries=queries(),
+            store=store,
+            runner=one_process(),
+        )
+        for _ in range(2)
+    ]
     assert runs[1][0].estimates is not None, "read from what the first run kept"
     table = pq.read_table(tmp_path / "run" / "ranking.parquet").to_pydict()
     by_image = dict(zip(images().ids, runs[0][0].estimates.values.tolist(), strict=True))

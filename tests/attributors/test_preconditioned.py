@@ -40,9 +40,13 @@ def curvature_of_keys_and_values(root: Path, model: DiffusionModel, form: Form) 
     """The folder of a curvature of another choice of weights."""
     names, data = list(select_weights(model.denoiser, "cross_attention_kv")), tiny_latents(3)
     if form == "ekfac":
-        save_ekfac(root / "saved", fit_ekfac(model, data, names, Store(root), one_process(), FISHER), model)
+        save_ekfac(
+            root / "saved",
+            fit_ekfac(model, data=data, names=names, store=Store(root), runner=one_process(), settings=FISHER),
+            model,
+        )
         return root / "saved"
-    fit_diagonal(model, data, names, Store(root), one_process(), FISHER)
+    fit_diagonal(model, data=data, names=names, store=Store(root), runner=one_process(), settings=FISHER)
     (folder,) = (root / "fisher").iterdir()
     return folder
 
@@ -71,8 +75,8 @@ def abu_plus(root: Path, store: Path) -> tuple[PreconditionedAttributor, Scores]
     model, data = tiny_model(encoder=tiny_encoder(root / "text")), tiny_latents(COUNT)
     method = AttributionByUnlearning(
         "cross_attention",
-        UnlearningSettings(noise_samples=16, measurement_samples=16, relative_loss_increase=0.01),
-        GRID,
+        unlearning=UnlearningSettings(noise_samples=16, measurement_samples=16, relative_loss_increase=0.01),
+        grid=GRID,
         curvature="ekfac",
         fisher=FISHER,
     )

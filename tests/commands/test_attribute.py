@@ -106,7 +106,9 @@ def test_a_run_leaves_manifest_images_and_report(run: Path, folder: Path) -> Non
     for words in ("a big red square", "blue circle", "CC0-1.0", "author 1", "attribution by unlearning"):
         assert words in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    drawn = generate(load_model(str(folder / "pipeline")), ["blue circle"], 0, (4, 4, 4), 2)[0]
+    drawn = generate(
+        load_model(str(folder / "pipeline")), prompts=["blue circle"], seed=0, shape=(4, 4, 4), sampling_steps=2
+    )[0]
     (query,) = (query for query, prompt in identity["queries"] if prompt == "blue circle")
     assert query == drawn.id
     assert np.array_equal(read_image(query_file(run, query)), drawn.pixels)
@@ -313,14 +315,20 @@ def test_an_unfinished_run_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
             return super().compare(query, images)
 
     queries = [Query(name, "", np.full((8, 8, 3), 200, dtype=np.uint8)) for name in ("first", "second")]
-    arguments = TrainingData(data.images), None, queries, Store(tmp_path / "store"), one_process()
+    arguments: dict[str, Any] = {
+        "data": TrainingData(data.images),
+        "model": None,
+        "queries": queries,
+        "store": Store(tmp_path / "store"),
+        "runner": one_process(),
+    }
     with pytest.raises(KeyboardInterrupt):
-        attribute(tmp_path / "out", Interrupted(), *arguments)
+        attribute(tmp_path / "out", attributor=Interrupted(), **arguments)
     with pytest.raises(ValueError, match=r"is not complete: run the same .* again"):
         read_run(tmp_path / "out")
     before = files(tmp_path / "out" / "scores")
     said: list[str] = []
-    results = attribute(tmp_path / "out", PixelSimilarity(), *arguments, log=said.append)
+    results = attribute(tmp_path / "out", attributor=PixelSimilarity(), **arguments, log=said.append)
     assert said[0].startswith("1 of 2 queries are already done")
     assert [scores.query.id for scores in results] == ["first", "second"]
     assert before.items() <= files(tmp_path / "out" / "scores").items()

@@ -34,7 +34,10 @@ def test_disk_is_what_encoding_writes(tmp_path: Path) -> None:
     stages, blank = encoding(model, sizes, decode_s)
     training, held_out = module.load()
     assert model.encoder is not None
-    made = [encode_image_set(images, model.encoder, Store(tmp_path / "store")) for images in (training, held_out)]
+    made = [
+        encode_image_set(images, encoder=model.encoder, store=Store(tmp_path / "store"))
+        for images in (training, held_out)
+    ]
     assert stages[0].disk == training.pixels.nbytes + held_out.pixels.nbytes
     assert stages[1].disk == sum(each.latents.nbytes for each in made)
     assert stages[2].disk == sum(each.states.nbytes for each in made)
@@ -54,14 +57,16 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     attributor = AttributionByUnlearning()
     work = attributor.work(real, 3)
     assert attributor.work(blank, 3) == work
-    once, queries = method("abu", attributor, blank, 3, rate=10.0)
+    once, queries = method("abu", attributor=attributor, data=blank, queries=3, rate=10.0)
     assert once.seconds == work.once / 10
     assert queries.seconds == work.per_query / 10
     assert queries.times == 3
-    few = method("abu", attributor, blank, 3, rate=10.0, candidates=4)
+    few = method("abu", attributor=attributor, data=blank, queries=3, rate=10.0, candidates=4)
     assert few[0] == once, "what is made once is made of all images"
-    assert method("abu", Magnitude(attributor), blank, 3, rate=10.0, candidates=4) == few
-    both = method("both", RankEnsemble([attributor, PixelSimilarity()]), blank, 3, rate=10.0, candidates=4)
+    assert method("abu", attributor=Magnitude(attributor), data=blank, queries=3, rate=10.0, candidates=4) == few
+    both = method(
+        "both", attributor=RankEnsemble([attributor, PixelSimilarity()]), data=blank, queries=3, rate=10.0, candidates=4
+    )
     assert [stage.seconds for stage in both] == [few[0].seconds, few[1].seconds, 0, 0]
     losses = attributor.losses_of(blank)
     assert queries.seconds - few[1].seconds == pytest.approx(losses * (16 - 4) / (16 + 4) / 10)

@@ -85,7 +85,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     train = tiny_latents(4).images
     query = Query("q", "p", np.zeros((8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="There are no methods to compare"):
-        compare(tmp_path, {}, TrainingData(train), None, [query], Store(tmp_path / "store"), Runner.current())
+        compare(
+            tmp_path,
+            methods={},
+            data=TrainingData(train),
+            model=None,
+            queries=[query],
+            store=Store(tmp_path / "store"),
+            runner=Runner.current(),
+        )
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "random.yaml").write_text("class_path: Random\n")
@@ -96,11 +104,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     changed = load_methods(files, {"grid.timesteps": 3, "noise_samples": 7}, strict=True)["influence"]
     assert isinstance(changed, InfluenceFunction)
     assert (changed.grid.timesteps, changed.noise_samples) == (3, 7)
-    asking = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("abu_plus_bank", "abu_plus_by_size")]
+    asking = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("abu_plus_rerank_bank", "abu_plus_magnitude")]
     nested = load_methods(asking, {"grid.timesteps": 3, "unlearning.noise_samples": 7}, strict=True)
-    assert isinstance(nested["abu_plus_bank"], Rerank)
-    assert isinstance(nested["abu_plus_by_size"], Magnitude)
-    for each in (nested["abu_plus_bank"].method, nested["abu_plus_bank"].nearest, nested["abu_plus_by_size"].method):
+    assert isinstance(nested["abu_plus_rerank_bank"], Rerank)
+    assert isinstance(nested["abu_plus_magnitude"], Magnitude)
+    for each in (nested["abu_plus_rerank_bank"].method, nested["abu_plus_rerank_bank"].nearest, nested["abu_plus_magnitude"].method):
         assert isinstance(each, AttributionByUnlearning | InfluenceBank)
         assert each.grid.timesteps == 3
         assert not isinstance(each, AttributionByUnlearning) or each.unlearning.noise_samples == 7
@@ -117,14 +125,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_variant_is_one_of_the_methods_with_settings_of_its_own() -> None:
-    files = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("trak", "abu_plus", "abu_plus_by_size")]
+    files = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("trak", "abu_plus", "abu_plus_magnitude")]
     settings = {"grid.timesteps": 3, "trak/relative_lambda": 2.0}
     variants = {
         "softer": {"trak/relative_lambda": 4.0, "trak/noise_samples": 9},
-        "larger": {"abu_plus_by_size/unlearning.relative_loss_increase": 3.0},
+        "larger": {"abu_plus_magnitude/unlearning.relative_loss_increase": 3.0},
     }
     made = load_methods(files, settings, variants, strict=True)
-    assert list(made) == ["trak", "abu_plus", "abu_plus_by_size", "softer", "larger"]
+    assert list(made) == ["trak", "abu_plus", "abu_plus_magnitude", "softer", "larger"]
     trak, softer, larger, alone = made["trak"], made["softer"], made["larger"], made["abu_plus"]
     assert isinstance(trak, TRAK)
     assert isinstance(softer, TRAK)

@@ -75,7 +75,9 @@ def test_it_holds_what_the_teacher_says(model: DiffusionModel, data: TrainingDat
     assert result.is_whole
     assert result.images == data.images.ids
     assert set(result.prompts) <= {several[0] for several in data.images.captions}
-    queries = generate(model, result.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+    queries = generate(
+        model, prompts=result.prompts, seed=SOURCE.seed, shape=(4, 4, 4), sampling_steps=SOURCE.sampling_steps
+    )
     assert result.queries == tuple(query.id for query in queries)
     teacher = influence()
     teacher.fit(data, model, Store(tmp_path / "other store"), one_process())
@@ -113,7 +115,9 @@ def test_only_candidates_are_scored(model: DiffusionModel, data: TrainingData, t
     near = {"nearest": PixelSimilarity(), "k": 4}
     result = made(tmp_path / "near", model, data, **near)
     assert result.rows.shape == (5, 4)
-    queries = generate(model, result.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+    queries = generate(
+        model, prompts=result.prompts, seed=SOURCE.seed, shape=(4, 4, 4), sampling_steps=SOURCE.sampling_steps
+    )
     pixels = PixelSimilarity()
     pixels.fit(data, None, Store(tmp_path / "s"), one_process())
     for row, scores in enumerate(pixels.score(queries)):
@@ -228,7 +232,7 @@ def test_settings_that_do_not_fit_together(model: DiffusionModel, data: Training
 def test_an_ensemble_averages_ranks(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:
     text = CaptionSimilarity(Lengths())
     members: list[Attributor] = [Random(), PixelSimilarity(), text]
-    queries = [*generate(model, ["caption a", "b"], 0, (4, 4, 4), 2)]
+    queries = [*generate(model, prompts=["caption a", "b"], seed=0, shape=(4, 4, 4), sampling_steps=2)]
     ensemble = RankEnsemble(members)
     ensemble.fit(data, None, Store(tmp_path), one_process())
     for query, result in zip(queries, ensemble.score(queries), strict=True):

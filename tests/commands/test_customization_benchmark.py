@@ -97,7 +97,7 @@ def background(root: Path, store: Store, latents: bool = False) -> TrainingData:
         return TrainingData(images)
     encoder = load_model(str(root / "pipeline")).encoder
     assert encoder is not None
-    return TrainingData(images, encode_image_set(images, encoder, store))
+    return TrainingData(images, encode_image_set(images, encoder=encoder, store=store))
 
 
 def test_both_layouts_are_read(root: Path) -> None:
@@ -187,7 +187,16 @@ def test_numbers_are_those_of_hand(root: Path, tmp_path: Path) -> None:
     # Exemplar 0 first, the twelve others next, exemplar 1, exemplar 2: ranks 1, 14 and 15.
     method = Known(lambda name: {"0": 9.0, "1": -1.0, "2": -2.0}[name[-1]] if name.startswith("exemplar") else 1.0)
     lines = benchmark(
-        tmp_path / "run", tasks, ["test_styles"], {"known": method}, "base", model, data, store, one_process(), k=2
+        tmp_path / "run",
+        tasks=tasks,
+        styles=["test_styles"],
+        methods={"known": method},
+        base="base",
+        base_model=model,
+        background=data,
+        store=store,
+        runner=one_process(),
+        k=2,
     )
     assert [(line.kind, line.models) for line in lines] == [("objects", 2), ("styles", 2)]
     for line in lines:
@@ -201,7 +210,16 @@ def test_numbers_are_those_of_hand(root: Path, tmp_path: Path) -> None:
     again = Known(lambda name: 1 / 0)
     assert (
         benchmark(
-            tmp_path / "run", tasks, ["test_styles"], {"known": again}, "base", model, data, store, one_process(), k=2
+            tmp_path / "run",
+            tasks=tasks,
+            styles=["test_styles"],
+            methods={"known": again},
+            base="base",
+            base_model=model,
+            background=data,
+            store=store,
+            runner=one_process(),
+            k=2,
         )
         == lines
     )
@@ -242,7 +260,7 @@ def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tm
     def made() -> AttributionByUnlearning:
         settings = UnlearningSettings(noise_samples=32, measurement_samples=32, relative_loss_increase=0.01)
         return AttributionByUnlearning(
-            "all", settings, LossGrid(timesteps=2), fisher=FisherSettings(samples_per_image=1)
+            "all", unlearning=settings, grid=LossGrid(timesteps=2), fisher=FisherSettings(samples_per_image=1)
         )
 
     method, seen = made(), []
@@ -255,7 +273,18 @@ def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tm
     method.fit = fit  # type: ignore[method-assign]
     base = str(root / "pipeline")
     words = ("with", "without")
-    lines = benchmark(tmp_path / "run", tasks, [], {"abu": method}, base, model, data, store, one_process(), words)
+    lines = benchmark(
+        tmp_path / "run",
+        tasks=tasks,
+        styles=[],
+        methods={"abu": method},
+        base=base,
+        base_model=model,
+        background=data,
+        store=store,
+        runner=one_process(),
+        words=words,
+    )
     assert [(line.method, line.words) for line in lines] == [
         (method, word) for word in words for method in ("abu", "abu, by size")
     ]
@@ -288,7 +317,17 @@ def test_what_cannot_be_benchmarked_is_refused(root: Path, tmp_path: Path) -> No
     data, model = background(root, store), load_model(str(root / "pipeline"))
 
     def run(tasks: Sequence[Task], methods: dict[str, Attributor]) -> None:
-        benchmark(tmp_path / "run", tasks, [], methods, "base", model, data, store, one_process())
+        benchmark(
+            tmp_path / "run",
+            tasks=tasks,
+            styles=[],
+            methods=methods,
+            base="base",
+            base_model=model,
+            background=data,
+            store=store,
+            runner=one_process(),
+        )
 
     with pytest.raises(ValueError, match="nothing to benchmark"):
         run([], {"pixel": PixelSimilarity()})

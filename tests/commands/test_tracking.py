@@ -79,7 +79,7 @@ def test_an_attribution_is_tracked_with_its_curvature(tmp_path: Path, kept: Kept
 
 
 def test_nothing_is_tracked_without_a_project(tmp_path: Path, kept: Kept) -> None:
-    track(Tracking(), "attribute", tmp_path, {})
+    track(Tracking(), job="attribute", folder=tmp_path, config={})
     assert not kept.artifacts
     assert not list(tmp_path.iterdir())
 
@@ -90,7 +90,7 @@ def test_results_become_tables_and_numbers(tmp_path: Path, kept: Kept) -> None:
         {"method": "random", "k": 5, "loss": {"own": [0.1, 0.2]}},
     ]
     (tmp_path / "counterfactual.json").write_text(json.dumps({"rows": rows}))
-    track(Tracking("tests"), "counterfactual", tmp_path, {"path": tmp_path})
+    track(Tracking("tests"), job="counterfactual", folder=tmp_path, config={"path": tmp_path})
     table = kept.logged["counterfactual"]
     assert table.columns == ["method", "k", "loss.own.0", "loss.own.1"]
     assert table.data == [["pixel", 5, 0.5, None], ["random", 5, 0.1, 0.2]]

@@ -80,7 +80,7 @@ class Sweep:
         self.retrains = Retrains(self.store, recipe.identity(), latents.ids, latents.fingerprint, train_one)
 
     def measure(self, retrain: Retrain, panel: Panel, table: Measurements) -> ByQuery:
-        return Sweeps(self.retrains, panel, table).measure([retrain])[retrain]
+        return Sweeps(self.retrains, panel=panel, table=table).measure([retrain])[retrain]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,9 @@ def base(sweep: Sweep) -> DiffusionModel:
 
 @pytest.fixture(scope="module")
 def panel(base: DiffusionModel) -> Panel:
-    queries = generate(base, SOURCE.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+    queries = generate(
+        base, prompts=SOURCE.prompts, seed=SOURCE.seed, shape=(4, 4, 4), sampling_steps=SOURCE.sampling_steps
+    )
     return Panel(queries, base, SOURCE, timesteps=10)
 
 
@@ -301,9 +303,9 @@ def test_deviations_are_logged_while_a_model_is_trained_again(
 
 def test_random_equivalents_come_from_a_ladder_of_models(sweep: Sweep, panel: Panel, tmp_path: Path) -> None:
     scores = [pixel_scores(sweep, query) for query in panel.queries]
-    sweeping = Sweeps(sweep.retrains, panel, Measurements(tmp_path / "table.parquet"))
+    sweeping = Sweeps(sweep.retrains, panel=panel, table=Measurements(tmp_path / "table.parquet"))
     protocol = Protocol(ks=[2], pools=[2], random=0, ladder=[4, 30], ladder_draws=2)
-    (row,) = judge(tmp_path, {"pixel": scores}, sweeping, protocol)
+    (row,) = judge(tmp_path, rankings={"pixel": scores}, sweep=sweeping, protocol=protocol)
     before, rungs = sweeping.measure([Retrain()])[Retrain()], []
     for rung in random_ladder([4, 30], 2, sweep.retrains.ids):
         after = sweeping.measure([Retrain(rung.ids)])[Retrain(rung.ids)]

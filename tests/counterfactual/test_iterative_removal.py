@@ -31,7 +31,9 @@ def test_one_round_is_all_at_once(judge: Judge) -> None:
     pool = tuple(query.id for query in judge.queries)
     at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.images.ids)
     measured = judge.sweep.measure([Retrain(), Retrain(at_once[0].ids)])
-    (result,) = remove_greedily(first, at_once, 1, measured, judge.sweep, judge.again, [0])
+    (result,) = remove_greedily(
+        first, at_once=at_once, rounds=1, measured=measured, sweep=judge.sweep, again=judge.again, seeds=[0]
+    )
     assert result.removals == at_once
     assert result.greedy.tolist() == result.at_once.tolist()
     assert result.difference.tolist() == [0.0, 0.0, 0.0]
@@ -43,7 +45,9 @@ def test_each_round_takes_from_the_model_of_the_last(judge: Judge) -> None:
     pool = tuple(query.id for query in judge.queries)
     at_once = plan_removals("influence", first["influence"], K, [pool], judge.data.images.ids)
     measured = judge.sweep.measure([Retrain(ids, seed) for seed in (0, 1) for ids in ((), at_once[0].ids)])
-    (result,) = remove_greedily(first, at_once, 2, measured, judge.sweep, judge.again, [0, 1])
+    (result,) = remove_greedily(
+        first, at_once=at_once, rounds=2, measured=measured, sweep=judge.sweep, again=judge.again, seeds=[0, 1]
+    )
     gone = {name for query in pool for name in first["influence"][query][:1]}
     halfway = tuple(sorted(gone))
     left = judge.again("influence", Retrain(halfway, 0), pool)
@@ -67,10 +71,10 @@ def test_the_judge_says_its_plan_and_goes_on_after_an_interruption(judge: Judge,
     judge.said.clear()
     judge.stop_at = "greedy removal, round 2 of 2: 1 pools, 1 seeds"
     with pytest.raises(KeyboardInterrupt):
-        judge_by(tmp_path, first, judge.sweep, protocol, judge.again)
+        judge_by(tmp_path, rankings=first, sweep=judge.sweep, protocol=protocol, again=judge.again)
     early = json.loads((tmp_path / "counterfactual.json").read_text())
     judge.stop_at = None
-    judge_by(tmp_path, first, judge.sweep, protocol, judge.again)
+    judge_by(tmp_path, rankings=first, sweep=judge.sweep, protocol=protocol, again=judge.again)
     assert len(set(judge.trained)) == len(judge.trained), "trained twice"
     after, plan, models = judge.said[:3]
     assert after == "after the models, 6 queries are attributed again, in 2 runs"
@@ -98,7 +102,13 @@ def test_rounds_that_could_take_too_much_are_refused_before_any_training(tmp_pat
     alike = {"influence": [first, *(replace(each, scores=first.scores) for each in others)]}
     judge.trained.clear()
     with pytest.raises(ValueError, match="could leave out 6 of 50 images for a pool of 3 queries and K 2, more than"):
-        judge_by(tmp_path / "judged", alike, judge.sweep, Protocol(ks=[2], pools=[3], greedy=2), judge.again)
+        judge_by(
+            tmp_path / "judged",
+            rankings=alike,
+            sweep=judge.sweep,
+            protocol=Protocol(ks=[2], pools=[3], greedy=2),
+            again=judge.again,
+        )
     assert judge.trained == []
     pool, ids = tuple(query.id for query in judge.queries), judge.data.images.ids
     check_greedy([Removal("influence", 2, pool[:2], ids[:2]), Removal("influence", 6, pool[:1], ids[:6])], len(ids))
@@ -107,4 +117,4 @@ def test_rounds_that_could_take_too_much_are_refused_before_any_training(tmp_pat
 def test_attributing_again_needs_to_be_told_how(judge: Judge, tmp_path: Path) -> None:
     for settings in ({"after": 1}, {"greedy": 1}):
         with pytest.raises(ValueError, match="attribute again: give `again`"):
-            judge_by(tmp_path, {}, judge.sweep, Protocol(**settings))
+            judge_by(tmp_path, rankings={}, sweep=judge.sweep, protocol=Protocol(**settings))

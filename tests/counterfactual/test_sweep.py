@@ -49,7 +49,12 @@ def sweep(recipe_file: Path, folder: Path) -> Sweep:
 @pytest.fixture(scope="module")
 def panel(sweep: Sweep) -> Panel:
     base = sweep.retrains.model(Retrain())
-    return Panel(generate(base, SOURCE.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps), base, SOURCE, 10)
+    return Panel(
+        generate(base, prompts=SOURCE.prompts, seed=SOURCE.seed, shape=(4, 4, 4), sampling_steps=SOURCE.sampling_steps),
+        base,
+        SOURCE,
+        10,
+    )
 
 
 def without(sweep: Sweep, *positions: int, seed: int = 0) -> Retrain:
@@ -59,7 +64,9 @@ def without(sweep: Sweep, *positions: int, seed: int = 0) -> Retrain:
 def test_a_model_that_fails_does_not_stop_the_others(sweep: Sweep, panel: Panel, tmp_path: Path) -> None:
     wanted = [without(sweep, 0), without(sweep, 1), without(sweep, 2)]
     said: list[str] = []
-    sweeping = Sweeps(sweep.retrains, panel, Measurements(tmp_path / "table.parquet"), in_process, said.append)
+    sweeping = Sweeps(
+        sweep.retrains, panel=panel, table=Measurements(tmp_path / "table.parquet"), engine=in_process, log=said.append
+    )
     train = sweep.retrains.train
 
     def fail(retrain: Retrain, place: Path) -> None:
@@ -89,12 +96,12 @@ def test_a_model_that_fails_does_not_stop_the_others(sweep: Sweep, panel: Panel,
 
 def test_a_run_finds_what_models_drew_before_it(sweep: Sweep, panel: Panel, recipe_file: Path, tmp_path: Path) -> None:
     table, wanted = Measurements(tmp_path / "table.parquet"), without(sweep, 3)
-    Sweeps(sweep.retrains, panel, table).measure([wanted])
+    Sweeps(sweep.retrains, panel=panel, table=table).measure([wanted])
     strip = f"{sweep.retrains.name(wanted)}.png"
     kept = sweep.store.root / "drawn" / panel.name / strip
 
     def brought(retrains: Retrains, folder: str, said: list[str]) -> Path:
-        Sweeps(retrains, panel, table, log=said.append, images=tmp_path / folder).measure([wanted])
+        Sweeps(retrains, panel=panel, table=table, log=said.append, images=tmp_path / folder).measure([wanted])
         return tmp_path / folder / strip
 
     said: list[str] = []
@@ -182,8 +189,10 @@ def test_rays_workers_measure_what_one_process_does_though_one_is_killed(
     shared.retrains.train = Killed(recipe_file, tmp_path)
     wanted = [without(alone, index, seed=seed) for index in range(2) for seed in range(2)]
     engine = Workers("ray", count=2).get()
-    result = Sweeps(shared.retrains, panel, Measurements(tmp_path / "ray.parquet"), engine).measure(wanted)
-    expected = Sweeps(alone.retrains, panel, Measurements(tmp_path / "one.parquet")).measure(wanted)
+    result = Sweeps(shared.retrains, panel=panel, table=Measurements(tmp_path / "ray.parquet"), engine=engine).measure(
+        wanted
+    )
+    expected = Sweeps(alone.retrains, panel=panel, table=Measurements(tmp_path / "one.parquet")).measure(wanted)
     processes = (tmp_path / "processes").read_text().split()
     assert processes.count("killed") == 1
     trained = [each for each in processes if each != "killed"]

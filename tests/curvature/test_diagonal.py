@@ -155,7 +155,15 @@ def test_weights_that_are_not_numbers_are_found_in_the_gradient() -> None:
 
 def fitted(root: Path, model: DiffusionModel, **options: Any) -> tuple[Diagonal, Path]:
     store = Store(root)
-    fisher = fit_diagonal(model, DATA, names_of(model), store, one_process(), FisherSettings(1), **options)
+    fisher = fit_diagonal(
+        model,
+        data=DATA,
+        names=names_of(model),
+        store=store,
+        runner=one_process(),
+        settings=FisherSettings(1),
+        **options,
+    )
     (folder,) = (root / "fisher").iterdir()
     return fisher, folder
 
@@ -171,7 +179,9 @@ def test_the_fisher_is_kept_and_found_again(tmp_path: Path) -> None:
     for name, values in first.fisher.items():
         assert torch.equal(again.fisher[name], values)
         assert torch.equal(loaded.fisher[name], values)
-    fit_diagonal(model, DATA, names_of(model), Store(tmp_path), one_process(), FisherSettings(2))
+    fit_diagonal(
+        model, data=DATA, names=names_of(model), store=Store(tmp_path), runner=one_process(), settings=FisherSettings(2)
+    )
     assert len(list((tmp_path / "fisher").iterdir())) == 2
 
 

@@ -41,7 +41,15 @@ def fit(
     model = tiny_model() if model is None else model
     names = names_of(model, subset)
     return fit_ekfac(
-        model, DATA, names, Store(root), one_process(), SETTINGS, damping, layers_per_pass, batch_size=batch_size
+        model,
+        data=DATA,
+        names=names,
+        store=Store(root),
+        runner=one_process(),
+        settings=SETTINGS,
+        damping=damping,
+        layers_per_pass=layers_per_pass,
+        batch_size=batch_size,
     )
 
 
@@ -171,7 +179,9 @@ def test_it_equals_the_dense_construction(tmp_path: Path, subset: Subset) -> Non
     assert f"{CROSS}.to_k.weight" in kept
     assert {module.bias is not None for module in linear} == ({True, False} if subset == "all" else {False})
     assert strides == ({(1, 1), (2, 2)} if subset == "all" else set())
-    fitted = fit_ekfac(model, DATA, list(kept), Store(tmp_path), one_process(), SETTINGS)
+    fitted = fit_ekfac(
+        model, data=DATA, names=list(kept), store=Store(tmp_path), runner=one_process(), settings=SETTINGS
+    )
     assert_close(fitted.precondition(kept), dense_steps(model, kept, 0.1), 1e-6)
 
 

@@ -74,7 +74,9 @@ def bases(plan: LayerPlan) -> dict[str, Tensor]:
 
 
 def eigenvalue_pass(model: DiffusionModel, plan: LayerPlan, batch_size: int = 64) -> EigenvaluePass:
-    return EigenvaluePass(model, DATA, plan, bases(plan), SETTINGS, batch_size)
+    return EigenvaluePass(
+        model, data=DATA, plan=plan, eigenvectors=bases(plan), settings=SETTINGS, batch_size=batch_size
+    )
 
 
 Calls = Mapping[str, list[tuple[Tensor, Tensor]]]

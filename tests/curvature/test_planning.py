@@ -49,7 +49,14 @@ def most_held(root: Path, model: DiffusionModel, names: list[str], layers_per_pa
 
             patch.setattr(kind, method, watched)
         fitted = fit_ekfac(
-            model, DATA, names, Store(root), one_process(), SETTINGS, layers_per_pass=layers_per_pass, batch_size=8
+            model,
+            data=DATA,
+            names=names,
+            store=Store(root),
+            runner=one_process(),
+            settings=SETTINGS,
+            layers_per_pass=layers_per_pass,
+            batch_size=8,
         )
     gc.unfreeze()
     parts = [part for layer in fitted.layers.values() for part in (layer.activation, layer.gradient, layer.eigenvalues)]
@@ -76,17 +83,21 @@ def test_the_plan_says_layers_passes_memory_and_time(tmp_path: Path) -> None:
     model, store = tiny_model(), Store(tmp_path)
     names = names_of(model, "cross_attention")
     plan = plan_layers(model, DATA, names)
-    said = ekfac_plan(model, DATA, names, SETTINGS, 4, store)
+    said = ekfac_plan(model, data=DATA, names=names, settings=SETTINGS, layers_per_pass=4, store=store)
     blocks = plan.blocks(4)
     assert said.startswith(f"EK-FAC of {len(plan.layers)} layers in {2 * len(blocks)} passes over 16 samples, ")
     memory = max(block.memory() for block in blocks) / MIB
     assert f"{memory:,.0f} MiB of factors at a time and {plan.kept(8) / MIB:,.0f} MiB in the end, " in said
     assert re.search(r"in the end, about \d+ (s|min)$", said)
     assert not any(tmp_path.iterdir())
-    fit_ekfac(model, DATA, names, store, one_process(), SETTINGS, layers_per_pass=4)
-    assert ekfac_plan(model, DATA, names, SETTINGS, 4, store).endswith("in the end, kept from before")
-    assert "in the end, about" in ekfac_plan(model, DATA, names, SETTINGS, None, store)
-    assert "; the diagonal for" in ekfac_plan(model, DATA, names_of(model, "all")[-4:], SETTINGS)
+    fit_ekfac(model, data=DATA, names=names, store=store, runner=one_process(), settings=SETTINGS, layers_per_pass=4)
+    assert ekfac_plan(model, data=DATA, names=names, settings=SETTINGS, layers_per_pass=4, store=store).endswith(
+        "in the end, kept from before"
+    )
+    assert "in the end, about" in ekfac_plan(
+        model, data=DATA, names=names, settings=SETTINGS, layers_per_pass=None, store=store
+    )
+    assert "; the diagonal for" in ekfac_plan(model, data=DATA, names=names_of(model, "all")[-4:], settings=SETTINGS)
 
 
 class Clock:

@@ -131,11 +131,11 @@ def test_ready_made_arrays_give_the_ranking_of_encoded_images(tmp_path: Path) ->
 
     encoded = scores("encoded")
     folder, captions = tmp_path / "coco" / "train2017", tmp_path / "coco" / "annotations" / "captions_train2017.json"
-    images = build_mscoco(Store(tmp_path / "store"), folder, captions, CocoOptions(size=8))
+    images = build_mscoco(Store(tmp_path / "store"), folder=folder, captions=captions, options=CocoOptions(size=8))
     encoder = load_model(str(tmp_path / "pipeline")).encoder
     assert encoder is not None
     assert encoder.text.length == LENGTH
-    made = encode_image_set(images, encoder, Store(tmp_path / "store"))
+    made = encode_image_set(images, encoder=encoder, store=Store(tmp_path / "store"))
     np.save(tmp_path / "l.npy", np.concatenate([made.latents[:, 0].numpy(), made.latents[:, 1].numpy()]))
     np.save(tmp_path / "s.npy", made.states.numpy())
     data["init_args"]["ready_made"] = {"latents": str(tmp_path / "l.npy"), "states": str(tmp_path / "s.npy")}
@@ -145,7 +145,7 @@ def test_ready_made_arrays_give_the_ranking_of_encoded_images(tmp_path: Path) ->
     subset = list(images.ids[3:8:2])
     module = MSCOCO(
         str(tmp_path / "coco"),
-        CocoOptions(size=8),
+        options=CocoOptions(size=8),
         subset=subset,
         ready_made=ReadyMade(str(tmp_path / "l.npy"), str(tmp_path / "s.npy")),
         encoder=encoder,

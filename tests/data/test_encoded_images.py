@@ -39,7 +39,7 @@ def images() -> ImageSet:
 
 
 def test_every_row_is_that_of_its_image_alone(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
-    made = encode_image_set(images, encoder, Store(tmp_path), batch_size=4)
+    made = encode_image_set(images, encoder=encoder, store=Store(tmp_path), batch_size=4)
     assert made.latents.shape == (COUNT, 2, 4, 4, 4)
     assert made.states.shape == (COUNT, 3, 6, 12)
     for index in range(COUNT):
@@ -52,8 +52,10 @@ def test_every_row_is_that_of_its_image_alone(tmp_path: Path, encoder: LatentEnc
 
 def test_float32_keeps_the_identity_that_it_had(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
     before = {"pictures": "fingerprint", "ids": identity_hash({"ids": list(images.ids)}), **encoder.identity()}
-    assert encode_image_set(images, encoder, Store(tmp_path)).fingerprint == identity_hash(before)
-    assert encode_image_set(images, encoder, Store(tmp_path), half=True).fingerprint != identity_hash(before)
+    assert encode_image_set(images, encoder=encoder, store=Store(tmp_path)).fingerprint == identity_hash(before)
+    assert encode_image_set(images, encoder=encoder, store=Store(tmp_path), half=True).fingerprint != identity_hash(
+        before
+    )
 
 
 class InterruptedTestError(Exception):
@@ -73,11 +75,13 @@ def test_an_interrupted_run_goes_on_from_its_last_batch(
 
     store = Store(tmp_path / "store")
     with pytest.raises(InterruptedTestError):
-        encode_image_set(images, encoder, store, 4, interrupt)
+        encode_image_set(images, encoder=encoder, store=store, batch_size=4, progress=interrupt)
     rest: list[int] = []
-    made = encode_image_set(images, encoder, store, 4, lambda done, total: rest.append(done))
+    made = encode_image_set(
+        images, encoder=encoder, store=store, batch_size=4, progress=lambda done, total: rest.append(done)
+    )
     assert calls + rest == [4, 8, 11, 4, 8, 11]
-    whole = encode_image_set(images, encoder, Store(tmp_path / "other"), 4)
+    whole = encode_image_set(images, encoder=encoder, store=Store(tmp_path / "other"), batch_size=4)
     assert torch.equal(made.latents, whole.latents)
     assert torch.equal(made.states, whole.states)
     (folder,) = (tmp_path / "store" / "latents").iterdir()
@@ -88,8 +92,8 @@ def test_an_interrupted_run_goes_on_from_its_last_batch(
 def test_half_takes_half_and_rounds(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
     store = Store(tmp_path)
     said: list[str] = []
-    whole = encode_image_set(images, encoder, store)
-    half = encode_image_set(images, encoder, store, half=True, log=said.append)
+    whole = encode_image_set(images, encoder=encoder, store=store)
+    half = encode_image_set(images, encoder=encoder, store=store, half=True, log=said.append)
     assert half.latents.dtype == half.states.dtype == torch.float16
     assert torch.equal(half.latents, whole.latents.half())
     assert torch.equal(half.states, whole.states.half())
@@ -111,13 +115,13 @@ def test_what_float16_does_not_reach_is_refused(tmp_path: Path, encoder: LatentE
             return encoder.encode_pixels(pixels) + 70_000
 
     with pytest.raises(ValueError, match=r"latents\.npy of images from 'picture/0' on hold 7e\+04.*without half"):
-        encode_image_set(images, Loud(), Store(tmp_path), half=True)
+        encode_image_set(images, encoder=Loud(), store=Store(tmp_path), half=True)
 
 
 def test_left_out_images_are_not_copied(
     tmp_path: Path, encoder: LatentEncoder, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = encode_image_set(images, encoder, Store(tmp_path))
+    made = encode_image_set(images, encoder=encoder, store=Store(tmp_path))
     assert made.subset(range(COUNT)).latents is made.latents
     chosen = ["picture/3", "picture/7"]
     copied = made.without(chosen)
@@ -139,5 +143,5 @@ def test_left_out_images_are_not_copied(
     fewer = replace(lazy, states=lazy.states[:, :1])
     assert torch.equal(fewer.states[2, 0], copied.states[2, 0])
     # Encoding what is a view gives the same again.
-    again = encode_image_set(lazy.images, encoder, Store(tmp_path))
+    again = encode_image_set(lazy.images, encoder=encoder, store=Store(tmp_path))
     torch.testing.assert_close(again.latents, copied.latents)

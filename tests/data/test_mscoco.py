@@ -42,7 +42,14 @@ def coco(tmp_path: Path, folder: Path, told: Told, monkeypatch: pytest.MonkeyPat
     def build(store: str = "store", subset: Any = None, progress: Any = None, **options: Any) -> ImageSet:
         captions = folder / "annotations" / "captions_train2017.json"
         given = CocoOptions(**{"size": 8, **options})
-        return build_mscoco(Store(tmp_path / store), folder / "train2017", captions, given, subset, progress=progress)
+        return build_mscoco(
+            Store(tmp_path / store),
+            folder=folder / "train2017",
+            captions=captions,
+            options=given,
+            subset=subset,
+            progress=progress,
+        )
 
     return build
 
@@ -240,7 +247,7 @@ def test_data_module(tmp_path: Path, folder: Path, told: Told) -> None:
     (tmp_path / "subset.txt").write_text("\n".join(ids[:6]))
     data = MSCOCO(
         str(folder),
-        CocoOptions(size=8),
+        options=CocoOptions(size=8),
         subset=str(tmp_path / "subset.txt"),
         exclude=ids[:1],
         store=str(tmp_path / "store"),

@@ -86,7 +86,7 @@ def test_tricks_are_refused_and_counted(
     assert problem.name.isprintable()
     assert [each.key for each in result if isinstance(each, ShardSample)] == ["ok", "y"]
     assert set(tmp_path.rglob("*")) == before
-    assert build_laion(Store(tmp_path / "store"), folder, ShardOptions(size=8)).ids == ("ok",)
+    assert build_laion(Store(tmp_path / "store"), folder=folder, options=ShardOptions(size=8)).ids == ("ok",)
 
 
 @pytest.mark.parametrize("size", [2**20, 2**40, 2**62, -(2**20)])

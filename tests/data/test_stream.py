@@ -19,7 +19,7 @@ IDS = tuple(f"set/{index:02}" for index in range(23))
 
 
 def stream(ids: tuple[str, ...] = IDS, batch_size: int = 8, steps: int = 30, **options: int) -> KeyedBatches:
-    return KeyedBatches(keyed_random.hash_texts(ids), 5, batch_size, steps, **options)
+    return KeyedBatches(keyed_random.hash_texts(ids), seed=5, batch_size=batch_size, steps=steps, **options)
 
 
 def named(batches: KeyedBatches, ids: tuple[str, ...] = IDS) -> list[tuple[str, int]]:
@@ -34,7 +34,7 @@ def test_every_epoch_visits_every_image_once() -> None:
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [tuple(stream().order(epoch)) for epoch in range(50)]
-    other = KeyedBatches(keyed_random.hash_texts(IDS), 6, 8, 1)
+    other = KeyedBatches(keyed_random.hash_texts(IDS), seed=6, batch_size=8, steps=1)
     assert len({*orders, tuple(other.order(0))}) == 51
     # Each image's mean place over the epochs is that of a uniform one.
     places = np.argsort(np.array([stream().order(epoch) for epoch in range(400)]), axis=1).mean(0)

@@ -47,7 +47,9 @@ def keys(folder: Path) -> list[list[str]]:
 
 
 def build(tmp_path: Path, folder: Path, store: str = "store", subset: Any = None, **options: Any) -> ImageSet:
-    return build_laion(Store(tmp_path / store), folder, ShardOptions(**{"size": 8, **options}), subset)
+    return build_laion(
+        Store(tmp_path / store), folder=folder, options=ShardOptions(**{"size": 8, **options}), subset=subset
+    )
 
 
 def problems(tmp_path: Path, store: str = "store") -> list[Problem]:
@@ -99,7 +101,7 @@ def test_a_cut_shard_loses_only_what_is_behind_the_cut(
     images = build(tmp_path, folder)
     lost = keys[2][kept:]
     assert images.ids == tuple(key for several in keys for key in several if key not in lost)
-    whole = build_laion(Store(tmp_path / "whole"), make(tmp_path / "again"), SMALL)
+    whole = build_laion(Store(tmp_path / "whole"), folder=make(tmp_path / "again"), options=SMALL)
     where = [whole.ids.index(name) for name in images.ids]
     np.testing.assert_array_equal(images.pixels, np.asarray(whole.pixels)[where])
     result = problems(tmp_path)
@@ -235,7 +237,9 @@ def test_two_nodes_of_two_workers_make_what_one_makes(
     monkeypatch.setattr(webdataset, "decode_shard", counting)
     options = ShardOptions(size=8, workers=2)
     for node in (1, 0):
-        decode_shards(Store(tmp_path / "store"), plan_shards(folder, options), options, node, 2)
+        decode_shards(
+            Store(tmp_path / "store"), shards=plan_shards(folder, options), options=options, place=node, places=2
+        )
     assert sorted(decoded) == ["00000.tar", "00001.tar", "00002.tar", "00003.tar"]
     together = build(tmp_path, folder)
     assert len(decoded) == 4, "joining decodes nothing again"
@@ -253,8 +257,8 @@ def test_an_interrupted_run_keeps_its_finished_shards(
 
     store, seen = Store(tmp_path / "store"), []
     with pytest.raises(KeyboardInterrupt):
-        build_laion(store, folder, SMALL, progress=interrupt)
-    made = build_laion(store, folder, SMALL, progress=lambda done, total: seen.append((done, total)))
+        build_laion(store, folder=folder, options=SMALL, progress=interrupt)
+    made = build_laion(store, folder=folder, options=SMALL, progress=lambda done, total: seen.append((done, total)))
     assert seen[0] == ((stop - 1) // 10 * 10 + 1, 40)
     assert made.fingerprint == build(tmp_path, folder, "other").fingerprint
 
@@ -277,7 +281,7 @@ def test_data_module(tmp_path: Path, folder: Path, keys: list[list[str]]) -> Non
     (tmp_path / "keys.txt").write_text("\n".join(every[:30]))
     data = LAION(
         str(folder),
-        SMALL,
+        options=SMALL,
         subset=str(tmp_path / "keys.txt"),
         validation_share=0.2,
         store=str(tmp_path / "store"),
@@ -304,7 +308,7 @@ def test_the_pipeline_attributes_to_shards_and_trusts_no_caption(tmp_path: Path,
     config = attribution_config(tmp_path, "run", data=data, attributor={"class_path": "PixelSimilarity"})
     evaluate.main(["attribute", "-c", str(config)])
     ranked = set(pq.read_table(tmp_path / "run" / "ranking.parquet")["image"].to_pylist())
-    train, held_out = split_images(build_laion(Store(tmp_path / "store"), folder, SMALL), 0.3)
+    train, held_out = split_images(build_laion(Store(tmp_path / "store"), folder=folder, options=SMALL), 0.3)
     assert ranked == set(train.ids)
     assert sorted([*train.ids, *held_out.ids]) == keys
     page = (tmp_path / "run" / "report.html").read_text()

@@ -255,7 +255,7 @@ def teacher_set(count: int = 60) -> TeacherSet:
 
 def test_a_calibration_comes_back_and_belongs_to_its_ranker_and_teacher(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    teacher, ranker = teacher_set(), Ranker(5, 6, 1, 4)
+    teacher, ranker = teacher_set(), Ranker(5, width=6, hidden=1, outputs=4)
     calibration = calibrate(teacher, ranker, ["x"])
     direct = fit_calibration(similarities(ranker, teacher.features["x"], teacher.rows), teacher.scores, teacher.queries)
     np.testing.assert_array_equal(calibration.values, direct.values)
@@ -269,7 +269,7 @@ def test_a_calibration_comes_back_and_belongs_to_its_ranker_and_teacher(tmp_path
         for name in ("similarities", "values", "edges", "low", "high"):
             np.testing.assert_array_equal(getattr(result, name), getattr(calibration, name))
     with pytest.raises(ArtifactMismatchError, match="is the calibration of another ranker"):
-        load_calibration(tmp_path, Ranker(5, 6, 1, 4), ["x"])
+        load_calibration(tmp_path, Ranker(5, width=6, hidden=1, outputs=4), ["x"])
     with pytest.raises(ArtifactMismatchError, match="is the calibration of another features"):
         load_calibration(tmp_path, ranker, ["y"])
     with pytest.raises(
@@ -285,7 +285,7 @@ def test_a_calibration_comes_back_and_belongs_to_its_ranker_and_teacher(tmp_path
 
 
 def test_intervals_that_say_nothing_are_kept(tmp_path: Path) -> None:
-    ranker = Ranker(5, 6, 1, 4)
+    ranker = Ranker(5, width=6, hidden=1, outputs=4)
     calibration = fit_calibration(*planted(1, 60))
     endless = replace(calibration, high=np.full_like(calibration.high, np.inf))
     save_calibration(tmp_path, endless, calibration_identity(ranker, ["x"], {}))

@@ -17,7 +17,7 @@ from wherefrom.distillation.teacher_set import Features
 def test_blocks_subsets_mapping_and_mode_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     torch.manual_seed(0)
-    ranker = Ranker(5, 7, 2, 4, dropout=0.5).double().train()
+    ranker = Ranker(5, width=7, hidden=2, outputs=4, dropout=0.5).double().train()
     features = Features(random.normal(size=(11, 5)), random.normal(size=(3, 5)))
     whole = similarities(ranker, features)
     assert ranker.training

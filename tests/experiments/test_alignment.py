@@ -77,7 +77,7 @@ def world(concepts: int = 60, linear: bool = True) -> ImageSet:
 
 
 def fitted(images: ImageSet, tmp_path, **settings) -> AlignmentJudge:
-    return AlignmentJudge(Images(), Texts(), Store(tmp_path), **settings).fit(images)
+    return AlignmentJudge(Images(), texts=Texts(), store=Store(tmp_path), **settings).fit(images)
 
 
 def asked(images: ImageSet):
@@ -291,7 +291,7 @@ class TestJudge:
 
     def test_misuse_is_refused(self, tmp_path) -> None:
         images = world()
-        judge = AlignmentJudge(Images(), Texts(), Store(tmp_path))
+        judge = AlignmentJudge(Images(), texts=Texts(), store=Store(tmp_path))
         ink = images.where("style", "ink").subset(range(10))
         pixels, concepts, styles = asked(ink)
         with pytest.raises(ValueError, match=r"call fit\(images\) first"):
@@ -308,7 +308,7 @@ class TestJudge:
         with pytest.raises(ValueError, match="concept 'new' in style 'ink'"):
             judge.ranks(pixels, ("new", *concepts[1:]), styles)
         with pytest.raises(ValueError, match="folds must be 3 or more"):
-            AlignmentJudge(Images(), Texts(), Store(tmp_path), folds=2)
+            AlignmentJudge(Images(), texts=Texts(), store=Store(tmp_path), folds=2)
 
 
 class TestRecognisability:
@@ -344,10 +344,12 @@ class TestRecognisability:
         def copy(prompts):
             return np.stack([by_caption[prompt] for prompt in prompts])
 
-        perfect = recognisability(judge, images, copy, 60, seed=0, among=20)
+        perfect = recognisability(judge, images=images, draw=copy, count=60, seed=0, among=20)
         real, generated, ratio = perfect.rates(5)
         assert (real.value, generated.value, ratio.value, ratio.error, ratio.count) == (1.0, 1.0, 1.0, 0.0, 60)
-        wrong = recognisability(judge, images, lambda prompts: np.roll(copy(prompts), 1, axis=0), 60, seed=0, among=20)
+        wrong = recognisability(
+            judge, images=images, draw=lambda prompts: np.roll(copy(prompts), 1, axis=0), count=60, seed=0, among=20
+        )
         assert wrong.rates(5)[1].value < 0.5
         assert wrong.rates(5)[2].value == wrong.rates(5)[1].value
         assert wrong.prompts == perfect.prompts
@@ -360,32 +362,38 @@ class TestRecognisability:
         images = world()
         judge = fitted(images, tmp_path)
         real = {c[0]: p for c, p in zip(images.captions, images.pixels, strict=True)}
-        result = recognisability(judge, images, lambda ps: 255 - np.stack([real[p] for p in ps]), 60, among=10)
+        result = recognisability(
+            judge, images=images, draw=lambda ps: 255 - np.stack([real[p] for p in ps]), count=60, among=10
+        )
         assert result.generated_ranks.max() == 10  # the reversed image is as far from its prompt as it can be
 
     def test_misuse_is_refused(self, tmp_path) -> None:
         images = world()
         judge = fitted(images, tmp_path)
         with pytest.raises(ValueError, match="multiple of 100"):
-            recognisability(judge, images, lambda prompts: images.pixels[: len(prompts)], 50)
+            recognisability(judge, images=images, draw=lambda prompts: images.pixels[: len(prompts)], count=50)
         with pytest.raises(ValueError, match="returned 3 images for 20 prompts"):
-            recognisability(judge, images, lambda prompts: images.pixels[:3], 20, among=20)
+            recognisability(judge, images=images, draw=lambda prompts: images.pixels[:3], count=20, among=20)
 
     def test_a_drawing_depends_on_prompt_and_seed_only(self, tmp_path) -> None:
         model = tiny_model(tmp_path)
         prompts = ["fox", "red house", "hill"]
-        drawn = drawing_with(model, 0, 3, 2.0)(prompts)
+        drawn = drawing_with(model, seed=0, steps=3, guidance=2.0)(prompts)
         assert (drawn.dtype, drawn.shape) == (np.uint8, (3, 16, 16, 3))
-        one_by_one = drawing_with(model, 0, 3, 2.0, batch_size=1)(prompts[::-1])[::-1]
+        one_by_one = drawing_with(model, seed=0, steps=3, guidance=2.0, batch_size=1)(prompts[::-1])[::-1]
         assert np.abs(drawn.astype(int) - one_by_one).max() <= 1
-        assert np.abs(drawn.astype(int) - drawing_with(model, 1, 3, 2.0)(prompts)).max() > 10
+        assert np.abs(drawn.astype(int) - drawing_with(model, seed=1, steps=3, guidance=2.0)(prompts)).max() > 10
         assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 10
 
     def test_sheet_shows_the_generated_image_above_the_real_one(self, tmp_path) -> None:
         images = world()
         judge = fitted(images, tmp_path)
         result = recognisability(
-            judge, images, lambda ps: np.full((len(ps), SIDE, SIDE, 3), (255, 0, 0), np.uint8), 20, among=20
+            judge,
+            images=images,
+            draw=lambda ps: np.full((len(ps), SIDE, SIDE, 3), (255, 0, 0), np.uint8),
+            count=20,
+            among=20,
         )
         sheet = np.asarray(contact_sheet(result, columns=5, cell=8))
         red, last = (sheet == (255, 0, 0)).all(-1), result.real[19].repeat(2, 0).repeat(2, 1)

@@ -66,4 +66,4 @@ def test_data_without_copies_is_refused(tmp_path: Path) -> None:
     recipe = training_config(tmp_path, "recipe", steps=6)
     tiny_folder(tmp_path / "pictures")
     with pytest.raises(ValueError, match="which cannot plant copies; Emoji can"):
-        near_duplicates.planted(recipe, 2, Store(tmp_path / "store"), tmp_path / "out")
+        near_duplicates.planted(recipe, copies=2, store=Store(tmp_path / "store"), output=tmp_path / "out")

@@ -83,15 +83,17 @@ def test_denoising_starts_at_its_timestep() -> None:
     latents = torch.randn(3, 4, 4, 8, generator=random, dtype=torch.float64)  # twice as wide as it was trained on
     states = torch.randn(3, 6, 12, generator=random, dtype=torch.float64)
     keys = keyed_random.hash_texts(["a", "b", "c"])
-    result = denoised(model, latents, states, keys, TIMESTEP, SAMPLING_STEPS)
+    result = denoised(model, latents=latents, states=states, keys=keys, timestep=TIMESTEP, steps=SAMPLING_STEPS)
     # diffusers keeps the signal levels in float32.
     torch.testing.assert_close(result, ddim(model, latents, states, keys), rtol=1e-4, atol=1e-5)
-    alone = denoised(model, latents[1:2], states[1:2], keys[1:2], TIMESTEP, SAMPLING_STEPS)
+    alone = denoised(
+        model, latents=latents[1:2], states=states[1:2], keys=keys[1:2], timestep=TIMESTEP, steps=SAMPLING_STEPS
+    )
     torch.testing.assert_close(alone, result[1:2], rtol=1e-9, atol=1e-9)
-    barely = denoised(model, latents, states, keys, 0, SAMPLING_STEPS)
+    barely = denoised(model, latents=latents, states=states, keys=keys, timestep=0, steps=SAMPLING_STEPS)
     assert (barely - latents).abs().max() < 0.1
     with pytest.raises(ValueError, match=r"between 0 and 999; given 1000"):
-        denoised(model, latents, states, keys, 1000, SAMPLING_STEPS)
+        denoised(model, latents=latents, states=states, keys=keys, timestep=1000, steps=SAMPLING_STEPS)
 
 
 def test_scenes_are_tried_until_enough_are_admitted() -> None:
@@ -152,7 +154,7 @@ def test_a_box_wins_if_its_own_concept_comes_first() -> None:
     last = two_objects.table({"method": result}, 12).splitlines()[-1]
     assert last == "| method | 2 | 100% ± 0% | 0% ± 0% | 50% ± 35% | 2, 2 | 1, 2 | 2, 2 |"
     shown = np.broadcast_to(np.array([200, 0, 200], dtype=np.uint8), (2, 4, 8, 3))
-    sheet = np.asarray(two_objects.contact_sheet(scenes, shown, results, images))
+    sheet = np.asarray(two_objects.contact_sheet(scenes, shown=shown, results=results, images=images))
     assert (sheet[10, 10].tolist(), sheet[10, 200].tolist()) == ([0, 0, 0], [200, 0, 200])
     for bar in ((50, 205, 50), (255, 0, 0)):
         assert (sheet == bar).all(axis=2).any()

@@ -186,13 +186,13 @@ def test_losses_are_kept_and_found_again(tmp_path: Path) -> None:
         chunks.clear()
         return measure_losses(
             model,
-            data,
-            grid,
-            Store(tmp_path),
-            one_process(),
-            64,
-            name,
-            lambda done, total: chunks.append((done, total)),
+            data=data,
+            grid=grid,
+            store=Store(tmp_path),
+            runner=one_process(),
+            batch_size=64,
+            weights=name,
+            progress=lambda done, total: chunks.append((done, total)),
         )
 
     model = tiny_model()

@@ -56,7 +56,9 @@ def features(count: int = COUNT) -> list[torch.Tensor]:
 
 def embedded(root: Path, runner: Runner | None = None, count: int = COUNT, **further) -> Embeddings:
     runner = Runner(CPU) if runner is None else runner
-    return embed_training_set(ranker(), NAMES, features(count), TRAINING, Store(root), runner, **further)
+    return embed_training_set(
+        ranker(), names=NAMES, features=features(count), training=TRAINING, store=Store(root), runner=runner, **further
+    )
 
 
 class TestEmbedding:
@@ -125,18 +127,31 @@ class TestEmbedding:
     def test_what_does_not_fit_is_refused(self, tmp_path: Path) -> None:
         store, runner = Store(tmp_path), Runner(CPU)
         with pytest.raises(ValueError, match="takes 7 features, but a give 4"):
-            embed_training_set(ranker(), ["a"], features()[:1], TRAINING, store, runner)
+            embed_training_set(
+                ranker(), names=["a"], features=features()[:1], training=TRAINING, store=store, runner=runner
+            )
         with pytest.raises(ValueError, match=r"features of \[2, 500\] images"):
-            embed_training_set(ranker(), NAMES, [features()[0], features()[1][:2]], TRAINING, store, runner)
+            embed_training_set(
+                ranker(),
+                names=NAMES,
+                features=[features()[0], features()[1][:2]],
+                training=TRAINING,
+                store=store,
+                runner=runner,
+            )
         with pytest.raises(ValueError, match=r"\[0\] images"):
-            embed_training_set(ranker(), NAMES, features(0), TRAINING, store, runner)
+            embed_training_set(
+                ranker(), names=NAMES, features=features(0), training=TRAINING, store=store, runner=runner
+            )
         for scale in (1.0, 0.0, float("nan")):
             with pytest.raises(ValueError, match=r"scale is .* needs a negative one"):
-                embed_training_set(ranker(scale), NAMES, features(), TRAINING, store, runner)
+                embed_training_set(
+                    ranker(scale), names=NAMES, features=features(), training=TRAINING, store=store, runner=runner
+                )
         broken = features()
         broken[1][300, 1] = float("nan")
         with pytest.raises(ValueError, match="Embedding 300 has length nan"):
-            embed_training_set(ranker(), NAMES, broken, TRAINING, store, runner)
+            embed_training_set(ranker(), names=NAMES, features=broken, training=TRAINING, store=store, runner=runner)
         assert Store(tmp_path).root.exists()
         assert not [path for path in (tmp_path / KIND).iterdir() if not path.name.endswith(".partial")]
 
@@ -197,7 +212,13 @@ class TestBuild:
 
             try:
                 folder = build_index(
-                    store, Alone(CPU, rank, 2), table(IDS), embeddings(VECTORS), training, progress=progress, **one_rank
+                    store,
+                    runner=Alone(CPU, rank, 2),
+                    rows=table(IDS),
+                    embeddings=embeddings(VECTORS),
+                    training=training,
+                    progress=progress,
+                    **one_rank,
                 )
             except KeyboardInterrupt:
                 assert kill

@@ -213,7 +213,7 @@ class TestRefusals:
     def test_another_rankers_vectors(self, folder: Path, tmp_path: Path) -> None:
         other = {**RANKER, "weights": "other"}
         with pytest.raises(ValueError, match="The ranker is another than the index's"):
-            Index(folder, other)
+            Index(folder, ranker=other)
         with pytest.raises(ValueError, match=r"queries' ranker is another .*'other'.*'abc'"):
             Index(folder).search(Embeddings(QUERIES, other), 3)
         with pytest.raises(ValueError, match="embeddings' ranker is another"):
@@ -262,9 +262,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"1 images are in the index already, such as '{IDS[4]}'"):
             index.add(table(["x", IDS[4]]), embeddings(unit(2)))
         with pytest.raises(ValueError, match="more than once, such as 'x'"):
-            make_rows(["x", "y", "x"], [["a"]] * 3)
+            make_rows(["x", "y", "x"], ids=[["a"]] * 3)
         with pytest.raises(ValueError, match="may not be called 'key'"):
-            make_rows(["x"], [["a"]], {"key": ["1"]})
+            make_rows(["x"], ids=[["a"]], store={"key": ["1"]})
 
     def test_shards_that_do_not_fit(self, folder: Path, store: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"'IVF8,Flat'.* one 'Flat'"):

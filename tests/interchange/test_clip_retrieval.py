@@ -21,7 +21,9 @@ IDS, VECTORS, TRAINING = names(COUNT), unit(COUNT), {"pictures": "tiny"}
 
 
 def write(folder: Path, part: int = 20, **further) -> Path:
-    write_clip_retrieval(folder, table(IDS), embeddings(VECTORS), TRAINING, part, **further)
+    write_clip_retrieval(
+        folder, rows=table(IDS), embeddings=embeddings(VECTORS), training=TRAINING, part=part, **further
+    )
     return folder
 
 
@@ -46,8 +48,8 @@ def test_layout(tmp_path: Path) -> None:
 
 
 def test_one_part_is_called_0(tmp_path: Path) -> None:
-    rows = make_rows(["a", "b"], [["one", "two"], []], {"file_name": ["a.png", "b.png"]})
-    write_clip_retrieval(tmp_path, rows, embeddings(unit(2)), TRAINING, dtype="float32")
+    rows = make_rows(["a", "b"], ids=[["one", "two"], []], store={"file_name": ["a.png", "b.png"]})
+    write_clip_retrieval(tmp_path, rows=rows, embeddings=embeddings(unit(2)), training=TRAINING, dtype="float32")
     assert np.array_equal(np.load(tmp_path / "img_emb" / "img_emb_0.npy"), unit(2))
     metadata = pq.read_table(tmp_path / "metadata" / "metadata_0.parquet").to_pydict()
     assert metadata["image_path"] == ["a.png", "b.png"]
@@ -63,8 +65,10 @@ def test_what_is_written_comes_back_into_an_index(tmp_path: Path, part: int) -> 
     assert read.ranker == RANKER
     assert rows.select(table(IDS).column_names).equals(table(IDS))
     store, runner = Store(tmp_path / "store"), Runner(torch.device("cpu"))
-    back = opened(build_index(store, runner, rows, read, {"of": "read"}))
-    direct = opened(build_index(store, runner, table(IDS), embeddings(VECTORS), {"of": "direct"}))
+    back = opened(build_index(store, runner=runner, rows=rows, embeddings=read, training={"of": "read"}))
+    direct = opened(
+        build_index(store, runner=runner, rows=table(IDS), embeddings=embeddings(VECTORS), training={"of": "direct"})
+    )
     queries = embeddings(unit(5, seed=3))
     for a, b in zip(back.search(queries, 9), direct.search(queries, 9), strict=True):
         assert a.images == b.images
@@ -162,11 +166,15 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "a", 50)
     for part, rows in ((0, table(IDS)), (10, table(IDS[:-1]))):
         with pytest.raises(ValueError, match="as many of both are needed"):
-            write_clip_retrieval(tmp_path / "b", rows, embeddings(VECTORS), TRAINING, part)
+            write_clip_retrieval(
+                tmp_path / "b", rows=rows, embeddings=embeddings(VECTORS), training=TRAINING, part=part
+            )
     broken = VECTORS.copy()
     broken[150] = np.nan
     with pytest.raises(ValueError, match="Embedding 150 has length nan"):
-        write_clip_retrieval(tmp_path / "c", table(IDS), embeddings(broken), TRAINING, 100)
-    rows = make_rows(["a"], [["b"]], {"caption": ["c"]})
+        write_clip_retrieval(
+            tmp_path / "c", rows=table(IDS), embeddings=embeddings(broken), training=TRAINING, part=100
+        )
+    rows = make_rows(["a"], ids=[["b"]], store={"caption": ["c"]})
     with pytest.raises(ValueError, match="may not be called 'caption'"):
-        write_clip_retrieval(tmp_path / "d", rows, embeddings(unit(1)), TRAINING)
+        write_clip_retrieval(tmp_path / "d", rows=rows, embeddings=embeddings(unit(1)), training=TRAINING)

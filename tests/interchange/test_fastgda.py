@@ -266,7 +266,7 @@ def test_a_ranker_goes_there_and_back(tmp_path: Path) -> None:
 
 def test_the_published_widths_name_their_features(tmp_path: Path) -> None:
     for width, features in ((768, ["dino"]), (1280, ["dino+clip_text"])):
-        write_fastgda_ranker(tmp_path / "file.pth", Ranker(width, 4, 3, 4))
+        write_fastgda_ranker(tmp_path / "file.pth", Ranker(width, width=4, hidden=3, outputs=4))
         main(["fastgda-ranker", str(tmp_path / "file.pth"), str(tmp_path / str(width))])
         assert load_ranker(tmp_path / str(width))[1] == features
 

@@ -145,7 +145,7 @@ def test_the_pipeline_that_is_saved_is_the_average(run: LightningCLI, folder: Pa
     for name, value in run.model.ema.state_dict().items():
         assert torch.equal(saved.denoiser.state_dict()[name], value.half().float()), name
     assert saved.process.prediction == "v_prediction"
-    drawn = generate(saved, ["a red square"], 0, run.model.latent_shape(), sampling_steps=2)
+    drawn = generate(saved, prompts=["a red square"], seed=0, shape=run.model.latent_shape(), sampling_steps=2)
     assert drawn[0].pixels.shape == (8, 8, 3)
 
 
@@ -192,17 +192,17 @@ def test_five_steps_give_the_recorded_losses(folder: Path) -> None:
 
 def test_the_weight_of_a_timestep_caps_the_weight_of_the_squared_error_of_the_image() -> None:
     scheduler = DDPMScheduler(prediction_type="v_prediction")
-    module = LatentDiffusion(tiny_unet(), scheduler, max_snr_weight=5.0)
+    module = LatentDiffusion(tiny_unet(), noise_scheduler=scheduler, max_snr_weight=5.0)
     timesteps = torch.tensor([0, 50, 100, 200, 999])
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[timesteps]
     ratio = alpha_bar / (1 - alpha_bar)
     expected = torch.minimum(ratio + 1, torch.tensor(5.0)) / (ratio + 1)
     torch.testing.assert_close(module.weights(timesteps), expected, rtol=1e-3, atol=0)
-    assert LatentDiffusion(tiny_unet(), scheduler).weights(timesteps) == 1.0
+    assert LatentDiffusion(tiny_unet(), noise_scheduler=scheduler).weights(timesteps) == 1.0
     with pytest.raises(ValueError, match=r"max_snr_weight 0\.0: it must be positive"):
-        LatentDiffusion(tiny_unet(), scheduler, max_snr_weight=0.0)
+        LatentDiffusion(tiny_unet(), noise_scheduler=scheduler, max_snr_weight=0.0)
     with pytest.raises(ValueError, match=r"prediction_type 'v_prediction' \(it is 'epsilon'\)"):
-        LatentDiffusion(tiny_unet(), DDPMScheduler(), max_snr_weight=5.0)
+        LatentDiffusion(tiny_unet(), noise_scheduler=DDPMScheduler(), max_snr_weight=5.0)
 
 
 def test_validation_and_the_saved_configuration_give_the_same_loss(run: LightningCLI, folder: Path) -> None:
@@ -397,12 +397,22 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
     model, train_set = load_model(str(pipeline)), done.datamodule.train_latents
     names = list(select_weights(model.denoiser, "all"))
     runner = Runner(torch.device("cpu"))
-    fisher = fit_diagonal(model, train_set, names, Store(tmp_path / "store"), runner, done.model.fisher)
-    query = generate(model, ["a red square"], 0, (4, 4, 4))[0]
+    fisher = fit_diagonal(
+        model, data=train_set, names=names, store=Store(tmp_path / "store"), runner=runner, settings=done.model.fisher
+    )
+    query = generate(model, prompts=["a red square"], seed=0, shape=(4, 4, 4))[0]
     assert model.encoder is not None
     assert query.latent is not None
     latent = QueryLatent(query.id, query.latent, model.encoder.text.encode(["a red square"])[0])
-    expected = unlearn(model, latent, "all", fisher, len(train_set), UnlearningSettings(**settings), runner)
+    expected = unlearn(
+        model,
+        query=latent,
+        weights="all",
+        curvature=fisher,
+        dataset_size=len(train_set),
+        settings=UnlearningSettings(**settings),
+        runner=runner,
+    )
     assert done.trainer.global_step == 2
     assert_same({name: value.detach() for name, value in done.model.unet.named_parameters()}, expected.moved)
     assert (tmp_path / "moved.safetensors").exists()

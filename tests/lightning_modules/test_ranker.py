@@ -161,7 +161,7 @@ def value_of(run: LightningCLI) -> torch.Tensor:
 
 
 def test_dropout_belongs_to_the_block(folder: Path) -> None:
-    data = TeacherRankings(str(folder / "near"), ["first", "second"])
+    data = TeacherRankings(str(folder / "near"), features=["first", "second"])
     data.setup()
     block = BlockSampler(data.device_pairs, 0, 4, 9).block(0)
     module = LearningToRank(Ranker(**SIZES)).train()
@@ -252,7 +252,7 @@ def test_early_stopping_watches_the_logged_metric(folder: Path) -> None:
 
 def test_splits_are_by_query_and_nested(folder: Path) -> None:
     def made(**settings: Any) -> TeacherRankings:
-        data = TeacherRankings(str(folder / "whole"), ["first"], **settings)
+        data = TeacherRankings(str(folder / "whole"), features=["first"], **settings)
         data.setup()
         return data
 
@@ -283,12 +283,12 @@ def test_validation_queries_may_be_of_another_folder(folder: Path) -> None:
     teacher = planted_teacher(queries=24, images=50, scored=15)
     others = replace(teacher.of_queries([3, 5]), queries=("a", "b"))
     write_teacher_set(folder / "others", others)
-    data = TeacherRankings(str(folder / "near"), ["second"], str(folder / "others"))
+    data = TeacherRankings(str(folder / "near"), features=["second"], validation_folder=str(folder / "others"))
     data.setup()
     assert data.validation_set.queries == ("a", "b")
     assert len(data.train_set.queries) == 24
     with pytest.raises(ValueError, match=r"near ranks 50 training images, .*whole 80"):
-        TeacherRankings(str(folder / "whole"), ["first"], str(folder / "near")).setup()
+        TeacherRankings(str(folder / "whole"), features=["first"], validation_folder=str(folder / "near")).setup()
 
 
 def test_features_of_another_width_are_refused(folder: Path) -> None:

@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 @pytest.fixture(scope="module")
 def query(data: TrainingData) -> Query:
     """An image of the model's own."""
-    (made,) = generate(load_model(WEIGHTS), [PROMPT], 0, (4, 8, 8), sampling_steps=20)
+    (made,) = generate(load_model(WEIGHTS), prompts=[PROMPT], seed=0, shape=(4, 8, 8), sampling_steps=20)
     return made
 
 

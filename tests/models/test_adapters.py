@@ -107,24 +107,30 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(model: DiffusionMod
 def test_fit_unlearn_score_and_rank(model: DiffusionModel, curvature: Any, tmp_path: Path) -> None:
     train, store = images(4), Store(tmp_path)
     assert model.encoder is not None
-    data = TrainingData(train, encode_image_set(train, model.encoder, store))
+    data = TrainingData(train, encode_image_set(train, encoder=model.encoder, store=store))
     settings = UnlearningSettings(noise_samples=8, measurement_samples=8, relative_loss_increase=1e-3)
     method = AttributionByUnlearning(
         "adapter",
-        settings,
-        LossGrid(timesteps=2),
+        unlearning=settings,
+        grid=LossGrid(timesteps=2),
         curvature=curvature,
         fisher=FisherSettings(1),
         timestep_weights="equal",
     )
     method.fit(data, model, store, one_process())
-    (query,) = generate(model, ["a big red square"], 0, (4, 4, 4), sampling_steps=2)
+    (query,) = generate(model, prompts=["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)
     (scores,) = method.score([query])
     assert np.isfinite(scores.scores).all()
     assert len(np.unique(scores.scores)) == len(train)
     before = {name: value.clone() for name, value in model.denoiser.named_parameters()}
     moved = unlearn(
-        model, method.query_latent(query), "adapter", method.curvature, len(train), settings, one_process()
+        model,
+        query=method.query_latent(query),
+        weights="adapter",
+        curvature=method.curvature,
+        dataset_size=len(train),
+        settings=settings,
+        runner=one_process(),
     ).moved
     assert moved.keys() == {name for name in before if ".lora_A." in name or ".lora_B." in name}
     assert all(not torch.equal(value, before[name]) for name, value in moved.items())

@@ -272,12 +272,12 @@ def test_gradients_are_those_of_the_written_out_loss(world: Path) -> None:
     """One step of plain gradient descent, by autograd through a text encoder whose whole table asks for gradients."""
     sgd = ["--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr", "1.0"]
     folder = fit(world, "sgd", *sgd, steps=1)
-    module = CustomDiffusion(str(world / "pipeline"), WORD, "red")
+    module = CustomDiffusion(str(world / "pipeline"), word=WORD, start="red")
     model = module.model()
     encoder = load_model(str(world / "pipeline")).encoder
     store = str(world / "store")
     prior = ImageFolder(str(world / "prior"), store=store, batch_size=3)
-    data = Exemplars(str(world / "exemplars"), prior, encoder=encoder, store=store, batch_size=2)
+    data = Exemplars(str(world / "exemplars"), prior=prior, encoder=encoder, store=store, batch_size=2)
 
     class Steps:
         max_steps, global_step, global_rank, world_size, accumulate_grad_batches = 1, 0, 0, 1, 1

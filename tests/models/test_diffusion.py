@@ -94,7 +94,7 @@ def by_hand(model: DiffusionModel, states: Tensor, steps: int, guidance: float, 
 @torch.no_grad()
 def test_sampling_is_ddim(prediction: str, guidance: float, eta: float) -> None:
     model, states = tiny_model(prediction=prediction), states_of(3)
-    result = sample(model, states, NULL, KEYS, SHAPE, steps=4, guidance=guidance, eta=eta)
+    result = sample(model, states=states, null_states=NULL, keys=KEYS, shape=SHAPE, steps=4, guidance=guidance, eta=eta)
     expected = by_hand(model, states, 4, guidance, eta)
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
@@ -107,7 +107,9 @@ def test_a_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: f
 
     def draw(rows: list[int], seed: int = 0) -> Tensor:
         keys = keyed_random.combine(seed, KEYS[rows])
-        return sample(model, states[rows], NULL, keys, SHAPE, steps=3, guidance=guidance, eta=eta)
+        return sample(
+            model, states=states[rows], null_states=NULL, keys=keys, shape=SHAPE, steps=3, guidance=guidance, eta=eta
+        )
 
     whole = draw([0, 1, 2])
     assert torch.equal(draw([0, 1, 2]), whole)
@@ -119,14 +121,22 @@ def test_a_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: f
 
 def test_without_guidance_the_empty_prompt_is_not_asked() -> None:
     broken = torch.full_like(NULL, float("nan"))
-    result = sample(tiny_model(), states_of(2), broken, KEYS[:2], SHAPE, steps=2, guidance=1.0)
+    result = sample(
+        tiny_model(), states=states_of(2), null_states=broken, keys=KEYS[:2], shape=SHAPE, steps=2, guidance=1.0
+    )
     assert torch.isfinite(result).all()
 
 
 def test_progress_counts_the_steps() -> None:
     calls: list[tuple[int, int]] = []
     sample(
-        tiny_model(), states_of(1), NULL, KEYS[:1], SHAPE, 3, progress=lambda done, total: calls.append((done, total))
+        tiny_model(),
+        states=states_of(1),
+        null_states=NULL,
+        keys=KEYS[:1],
+        shape=SHAPE,
+        steps=3,
+        progress=lambda done, total: calls.append((done, total)),
     )
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
@@ -188,7 +198,15 @@ def test_diffusers_own_pipeline_draws_the_same_image(tmp_path: Path, guidance: f
     assert model.encoder is not None
     prompt = "a big red square"
     text = model.encoder.text
-    latents = sample(model, text.encode([prompt]), text.encode([""])[0], KEYS[:1], SHAPE, 5, guidance)
+    latents = sample(
+        model,
+        states=text.encode([prompt]),
+        null_states=text.encode([""])[0],
+        keys=KEYS[:1],
+        shape=SHAPE,
+        steps=5,
+        guidance=guidance,
+    )
     start = keyed_random.normal(keyed_random.combine(START, KEYS[:1]), SHAPE)
     theirs = pipeline(
         prompt, num_inference_steps=5, guidance_scale=guidance, latents=start, output_type="latent"

@@ -206,7 +206,7 @@ def test_flow_matching_needs_its_scheduler_and_adds_no_noise(tmp_path: Path) -> 
     model = load_model(str(stable_diffusion_3(tmp_path)), torch.float64)
     states = torch.zeros(1, 77 + 256 + 1, 24)
     with pytest.raises(ValueError, match="eta must be 0"):
-        sample(model, states, states[0], torch.tensor([1]), (4, 4, 4), 2, eta=0.5)
+        sample(model, states=states, null_states=states[0], keys=torch.tensor([1]), shape=(4, 4, 4), steps=2, eta=0.5)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_the_size_that_sdxl_is_told_is_the_images(tmp_path: Path) -> None:
     identity = encoder.identity()
     random = np.random.default_rng(0).integers(0, 255, (2, 16, 24, 3), dtype=np.uint8)
     train = ImageSet(("a", "b"), (("red",), ("blue",)), random, {"license": ("", "")}, "wide")
-    states = encode_image_set(train, encoder, Store(tmp_path / "store")).states[:, 0]
+    states = encode_image_set(train, encoder=encoder, store=Store(tmp_path / "store")).states[:, 0]
     tokens, extra = unpack(states, 16)
     assert extra[:, 10:].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
     assert torch.equal(tokens[:1], unpack(before, 16)[0])

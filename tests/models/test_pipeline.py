@@ -81,15 +81,15 @@ def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvatu
     model, store = load_model(str(folders[kind]), torch.float64), Store(tmp_path)
     assert model.encoder is not None
     train = images()
-    data = TrainingData(train, encode_image_set(train, model.encoder, store))
+    data = TrainingData(train, encode_image_set(train, encoder=model.encoder, store=store))
     assert data.latents is not None
     shape = tuple(data.latents.latents.shape[2:])
-    (query,) = generate(model, ["a big red square"], 0, shape, sampling_steps=2)
+    (query,) = generate(model, prompts=["a big red square"], seed=0, shape=shape, sampling_steps=2)
     settings = UnlearningSettings(noise_samples=8, measurement_samples=8, relative_loss_increase=1e-3)
     method = AttributionByUnlearning(
         "cross_attention_kv",
-        settings,
-        LossGrid(timesteps=2),
+        unlearning=settings,
+        grid=LossGrid(timesteps=2),
         curvature=curvature,
         fisher=FisherSettings(1),
         timestep_weights="equal",
@@ -102,7 +102,13 @@ def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvatu
     order = order_of(scores.ids, scores.scores)
     assert sorted(order) == list(range(len(train)))
     moved = unlearn(
-        model, method.query_latent(query), "cross_attention_kv", method.curvature, len(train), settings, one_process()
+        model,
+        query=method.query_latent(query),
+        weights="cross_attention_kv",
+        curvature=method.curvature,
+        dataset_size=len(train),
+        settings=settings,
+        runner=one_process(),
     ).moved
     expected = {name for name, _ in model.denoiser.named_parameters() if key_and_value(name, kind)}
     assert moved.keys() == expected
@@ -127,7 +133,7 @@ def test_the_captions_that_are_cut_are_counted(
     train = images(3)
     captions = ((long,), ("short",), (long,))
     latents = ImageSet(train.ids, captions, train.pixels, train.columns, "long")
-    encode_image_set(latents, encoder, Store(tmp_path))
+    encode_image_set(latents, encoder=encoder, store=Store(tmp_path))
     assert "2 of 3 captions are longer than the text encoder reads (77 tokens)" in caplog.text
     (manifest,) = tmp_path.glob("latents/*/manifest.json")
     assert '"captions_cut": 2' in manifest.read_text()
@@ -144,7 +150,9 @@ def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], k
         pipeline.scheduler = sampling_scheduler(model.process)
     prompt, text, shape = "a big red square", model.encoder.text, (channels(model), 4, 4)
     null = text.encode([""])[0]
-    ours = sample(model, text.encode([prompt]), null, KEYS[:1], shape, 4, 3.0)
+    ours = sample(
+        model, states=text.encode([prompt]), null_states=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
+    )
     options = {"clean_caption": False} if kind == "pixart" else {}
     start = keyed_random.normal(keyed_random.combine(101, KEYS[:1]), shape)
     theirs = pipeline(
@@ -159,7 +167,9 @@ def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], k
         **options,
     ).images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    other = sample(model, text.encode(["stripes"]), null, KEYS[:1], shape, 4, 3.0)
+    other = sample(
+        model, states=text.encode(["stripes"]), null_states=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
+    )
     assert (ours - other).abs().max() > 0.01
 
 

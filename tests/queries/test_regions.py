@@ -108,7 +108,13 @@ def test_a_method_without_a_query_loss_refuses_a_region(tmp_path: Path) -> None:
     query = Query("query", "a prompt", np.zeros((8, 8, 3), np.uint8), region=region)
     with pytest.raises(ValueError, match=r"PixelSimilarity cannot attribute a region, but query 'query' asks for 'box"):
         attribute(
-            tmp_path / "run", PixelSimilarity(), TrainingData(images), None, [query], Store(tmp_path), one_process()
+            tmp_path / "run",
+            attributor=PixelSimilarity(),
+            data=TrainingData(images),
+            model=None,
+            queries=[query],
+            store=Store(tmp_path),
+            runner=one_process(),
         )
 
 
@@ -116,7 +122,15 @@ def test_two_queries_of_one_name_are_refused(tmp_path: Path) -> None:
     query = Query("query", "a prompt", np.zeros((8, 8, 3), np.uint8))
     data, store = TrainingData(tiny_latents().images), Store(tmp_path)
     with pytest.raises(ValueError, match="Two queries are called 'query'"):
-        attribute(tmp_path / "run", PixelSimilarity(), data, None, [query, query], store, one_process())
+        attribute(
+            tmp_path / "run",
+            attributor=PixelSimilarity(),
+            data=data,
+            model=None,
+            queries=[query, query],
+            store=store,
+            runner=one_process(),
+        )
 
 
 def test_what_is_outside_is_shown_faded() -> None:

@@ -28,19 +28,21 @@ def test_images_that_cannot_be_queries_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(path)
     model = tiny_model()
     with pytest.raises(ValueError, match=r"There are no queries: give queries.prompts"):
-        make_queries(model, QuerySource(), (4, 4, 4), (8, 8))
+        make_queries(model, source=QuerySource(), latent_shape=(4, 4, 4), size=(8, 8))
     twice = [QueryImage(str(path), "")] * 2
     with pytest.raises(ValueError, match=r"A query image is given twice"):
-        make_queries(model, QuerySource(images=twice), (4, 4, 4), (8, 8))
+        make_queries(model, source=QuerySource(images=twice), latent_shape=(4, 4, 4), size=(8, 8))
     with pytest.raises(ValueError, match=r"Generating needs a model with an encoder"):
-        generate(model, ["red"], 0, (4, 4, 4))
+        generate(model, prompts=["red"], seed=0, shape=(4, 4, 4))
 
 
 def test_a_generated_query_is_named_by_all_that_made_it(tmp_path: Path) -> None:
     model = tiny_model(dtype=torch.float32, encoder=tiny_encoder(tmp_path / "text"))
 
     def draw(prompts: list[str], seed: int = 0, steps: int = 2, guidance: float = 2.0, eta: float = 0.0) -> list[Query]:
-        return generate(model, prompts, seed, (4, 4, 4), steps, guidance, eta)
+        return generate(
+            model, prompts=prompts, seed=seed, shape=(4, 4, 4), sampling_steps=steps, guidance=guidance, eta=eta
+        )
 
     red, blue, again = draw(["red", "blue", "red"])
     assert red.id != again.id
@@ -63,7 +65,7 @@ def test_a_generated_query_is_named_by_all_that_made_it(tmp_path: Path) -> None:
     encoder.vae.encoder.conv_out.bias.data += 0.1
     assert encoder.identity() != latents
     assert len({query.id for query in (red, blue, again, *others)}) == 8
-    assert generate(model, [], 0, (4, 4, 4)) == []
+    assert generate(model, prompts=[], seed=0, shape=(4, 4, 4)) == []
 
 
 def test_each_region_is_a_query_beside_its_whole_image(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_each_region_is_a_query_beside_its_whole_image(tmp_path: Path) -> None:
         ],
         sampling_steps=2,
     )
-    queries = make_queries(model, source, (4, 4, 4), (8, 8))
+    queries = make_queries(model, source=source, latent_shape=(4, 4, 4), size=(8, 8))
     assert [(query.prompt, query.region and query.region.name.split("-")[0]) for query in queries] == [
         ("", None),
         ("", "mask mask"),
@@ -109,7 +111,9 @@ def test_regions_that_cannot_be_used_are_named_before_anything_is_drawn(
     regions: list[QueryRegion], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_queries(tiny_model(), QuerySource(prompts=["red"], regions=regions), (4, 4, 4), (8, 8))
+        make_queries(
+            tiny_model(), source=QuerySource(prompts=["red"], regions=regions), latent_shape=(4, 4, 4), size=(8, 8)
+        )
 
 
 @pytest.mark.parametrize("region", [{}, {"box": [0, 0, 4, 8], "mask": "mask.png"}])
@@ -124,8 +128,17 @@ def test_a_region_is_a_box_or_a_mask(region: dict[str, Any]) -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: float) -> None:
     model = tiny_model(dtype=torch.float32, encoder=tiny_encoder(tmp_path / "text"))
-    bare = generate(model, ["red", "blue"], 0, (4, 4, 4), 4, 3.0, eta)
-    kept = generate(model, ["red", "blue"], 0, (4, 4, 4), 4, 3.0, eta, keep_trajectory=True)
+    bare = generate(model, prompts=["red", "blue"], seed=0, shape=(4, 4, 4), sampling_steps=4, guidance=3.0, eta=eta)
+    kept = generate(
+        model,
+        prompts=["red", "blue"],
+        seed=0,
+        shape=(4, 4, 4),
+        sampling_steps=4,
+        guidance=3.0,
+        eta=eta,
+        keep_trajectory=True,
+    )
     assert model.encoder is not None
     with_prompt, without = model.encoder.text.encode(["red", ""])
     for with_steps, plain in zip(kept, bare, strict=True):

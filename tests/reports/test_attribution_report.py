@@ -112,7 +112,14 @@ def _query(
 
 def _write(tmp_path: Path, *queries: QueryReport, title: str = "Title", methods_note: str = "How it was made.") -> Page:
     path = tmp_path / "report.html"
-    write_report(path, title, queries or [_query()], {"model": "tiny"}, ["only a demonstration"], methods_note)
+    write_report(
+        path,
+        title=title,
+        queries=queries or [_query()],
+        facts={"model": "tiny"},
+        notes=["only a demonstration"],
+        methods_note=methods_note,
+    )
     return Page(path)
 
 
@@ -187,7 +194,9 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path, hostile: str) -> None:
     shares = {hostile: [Share(hostile, 0.5, 0.4, 0.6, 0.5)]}
     query = QueryReport(hostile, hostile, _pixels(99), [image, image], shares, {hostile: hostile}, [hostile])
     path = tmp_path / "hostile.html"
-    write_report(path, hostile, [query, query], {hostile: hostile}, [hostile], hostile)
+    write_report(
+        path, title=hostile, queries=[query, query], facts={hostile: hostile}, notes=[hostile], methods_note=hostile
+    )
     page = Page(path)
     # The calm page's second query has no shares, so elements are compared as a set, then one by one for what could act.
     assert {name for name, _ in page.elements} == {name for name, _ in calm.elements} <= ELEMENTS
@@ -308,18 +317,18 @@ def test_refused_and_the_old_report_kept(tmp_path: Path, query: QueryReport, mes
     path = tmp_path / "report.html"
     path.write_text("old")
     with pytest.raises(ValueError, match=message):
-        write_report(path, "Title", [_query(), query], {})
+        write_report(path, title="Title", queries=[_query(), query], facts={})
     assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text() == "old"
 
 
 def test_needs_a_query(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one query"):
-        write_report(tmp_path / "report.html", "Title", [], {})
+        write_report(tmp_path / "report.html", title="Title", queries=[], facts={})
 
 
 def test_same_input_same_bytes_in_a_new_folder(tmp_path: Path) -> None:
     paths = [tmp_path / "new" / "one.html", tmp_path / "two.html"]
     for path in paths:
-        write_report(path, "Title", [_query()], {})
+        write_report(path, title="Title", queries=[_query()], facts={})
     assert paths[0].read_bytes() == paths[1].read_bytes()

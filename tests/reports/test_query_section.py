@@ -19,7 +19,15 @@ def test_the_report_says_when_nothing_stands_out(tmp_path: Path) -> None:
     for seed in range(3):
         data = TrainingData(train_set, held_out=held_out)
         folder = tmp_path / str(seed)
-        attribute(folder, Random(seed), data, None, [query], Store(tmp_path / "store"), one_process())
+        attribute(
+            folder,
+            attributor=Random(seed),
+            data=data,
+            model=None,
+            queries=[query],
+            store=Store(tmp_path / "store"),
+            runner=one_process(),
+        )
         assert "Nothing stands out" in (folder / "report.html").read_text()
 
 
@@ -33,7 +41,15 @@ def test_the_report_warns_of_a_image_that_the_model_cannot_represent(tmp_path: P
         Query("strange", "red", pixels, data.latents[3, 0] * 9),
     ]
     method = InfluenceFunction(noise_samples=4, grid=LossGrid(timesteps=1), curvature="identity")
-    results = attribute(tmp_path / "run", method, training, model, queries, Store(tmp_path / "store"), one_process())
+    results = attribute(
+        tmp_path / "run",
+        attributor=method,
+        data=training,
+        model=model,
+        queries=queries,
+        store=Store(tmp_path / "store"),
+        runner=one_process(),
+    )
     usual, strange = (scores.facts["loss_excess"] for scores in results)
     assert usual < 3 < strange
     page = (tmp_path / "run" / "report.html").read_text()
@@ -44,5 +60,13 @@ def test_the_report_warns_of_a_image_that_the_model_cannot_represent(tmp_path: P
 def test_the_report_warns_of_scores_that_are_nearly_uniform(tmp_path: Path) -> None:
     data = TrainingData(tiny_latents(400).images)
     query = Query("query", "red", np.zeros((8, 8, 3), dtype=np.uint8))
-    attribute(tmp_path / "run", Random(0), data, None, [query], Store(tmp_path / "store"), one_process())
+    attribute(
+        tmp_path / "run",
+        attributor=Random(0),
+        data=data,
+        model=None,
+        queries=[query],
+        store=Store(tmp_path / "store"),
+        runner=one_process(),
+    )
     assert "The scores are nearly uniform" in (tmp_path / "run" / "report.html").read_text()

@@ -93,12 +93,12 @@ CPU = torch.device("cpu")
 def run(root: Path, runner: Runner, stop: int | None = None, kill: bool = False) -> Count:
     return run_pass(
         lambda: Count(root / f"steps{runner.rank}.log", stop, kill),
-        COUNT,
-        Store(root / "store"),
-        "count",
-        IDENTITY,
-        runner,
-        CHUNK,
+        count=COUNT,
+        store=Store(root / "store"),
+        kind="count",
+        identity=IDENTITY,
+        runner=runner,
+        chunk_size=CHUNK,
     )
 
 
@@ -255,12 +255,12 @@ def test_progress_counts_the_chunks_of_this_process(tmp_path: Path) -> None:
         run(tmp_path, Runner(CPU), stop=8)
     run_pass(
         lambda: Count(tmp_path / "steps.log"),
-        COUNT,
-        Store(tmp_path / "store"),
-        "count",
-        IDENTITY,
-        Runner(CPU),
-        CHUNK,
-        lambda done, total: calls.append((done, total)),
+        count=COUNT,
+        store=Store(tmp_path / "store"),
+        kind="count",
+        identity=IDENTITY,
+        runner=Runner(CPU),
+        chunk_size=CHUNK,
+        progress=lambda done, total: calls.append((done, total)),
     )
     assert calls == [(done, 7) for done in range(1, 8)]

@@ -65,8 +65,8 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     model, data = tiny_model(encoder=LatentEncoder(tiny_vae(), text)), tiny_latents(COUNT)
     attributor = AttributionByUnlearning(
         "all",
-        UnlearningSettings(steps=2, noise_samples=160, relative_loss_increase=0.05, measurement_samples=160),
-        LossGrid(timesteps=2),
+        unlearning=UnlearningSettings(steps=2, noise_samples=160, relative_loss_increase=0.05, measurement_samples=160),
+        grid=LossGrid(timesteps=2),
         fisher=FisherSettings(samples_per_image=1),
     )
     held_out = tiny_latents(6, seed=1)
@@ -75,8 +75,8 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     assert isinstance(attributor.curvature, Diagonal)
     plus = AttributionByUnlearning(
         "cross_attention",
-        UnlearningSettings(noise_samples=160, relative_loss_increase=0.01, measurement_samples=160),
-        LossGrid(timesteps=2),
+        unlearning=UnlearningSettings(noise_samples=160, relative_loss_increase=0.01, measurement_samples=160),
+        grid=LossGrid(timesteps=2),
         curvature="ekfac",
         fisher=FisherSettings(samples_per_image=1),
     )

@@ -32,7 +32,15 @@ def squares(asked: list[range], broken: int | None = None) -> Callable[[range], 
 
 
 def make(root: Path, compute: Callable[[range], Tensor], chunk_size: int = 4, runner: Runner | None = None) -> Rows:
-    return make_rows(compute, NAMES, Store(root), "squares", IDENTITY, runner or one_process(), chunk_size)
+    return make_rows(
+        compute,
+        ids=NAMES,
+        store=Store(root),
+        kind="squares",
+        identity=IDENTITY,
+        runner=runner or one_process(),
+        chunk_size=chunk_size,
+    )
 
 
 EXPECTED = torch.tensor([[[p, p * p]] for p in range(10)], dtype=torch.float64)
@@ -111,4 +119,6 @@ def test_chunks_of_another_size_are_not_mixed_in(tmp_path: Path) -> None:
 def test_rows_of_other_images_are_refused(tmp_path: Path) -> None:
     make(tmp_path, squares([]))
     with pytest.raises(ArtifactMismatchError, match="holds rows of 10 other images than the 2 asked for"):
-        make_rows(squares([]), ["a", "b"], Store(tmp_path), "squares", IDENTITY, one_process())
+        make_rows(
+            squares([]), ids=["a", "b"], store=Store(tmp_path), kind="squares", identity=IDENTITY, runner=one_process()
+        )

@@ -69,18 +69,20 @@ class Judge:
         assert latents is not None
         self.retrains = Retrains(store, {"recipe": "random"}, latents.ids, latents.fingerprint, train)
         self.base = self.retrains.model(Retrain())
-        self.queries = generate(self.base, SOURCE.prompts, SOURCE.seed, (4, 4, 4), SOURCE.sampling_steps)
+        self.queries = generate(
+            self.base, prompts=SOURCE.prompts, seed=SOURCE.seed, shape=(4, 4, 4), sampling_steps=SOURCE.sampling_steps
+        )
         panel = Panel(self.queries, self.base, SOURCE, timesteps=4)
         table = Measurements(folder / "retrains.parquet")
-        self.sweep = Sweep(self.retrains, panel, table, log=log, **keywords)
+        self.sweep = Sweep(self.retrains, panel=panel, table=table, log=log, **keywords)
         self.again = Reattribution(
             folder / "after",
-            methods,
-            self.data,
-            self.retrains,
-            self.queries,
-            store,
-            one_process(),
+            methods=methods,
+            data=self.data,
+            retrains=self.retrains,
+            queries=self.queries,
+            store=store,
+            runner=one_process(),
             log=log,
         )
 

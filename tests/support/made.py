@@ -33,7 +33,7 @@ def names(count: int, first: int = 0) -> list[str]:
 def table(ids: Sequence[str]) -> pa.Table:
     """Rows of images with these ids."""
     columns = {"license": [f"licence {name}" for name in ids], "group": ["one"] * len(ids)}
-    return make_rows(ids, [[f"caption of {name}"] for name in ids], columns)
+    return make_rows(ids, ids=[[f"caption of {name}"] for name in ids], store=columns)
 
 
 def embeddings(vectors: NDArray[np.floating[Any]]) -> Embeddings:
@@ -45,7 +45,13 @@ def built(root: Path, ids: Sequence[str], vectors: NDArray[np.float32], factory:
     """The folder of an index."""
     training = {"pictures": f"{len(ids)} from {ids[0]}"}
     return build_index(
-        Store(root), Runner(torch.device("cpu")), table(ids), embeddings(vectors), training, factory, **further
+        Store(root),
+        runner=Runner(torch.device("cpu")),
+        rows=table(ids),
+        embeddings=embeddings(vectors),
+        training=training,
+        factory=factory,
+        **further,
     )
 
 
@@ -66,4 +72,4 @@ def same(first: Sequence[Hits], second: Sequence[Hits]) -> bool:
 
 def opened(folder: Path, **further: Any) -> Index:
     """The index, for the tests' ranker."""
-    return Index(folder, RANKER, **further)
+    return Index(folder, ranker=RANKER, **further)

@@ -62,6 +62,7 @@ class LearnedRanker(Attributor):
     def __init__(
         self,
         ranker: str,
+        *,
         encoders: Mapping[str, ImageEncoder | TextEncoder],
         index: str = "Flat",
         search: str = "",
@@ -104,20 +105,22 @@ class LearnedRanker(Attributor):
         log(f"index {self.factory}")
         folder = build_index(
             store,
-            runner,
-            rows_of(data.images),
-            embeddings,
-            self._training(data.images),
-            self.factory,
+            runner=runner,
+            rows=rows_of(data.images),
+            embeddings=embeddings,
+            training=self._training(data.images),
+            factory=self.factory,
             progress=self.progress,
         )
-        index = Index(folder, self.ranker_identity, self.settings, self.mmap, self.gpu)
+        index = Index(folder, ranker=self.ranker_identity, search=self.settings, mmap=self.mmap, gpu=self.gpu)
         self._ready = data.images, embeddings, index, null
 
     def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
         """What was taken down from the index of these images, where there is one."""
         training, dimension = self._training(data.images), int(self.ranker.sizes["outputs"])
-        folder = store.find(KIND, index_identity(self.ranker_identity, training, self.factory, dimension))
+        folder = store.find(
+            KIND, index_identity(self.ranker_identity, training=training, factory=self.factory, dimension=dimension)
+        )
         return frozenset() if folder is None else frozenset(read_removed(folder, read_manifest(folder)))
 
     @property
@@ -147,7 +150,15 @@ class LearnedRanker(Attributor):
     def _embeddings(self, images: ImageSet, store: Store, runner: Runner) -> Embeddings:
         features = [training_features(images, each, store, self.progress) for each in self.encoders.values()]
         training = self._training(images)
-        return embed_training_set(self.ranker, self.names, features, training, store, runner, self.progress)
+        return embed_training_set(
+            self.ranker,
+            names=self.names,
+            features=features,
+            training=training,
+            store=store,
+            runner=runner,
+            progress=self.progress,
+        )
 
     def embed_queries(self, queries: Sequence[Query]) -> Embeddings:
         """Unit vectors of queries; each is made alone, so that none depends on its company."""

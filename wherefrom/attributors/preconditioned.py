@@ -70,6 +70,7 @@ class PreconditionedAttributor(Attributor):
     def __init__(
         self,
         weights: Subset,
+        *,
         grid: LossGrid,
         flip: Flip,
         curvature: Form,
@@ -182,20 +183,39 @@ class PreconditionedAttributor(Attributor):
             curvature.check(names, f"The curvature in {self.fisher_path}")
             return curvature
         if self.form == "ekfac":
-            log(ekfac_plan(model, data, names, self.fisher, self.layers_per_pass, store, runner.world_size))
+            log(
+                ekfac_plan(
+                    model,
+                    data=data,
+                    names=names,
+                    settings=self.fisher,
+                    layers_per_pass=self.layers_per_pass,
+                    store=store,
+                    world_size=runner.world_size,
+                )
+            )
             return fit_ekfac(
                 model,
-                data,
-                names,
-                store,
-                runner,
-                self.fisher,
-                self.damping,
-                self.layers_per_pass,
+                data=data,
+                names=names,
+                store=store,
+                runner=runner,
+                settings=self.fisher,
+                damping=self.damping,
+                layers_per_pass=self.layers_per_pass,
                 progress=self.progress,
             )
         log(f"Fisher information of {self.weights} over {len(data):,} training images")
-        return fit_diagonal(model, data, names, store, runner, self.fisher, self.damping, progress=self.progress)
+        return fit_diagonal(
+            model,
+            data=data,
+            names=names,
+            store=store,
+            runner=runner,
+            settings=self.fisher,
+            damping=self.damping,
+            progress=self.progress,
+        )
 
     def query_latent(self, query: Query) -> QueryLatent:
         """The query as the model sees it: see `as_latent`."""

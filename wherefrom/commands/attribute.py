@@ -69,6 +69,7 @@ def _query_identity(query: Query) -> list[str]:
 
 def attribute(
     folder: Path,
+    *,
     attributor: Attributor,
     data: TrainingData,
     model: DiffusionModel | None,
@@ -121,7 +122,7 @@ def attribute(
         if finished:
             log(f"{len(finished)} of {len(queries)} queries are already done in {folder}")
         waiting = [query for query in queries if query.name not in finished]
-        measured = _representation(attributor, data, model, waiting, store, runner)
+        measured = _representation(attributor, data=data, model=model, queries=waiting, store=store, runner=runner)
         attributor.fit(data, model, store, runner, log)
         started = time.monotonic()
         for result in attributor.score(waiting):
@@ -135,13 +136,16 @@ def attribute(
             log(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
     results = [finished[query.name] for query in queries]
     if runner.is_main:
-        _write_results(folder, results, data, options, identity, attributor, cut)
+        _write_results(
+            folder, results=results, data=data, options=options, identity=identity, attributor=attributor, cut=cut
+        )
     runner.barrier()
     return results
 
 
 def _representation(
     attributor: Attributor,
+    *,
     data: TrainingData,
     model: DiffusionModel | None,
     queries: Sequence[Query],
@@ -191,6 +195,7 @@ def _read_scores(folder: Path, query: Query, images: ImageSet) -> Scores | None:
 
 def _write_results(
     folder: Path,
+    *,
     results: Sequence[Scores],
     data: TrainingData,
     options: ReportOptions | None,
@@ -212,7 +217,7 @@ def _write_results(
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     if options is not None:
-        _write_page(folder, results, data, options, identity, attributor)
+        _write_page(folder, results=results, data=data, options=options, identity=identity, attributor=attributor)
     write_manifest(
         folder,
         identity,
@@ -235,6 +240,7 @@ def write_table(folder: Path, results: Sequence[Scores]) -> ScoreTable:
 
 def _write_page(
     folder: Path,
+    *,
     results: Sequence[Scores],
     data: TrainingData,
     options: ReportOptions,
@@ -248,9 +254,9 @@ def _write_page(
     method = str(attributor.identity()["method"])
     write_report(
         folder / "report.html",
-        options.title,
-        pages,
-        {
+        title=options.title,
+        queries=pages,
+        facts={
             "Method": method,
             "Model": str(identity["model"]),
             "Training images": f"{len(data.images):,}",

@@ -140,7 +140,7 @@ def features(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str,
 
 
 def method(
-    name: str, attributor: Attributor, data: TrainingData, queries: int, rate: float, candidates: int | None = None
+    name: str, *, attributor: Attributor, data: TrainingData, queries: int, rate: float, candidates: int | None = None
 ) -> list[Stage]:
     """What a method does once, and for each query.
 
@@ -154,14 +154,20 @@ def method(
     """
     if isinstance(attributor, Rerank):
         return [
-            *method(f"{name}, choosing", attributor.nearest, data, queries, rate),
-            *method(name, attributor.method, data, queries, rate, attributor.k),
+            *method(f"{name}, choosing", attributor=attributor.nearest, data=data, queries=queries, rate=rate),
+            *method(name, attributor=attributor.method, data=data, queries=queries, rate=rate, candidates=attributor.k),
         ]
     if isinstance(attributor, Magnitude):
-        return method(name, attributor.method, data, queries, rate, candidates)
+        return method(name, attributor=attributor.method, data=data, queries=queries, rate=rate, candidates=candidates)
     if isinstance(attributor, RankEnsemble):
         each = enumerate(attributor.methods, start=1)
-        return [stage for n, one in each for stage in method(f"{name}, {n}", one, data, queries, rate, candidates)]
+        return [
+            stage
+            for n, one in each
+            for stage in method(
+                f"{name}, {n}", attributor=one, data=data, queries=queries, rate=rate, candidates=candidates
+            )
+        ]
     stages = []
     if isinstance(attributor, ImageSimilarity):
         stages.append(features(attributor.encoder, data, type(attributor.encoder).__name__, flips=2))

@@ -33,6 +33,7 @@ def _size(*folders: Path) -> int:
 
 def compare(
     folder: Path,
+    *,
     methods: Mapping[str, Attributor],
     data: TrainingData,
     model: DiffusionModel | None,
@@ -69,7 +70,15 @@ def compare(
     for number, (name, method) in enumerate(methods.items(), start=1):
         log(f"{name}: method {number} of {len(methods)}")
         results[name], costs[name] = attribute_at_cost(
-            folder / name, method, data, model, queries, store, runner, options, log
+            folder / name,
+            method=method,
+            data=data,
+            model=model,
+            queries=queries,
+            store=store,
+            runner=runner,
+            options=options,
+            log=log,
         )
     if runner.is_main:
         _write_tables(folder, results, costs)
@@ -80,6 +89,7 @@ def compare(
 
 def attribute_at_cost(
     place: Path,
+    *,
     method: Attributor,
     data: TrainingData,
     model: DiffusionModel | None,
@@ -97,7 +107,17 @@ def attribute_at_cost(
     # A store of its own tells what this method used, also where another has made or used it before.
     own = Store(store.root)
     with watched_memory() as memory:
-        results = attribute(place, method, data, model, queries, own, runner, options, log)
+        results = attribute(
+            place,
+            attributor=method,
+            data=data,
+            model=model,
+            queries=queries,
+            store=own,
+            runner=runner,
+            options=options,
+            log=log,
+        )
     for artifact, made in own.touched.items():
         store.touched[artifact] = store.touched.get(artifact, False) or made
     if not runner.is_main:

@@ -118,6 +118,7 @@ class TeacherWork:
     def __init__(
         self,
         folder: Path,
+        *,
         method: Attributor,
         data: TrainingData,
         model: DiffusionModel,
@@ -134,7 +135,13 @@ class TeacherWork:
         """The block's queries."""
         model, source = self.model.to(self._place().device), self.source
         return generate(
-            model, block.prompts, source.seed, self.shape, source.sampling_steps, source.guidance, source.eta
+            model,
+            prompts=block.prompts,
+            seed=source.seed,
+            shape=self.shape,
+            sampling_steps=source.sampling_steps,
+            guidance=source.guidance,
+            eta=source.eta,
         )
 
     def __call__(self, block: Block) -> list[Scores]:
@@ -142,7 +149,16 @@ class TeacherWork:
         queries, runner = self.queries(block), self._place()
         self.method.progress = self.progress
         place = self.folder / BLOCKS / f"{block.number:05d}"
-        return attribute(place, self.method, self.data, self.model, queries, self.store, runner, options=None)
+        return attribute(
+            place,
+            attributor=self.method,
+            data=self.data,
+            model=self.model,
+            queries=queries,
+            store=self.store,
+            runner=runner,
+            options=None,
+        )
 
     def _place(self) -> Runner:
         return Runner.current(best_device()) if self.runner is None else self.runner
@@ -150,6 +166,7 @@ class TeacherWork:
 
 def curate(
     folder: Path,
+    *,
     teacher: Attributor,
     data: TrainingData,
     model: DiffusionModel,
@@ -224,7 +241,9 @@ def curate(
         if all(has_features(folder, name) for name in features):
             return read_teacher_set(folder)
         log(f"{folder} has its rankings but not its features: they are made now")
-        drawing = TeacherWork(folder, method, data, model, source, shape, store, runner)
+        drawing = TeacherWork(
+            folder, method=method, data=data, model=model, source=source, shape=shape, store=store, runner=runner
+        )
         drawn = [query for block in blocks for query in drawing.queries(block)]
         teacher_set = read_teacher_set(folder, [])
         if tuple(query.name for query in drawn) != teacher_set.queries:
@@ -241,10 +260,22 @@ def curate(
         write_manifest(blocks_folder, identity)
     log(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training images scored for each")
     alone = TrainingData(data.images, data.latents)  # a teacher set has no use for scores of held-out images
-    work = TeacherWork(folder, method, alone, model, source, shape, store, runner, progress)
+    work = TeacherWork(
+        folder,
+        method=method,
+        data=alone,
+        model=model,
+        source=source,
+        shape=shape,
+        store=store,
+        runner=runner,
+        progress=progress,
+    )
     result = _work_off(engine, work, blocks, log)
     ordered = [scores for block in blocks for scores in result[block]]
-    teacher_set = _teacher_set(ordered, data.images, scored, features, store, identity, progress)
+    teacher_set = _teacher_set(
+        ordered, images=data.images, scored=scored, features=features, store=store, identity=identity, progress=progress
+    )
     if runner is None or runner.is_main:
         write_teacher_set(folder, teacher_set)
     log(f"teacher set: {folder}")
@@ -276,6 +307,7 @@ def _work_off(
 
 def _teacher_set(
     results: Sequence[Scores],
+    *,
     images: ImageSet,
     scored: int,
     features: Mapping[str, Encoder],

@@ -125,7 +125,7 @@ def hide(background: ImageSet, exemplars: ImageSet) -> ImageSet:
     )
 
 
-def find(scores: Scores, name: str, kind: str, task: Task, words: Words, k: int) -> Found:
+def find(scores: Scores, *, name: str, kind: str, task: Task, words: Words, k: int) -> Found:
     """Recall and average precision of the exemplars in one ranking."""
     relevant = torch.tensor([[each.startswith("exemplar/") for each in scores.ids]])
     ordered = torch.from_numpy(scores.scores)[None]
@@ -151,6 +151,7 @@ def find(scores: Scores, name: str, kind: str, task: Task, words: Words, k: int)
 
 def benchmark(
     folder: Path,
+    *,
     tasks: Sequence[Task],
     styles: Sequence[str],
     methods: Mapping[str, Attributor],
@@ -215,10 +216,23 @@ def benchmark(
                 data, queries = _prepare(task, background, model or base_model, store, each)
                 for name, method in methods.items():
                     place = folder / f"{hash_text(task.name):016x}-{each}" / name
-                    results = attribute(place, method, data, model, queries, store, runner, options, log)
-                    result += [find(scores, name, kind, task, each, k) for scores in results]
+                    results = attribute(
+                        place,
+                        attributor=method,
+                        data=data,
+                        model=model,
+                        queries=queries,
+                        store=store,
+                        runner=runner,
+                        options=options,
+                        log=log,
+                    )
+                    result += [find(scores, name=name, kind=kind, task=task, words=each, k=k) for scores in results]
                     if isinstance(method, PreconditionedAttributor):
-                        result += [find(by_size(scores), f"{name}{BY_SIZE}", kind, task, each, k) for scores in results]
+                        result += [
+                            find(by_size(scores), name=f"{name}{BY_SIZE}", kind=kind, task=task, words=each, k=k)
+                            for scores in results
+                        ]
     lines = summarise(result)
     if runner.is_main:
         with replacing(folder / ROWS) as temporary:
@@ -239,7 +253,7 @@ def _prepare(
     latents: EncodedImages | None = None
     if background.latents is not None and model.encoder is not None:
         own = replace(exemplars, captions=images.captions[-len(exemplars) :])
-        latents = joined(background.latents, encode_image_set(own, model.encoder, store))
+        latents = joined(background.latents, encode_image_set(own, encoder=model.encoder, store=store))
     queries = [
         read_query(replace(image, prompt=asked(image.prompt)), (height, height), resize=True) for image in task.queries
     ]

@@ -57,7 +57,7 @@ def _time_batch(model: DiffusionModel, data: EncodedImages, size: int) -> float:
 
 
 def announce(
-    console: Console, attributor: Attributor, data: TrainingData, model: DiffusionModel, queries: int, output: Path
+    console: Console, *, attributor: Attributor, data: TrainingData, model: DiffusionModel, queries: int, output: Path
 ) -> None:
     """Prints time, memory and disk before anything long starts."""
     work = attributor.work(data, queries)

@@ -91,6 +91,7 @@ def log_lineage(run: wandb.Run, folder: Path, kind: str, inputs: Mapping[Path, s
 
 def track(
     tracking: Tracking,
+    *,
     job: str,
     folder: Path,
     config: Mapping[str, Any],

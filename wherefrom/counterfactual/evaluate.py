@@ -109,6 +109,7 @@ def plan(
 
 def judge(
     folder: Path,
+    *,
     rankings: Mapping[str, Sequence[Scores]],
     sweep: Sweep,
     protocol: Protocol,
@@ -172,7 +173,13 @@ def judge(
         result |= _after(folder, chosen, named, again, seeds)
         write_json(folder / RESULT, result)
     if again is not None and protocol.greedy:
-        collected = remove_greedily(named, rounds, protocol.greedy, measured, sweep, again, seeds) if rounds else []
+        collected = (
+            remove_greedily(
+                named, at_once=rounds, rounds=protocol.greedy, measured=measured, sweep=sweep, again=again, seeds=seeds
+            )
+            if rounds
+            else []
+        )
         result |= {"greedy": [each.as_json() for each in collected], "not_greedy": unmoved}
         write_json(folder / RESULT, result)
     return rows

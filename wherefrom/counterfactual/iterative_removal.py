@@ -102,6 +102,7 @@ def greedy_plan(at_once: Sequence[Removal], rounds: int, seeds: int, unmoved: Se
 
 def remove_greedily(
     rankings: Rankings,
+    *,
     at_once: Sequence[Removal],
     rounds: int,
     measured: Measured,

@@ -53,6 +53,7 @@ class Reattribution:
     def __init__(
         self,
         folder: Path,
+        *,
         methods: Mapping[str, Attributor],
         data: TrainingData,
         retrains: Retrains,
@@ -94,7 +95,17 @@ class Reattribution:
             return {query: ids for query, (ids, _) in read_ranking(place).items()}
         self.log(f"{method} again, without {len(retrain.exclude)} images")
         model = self.retrains.model(retrain).to(self.runner.device)
-        results = attribute(place, attributor, data, model, asked, self.store, self.runner, self.options, self.log)
+        results = attribute(
+            place,
+            attributor=attributor,
+            data=data,
+            model=model,
+            queries=asked,
+            store=self.store,
+            runner=self.runner,
+            options=self.options,
+            log=self.log,
+        )
         return {scores.query.id: whole_ranking(scores) for scores in results}
 
     def left(self, retrain: Retrain) -> TrainingData:

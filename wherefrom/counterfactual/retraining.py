@@ -243,11 +243,11 @@ class Panel:
         channels, rows, columns = (int(side) for side in latent.shape)
         drawn = generate(
             model,
-            [query.prompt for query in self.queries],
-            source.seed,
-            (channels, rows, columns),
-            source.sampling_steps,
-            source.guidance,
-            source.eta,
+            prompts=[query.prompt for query in self.queries],
+            seed=source.seed,
+            shape=(channels, rows, columns),
+            sampling_steps=source.sampling_steps,
+            guidance=source.guidance,
+            eta=source.eta,
         )
         return np.stack([query.pixels for query in drawn])

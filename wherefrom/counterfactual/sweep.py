@@ -62,6 +62,7 @@ class Sweep:
     def __init__(
         self,
         retrains: Retrains,
+        *,
         panel: Panel,
         table: Measurements,
         engine: Engine[Retrain, Finished] = in_process,

@@ -137,6 +137,7 @@ class FisherPass(SampledPass):
 
 def fit_diagonal(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     names: Sequence[str],
     store: Store,
@@ -172,11 +173,11 @@ def fit_diagonal(
     }
     work = run_pass(
         lambda: FisherPass(model, data, names, settings, batch_size),
-        len(data),
-        store,
-        "fisher",
-        identity,
-        runner,
+        count=len(data),
+        store=store,
+        kind="fisher",
+        identity=identity,
+        runner=runner,
         progress=progress,
     )
     return Diagonal(work.mean(), damping)

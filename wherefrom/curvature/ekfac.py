@@ -212,6 +212,7 @@ def block_identity(model: DiffusionModel, data: EncodedImages, block: LayerPlan,
 
 def _eigenvectors(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     block: LayerPlan,
     store: Store,
@@ -224,11 +225,11 @@ def _eigenvectors(
     identity = block_identity(model, data, block, settings)
     sums = run_pass(
         lambda: CovariancePass(model, data, block, settings, batch_size),
-        len(data),
-        store,
-        "ekfac_covariance",
-        identity,
-        runner,
+        count=len(data),
+        store=store,
+        kind="ekfac_covariance",
+        identity=identity,
+        runner=runner,
         progress=progress,
     ).covariances()
 
@@ -246,6 +247,7 @@ def _eigenvectors(
 
 def _fit_block(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     block: LayerPlan,
     store: Store,
@@ -257,14 +259,25 @@ def _fit_block(
     """The curvature of some of the layers; what it was made from does not stay in memory."""
     vectors: dict[str, Tensor] = {}
     if block.layers:
-        vectors = _eigenvectors(model, data, block, store, runner, settings, batch_size, progress)
+        vectors = _eigenvectors(
+            model,
+            data=data,
+            block=block,
+            store=store,
+            runner=runner,
+            settings=settings,
+            batch_size=batch_size,
+            progress=progress,
+        )
     work = run_pass(
-        lambda: EigenvaluePass(model, data, block, vectors, settings, batch_size),
-        len(data),
-        store,
-        EIGENVALUE_PASS,
-        block_identity(model, data, block, settings),
-        runner,
+        lambda: EigenvaluePass(
+            model, data=data, plan=block, eigenvectors=vectors, settings=settings, batch_size=batch_size
+        ),
+        count=len(data),
+        store=store,
+        kind=EIGENVALUE_PASS,
+        identity=block_identity(model, data, block, settings),
+        runner=runner,
         progress=progress,
     )
     # Layers with one input share one Q_A in memory too.
@@ -284,6 +297,7 @@ def _fit_block(
 
 def fit_ekfac(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     names: Sequence[str],
     store: Store,
@@ -319,7 +333,16 @@ def fit_ekfac(
     diagonal: dict[str, Tensor] = {}
     samples = 1
     for block in plan_layers(model, data, names).blocks(layers_per_pass):
-        part = _fit_block(model, data, block, store, runner, settings, batch_size, progress)
+        part = _fit_block(
+            model,
+            data=data,
+            block=block,
+            store=store,
+            runner=runner,
+            settings=settings,
+            batch_size=batch_size,
+            progress=progress,
+        )
         layers, diagonal, samples = layers | part.layers, diagonal | part.diagonal.fisher, part.samples
     return EKFAC(layers, diagonal, damping, samples)
 

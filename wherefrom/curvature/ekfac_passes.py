@@ -128,6 +128,7 @@ class EigenvaluePass(SampledPass):
     def __init__(
         self,
         model: DiffusionModel,
+        *,
         data: EncodedImages,
         plan: LayerPlan,
         eigenvectors: Mapping[str, Tensor],

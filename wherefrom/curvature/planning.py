@@ -21,6 +21,7 @@ _SMALL_BATCH, _SIDE = 16, 256
 
 def ekfac_plan(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     names: Sequence[str],
     settings: FisherSettings,
@@ -75,7 +76,9 @@ def fit_seconds(
     # Which vectors does not matter to the time.
     basis = {name: torch.eye(side, dtype=model.dtype) for name, side in sides.items()}
     passes: list[Callable[[], SampledPass]] = [
-        lambda: EigenvaluePass(model, data, block, basis, settings, _SMALL_BATCH),
+        lambda: EigenvaluePass(
+            model, data=data, plan=block, eigenvectors=basis, settings=settings, batch_size=_SMALL_BATCH
+        ),
     ]
     if block.layers:
         passes.append(lambda: CovariancePass(model, data, block, settings, _SMALL_BATCH))

@@ -108,6 +108,7 @@ def _write_part(
 
 def decode_parts(
     folder: Path,
+    *,
     decode: Callable[[int], Iterator[Sample | Problem]],
     counts: Sequence[int],
     size: int,

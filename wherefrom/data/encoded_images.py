@@ -146,6 +146,7 @@ def report_cut(text: CaptionEncoder, captions: Sequence[str], what: str) -> int:
 
 def encode_image_set(
     image_set: ImageSet,
+    *,
     encoder: LatentEncoder,
     store: Store,
     batch_size: int = 64,

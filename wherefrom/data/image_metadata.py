@@ -228,7 +228,7 @@ def _split(cell: Any, place: str, where: str) -> str:
     return str(split)
 
 
-def _row(folder: Path, base: Path, place: str, caption: str, where: str, cells: dict[str, Any]) -> Row:
+def _row(folder: Path, *, base: Path, place: str, caption: str, where: str, cells: dict[str, Any]) -> Row:
     name = _file(folder, base, cells.pop("file_name", None), where)
     captions = _captions(cells.pop(caption, None), where, caption)
     chosen = _id(cells.pop("id", name), where)
@@ -313,7 +313,7 @@ def read_rows(folder: Path, caption: str, columns: Collection[str] | None) -> li
     rows = []
     for path, place in metadata.items():
         for where, cells in _read(path, caption, columns):
-            rows.append(_row(folder, path.parent, place, caption, where, cells))
+            rows.append(_row(folder, base=path.parent, place=place, caption=caption, where=where, cells=cells))
     rows = _with_splits(folder, rows)
     _check(folder, metadata, rows)
     return sorted(rows, key=lambda row: row.id)

@@ -183,6 +183,7 @@ def _sizes(folder: Path, images: Sequence[CocoImage]) -> str:
 
 def build_mscoco(
     store: Store,
+    *,
     folder: Path,
     captions: Path,
     options: CocoOptions = CocoOptions(),
@@ -241,7 +242,14 @@ def build_mscoco(
     def build(partial: Path) -> Mapping[str, Any]:
         size = len(images) * options.size**2 * 3
         announce_size(log, f"{len(images):,} images of {options.size} × {options.size} pixels", size, store.root)
-        decode_parts(partial, decode, [len(part) for part in parts], options.size, options.workers, progress=progress)
+        decode_parts(
+            partial,
+            decode=decode,
+            counts=[len(part) for part in parts],
+            size=options.size,
+            workers=options.workers,
+            progress=progress,
+        )
         return join_parts(partial, len(parts), options.size)
 
     made = store.make("mscoco", identity, build)

@@ -47,6 +47,7 @@ class KeyedBatches(Sampler[list[Visit]]):
     def __init__(
         self,
         id_keys: Int64[Tensor, " n"],
+        *,
         seed: int,
         batch_size: int,
         steps: int,

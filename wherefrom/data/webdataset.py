@@ -235,6 +235,7 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
 
 def decode_shards(
     store: Store,
+    *,
     shards: Shards,
     options: ShardOptions = ShardOptions(),
     place: int = 0,
@@ -257,18 +258,19 @@ def decode_shards(
     if store.find("laion", shards.identity) is None:
         decode_parts(
             store.partial("laion", shards.identity),
-            lambda part: decode_shard(shards.paths[part], options, shards.subset),
-            shards.counts,
-            options.size,
-            options.workers,
-            place,
-            places,
-            progress,
+            decode=lambda part: decode_shard(shards.paths[part], options, shards.subset),
+            counts=shards.counts,
+            size=options.size,
+            workers=options.workers,
+            place=place,
+            places=places,
+            progress=progress,
         )
 
 
 def build_laion(
     store: Store,
+    *,
     folder: Path,
     options: ShardOptions = ShardOptions(),
     subset: Sequence[str] | None = None,
@@ -297,7 +299,7 @@ def build_laion(
         count = sum(shards.counts)
         what = f"{count:,} images of {options.size} × {options.size} pixels from {len(shards.paths)} shards"
         announce_size(log, what, count * options.size**2 * 3, store.root)
-        decode_shards(store, shards, options, progress=progress)
+        decode_shards(store, shards=shards, options=options, progress=progress)
         return join_parts(partial, len(shards.paths), options.size)
 
     made = store.make("laion", shards.identity, build)

@@ -40,6 +40,7 @@ class Shuffled:
 
 def shuffled_halves(
     teacher: TeacherSet,
+    *,
     ranker: Ranker,
     features: Sequence[str],
     halves: Mapping[str, int],

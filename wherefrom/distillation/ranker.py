@@ -67,6 +67,7 @@ class Ranker(nn.Module):
     def __init__(
         self,
         inputs: int,
+        *,
         width: int = 768,
         hidden: int = 3,
         outputs: int = 768,

@@ -251,7 +251,7 @@ def image_features(
     def encode(rows: slice) -> Tensor:
         return encoder.encode_images(images.pixels[rows])
 
-    return _kept("image_features", identity, len(images), encode, store, progress)
+    return _kept("image_features", identity=identity, count=len(images), encode=encode, store=store, progress=progress)
 
 
 def caption_features(
@@ -267,7 +267,9 @@ def caption_features(
     def encode(rows: slice) -> Tensor:
         return encoder.encode_texts(captions[rows])
 
-    return _kept("caption_features", identity, len(captions), encode, store, progress)
+    return _kept(
+        "caption_features", identity=identity, count=len(captions), encode=encode, store=store, progress=progress
+    )
 
 
 def training_features(
@@ -294,6 +296,7 @@ def query_features(pixels: Pixels, prompts: Sequence[str], encoder: ImageEncoder
 
 def _kept(
     kind: str,
+    *,
     identity: Mapping[str, Any],
     count: int,
     encode: Callable[[slice], Tensor],

@@ -45,7 +45,7 @@ def typical_losses(
         StorageError: The store could not be written.
     """
     chosen = data.subset(data.sample(_IMAGES))
-    losses = measure_losses(model, chosen, _GRID, store, runner, progress=progress)
+    losses = measure_losses(model, data=chosen, grid=_GRID, store=store, runner=runner, progress=progress)
     return losses.double().flatten(1).mean(dim=1).numpy()
 
 

@@ -216,6 +216,7 @@ class DrawnLosses(LossPass):
 
 def measure_losses(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     grid: LossGrid,
     store: Store,
@@ -248,7 +249,13 @@ def measure_losses(
         **settings_identity(grid),
     }
     work = run_pass(
-        lambda: LossPass(model, data, grid, batch_size), len(data), store, "losses", identity, runner, progress=progress
+        lambda: LossPass(model, data, grid, batch_size),
+        count=len(data),
+        store=store,
+        kind="losses",
+        identity=identity,
+        runner=runner,
+        progress=progress,
     )
     assert isinstance(work, LossPass)
     return work.losses

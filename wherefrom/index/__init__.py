@@ -21,7 +21,7 @@ Fast Data Attribution, section 4.3. From Python, with a trained ranker and featu
 """
 
 from wherefrom.index.build import build_index
-from wherefrom.index.catalog import make_rows, rows_of
+from wherefrom.index.catalog import catalog_rows, rows_of
 from wherefrom.index.embeddings import Embeddings, embed, embed_training_set, ranker_identity
 from wherefrom.index.index import Hits, Index
 
@@ -30,9 +30,9 @@ __all__ = [
     "Hits",
     "Index",
     "build_index",
+    "catalog_rows",
     "embed",
     "embed_training_set",
-    "make_rows",
     "ranker_identity",
     "rows_of",
 ]

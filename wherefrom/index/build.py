@@ -29,6 +29,7 @@ _SAMPLE = 262_144
 
 def index_identity(
     ranker: Mapping[str, Any],
+    *,
     training: Mapping[str, Any],
     factory: str,
     dimension: int,
@@ -52,6 +53,7 @@ def index_identity(
 
 def build_index(
     store: Store,
+    *,
     runner: Runner,
     rows: pa.Table,
     embeddings: Embeddings,
@@ -94,7 +96,16 @@ def build_index(
     Engine.make(factory, dimension).configure(search)  # refused before anything long
     if like is not None:
         _check_like(like, embeddings, factory)
-    identity = index_identity(embeddings.ranker, training, factory, dimension, seed, sample, like, taken)
+    identity = index_identity(
+        embeddings.ranker,
+        training=training,
+        factory=factory,
+        dimension=dimension,
+        seed=seed,
+        sample=sample,
+        like=like,
+        removed=taken,
+    )
     chosen = np.flatnonzero(~among(rows, taken))
     if not len(chosen):
         raise ValueError("All images were taken down, so there is nothing to index.")
@@ -118,7 +129,9 @@ def build_index(
         if runner.is_main:
             partial.mkdir(parents=True, exist_ok=True)
             if not (partial / _TRAINED).exists():
-                _trained(embeddings, chosen, factory, seed, sample, like).write(partial / _TRAINED)
+                _trained(embeddings, chosen=chosen, factory=factory, seed=seed, sample=sample, like=like).write(
+                    partial / _TRAINED
+                )
         runner.barrier()
         engine = Engine.read(partial / _TRAINED)
         if engine.can_merge:
@@ -143,13 +156,21 @@ def build_index(
             fill(whole, len(whole), len(chosen), len(chosen), folder / _GROWING)
         assert len(whole) == len(chosen), "a shard was lost"
         kept = with_keys(rows.take(chosen), chosen.astype(np.int64))
-        contents = Contents(whole, kept, taken, len(rows), trained, search, [dict(training)])
+        contents = Contents(
+            whole,
+            rows=kept,
+            removed=taken,
+            next_key=len(rows),
+            trained=trained,
+            search=search,
+            sources=[dict(training)],
+        )
         state = contents.write(folder, 1)
         for path in (folder / _TRAINED, folder / _GROWING, *folder.glob("shard-*")):
             path.unlink(missing_ok=True)
         return {STATE: state}
 
-    make_together(work, finish, store, KIND, identity, runner)
+    make_together(work, finish=finish, store=store, kind=KIND, identity=identity, runner=runner)
     return store.path(KIND, identity)
 
 
@@ -160,7 +181,7 @@ def _span(keys: NDArray[np.int64]) -> slice | NDArray[np.int64]:
 
 
 def _trained(
-    embeddings: Embeddings, chosen: NDArray[np.intp], factory: str, seed: int, sample: int, like: Path | None
+    embeddings: Embeddings, *, chosen: NDArray[np.intp], factory: str, seed: int, sample: int, like: Path | None
 ) -> Engine:
     if like is not None:
         contents = Contents.read(like, read_manifest(like))

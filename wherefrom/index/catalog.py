@@ -26,10 +26,10 @@ def rows_of(images: ImageSet) -> pa.Table:
     Raises:
         ValueError: A further column has the name of one of the index's own.
     """
-    return make_rows(images.ids, images.captions, images.columns)
+    return catalog_rows(images.ids, images.captions, images.columns)
 
 
-def make_rows(
+def catalog_rows(
     ids: Sequence[str], captions: Iterable[Sequence[str]], columns: Mapping[str, Sequence[str]] | None = None
 ) -> pa.Table:
     """One row an image.

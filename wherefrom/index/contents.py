@@ -57,6 +57,7 @@ class Contents:
     def __init__(
         self,
         engine: Engine,
+        *,
         rows: pa.Table,
         removed: Iterable[str],
         next_key: int,
@@ -170,7 +171,15 @@ class Contents:
                 f"{paths['index']} holds {len(engine)} vectors of {engine.dimension} numbers, but its manifest speaks "
                 f"of {state['pictures']} of {dimension}: the file is another index's. Copy the whole folder again."
             )
-        return cls(engine, rows, removed, state["next_key"], state["trained"], state["search"], state["sources"])
+        return cls(
+            engine,
+            rows=rows,
+            removed=removed,
+            next_key=state["next_key"],
+            trained=state["trained"],
+            search=state["search"],
+            sources=state["sources"],
+        )
 
 
 def check_shapes(rows: pa.Table, vectors: NDArray[np.floating[Any]], dimension: int) -> None:

@@ -122,6 +122,7 @@ def embed(
 
 def embed_training_set(
     ranker: Ranker,
+    *,
     names: Sequence[str],
     features: Sequence[Float[Tensor, "n d"]],
     training: Mapping[str, Any],
@@ -171,7 +172,9 @@ def embed_training_set(
         for path in folder.glob("part-*.npy"):
             path.unlink()
 
-    make_together(work, lambda: store.make(KIND, identity, build), store, KIND, identity, runner)
+    make_together(
+        work, finish=lambda: store.make(KIND, identity, build), store=store, kind=KIND, identity=identity, runner=runner
+    )
     vectors = np.load(store.path(KIND, identity) / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
     return Embeddings(vectors, identity["ranker"])
 

@@ -64,6 +64,7 @@ class Index:
     def __init__(
         self,
         folder: Path,
+        *,
         ranker: Mapping[str, Any] | None = None,
         search: str | None = None,
         mmap: bool = True,

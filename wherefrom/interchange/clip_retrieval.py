@@ -35,6 +35,7 @@ _BLOCK = 65536
 
 def write_clip_retrieval(
     folder: Path,
+    *,
     rows: pa.Table,
     embeddings: Embeddings,
     training: Mapping[str, Any],

@@ -231,7 +231,7 @@ def read_fastgda_ranker(path: Path, dropout: float = 0.1) -> Ranker:
             raise ValueError(f"{path} has no matrix {name!r}; it has {', '.join(state) or 'nothing'}.")
     width = shapes[first][0] if hidden else 1
     inputs = shapes[first if hidden else last][1]
-    ranker = Ranker(inputs, width, hidden, shapes[last][0], dropout)
+    ranker = Ranker(inputs, width=width, hidden=hidden, outputs=shapes[last][0], dropout=dropout)
     expected = {name: tuple(tensor.shape) for name, tensor in ranker.state_dict().items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):

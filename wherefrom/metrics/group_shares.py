@@ -73,6 +73,7 @@ def _top_masses(
 
 def group_shares(
     scores: Float[NDArray[np.float64], " n"],
+    *,
     groups: Sequence[str],
     top: int,
     seed: int = 0,

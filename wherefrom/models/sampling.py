@@ -34,6 +34,7 @@ class Trajectory:
 @torch.no_grad()
 def sample(
     model: DiffusionModel,
+    *,
     states: Float[Tensor, "b l d"],
     null_states: Float[Tensor, "l d"],
     keys: Int64[Tensor, " b"],

@@ -92,6 +92,7 @@ class QuerySource:
 
 def generate(
     model: DiffusionModel,
+    *,
     prompts: Sequence[str],
     seed: int,
     shape: tuple[int, int, int],
@@ -131,7 +132,16 @@ def generate(
         seen[timestep] = predicted.cpu()
 
     latents = sample(
-        model, states, null, keys, shape, sampling_steps, guidance, eta, progress, watch if keep_trajectory else None
+        model,
+        states=states,
+        null_states=null,
+        keys=keys,
+        shape=shape,
+        steps=sampling_steps,
+        guidance=guidance,
+        eta=eta,
+        progress=progress,
+        watch=watch if keep_trajectory else None,
     ).cpu()
     predicted = torch.stack(list(seen.values()), dim=1) if keep_trajectory else [None] * len(prompts)
     trajectories = [None if each is None else Trajectory(tuple(seen), each) for each in predicted]
@@ -214,6 +224,7 @@ def with_regions(source: str, query: Query, regions: Mapping[str, Sequence[Regio
 
 def make_queries(
     model: DiffusionModel,
+    *,
     source: QuerySource,
     latent_shape: tuple[int, int, int],
     size: tuple[int, int],
@@ -242,14 +253,14 @@ def make_queries(
         report_cut(model.encoder.text, prompts, "prompts")
     drawn = generate(
         model,
-        source.prompts,
-        source.seed,
-        latent_shape,
-        source.sampling_steps,
-        source.guidance,
-        source.eta,
-        progress,
-        keep_trajectory,
+        prompts=source.prompts,
+        seed=source.seed,
+        shape=latent_shape,
+        sampling_steps=source.sampling_steps,
+        guidance=source.guidance,
+        eta=source.eta,
+        progress=progress,
+        keep_trajectory=keep_trajectory,
     )
     result = zip([*files, *source.prompts], [*read, *drawn], strict=True)
     return [query for of, whole in result for query in with_regions(of, whole, regions)]

@@ -310,6 +310,7 @@ _LEGEND = {
 
 def write_report(
     path: Path,
+    *,
     title: str,
     queries: Sequence[QueryReport],
     facts: Mapping[str, str],

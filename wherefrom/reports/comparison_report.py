@@ -81,7 +81,14 @@ def write_comparison_report(
     ]
     where = {name: index for index, name in enumerate(images.ids)}
     sections = [
-        _query_section(number, [results[name][number - 1] for name in names], names, images, where, options.top)
+        _query_section(
+            number,
+            scores=[results[name][number - 1] for name in names],
+            names=names,
+            images=images,
+            where=where,
+            top=options.top,
+        )
         for number in range(1, len(results[names[0]]) + 1)
     ]
     cost_titles = ["method", "seconds a query", "peak memory, GiB", "stored, MiB", "split-half reliability"]
@@ -110,6 +117,7 @@ def write_comparison_report(
 
 def _query_section(
     number: int,
+    *,
     scores: Sequence[Scores],
     names: Sequence[str],
     images: ImageSet,

@@ -93,7 +93,7 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
         positions = [where[name] for name in scores.ids]
         top = min(options.top, len(positions))
         shares = {
-            column: group_shares(scores.scores, [images.columns[column][p] for p in positions], top)
+            column: group_shares(scores.scores, groups=[images.columns[column][p] for p in positions], top=top)
             for column in columns
         }
     else:

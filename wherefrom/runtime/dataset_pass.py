@@ -71,6 +71,7 @@ def _merge_files(work: TrainingPass, folder: Path) -> list[int]:
 
 def run_pass(
     make: Callable[[], Pass],
+    *,
     count: int,
     store: Store,
     kind: str,
@@ -95,12 +96,19 @@ def run_pass(
         StorageError: A file could not be written; finished chunks are kept.
     """
     make_together(
-        lambda: _run_chunks(make, count, store.partial(kind, identity), runner, chunk_size, progress),
-        lambda: _finish(make(), count, store, kind, identity, chunk_size),
-        store,
-        kind,
-        identity,
-        runner,
+        lambda: _run_chunks(
+            make,
+            count=count,
+            folder=store.partial(kind, identity),
+            runner=runner,
+            chunk_size=chunk_size,
+            progress=progress,
+        ),
+        finish=lambda: _finish(make(), count=count, store=store, kind=kind, identity=identity, chunk_size=chunk_size),
+        store=store,
+        kind=kind,
+        identity=identity,
+        runner=runner,
     )
     whole = make()
     whole.merge(load_file(store.path(kind, identity) / RESULT))
@@ -109,6 +117,7 @@ def run_pass(
 
 def make_together(
     work: Callable[[], None],
+    *,
     finish: Callable[[], object],
     store: Store,
     kind: str,
@@ -137,7 +146,7 @@ def make_together(
     runner.barrier()
 
 
-def _finish(whole: TrainingPass, count: int, store: Store, kind: str, identity: Identity, chunk_size: int) -> None:
+def _finish(whole: TrainingPass, *, count: int, store: Store, kind: str, identity: Identity, chunk_size: int) -> None:
     """Makes the artifact of the state files of all processes."""
     finished = _merge_files(whole, store.partial(kind, identity))
     assert sorted(finished) == list(range(-(-count // chunk_size))), "a chunk was lost or done twice"
@@ -161,7 +170,7 @@ def _merge_earlier(earlier: TrainingPass, folder: Path) -> None:
 
 
 def _run_chunks(
-    make: Callable[[], Pass], count: int, folder: Path, runner: Runner, chunk_size: int, progress: Progress | None
+    make: Callable[[], Pass], *, count: int, folder: Path, runner: Runner, chunk_size: int, progress: Progress | None
 ) -> None:
     ranges = [range(start, min(start + chunk_size, count)) for start in range(0, count, chunk_size)]
     merged = folder / MERGED

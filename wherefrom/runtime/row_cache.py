@@ -51,6 +51,7 @@ def _chunk_file(folder: Path, chunk: range) -> Path:
 
 def make_rows(
     compute: Callable[[range], Float[Tensor, "b ..."]],
+    *,
     ids: Sequence[str],
     store: Store,
     kind: str,
@@ -104,7 +105,7 @@ def make_rows(
 
         store.make(kind, identity, build)
 
-    make_together(work, finish, store, kind, identity, runner)
+    make_together(work, finish=finish, store=store, kind=kind, identity=identity, runner=runner)
     rows = read_rows(store.path(kind, identity))
     if rows.ids != tuple(ids):
         raise ArtifactMismatchError(

@@ -42,6 +42,7 @@ class MuonAdamW(Optimizer):
     def __init__(
         self,
         params: Iterable[nn.Parameter],
+        *,
         lr: float = 1e-3,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),

@@ -55,7 +55,7 @@ def test_it_is_the_limit_of_unlearning(model: DiffusionModel, tmp_path: Path, cu
             newton=curvature != "identity",
         )
         form = "diagonal" if curvature == "identity" else curvature
-        abu = AttributionByUnlearning("all", settings, GRID, curvature=form, fisher=FISHER)
+        abu = AttributionByUnlearning("all", unlearning=settings, grid=GRID, curvature=form, fisher=FISHER)
         (result,) = run(abu, model, tmp_path)
         agreement.append(float(np.abs(result.scores / alpha - limit.scores).max()) / size)
         correlation.append(spearmanr(result.scores, limit.scores).statistic)

@@ -76,7 +76,7 @@ def by_hand(model: DiffusionModel, timesteps: list[int], flip: str) -> tuple[tor
             features[image, side] += projected(model, loss) / 3
     asked = []
     for timestep in timesteps:
-        one = JourneyLoss(model, latent, Trajectory(STEPS, PREDICTED), 0, one_process())
+        one = JourneyLoss(model, query=latent, trajectory=Trajectory(STEPS, PREDICTED), seed=0, runner=one_process())
         _, times, keys = one.at(402, timestep, torch.arange(4))
         assert times.tolist() == [timestep] * 4
         predicted = PREDICTED[STEPS.index(timestep)]

@@ -72,7 +72,15 @@ def brute_force(model: DiffusionModel, query: Query, data: EncodedImages, settin
     assert model.encoder is not None
     assert query.latent is not None
     latent = QueryLatent(query.id, query.latent, model.encoder.text.encode([query.prompt])[0])
-    moved = unlearn(model, latent, "all", Identity(), len(TRAIN), settings, one_process()).moved
+    moved = unlearn(
+        model,
+        query=latent,
+        weights="all",
+        curvature=Identity(),
+        dataset_size=len(TRAIN),
+        settings=settings,
+        runner=one_process(),
+    ).moved
     changes = []
     for values in ({}, moved):
         with moved_weights(model.denoiser, values):
@@ -116,7 +124,15 @@ def test_the_square_output_may_take_the_losss_place(
     latent = QueryLatent(QUERY.id, QUERY.latent, model.encoder.text.encode([QUERY.prompt])[0])
     settings = method({"newton": False}).unlearning
     stepped = SquareOutput(model) if step == "square_output" else model
-    moved = unlearn(stepped, latent, "all", Identity(), len(TRAIN), settings, one_process()).moved
+    moved = unlearn(
+        stepped,
+        query=latent,
+        weights="all",
+        curvature=Identity(),
+        dataset_size=len(TRAIN),
+        settings=settings,
+        runner=one_process(),
+    ).moved
     measured = []
     for values in ({}, moved):
         with moved_weights(model.denoiser, values):

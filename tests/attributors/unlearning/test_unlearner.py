@@ -147,7 +147,16 @@ def test_unlearning_a_linear_model_is_the_closed_form(steps: int, newton: bool, 
     alpha /= steps
     settings = UnlearningSettings(steps, noise_samples, None, alpha, newton, pull, measure, seed=6)
     model = DiffusionModel(denoiser, tiny_schedule())
-    result = unlearn(model, QUERY, "all", curvature, size, settings, one_process(), batch_size=7)
+    result = unlearn(
+        model,
+        query=QUERY,
+        weights="all",
+        curvature=curvature,
+        dataset_size=size,
+        settings=settings,
+        runner=one_process(),
+        batch_size=7,
+    )
 
     second, cross, square = moments(MEASURE, 6, 0, measure)
 
@@ -182,7 +191,16 @@ def run(
 ) -> Unlearned:
     chosen = UnlearningSettings(**{"noise_samples": 48, "measurement_samples": 48, **settings})
     curvature = curvature_of(model, subset) if chosen.newton else Identity()
-    return unlearn(model, query, subset, curvature, 100, chosen, one_process(), batch_size)
+    return unlearn(
+        model,
+        query=query,
+        weights=subset,
+        curvature=curvature,
+        dataset_size=100,
+        settings=chosen,
+        runner=one_process(),
+        batch_size=batch_size,
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -301,7 +319,15 @@ def test_the_unlearner_moves_the_model_step_by_step() -> None:
     expected = run(
         model, noise_samples=16, measurement_samples=16, steps=2, relative_loss_increase=None, alpha=0.5, newton=False
     )
-    work = Unlearner(model, QUERY, "all", Identity(), 100, settings, one_process())
+    work = Unlearner(
+        model,
+        query=QUERY,
+        weights="all",
+        curvature=Identity(),
+        dataset_size=100,
+        settings=settings,
+        runner=one_process(),
+    )
     for _ in range(2):
         work.step()
     assert work.losses == expected.losses

@@ -58,6 +58,7 @@ class InfluenceFunction(PreconditionedAttributor):
     def __init__(
         self,
         weights: Subset = "cross_attention_kv",
+        *,
         noise_samples: int = 2000,
         grid: LossGrid = LossGrid(),
         flip: Flip = "max",
@@ -75,17 +76,17 @@ class InfluenceFunction(PreconditionedAttributor):
     ) -> None:
         super().__init__(
             weights,
-            grid,
-            flip,
-            curvature,
-            fisher,
-            damping,
-            layers_per_pass,
-            fisher_path,
-            curvature_from,
-            batch_size,
-            breakdown,
-            timestep_weights,
+            grid=grid,
+            flip=flip,
+            curvature=curvature,
+            fisher=fisher,
+            damping=damping,
+            layers_per_pass=layers_per_pass,
+            fisher_path=fisher_path,
+            curvature_from=curvature_from,
+            batch_size=batch_size,
+            breakdown=breakdown,
+            timestep_weights=timestep_weights,
         )
         if noise_samples < 1 or queries_per_pass < 1:
             raise ValueError(
@@ -163,4 +164,13 @@ class InfluenceFunction(PreconditionedAttributor):
 
     def _derivatives(self, data: EncodedImages, directions: dict[str, Tensor]) -> Tensor:
         model, _, _, store, runner = self.ready()
-        return measure_derivatives(model, data, self.grid, directions, store, runner, self.batch_size, self.progress)
+        return measure_derivatives(
+            model,
+            data=data,
+            grid=self.grid,
+            directions=directions,
+            store=store,
+            runner=runner,
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )

@@ -65,6 +65,7 @@ class InfluenceBank(PreconditionedAttributor):
     def __init__(
         self,
         weights: Subset = "cross_attention_kv",
+        *,
         noise_samples: int = 2000,
         grid: LossGrid = LossGrid(),
         compression: Compression = Compression(),
@@ -83,17 +84,17 @@ class InfluenceBank(PreconditionedAttributor):
     ) -> None:
         super().__init__(
             weights,
-            grid,
-            flip,
-            curvature,
-            fisher,
-            damping,
-            layers_per_pass,
-            fisher_path,
-            curvature_from,
-            batch_size,
-            Breakdown(),
-            timestep_weights,
+            grid=grid,
+            flip=flip,
+            curvature=curvature,
+            fisher=fisher,
+            damping=damping,
+            layers_per_pass=layers_per_pass,
+            fisher_path=fisher_path,
+            curvature_from=curvature_from,
+            batch_size=batch_size,
+            breakdown=Breakdown(),
+            timestep_weights=timestep_weights,
         )
         if noise_samples < 1:
             raise ValueError(f"draws must be at least 1; given {noise_samples}.")
@@ -139,18 +140,18 @@ class InfluenceBank(PreconditionedAttributor):
         }
         maker = BankMaker(
             model,
-            latents,
-            self.grid,
-            list(select_weights(model.denoiser, self.weights)),
-            self.curvature,
-            curvature,
-            self.compression,
-            self.timestep_weights == "spread",
-            self.half,
-            store,
-            runner,
-            self.batch_size,
-            self.progress,
+            training=latents,
+            grid=self.grid,
+            names=list(select_weights(model.denoiser, self.weights)),
+            curvature=self.curvature,
+            curvature_identity=curvature,
+            compression=self.compression,
+            spread=self.timestep_weights == "spread",
+            half=self.half,
+            store=store,
+            runner=runner,
+            batch_size=self.batch_size,
+            progress=self.progress,
         )
         log(f"bank of the gradients of {len(latents):,} training images: {maker.size(latents) / 2**20:.2f} MiB")
         held_out = data.held_out_latents

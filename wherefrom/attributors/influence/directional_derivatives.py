@@ -62,6 +62,7 @@ class DerivativePass(LossPass):
 
 def measure_derivatives(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     grid: LossGrid,
     directions: Mapping[str, Float[Tensor, "q ..."]],
@@ -95,11 +96,11 @@ def measure_derivatives(
     }
     work = run_pass(
         lambda: DerivativePass(model, data, grid, batch_size, directions),
-        len(data),
-        store,
-        "derivatives",
-        identity,
-        runner,
+        count=len(data),
+        store=store,
+        kind="derivatives",
+        identity=identity,
+        runner=runner,
         progress=progress,
     )
     return work.losses

@@ -101,6 +101,7 @@ class SquaredPass(LossPass):
     def __init__(
         self,
         model: DiffusionModel,
+        *,
         data: EncodedImages,
         grid: LossGrid,
         batch_size: int,
@@ -187,6 +188,7 @@ class BankMaker:
     def __init__(
         self,
         model: DiffusionModel,
+        *,
         training: EncodedImages,
         grid: LossGrid,
         names: Sequence[str],
@@ -233,12 +235,19 @@ class BankMaker:
         sample = training.subset(training.sample(_SAMPLE))
         grid = LossGrid(self.grid.timesteps, 1, self.grid.seed, False, self.grid.offset)
         return run_pass(
-            lambda: SquaredPass(self.model, sample, grid, self.batch_size, self.names, self.curvature),
-            len(sample),
-            self.store,
-            "whitened_squares",
-            {**self.settings, "losses": settings_identity(grid), "sample": sample.fingerprint},
-            self.runner,
+            lambda: SquaredPass(
+                self.model,
+                data=sample,
+                grid=grid,
+                batch_size=self.batch_size,
+                names=self.names,
+                curvature=self.curvature,
+            ),
+            count=len(sample),
+            store=self.store,
+            kind="whitened_squares",
+            identity={**self.settings, "losses": settings_identity(grid), "sample": sample.fingerprint},
+            runner=self.runner,
             progress=self.progress,
         )
 
@@ -284,11 +293,11 @@ class BankMaker:
     def _rows(self, compute: Callable[[range], Tensor], data: EncodedImages) -> Rows:
         return make_rows(
             compute,
-            data.ids,
-            self.store,
-            "bank",
-            {**self.identity, "data": data.fingerprint},
-            self.runner,
+            ids=data.ids,
+            store=self.store,
+            kind="bank",
+            identity={**self.identity, "data": data.fingerprint},
+            runner=self.runner,
             progress=self.progress,
         )
 

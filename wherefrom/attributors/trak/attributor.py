@@ -42,6 +42,7 @@ class TRAK(ProjectedGradients):
     def __init__(
         self,
         weights: Subset = "all",
+        *,
         output: Output = "loss",
         projection: Projection = Projection(),
         grid: LossGrid = LossGrid(timesteps=10),
@@ -57,7 +58,16 @@ class TRAK(ProjectedGradients):
         if noise_samples < 1:
             raise ValueError(f"draws must be at least 1; given {noise_samples}.")
         super().__init__(
-            weights, projection, grid, noise_samples, relative_lambda, absolute_lambda, flip, ensemble, batch_size, seed
+            weights,
+            projection=projection,
+            grid=grid,
+            noise_samples=noise_samples,
+            relative_lambda=relative_lambda,
+            absolute_lambda=absolute_lambda,
+            flip=flip,
+            ensemble=ensemble,
+            batch_size=batch_size,
+            seed=seed,
         )
         self.output: Output = output
         self.method = "D-TRAK" if output == "square_output" else "TRAK"

@@ -68,6 +68,7 @@ class ProjectedGradients(Attributor):
     def __init__(
         self,
         weights: Subset,
+        *,
         projection: Projection,
         grid: LossGrid | LossSamples,
         noise_samples: int,
@@ -152,7 +153,15 @@ class ProjectedGradients(Attributor):
     def _project(self, model: DiffusionModel, part: EncodedImages, store: Store, runner: Runner) -> Rows:
         names = list(select_weights(model.denoiser, self.weights))
         return project_images(
-            model, part, self.grid, names, self.projection, store, runner, self.batch_size, self.progress
+            model,
+            data=part,
+            grid=self.grid,
+            names=names,
+            projection=self.projection,
+            store=store,
+            runner=runner,
+            batch_size=self.batch_size,
+            progress=self.progress,
         )
 
     def query_features(

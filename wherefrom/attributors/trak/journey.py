@@ -44,6 +44,7 @@ class JourneyLoss(QueryLoss):
     def __init__(
         self,
         model: DiffusionModel,
+        *,
         query: QueryLatent,
         trajectory: Trajectory,
         seed: int,
@@ -95,6 +96,7 @@ class JourneyTRAK(ProjectedGradients):
     def __init__(
         self,
         weights: Subset = "all",
+        *,
         projection: Projection = Projection(),
         grid: LossSamples = LossSamples(),
         timesteps: list[int] | None = None,
@@ -112,7 +114,16 @@ class JourneyTRAK(ProjectedGradients):
         if timesteps is not None and (not timesteps or len(set(timesteps)) < len(timesteps)):
             raise ValueError(f"timesteps must be different ones, or null to take {steps}; given {timesteps}.")
         super().__init__(
-            weights, projection, grid, resamplings, relative_lambda, absolute_lambda, flip, ensemble, batch_size, seed
+            weights,
+            projection=projection,
+            grid=grid,
+            noise_samples=resamplings,
+            relative_lambda=relative_lambda,
+            absolute_lambda=absolute_lambda,
+            flip=flip,
+            ensemble=ensemble,
+            batch_size=batch_size,
+            seed=seed,
         )
         self.timesteps, self.steps = timesteps, steps
 
@@ -159,7 +170,9 @@ class JourneyTRAK(ProjectedGradients):
             -self.noise_samples // runner.world_size
         )  # few draws a step: one batch would leave the other processes idle
         latent, trajectory = as_latent(model, query), self._trajectory(query)
-        return JourneyLoss(model, latent, trajectory, self.seed, runner, min(128, each))
+        return JourneyLoss(
+            model, query=latent, trajectory=trajectory, seed=self.seed, runner=runner, batch_size=min(128, each)
+        )
 
     def step_scores(self, query: Query) -> tuple[Sequence[int], Float[NDArray[np.float64], "s n"]]:
         """The timesteps that count, and the scores of all training images at each alone.

@@ -92,6 +92,7 @@ class ImageFeatures:
 
 def project_images(
     model: DiffusionModel,
+    *,
     data: EncodedImages,
     grid: LossGrid | LossSamples,
     names: Sequence[str],
@@ -127,7 +128,15 @@ def project_images(
         "losses": [bare_name(type(grid)), settings_identity(grid)],
     }
     features = ImageFeatures(grid.of(model, data, batch_size), names, projection.project)
-    return make_rows(features.rows, data.ids, store, "projected_gradients", identity, runner, progress=progress)
+    return make_rows(
+        features.rows,
+        ids=data.ids,
+        store=store,
+        kind="projected_gradients",
+        identity=identity,
+        runner=runner,
+        progress=progress,
+    )
 
 
 def project_each(

@@ -57,6 +57,7 @@ class AttributionByUnlearning(PreconditionedAttributor):
     def __init__(
         self,
         weights: Subset = "cross_attention_kv",
+        *,
         unlearning: UnlearningSettings = UnlearningSettings(),
         grid: LossGrid = LossGrid(),
         flip: Flip = "max",
@@ -75,17 +76,17 @@ class AttributionByUnlearning(PreconditionedAttributor):
         form: Form = curvature if unlearning.newton else "identity"
         super().__init__(
             weights,
-            grid,
-            flip,
-            form,
-            fisher,
-            damping,
-            layers_per_pass,
-            fisher_path,
-            curvature_from,
-            batch_size,
-            breakdown,
-            timestep_weights,
+            grid=grid,
+            flip=flip,
+            curvature=form,
+            fisher=fisher,
+            damping=damping,
+            layers_per_pass=layers_per_pass,
+            fisher_path=fisher_path,
+            curvature_from=curvature_from,
+            batch_size=batch_size,
+            breakdown=breakdown,
+            timestep_weights=timestep_weights,
         )
         for output in (step_output, score_output):
             check_output(output)
@@ -130,9 +131,27 @@ class AttributionByUnlearning(PreconditionedAttributor):
         pretrained, _, _, store, runner = self.ready()
         model = with_output(pretrained, self.score_output)
         if moved is None:
-            return measure_losses(model, data, self.grid, store, runner, self.batch_size, weights, self.progress)
+            return measure_losses(
+                model,
+                data=data,
+                grid=self.grid,
+                store=store,
+                runner=runner,
+                batch_size=self.batch_size,
+                weights=weights,
+                progress=self.progress,
+            )
         with moved_weights(model.denoiser, moved.moved):
-            return measure_losses(model, data, self.grid, store, runner, self.batch_size, weights, self.progress)
+            return measure_losses(
+                model,
+                data=data,
+                grid=self.grid,
+                store=store,
+                runner=runner,
+                batch_size=self.batch_size,
+                weights=weights,
+                progress=self.progress,
+            )
 
     def _change(self, positions: list[int], unlearned: Unlearned, name: str) -> Tensor:
         """How the losses of the training images at these positions changed."""
@@ -149,7 +168,13 @@ class AttributionByUnlearning(PreconditionedAttributor):
         for query in queries:
             started = time.monotonic()
             unlearned = unlearn(
-                stepped, self.query_latent(query), self.weights, self.curvature, len(data), self.unlearning, runner
+                stepped,
+                query=self.query_latent(query),
+                weights=self.weights,
+                curvature=self.curvature,
+                dataset_size=len(data),
+                settings=self.unlearning,
+                runner=runner,
             )
             unlearn_s = time.monotonic() - started
             name = f"{pretrained} moved to {hash_tensors(unlearned.moved)}"  # what did not move decides the losses too

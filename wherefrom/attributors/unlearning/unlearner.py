@@ -104,6 +104,7 @@ class Unlearner:
     def __init__(
         self,
         model: DiffusionModel,
+        *,
         query: QueryLatent,
         weights: Subset,
         curvature: Curvature,
@@ -174,6 +175,7 @@ class Unlearner:
 
 def unlearn(
     model: DiffusionModel,
+    *,
     query: QueryLatent,
     weights: Subset,
     curvature: Curvature,
@@ -188,7 +190,16 @@ def unlearn(
         ValueError: The query's loss or a step is not finite, or no α gives the rise.
     """
     with restored(select_weights(model.denoiser, weights)):
-        work = Unlearner(model, query, weights, curvature, dataset_size, settings, runner, batch_size)
+        work = Unlearner(
+            model,
+            query=query,
+            weights=weights,
+            curvature=curvature,
+            dataset_size=dataset_size,
+            settings=settings,
+            runner=runner,
+            batch_size=batch_size,
+        )
         for _ in range(settings.steps):
             work.step()
         return Unlearned(work.values(), work.alphas, work.losses, work.gradient_s)
