@@ -179,7 +179,7 @@ def test_the_command_line_draws_what_it_needs(tmp_path: Path) -> None:
     assert np.isfinite(scores).all()
     assert len(set(scores)) == 16
     Image.new("RGB", (8, 8)).save(tmp_path / "file.png")
-    queries = {"pictures": [{"file": str(tmp_path / "file.png"), "prompt": "red"}]}
+    queries = {"images": [{"file": str(tmp_path / "file.png"), "prompt": "red"}]}
     other = attribution_config(tmp_path, "files", attributor=attributor, queries=queries)
     before = sorted((tmp_path / "store").rglob("*"))
     with pytest.raises(ValueError, match=r"Query 'file-\w+' has no sampling trajectory"):
