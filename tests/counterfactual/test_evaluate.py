@@ -22,7 +22,6 @@ from lightning_modules.launch import runs
 from lightning_modules.launch.recipe import Recipe
 from tests.support.tiny import LENGTH, one_process, text_folder, training_config
 from wherefrom.attributors import PixelSimilarity, Query, Scores
-from wherefrom.counterfactual.datamodeling_experiment import RandomSubsets
 from wherefrom.counterfactual.effect_table import as_table
 from wherefrom.counterfactual.evaluate import evaluate_counterfactual
 from wherefrom.counterfactual.measurements import MeasurementsByQuery, MeasurementTable
@@ -271,20 +270,6 @@ def test_the_command_line_trains_on_random_subsets(recipe_file: Path, folder: Pa
     trained = [each["identity"] for each in manifests if each["identity"]["excluded_count"] == COUNT // 2]
     assert sorted(identity["seed"] for identity in trained) == [0, 0, 0, 0, 1, 1, 1]
     assert len({identity["excluded"] for identity in trained}) == 4
-
-
-def test_subsets_are_random_and_of_one_size() -> None:
-    ids = [f"image {index}" for index in range(41)]
-    subsets = RandomSubsets(count=200).masks(ids)
-    assert (subsets.sum(axis=1) == 20).all()
-    assert abs(subsets.mean(axis=0) - 20 / 41).max() < 0.15
-    assert np.array_equal(RandomSubsets(count=5, repeated=0).masks(ids[::-1])[:, ::-1], subsets[:5]), (
-        "the order of the ids is not used"
-    )
-    assert not np.array_equal(RandomSubsets(count=5, seed=1, repeated=0).masks(ids), subsets[:5])
-    for settings in ({"count": 2, "repeated": 0}, {"share": 1.0}, {"repeated": 33}):
-        with pytest.raises(ValueError, match="needs at least 3 subsets"):
-            RandomSubsets(**settings)
 
 
 def test_deviations_are_logged_while_a_model_is_trained_again(
