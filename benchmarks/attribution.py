@@ -192,7 +192,7 @@ def prepare(options: argparse.Namespace) -> tuple[DiffusionModel, TrainingData, 
     assert data.latents is not None
     rows = choose_prompts(data.images, options.queries, options.seed)
     prompts = [data.images.captions[row][0] for row in rows]
-    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    channels, height, width = data.latents.latent_shape
     queries = generate(
         model, prompts=prompts, seed=options.seed, shape=(channels, height, width), eta=1.0, keep_trajectory=True
     )
