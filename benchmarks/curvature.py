@@ -38,7 +38,7 @@ from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.scoring import random_set
+from benchmarks.support import random_set
 from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 from wherefrom.curvature.kronecker import plan_layers
@@ -83,7 +83,7 @@ def as_is(batch: Tensor) -> Tensor:
     return batch
 
 
-class SampledLoss(Task):
+class SampledLoss(Task):  # type: ignore[misc]  # kronfluence ships no types
     """Our keyed samples of the training loss, as kronfluence asks for them.
 
     Args:
@@ -257,10 +257,7 @@ def main() -> None:
         {} if options.side else {name: [memory_of(side, options, name) for side in SIDES] for name in options.layers}
     )
     model = load_model(options.model)
-    assert model.encoder is not None
-    null, config = model.encoder.text.encode([""]), model.denoiser.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    data = random_set(options.pictures, shape, null.shape[1], null.shape[2])
+    data = random_set(model, options.pictures)
     settings = FisherSettings(options.visits)
     for name in options.layers:
         case = Case(model, data, name, settings, options.batch_size)

@@ -13,32 +13,13 @@ import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from wherefrom.data.encoded_images import EncodedImages
-from wherefrom.data.image_set import ImageSet
+from benchmarks.support import latent_shape, random_set
+
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime import keyed_random
-
-
-def random_set(count: int, shape: tuple[int, int, int], tokens: int, width: int) -> EncodedImages:
-    """Random latents and states: the cost does not depend on their values."""
-    random = torch.Generator().manual_seed(0)
-    images = ImageSet(
-        tuple(f"{index:05d}" for index in range(count)),
-        (("",),) * count,
-        np.zeros((count, 1, 1, 3), np.uint8),
-        fingerprint="random",
-    )
-    return EncodedImages(
-        images,
-        torch.randn(count, 2, *shape, generator=random),
-        torch.randn(count, 1, tokens, width, generator=random),
-        torch.zeros(tokens, width),
-        "random",
-    )
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -59,15 +40,11 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=7)
     options = arguments.parse_args()
     model = load_model(options.model)
-    assert model.encoder is not None
-    null = model.encoder.text.encode([""])
-    config = model.denoiser.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    data = random_set(options.pictures, shape, null.shape[1], null.shape[2])
+    data, shape = random_set(model, options.pictures), latent_shape(model)
     grid = LossGrid(timesteps=options.timesteps)
     count = options.pictures * 2 * options.timesteps
     batch = options.batch_size
-    noisy, states = torch.randn(batch, *shape), torch.randn(batch, *null.shape[1:])
+    noisy, states = torch.randn(batch, *shape), torch.randn(batch, *data.states.shape[2:])
     timesteps = torch.arange(batch) * model.process.steps // batch
 
     def bare() -> None:
@@ -89,7 +66,8 @@ def main() -> None:
 
     bare()
     scoring()
-    ratios, parts = [], {"noise": [], "gather": []}
+    ratios: list[float] = []
+    parts: dict[str, list[float]] = {"noise": [], "gather": []}
     for _ in range(options.runs):
         forward = timed(bare)
         ratios.append(forward / timed(scoring))

@@ -84,7 +84,8 @@ def on_disk(folder: Path, kind: str, count: int) -> NDArray[np.float16]:
 def queries_of(kind: str, count: int) -> NDArray[np.float32]:
     """Queries of the same distribution, exactly of unit length."""
     vectors = np.concatenate(list(chunks(kind, count, of="queries"))).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 def exact(vectors: NDArray[np.float16], queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
@@ -168,7 +169,7 @@ def drop(path: Path) -> float:
             array = np.frombuffer(view, dtype=np.uint8)
             failed = libc.mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(len(view)), resident)
             del array
-            return float("nan") if failed else float((np.frombuffer(resident, np.uint8) & 1).mean())
+            return float("nan") if failed else float((np.frombuffer(bytes(resident), np.uint8) & 1).mean())
 
 
 def measure(

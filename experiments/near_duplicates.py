@@ -24,6 +24,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
+from datamodules import Emoji
 from datamodules.images import ImageDataModule
 from experiments.known_answers import choose
 from lightning_modules.launch.recipe import Recipe
@@ -301,6 +302,8 @@ def main(args: Sequence[str] | None = None) -> None:
     world = planted(
         options.recipe, copies=asked, store=store, output=options.output, seed=options.seed, count=options.count
     )
+    assert isinstance(world.module, Emoji)
+    assert world.module.copies is not None
     copies = world.module.copies
     methods = load_methods(files, options.settings)
     for method in methods.values():

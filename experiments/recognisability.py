@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from experiments.alignment import AlignmentJudge, Rate, rate, rate_ratio
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
-from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder
+from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder, Pixels
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
 from wherefrom.models.sampling import sample
@@ -122,16 +122,16 @@ def recognisability(
         raise ValueError(f"draw returned {len(generated)} images for {count} prompts.")
     concepts, styles = chosen.columns["concept"], chosen.columns.get("style", ("",) * count)
 
-    def ranks(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    def ranks(pixels: Pixels) -> NDArray[np.int64]:
         blocks = [slice(start, start + among) for start in range(0, count, among)]
         return np.concatenate([judge.ranks(pixels[block], concepts[block], styles[block]) for block in blocks])
 
     return Recognisability(
         chosen.ids,
         tuple(prompts),
-        chosen.pixels,
+        np.asarray(chosen.pixels),
         generated,
-        ranks(chosen.pixels),
+        ranks(np.asarray(chosen.pixels)),
         ranks(generated),
         judge.chosen_alphas,
     )

@@ -17,6 +17,7 @@ is trained, drawn or scored is kept below `--output`, and gone on with; rows go 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -90,7 +91,7 @@ def fluent_3d(archive: Path, name_of: dict[str, str]) -> Iterator[Drawing]:
             points = "-".join(point for point in Path(member.name).stem.split("-") if point != "fe0f")
             stream = package.extractfile(member) if member.name.endswith(".webp") and points in name_of else None
             if stream is not None and member.size <= LARGEST:
-                yield Drawing(name_of[points], "fluent 3d", "MIT", "Microsoft", draw(stream, SIZE))
+                yield Drawing(name_of[points], "fluent 3d", "MIT", "Microsoft", draw(io.BytesIO(stream.read()), SIZE))
 
 
 def drawings(npm: Path, store: Store) -> list[Drawing]:
@@ -103,7 +104,7 @@ def drawings(npm: Path, store: Store) -> list[Drawing]:
     columns = images.columns
     points_of = dict(zip(columns["name"], columns["concept"], strict=True))
     name_of = {points: name for name, points in points_of.items()}
-    rows = zip(columns["name"], columns["style"], columns["license"], columns["author"], images.pixels, strict=True)
+    rows = zip(columns["name"], columns["style"], columns["license"], columns["author"], np.asarray(images.pixels), strict=True)
     result = [Drawing(*row) for row in rows]
     archives = sorted(npm.glob("*.tgz"))
     if len(archives) < 7:

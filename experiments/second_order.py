@@ -36,7 +36,8 @@ Matrix = Float[NDArray[np.float64], "q n"]
 
 def corrected(first_order: Matrix, c: float) -> Matrix:
     """The bank's scores, corrected."""
-    return first_order + c * first_order**2 / first_order.std(axis=1, keepdims=True)
+    spread: Matrix = first_order.std(axis=1, keepdims=True)
+    return first_order + c * first_order**2 / spread
 
 
 def aligned(exact: TeacherSet, bank: TeacherSet) -> tuple[Matrix, Matrix]:

@@ -52,7 +52,7 @@ def ranks(ranking: Sequence[str], wanted: Sequence[str | None]) -> list[int | No
     return [None if name is None else ranking.index(name) for name in wanted]
 
 
-def by_size(ids: Sequence[str], scores: Sequence[float]) -> list[str]:
+def by_size(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> list[str]:
     """The ids by the size of their scores, the largest first."""
     return [ids[place] for place in order_of(ids, np.abs(scores))]
 

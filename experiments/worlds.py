@@ -110,10 +110,10 @@ def write_shards(folder: Path, images: ImageSet, shards: int, members: int) -> N
                     names = (images.columns["name"][row] for row in (first, second))
                     caption = f"{' and '.join(names)}, {images.columns['style'][first]} style"
                 key = f"{shard:05d}{index % members:04d}"
-                stream = io.BytesIO()
-                image.save(stream, "PNG")
+                drawn = io.BytesIO()
+                image.save(drawn, "PNG")
                 told = {"key": key, "caption": caption, "url": f"emoji:{index}", "status": "success"}
-                files = {"png": stream.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
+                files = {"png": drawn.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
                 for suffix, content in files.items():
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(content)

@@ -17,24 +17,20 @@ import torch
 
 import evaluate
 import train
-from datamodules import ImageFolder
-from lightning_modules.launch import runs
-from lightning_modules.launch.recipe import Recipe
-from tests.support.tiny import LENGTH, one_process, text_folder, training_config
+from tests.support.retrains import SOURCE, Sweep
+from tests.support.tiny import one_process, training_config
 from wherefrom.attributors import PixelSimilarity, Query, Scores
 from wherefrom.counterfactual.datamodeling_experiment import Halves
 from wherefrom.counterfactual.evaluate import as_table, judge, plan
-from wherefrom.counterfactual.measurements import ByQuery, Measurements
+from wherefrom.counterfactual.measurements import Measurements
 from wherefrom.counterfactual.protocol import Protocol
 from wherefrom.counterfactual.removal import random_equivalent, random_ladder
 from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
 from wherefrom.counterfactual.sweep import Sweep as Sweeps
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import QuerySource, generate
 from wherefrom.runtime import keyed_random
-from wherefrom.runtime.artifacts import Store
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
@@ -42,7 +38,6 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 COUNT = 40
-SOURCE = QuerySource(prompts=["red square", "blue circle"], sampling_steps=2)
 REVERSED = QuerySource(prompts=SOURCE.prompts[::-1], sampling_steps=2)
 
 
@@ -56,31 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_file(folder: Path) -> Path:
     """A recipe of six steps."""
     return training_config(folder, "recipe", steps=6, count=COUNT)
-
-
-class Sweep:
-    """Retrains of the recipe in a store of their own, and what they trained."""
-
-    def __init__(self, recipe_file: Path, store: Path) -> None:
-        pipeline = recipe_file.parent / "pipeline"
-        encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
-        module = ImageFolder(str(recipe_file.parent / "pictures"), encoder=encoder, store=str(store))
-        module.prepare_data()
-        module.setup()
-        self.data = runs.training_data_of(module)
-        recipe, self.trained = Recipe(recipe_file, store), []
-        assert self.data.latents is not None
-
-        def train_one(retrain: Retrain, place: Path) -> None:
-            self.trained.append(retrain)
-            recipe.train(retrain, place)
-
-        self.store = Store(store)
-        latents = self.data.latents
-        self.retrains = Retrains(self.store, recipe.identity(), latents.ids, latents.fingerprint, train_one)
-
-    def measure(self, retrain: Retrain, panel: Panel, table: Measurements) -> ByQuery:
-        return Sweeps(self.retrains, panel=panel, table=table).measure([retrain])[retrain]
 
 
 @pytest.fixture(scope="module")

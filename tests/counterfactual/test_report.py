@@ -5,58 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import evaluate
+from tests.support.judgements import HOSTILE, judged, row
 from wherefrom.counterfactual.evaluate import IMAGES, RESULT
-from wherefrom.counterfactual.measurements import read_strip, write_strip
+from wherefrom.counterfactual.measurements import read_strip
 from wherefrom.counterfactual.report import CURVES, PAGE, write_judge_report
-
-HOSTILE = "<script>alert(1)</script>"
-
-
-def effect(*own: float | None, others: float | None = 0.0) -> dict[str, list[float | None]]:
-    return {"own": list(own), "others": [others] * len(own)}
-
-
-def row(method: str, k: int, own: float) -> dict[str, Any]:
-    nothing = effect(None, None, others=None)
-    return {
-        "method": method,
-        "k": k,
-        "removed": 2.0 * k,
-        "equivalent": [30.0, 20.0, None] if method == "pixel" else None,
-        "queries": ["a", "b"],
-        "loss": effect(own, own + 0.1),
-        "mse": effect(own / 10, own / 10),
-        "similarity": nothing,
-    }
-
-
-def judged(folder: Path) -> dict[str, Any]:
-    """A judgement of one method, and what two models drew."""
-    models = [
-        {"name": "whole", "seed": 0, "method": "another seed", "k": 0, "queries": []},
-        {"name": "without", "seed": 0, "method": "pixel", "k": 4, "queries": ["a", "b"]},
-        {"name": "gone", "seed": 0, "method": "random", "k": 4, "queries": ["a", "b"]},
-    ]
-    result = {
-        "protocol": {"ks": [2, 4], "seeds": [0, 1], "timesteps": 10},
-        "prompts": {"b": HOSTILE, "a": "a fox"},
-        "encoder": None,
-        "training_pictures": 40,
-        "models": models,
-        "rows": [row("pixel", 2, 0.2), row("pixel", 4, 0.4), row("random", 4, 0.1), row("another seed", 0, 0.05)],
-    }
-    (folder / RESULT).write_text(json.dumps(result))
-    for name, level in (("whole", 0), ("without", 100)):
-        images = {query: np.full((8, 8, 3), level + index, np.uint8) for index, query in enumerate(("a", "b"))}
-        write_strip(folder / IMAGES / f"{name}.png", images)
-    return result
 
 
 def test_the_page_shows_curves_table_and_images(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from tests.counterfactual.test_report import HOSTILE, effect, judged, row
+from tests.support.judgements import HOSTILE, effect, judged, row
 from wherefrom.counterfactual.effects import number
 from wherefrom.counterfactual.evaluate import RESULT
 from wherefrom.counterfactual.reattribution import shown_file

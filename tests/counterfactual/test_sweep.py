@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_modules.launch.recipe import Recipe
-from tests.counterfactual.test_evaluate import SOURCE, Sweep
+from tests.support.retrains import SOURCE, Sweep
 from tests.support.tiny import training_config
 from wherefrom.counterfactual.measurements import Finished, Measurements
 from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains

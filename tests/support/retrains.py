@@ -1,0 +1,43 @@
+"""Retrains of a tiny recipe, and what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datamodules import ImageFolder
+from lightning_modules.launch import runs
+from lightning_modules.launch.recipe import Recipe
+from tests.support.tiny import LENGTH, text_folder
+from wherefrom.counterfactual.measurements import ByQuery, Measurements
+from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
+from wherefrom.counterfactual.sweep import Sweep as Sweeps
+from wherefrom.models.encoders import LatentEncoder
+from wherefrom.queries.sources import QuerySource
+from wherefrom.runtime.artifacts import Store
+
+SOURCE = QuerySource(prompts=["red square", "blue circle"], sampling_steps=2)
+
+
+class Sweep:
+    """Retrains of the recipe in a store of their own, and what they trained."""
+
+    def __init__(self, recipe_file: Path, store: Path) -> None:
+        pipeline = recipe_file.parent / "pipeline"
+        encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
+        module = ImageFolder(str(recipe_file.parent / "pictures"), encoder=encoder, store=str(store))
+        module.prepare_data()
+        module.setup()
+        self.data = runs.training_data_of(module)
+        recipe, self.trained = Recipe(recipe_file, store), []
+        assert self.data.latents is not None
+
+        def train_one(retrain: Retrain, place: Path) -> None:
+            self.trained.append(retrain)
+            recipe.train(retrain, place)
+
+        self.store = Store(store)
+        latents = self.data.latents
+        self.retrains = Retrains(self.store, recipe.identity(), latents.ids, latents.fingerprint, train_one)
+
+    def measure(self, retrain: Retrain, panel: Panel, table: Measurements) -> ByQuery:
+        return Sweeps(self.retrains, panel=panel, table=table).measure([retrain])[retrain]
