@@ -8,7 +8,6 @@ memory, no gradients) and prints the ratio of their throughputs, pair by pair, a
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.support import latent_shape, random_set
-
+from experiments.support.arguments import add_images, script_parser
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime import keyed_random
@@ -32,17 +31,17 @@ def timed(work: Callable[[], None]) -> float:
 @torch.no_grad()
 def main() -> None:
     """Prints the ratios."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--model", default="weights/emoji")
-    arguments.add_argument("--pictures", type=int, default=128)
+    add_images(arguments, default=128)
     arguments.add_argument("--timesteps", type=int, default=8)
     arguments.add_argument("--batch-size", type=int, default=256)
     arguments.add_argument("--runs", type=int, default=7)
     options = arguments.parse_args()
     model = load_model(options.model)
-    data, shape = random_set(model, options.pictures), latent_shape(model)
+    data, shape = random_set(model, options.images), latent_shape(model)
     grid = LossGrid(timesteps=options.timesteps)
-    count = options.pictures * 2 * options.timesteps
+    count = options.images * 2 * options.timesteps
     batch = options.batch_size
     noisy, states = torch.randn(batch, *shape), torch.randn(batch, *data.states.shape[2:])
     timesteps = torch.arange(batch) * model.process.steps // batch
@@ -53,7 +52,7 @@ def main() -> None:
             model.predict(noisy[:size], timesteps[:size], states[:size])
 
     def scoring() -> None:
-        LossPass(model, data, grid, batch).step(range(options.pictures))
+        LossPass(model, data, grid, batch).step(range(options.images))
 
     def noise() -> None:
         for _ in range(0, count, batch):
@@ -61,7 +60,7 @@ def main() -> None:
 
     def gather() -> None:
         for start in range(0, count, batch):
-            rows = torch.arange(start, min(start + batch, count)) % options.pictures
+            rows = torch.arange(start, min(start + batch, count)) % options.images
             data.latents[rows, 0], data.states[rows, 0]
 
     bare()

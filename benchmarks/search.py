@@ -16,7 +16,6 @@ the cheapest setting that reaches the recall on other queries.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -35,6 +34,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from experiments.support.arguments import script_parser
 from wherefrom.index import Embeddings, Index, build_index
 from wherefrom.runtime.artifacts import Store, provenance, write_json
 from wherefrom.runtime.console import Console
@@ -217,7 +217,7 @@ def measure(
 
 def main() -> None:
     """Measures, and keeps what it measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--factories", nargs="+", help="in place of those of the size")

@@ -39,6 +39,7 @@ from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
 from benchmarks.support import random_set
+from experiments.support.arguments import script_parser
 from wherefrom.attributors.trak.projected_features import ImageFeatures, project_images
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossSamples
@@ -204,7 +205,7 @@ def measure(case: Case, runs: int) -> dict[str, float]:
 
 def main() -> None:
     """Prints the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="weights/emoji")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--dimension", type=int, default=2048)

@@ -10,7 +10,6 @@ queries, and for the means of the methods over all queries; and how far the ΔLs
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
+from experiments.support.arguments import script_parser
 from wherefrom.counterfactual.effects import or_nan
 from wherefrom.counterfactual.evaluate import FLOOR, RESULT
 from wherefrom.metrics.standard_error import estimate
@@ -149,7 +149,7 @@ def report(result: Sequence[Agreement], prompts: Mapping[str, str]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the comparison."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("pooled", type=Path)
     arguments.add_argument("single", type=Path)
     options = arguments.parse_args(args)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from experiments.alignment import AlignmentJudge, Rate, rate, rate_ratio
+from experiments.support.data import choose_prompts
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder, Pixels
@@ -29,7 +30,6 @@ from wherefrom.models.pipeline import load_model
 from wherefrom.models.sampling import sample
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store, replacing
-from wherefrom.runtime.keyed_random import hash_text
 
 Draw = Callable[[list[str]], UInt8[NDArray[np.uint8], "n h w 3"]]
 
@@ -60,40 +60,6 @@ class Recognisability:
         """(rate on real images, rate on generated images, their ratio) of prompts within the first `top`."""
         real, generated = self.real_ranks <= top, self.generated_ranks <= top
         return rate(real), rate(generated), rate_ratio(generated, real)
-
-
-def choose_prompts(images: ImageSet, count: int, seed: int) -> list[int]:
-    """Positions of `count` training images of distinct concepts, chosen by keyed hash.
-
-    Every chosen concept has a caption in every style, and captions are distinct.
-
-    Raises:
-        ValueError: The training images hold fewer such concepts.
-    """
-    concepts = images.columns["concept"]
-    styles = images.columns.get("style", ("",) * len(images))
-    splits = images.columns.get("split", ("train",) * len(images))
-    captions_of: dict[str, dict[str, str]] = {}
-    for concept, style, captions in zip(concepts, styles, images.captions, strict=True):
-        captions_of.setdefault(concept, {})[style] = captions[0]
-    chosen: list[int] = []
-    seen_concepts: set[str] = set()
-    seen_captions: set[str] = set()
-    for row in sorted(range(len(images)), key=lambda row: hash_text(f"prompt/{seed}/{images.ids[row]}")):
-        own = captions_of[concepts[row]]
-        if splits[row] != "train" or concepts[row] in seen_concepts or own.keys() != set(styles):
-            continue
-        if not seen_captions.isdisjoint(own.values()):
-            continue
-        chosen.append(row)
-        seen_concepts.add(concepts[row])
-        seen_captions.update(own.values())
-        if len(chosen) == count:
-            return chosen
-    raise ValueError(
-        f"{count} prompts were asked for, but only {len(chosen)} training concepts have a caption of their own in "
-        "every style; ask for fewer, or give more images."
-    )
 
 
 def recognisability(

@@ -11,7 +11,6 @@ was left out and how far both rankings agree.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import subprocess
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
+from experiments.support.arguments import script_parser
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
 from wherefrom.rankings.ranking_file import read_ranking
@@ -254,7 +254,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
 
 def main() -> None:
     """Writes both worlds and runs their commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--members", type=int, default=1000)

@@ -109,21 +109,7 @@ def abu_plus_until_killed(root: Path, store: Path) -> None:
 
 def killed(root: Path, store: Path) -> None:
     """Runs AbU+ in a process of its own, which is killed in the middle of the eigenvalues."""
-<<<<<<< HEAD
     assert exit_status_of(abu_plus_until_killed, root, store) == -signal.SIGKILL
-=======
-    script = """
-import os, signal, sys
-from pathlib import Path
-from tests.attributors import test_preconditioned as here
-here.stop_at(here.EigenvaluePass, 128, lambda: os.kill(os.getpid(), signal.SIGKILL))
-here.abu_plus(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root), str(store)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
->>>>>>> main
 
 
 def stopped() -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import evaluate
 import train
+from tests.support.processes import exit_status_of
 from tests.support.retrains import SOURCE, Sweep
 from tests.support.tiny import one_process, training_config
 from wherefrom.attributors import PixelSimilarity, Query, Scores
@@ -36,7 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
 ]
-ROOT = Path(__file__).parents[2]
 COUNT = 40
 REVERSED = QuerySource(prompts=SOURCE.prompts[::-1], sampling_steps=2)
 
@@ -176,18 +175,30 @@ def judge_config(folder: Path, recipe_file: Path, name: str, store: str, **setti
     return path
 
 
+def judge_until_killed(config: Path) -> None:
+    """The command, whose process is killed when the second model is measured and before it is said so."""
+    add, added = Measurements.add, []
+
+    def add_and_die(self: Measurements, *arguments: Any, **keywords: Any) -> None:
+        add(self, *arguments, **keywords)
+        added.append(arguments)
+        if len(added) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Measurements.add = add_and_die  # type: ignore[method-assign]
+    evaluate.main(["counterfactual", "-c", str(config)])
+
+
 def test_the_command_line_judges_and_goes_on_after_a_kill(recipe_file: Path, folder: Path) -> None:
     config = judge_config(folder, recipe_file, "killed", "killed store")
     table = folder / "killed" / "retrains.parquet"
-    command = [sys.executable, str(ROOT / "evaluate.py"), "counterfactual", "-c", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not table.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed while there was work left"
+    assert exit_status_of(judge_until_killed, config) == -signal.SIGKILL
+    measured = len(pq.read_table(table))
     before = {path: path.stat().st_mtime_ns for path in retrained(folder / "killed store")}
+    assert not (folder / "killed" / "counterfactual.json").exists()
     evaluate.main(["counterfactual", "-c", str(config)])
-    assert before
+    assert 0 < measured < len(pq.read_table(table)), "it was killed while there were models to measure"
+    assert 0 < len(before) < len(retrained(folder / "killed store")), "and models to train"
     assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "trained again"
     whole = judge_config(folder, recipe_file, "whole", "whole store")
     evaluate.main(["counterfactual", "-c", str(whole)])
