@@ -31,7 +31,8 @@ def test_every_method_of_the_table_is_found(method: str) -> None:
     settings = quick_settings(timesteps=5, noise_samples=1000, samples_per_image=2)
     attributor = load_method(method, settings)
     assert json.loads(json.dumps(attributor.identity())) == known["attributor"]
-    assert method_table.row_identity(shared, attributor, None) == known["identity"]
+    some = None if known["pictures"] == 3132 else 500  # methods whose passes take long scored a part
+    assert method_table.row_identity(shared, attributor, some) == known["identity"]
 
 
 def test_rankers_that_were_measured_are_not_trained_again() -> None:
