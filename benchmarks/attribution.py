@@ -45,7 +45,7 @@ from wherefrom.runtime.artifacts import Store, write_json
 from wherefrom.runtime.console import Console, duration, peak_memory
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.keyed_random import hash_text
-from wherefrom.runtime.measured_cost import watched_memory
+from wherefrom.runtime.measured_cost import peak_memory as watched_memory
 
 ONCE = {"curvature": "curvature", "losses": "losses before unlearning", "features": "features and all else"}
 EACH = {
@@ -194,7 +194,7 @@ def prepare(options: argparse.Namespace) -> tuple[DiffusionModel, TrainingData, 
     assert data.latents is not None
     rows = choose_prompts(data.images, options.queries, options.seed)
     prompts = [data.images.captions[row][0] for row in rows]
-    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    channels, height, width = data.latents.latent_shape
     queries = generate(
         model, prompts=prompts, seed=options.seed, shape=(channels, height, width), eta=1.0, keep_trajectory=True
     )

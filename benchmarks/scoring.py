@@ -17,6 +17,7 @@ import torch
 from benchmarks.support import latent_shape, random_set
 from experiments.support.arguments import add_images, script_parser
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.models.conditioning import PROMPT, prompt_embeddings
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime import keyed_random
 
@@ -43,13 +44,15 @@ def main() -> None:
     grid = LossGrid(timesteps=options.timesteps)
     count = options.images * 2 * options.timesteps
     batch = options.batch_size
-    noisy, states = torch.randn(batch, *shape), torch.randn(batch, *data.states.shape[2:])
-    timesteps = torch.arange(batch) * model.process.steps // batch
+    assert model.encoder is not None
+    null = model.encoder.text.encode([""])[PROMPT]
+    noisy, told = torch.randn(batch, *shape), prompt_embeddings(torch.randn(batch, *null.shape[1:]))
+    timesteps = torch.arange(batch) * model.noise_schedule.steps // batch
 
     def bare() -> None:
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            model.predict(noisy[:size], timesteps[:size], states[:size])
+            model.predict(noisy[:size], timesteps[:size], told.at(slice(size)))
 
     def scoring() -> None:
         LossPass(model, data, grid, batch).step(range(options.images))
@@ -61,7 +64,7 @@ def main() -> None:
     def gather() -> None:
         for start in range(0, count, batch):
             rows = torch.arange(start, min(start + batch, count)) % options.images
-            data.latents[rows, 0], data.states[rows, 0]
+            data.latents_at(rows, 0), data.conditioning_at(rows, 0)
 
     bare()
     scoring()

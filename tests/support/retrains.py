@@ -1,4 +1,4 @@
-"""Retrains of a tiny recipe, and what was trained."""
+"""Retrained models of a tiny recipe, and what was trained."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from datamodules import ImageFolder
 from lightning_modules.launch import runs
 from lightning_modules.launch.recipe import Recipe
 from tests.support.tiny import LENGTH, text_folder
-from wherefrom.counterfactual.measurements import ByQuery, Measurements
-from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
-from wherefrom.counterfactual.sweep import Sweep as Sweeps
+from wherefrom.counterfactual.measurements import MeasurementsByQuery, MeasurementTable
+from wherefrom.counterfactual.query_panel import Panel
+from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
+from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.queries.sources import QuerySource
 from wherefrom.runtime.artifacts import Store
@@ -18,8 +19,8 @@ from wherefrom.runtime.artifacts import Store
 SOURCE = QuerySource(prompts=["red square", "blue circle"], sampling_steps=2)
 
 
-class Sweep:
-    """Retrains of the recipe in a store of their own, and what they trained."""
+class Retraining:
+    """Retrained models of the recipe in a store of their own, and what they trained."""
 
     def __init__(self, recipe_file: Path, store: Path) -> None:
         pipeline = recipe_file.parent / "pipeline"
@@ -31,13 +32,13 @@ class Sweep:
         recipe, self.trained = Recipe(recipe_file, store), []
         assert self.data.latents is not None
 
-        def train_one(retrain: Retrain, place: Path) -> None:
-            self.trained.append(retrain)
-            recipe.train(retrain, place)
+        def train_one(job: RetrainingJob, place: Path) -> None:
+            self.trained.append(job)
+            recipe.train(job, place)
 
         self.store = Store(store)
         latents = self.data.latents
-        self.retrains = Retrains(self.store, recipe.identity(), latents.ids, latents.fingerprint, train_one)
+        self.models = RetrainedModels(self.store, recipe.identity(), latents.ids, latents.fingerprint, train_one)
 
-    def measure(self, retrain: Retrain, panel: Panel, table: Measurements) -> ByQuery:
-        return Sweeps(self.retrains, panel=panel, table=table).measure([retrain])[retrain]
+    def measure(self, job: RetrainingJob, panel: Panel, table: MeasurementTable) -> MeasurementsByQuery:
+        return Sweep(self.models, panel=panel, table=table).measure([job])[job]
