@@ -18,9 +18,10 @@ from tests.support.worlds import make_coco, make_shards
 from wherefrom.attributors import AttributionByUnlearning, Magnitude, PixelSimilarity, RankEnsemble, TrainingData
 from wherefrom.commands.budget import Sizes, as_table, blank_images, blank_latents, encoding, method
 from wherefrom.commands.estimate import Stage, forward_rate
-from wherefrom.counterfactual.evaluate import plan
 from wherefrom.counterfactual.protocol import Protocol
+from wherefrom.counterfactual.removal_plan import plan_evaluation
 from wherefrom.data.encoded_images import encode_image_set
+from wherefrom.models.conditioning import PROMPT, prompt_embeddings
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store
 
@@ -39,11 +40,11 @@ def test_disk_is_what_encoding_writes(tmp_path: Path) -> None:
         for images in (training, held_out)
     ]
     assert stages[0].disk == training.pixels.nbytes + held_out.pixels.nbytes
-    assert stages[1].disk == sum(each.latents.nbytes for each in made)
-    assert stages[2].disk == sum(each.states.nbytes for each in made)
+    assert stages[1].disk == sum(each.groups[0].latents.nbytes for each in made)
+    assert stages[2].disk == sum(each.groups[0].conditioning.nbytes for each in made)
     assert blank.latents is not None
-    assert blank.latents.latents.shape == made[0].latents.shape
-    assert blank.latents.states.shape == made[0].states.shape
+    assert blank.latents.latent_shape == made[0].latent_shape
+    assert blank.latents.groups[0].conditioning[PROMPT].shape == made[0].groups[0].conditioning[PROMPT].shape
 
 
 def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_census_counts_what_loading_finds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "protocol",
-    [Protocol(ks=[2], pools=[2]), Protocol(ks=[1, 2], pools=[3, 1], seeds=[0, 1], random=2)],
+    [Protocol(ks=[2], query_groups=[2]), Protocol(ks=[1, 2], query_groups=[3, 1], seeds=[0, 1], random=2)],
     ids=["one", "several"],
 )
 def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> None:
@@ -113,7 +114,7 @@ def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> No
         name: {f"q{query}": ids[shift + 10 * query :] + ids[: shift + 10 * query] for query in range(6)}
         for name, shift in (("one", 0), ("other", 5))
     }
-    planned = {removal.ids for removal in plan(rankings, protocol, ids)}
+    planned = {removal.ids for removal in plan_evaluation(rankings, protocol, ids)}
     assert _removals(protocol, 2, 6) == (1 + len(planned)) * len(protocol.seeds)
 
 
@@ -145,7 +146,7 @@ def test_the_command_line_says_what_an_attribution_takes_and_makes_nothing(
     assert names == [
         "read 20 images of 8 × 8",
         "latents of 20 images and their mirror images",
-        "states of 20 captions",
+        "prompt embeddings of 20 captions",
         "draw the queries",
         "AttributionByUnlearning: once for this model",
         "AttributionByUnlearning: queries",
@@ -187,9 +188,9 @@ def test_the_command_line_says_what_a_judgement_takes(
         "output": str(tmp_path / "judge"),
         "store": str(tmp_path / "store"),
         **(
-            {"protocol": {"ks": [1], "pools": [1]}}
+            {"protocol": {"ks": [1], "query_groups": [1]}}
             if command == "counterfactual"
-            else {"halves": {"count": 4, "repeated": 2}}
+            else {"random_subsets": {"count": 4, "repeated": 2}}
         ),
     }
     (tmp_path / "judge.yaml").write_text(json.dumps(config))
@@ -203,6 +204,6 @@ def test_blank_data_take_no_memory() -> None:
     images = blank_images(1000, (512, 512), 5)
     assert images.pixels.shape == (1000, 512, 512, 3)
     assert np.asarray(images.pixels).base is not None
-    latents = blank_latents(images, torch.zeros(4, 64, 64), torch.zeros(77, 1024))
-    assert latents.states.shape == (1000, 5, 77, 1024)
-    assert latents.states.untyped_storage().nbytes() == 4  # type: ignore[union-attr]
+    latents = blank_latents(images, torch.zeros(4, 64, 64), prompt_embeddings(torch.zeros(77, 1024)))
+    assert latents.groups[0].conditioning[PROMPT].shape == (1000, 5, 77, 1024)
+    assert latents.groups[0].conditioning[PROMPT].untyped_storage().nbytes() == 4  # type: ignore[union-attr]

@@ -159,7 +159,7 @@ def _loss_excesses(
     result = {}
     for query in queries:
         seen = as_latent(model, query)
-        result[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.states), typical)}
+        result[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.conditioning), typical)}
     return result
 
 

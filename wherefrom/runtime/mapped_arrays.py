@@ -134,8 +134,8 @@ class RowView:
     Indexed like the array itself; full slices (`[:]`, `[:, 0]`) stay a view.
 
     Args:
-        array: A tensor or a NumPy array.
-        rows: Which rows of it.
+        array: A tensor, a NumPy array or `JoinedRows`.
+        rows: Which rows of it; of several axes where rows stand in a grid (images × captions).
     """
 
     def __init__(self, array: Any, rows: NDArray[np.intp]) -> None:
@@ -144,7 +144,7 @@ class RowView:
     @property
     def shape(self) -> tuple[int, ...]:
         """As of an array that holds these rows alone."""
-        return (len(self.rows), *(int(extent) for extent in self.array.shape[1:]))
+        return (*self.rows.shape, *(int(extent) for extent in self.array.shape[1:]))
 
     @property
     def dtype(self) -> Any:
@@ -160,6 +160,8 @@ class RowView:
         return len(self.rows)
 
     def __getitem__(self, key: Any) -> Any:
+        if self.rows.ndim > 1:
+            return self._of_grid(key if isinstance(key, tuple) else (key,))
         first, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(first, slice) and first == slice(None):
             return RowView(self.array[(slice(None), *rest)], self.rows)
@@ -168,12 +170,21 @@ class RowView:
             return self.array[rows[first]][(slice(None), *rest)]
         return self.array[(rows[first], *rest)]
 
+    def _of_grid(self, key: tuple[Any, ...]) -> Any:
+        head, rest = key[: self.rows.ndim], key[self.rows.ndim :]
+        rows = np.asarray(self.rows[tuple(map(_as_index, head))])
+        if not rest and all(isinstance(each, slice) for each in head):
+            return RowView(self.array, rows)
+        return _read(self.array, rows)[(*(slice(None),) * rows.ndim, *rest)]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self.array[self.rows], dtype=dtype)
+        return np.asarray(_read(self.array, self.rows), dtype=dtype)
 
 
 def take_rows(array: Any, rows: NDArray[np.intp]) -> Any:
     """These rows: an unbroken stretch shares its memory, much else is a `RowView`, little is copied."""
+    if isinstance(array, RowView) and array.rows.ndim > 1:
+        return RowView(array.array, array.rows[rows])
     if len(rows) and rows[0] >= 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return array[int(rows[0]) : int(rows[0]) + len(rows)] if len(rows) < len(array) else array
     if isinstance(array, RowView):
@@ -260,6 +271,24 @@ def join_rows(first: Any, second: Any) -> Any:
     if isinstance(first, Tensor):
         return torch.cat([first, torch.as_tensor(second).to(first.dtype)])
     return np.concatenate([np.asarray(first), np.asarray(second, dtype=first.dtype)])
+
+
+def _read(array: Any, rows: NDArray[np.intp]) -> Any:
+    """A copy of the rows, with their axes."""
+    flat = rows.reshape(-1)
+    values = array[torch.from_numpy(flat) if isinstance(array, Tensor) else flat]
+    return values.reshape(*rows.shape, *(int(extent) for extent in array.shape[1:]))
+
+
+def gather_rows(array: Any, rows: NDArray[np.intp]) -> Any:
+    """Rows of an array, with the axes of `rows`: an unbroken stretch is a view, little is copied, else a `RowView`."""
+    flat = rows.reshape(-1)
+    if isinstance(array, Tensor) and len(flat) and np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat))):
+        stretch = array[int(flat[0]) : int(flat[0]) + len(flat)]
+        return stretch.reshape(*rows.shape, *array.shape[1:]) if rows.ndim > 1 else stretch
+    if rows.size * int(np.prod(array.shape[1:], dtype=np.int64)) * int(array.itemsize) >= _LAZY_FROM:
+        return RowView(array, rows)
+    return _read(array, rows)
 
 
 def announce_size(log: Callable[[str], None], what: str, size: int, folder: Path) -> None:
