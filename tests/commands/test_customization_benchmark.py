@@ -138,7 +138,7 @@ def test_lists_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> No
     refused("leads out of", [{**entries[0], "synth_image_path": "../secret.png"}])
     refused("leads out of", [{**entries[0], "model_path": "/etc"}])
     refused("leads out of", [{**entries[0], "test_case": "../../x"}])
-    refused("no file in", [{**entries[0], "synth_image_path": "synth/nothing.png"}], FileNotFoundError)
+    refused("not a file in", [{**entries[0], "synth_image_path": "synth/nothing.png"}], FileNotFoundError)
     refused("two values of 'model_path'", [entries[0], {**entries[1], "model_path": "models/b"}])
     cases: list[dict[str, Any]] = json.loads((root / "json" / "test_styles.json").read_text())
     refused("entry 0 should have 'exemplar', a list of paths", [{**cases[0], "exemplar": []}], read=read_abc)

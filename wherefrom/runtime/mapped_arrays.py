@@ -281,7 +281,7 @@ def _read(array: Any, rows: NDArray[np.intp]) -> Any:
 
 
 def gather_rows(array: Any, rows: NDArray[np.intp]) -> Any:
-    """Gathers rows, with the dimensions of `rows`: a contiguous range is a view, few rows are copied, else a `RowView`."""
+    """Gathers rows, with the dimensions of `rows`: contiguous rows are a view, few are copied, others a `RowView`."""
     flat = rows.reshape(-1)
     if isinstance(array, Tensor) and len(flat) and np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat))):
         block = array[int(flat[0]) : int(flat[0]) + len(flat)]
