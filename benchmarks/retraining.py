@@ -10,7 +10,6 @@ before the clock starts, as they are for all models of a sweep but the first.
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 import time
@@ -19,8 +18,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from experiments.support.arguments import script_parser
 from lightning_modules.launch.recipe import Recipe
-from wherefrom.counterfactual.retraining import Retrain
+from wherefrom.counterfactual.retraining import RetrainingJob
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.console import duration
 
@@ -60,7 +60,7 @@ def seconds_in_steps(folder: Path) -> float:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("configs/experiment/emoji_1k.yaml"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="fewer steps: a quick look, which is not recorded")
@@ -73,10 +73,10 @@ def main() -> None:
         for place in (first, folder):
             place.mkdir()
         # A model of one step before: images, latents and libraries are then where a sweep's next model finds them.
-        Recipe(with_profiler(options.recipe, first, 1), options.store).train(Retrain((), 0), first)
+        Recipe(with_profiler(options.recipe, first, 1), options.store).train(RetrainingJob((), 0), first)
         recipe = Recipe(with_profiler(options.recipe, folder, options.steps), options.store)
         started = time.monotonic()
-        recipe.train(Retrain((), 0), folder)
+        recipe.train(RetrainingJob((), 0), folder)
         wall = time.monotonic() - started
         inside = seconds_in_steps(folder)
     print(

@@ -26,6 +26,8 @@ from scipy.stats import spearmanr
 import evaluate
 from experiments.ranker_table import RESULT as TABLE
 from experiments.ranker_table import Variant, place_of, train_one, variants
+from experiments.support.arguments import script_parser
+from wherefrom.counterfactual.results_file import COUNTERFACTUAL, read_results
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import write_json
 
@@ -50,7 +52,7 @@ def method_file(name: str, variant: Variant, options: argparse.Namespace) -> Pat
         print(f"{name}: training", flush=True)
         train_one(variant, 0, place, options.steps)
     encoders = {each: ENCODERS[each] for each in variant.features}
-    path = options.output / f"{slug(name)}.yaml"
+    path: Path = options.output / f"{slug(name)}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     ranker = str((place / "ranker").resolve())
     write_json(path, {"class_path": "LearnedRanker", "init_args": {"ranker": ranker, "encoders": encoders}})
@@ -81,7 +83,7 @@ def correlations(
 def loss_increases_of(result: Mapping[str, Any], method: str) -> list[float]:
     """Each query's rise of its loss when its own images went, less that of queries whose images stayed."""
     (row,) = (row for row in result["rows"] if row["method"] == method)
-    return [own - others for own, others in zip(row["loss"]["own"], row["loss"]["others"], strict=True)]
+    return [a - b for a, b in zip(row["loss"]["matched"], row["loss"]["mismatched"], strict=True)]
 
 
 def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
         "methods": json.dumps(["configs/attributor/caption.yaml", *map(str, files)]),
         "settings": "{}",
         "protocol.ks": f"[{k}]",
-        "protocol.pools": f"[{POOL}]",
+        "protocol.query_groups": f"[{POOL}]",
         "protocol.seeds": "[0]",
         "protocol.random": "1",
         "workers.engine": "local",
@@ -99,12 +101,12 @@ def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
     evaluate.main(
         ["counterfactual", "-c", JUDGE, *(word for name, text in words.items() for word in (f"--{name}", text))]
     )
-    return dict(json.loads((output / "judge" / "counterfactual.json").read_text()))
+    return read_results(output / "judge" / COUNTERFACTUAL)
 
 
 def main() -> None:
     """Judges what is not judged, and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--variants", nargs="+", default=[*UNTUNED, *CHOSEN])
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400, help="of a ranker's training, as in the table")

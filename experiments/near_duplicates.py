@@ -12,7 +12,6 @@ queries' losses. Nothing is trained twice, and an interrupted run goes on where 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,21 +20,23 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser
-from lightning import LightningDataModule
 
+from datamodules import Emoji
 from datamodules.images import ImageDataModule
 from experiments.known_answers import choose
+from experiments.support.arguments import script_parser
+from experiments.support.data import data_module
 from lightning_modules.launch.recipe import Recipe
 from lightning_modules.launch.runs import shapes, training_data_of
 from wherefrom.attributors import Attributor
 from wherefrom.commands.attribute import attribute
 from wherefrom.commands.method_files import load_methods
-from wherefrom.counterfactual.effects import changes
-from wherefrom.counterfactual.measurements import Measurements
-from wherefrom.counterfactual.reattribution import AFTER, Reattribution, whole_ranking
-from wherefrom.counterfactual.replacement_prediction import foresight
-from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
+from wherefrom.counterfactual.effects import measured_effects
+from wherefrom.counterfactual.measurements import MeasurementTable
+from wherefrom.counterfactual.query_panel import Panel
+from wherefrom.counterfactual.reattribution import Reattribution, reattribution_folder, whole_ranking
+from wherefrom.counterfactual.replacement_prediction import evaluate_replacement_prediction
+from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.data.copies import Copies
 from wherefrom.metrics.standard_error import estimate
@@ -89,7 +90,7 @@ def standing(
         copies: Its copies.
         gone: All originals.
     """
-    seen, removed = foresight(first, gone, after, len(copies)), set(gone)
+    seen, removed = evaluate_replacement_prediction(first, gone, after, len(copies)), set(gone)
     left = [name for name in first if name not in removed]
 
     def ranks(ids: Sequence[str], names: Sequence[str]) -> list[int]:
@@ -144,17 +145,6 @@ def planted(
     return World(Recipe(output / "recipe.yaml", store.root), data_module(config["data"], store))
 
 
-def data_module(config: Mapping[str, Any], store: Store) -> ImageDataModule:
-    """A recipe's data module, set up in a store."""
-    made = ArgumentParser()
-    made.add_subclass_arguments(LightningDataModule, "data", required=True)
-    module: ImageDataModule = made.instantiate(made.parse_object({"data": config})).data
-    module.store = store
-    module.prepare_data()
-    module.setup()
-    return module
-
-
 def judge_copies(
     output: Path,
     *,
@@ -186,9 +176,9 @@ def judge_copies(
     data, runner = training_data_of(world.module), Runner.current()
     assert data.latents is not None
     latents = data.latents
-    retrains = Retrains(store, world.recipe.identity(), latents.ids, latents.fingerprint, world.recipe.train)
+    models = RetrainedModels(store, world.recipe.identity(), latents.ids, latents.fingerprint, world.recipe.train)
     log("the model with all images")
-    model = retrains.model(Retrain((), seed)).to(runner.device)
+    model = models.model(RetrainingJob((), seed)).to(runner.device)
     where = {name: index for index, name in enumerate(data.images.ids)}
     prompts = [data.images.captions[where[name]][0] for name in copies.ids]
     settings = {**vars(source), "prompts": prompts}
@@ -203,15 +193,15 @@ def judge_copies(
         eta=source.eta,
     )
     panel = Panel(queries, model, source, timesteps)
-    gone = Retrain(tuple(sorted(copies.ids)), seed)
-    all_gone = Retrain(tuple(sorted([*copies.ids, *copies.planted])), seed)
-    sweep = Sweep(retrains, panel=panel, table=Measurements(output / "retrains.parquet"), log=log)
-    measured = sweep.measure([Retrain((), seed), gone, all_gone])
+    gone = RetrainingJob(tuple(sorted(copies.ids)), seed)
+    all_gone = RetrainingJob(tuple(sorted([*copies.ids, *copies.planted])), seed)
+    sweep = Sweep(models, panel=panel, table=MeasurementTable(output / "retrains.parquet"), log=log)
+    measured = sweep.measure([RetrainingJob((), seed), gone, all_gone])
     again = Reattribution(
-        output / AFTER,
+        reattribution_folder(output),
         methods=methods,
         data=data,
-        retrains=retrains,
+        models=models,
         queries=queries,
         store=store,
         runner=runner,
@@ -238,7 +228,7 @@ def judge_copies(
             for original, each in zip(copies.ids, scores, strict=True)
         }
     moved = {
-        words: changes(measured[Retrain((), seed)], measured[retrain])
+        words: measured_effects(measured[RetrainingJob((), seed)], measured[retrain])
         for words, retrain in (("originals", gone), ("originals and copies", all_gone))
     }
     losses = {
@@ -281,7 +271,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the comparison."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--recipe", default="configs/experiment/emoji_1k.yaml")
     arguments.add_argument("--originals", type=int, default=8, help="how many images have copies, chosen by hash")
     arguments.add_argument("--ids", nargs="+", help="these images instead")
@@ -301,6 +291,8 @@ def main(args: Sequence[str] | None = None) -> None:
     world = planted(
         options.recipe, copies=asked, store=store, output=options.output, seed=options.seed, count=options.count
     )
+    assert isinstance(world.module, Emoji)
+    assert world.module.copies is not None
     copies = world.module.copies
     methods = load_methods(files, options.settings)
     for method in methods.values():

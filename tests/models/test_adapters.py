@@ -11,8 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tests.models.test_pipeline import images
-from tests.support.pipelines import stable_diffusion
+from tests.support.pipelines import images, stable_diffusion
 from tests.support.tiny import one_process
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn

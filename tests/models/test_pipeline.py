@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 import evaluate
-from tests.support.pipelines import TOKENS, pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tests.support.pipelines import (
+    TOKENS,
+    images,
+    pixart,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 from tests.support.tiny import attribution_config, one_process
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
@@ -32,7 +39,6 @@ from wherefrom.rankings.ranking_file import order_of, read_ranking
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 
-PROMPTS = ["a big red square", "a small blue circle", "stripes"]
 KINDS: dict[str, Callable[[Path], Path]] = {
     "sd1": lambda folder: stable_diffusion(folder, 1),
     "sd2": lambda folder: stable_diffusion(folder, 2),
@@ -47,17 +53,6 @@ KEYS = keyed_random.hash_texts(["a", "b"])
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save(tmp_path_factory.mktemp(kind)) for kind, save in KINDS.items()}
-
-
-def images(count: int = 5, size: int = 8) -> ImageSet:
-    random = np.random.default_rng(0)
-    return ImageSet(
-        tuple(f"picture/{index}" for index in range(count)),
-        tuple((f"{PROMPTS[index % 3]} number {index}",) for index in range(count)),
-        random.integers(0, 255, (count, size, size, 3), dtype=np.uint8),
-        {"license": ("CC0-1.0",) * count},
-        f"random-{count}-{size}",
-    )
 
 
 def randn(*shape: int, seed: int) -> Tensor:

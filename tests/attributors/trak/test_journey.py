@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from tests.attributors.unlearning.test_attributor import HELD_OUT, QUERY, TRAIN
+from tests.support.attribution import HELD_OUT, QUERY, TRAIN
 from tests.support.tiny import attribution_config, one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import JourneyTRAK, Query, Scores, TrainingData
 from wherefrom.attributors.trak import projected_features as module
