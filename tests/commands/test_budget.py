@@ -120,7 +120,7 @@ def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> No
 
 def test_the_rate_is_measured_with_few_passes_where_one_takes_long() -> None:
     model = tiny_model()
-    data = blank_latents(blank_images(4, (8, 8), 1), torch.zeros(4, 4, 4), torch.zeros(5, 12))
+    data = blank_latents(blank_images(4, (8, 8), 1), torch.zeros(4, 4, 4), prompt_embeddings(torch.zeros(5, 12)))
     sizes: list[int] = []
     losses = model.losses
 

@@ -81,7 +81,7 @@ def test_rankings_stay_when_compiled(tmp_path: Path) -> None:
     # One level and few channels: compiling takes as long as a network has kinds of layers. In double precision, so
     # that nothing but a fault can show.
     data, encoder = tiny_latents(40), tiny_encoder(tmp_path / "text")
-    query = Query("query", "a big red square", np.zeros((8, 8, 3), np.uint8), data.latents[0, 0].flip(0))
+    query = Query("query", "a big red square", np.zeros((8, 8, 3), np.uint8), data.groups[0].latents[0, 0].flip(0))
     training = TrainingData(data.images, data)
     results = []
     for compile in (False, True):

@@ -79,7 +79,7 @@ def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvatu
     train = images()
     data = TrainingData(train, encode_image_set(train, encoder=model.encoder, store=store))
     assert data.latents is not None
-    shape = tuple(data.latents.latents.shape[2:])
+    shape = data.latents.latent_shape
     (query,) = generate(model, prompts=["a big red square"], seed=0, shape=shape, sampling_steps=2)
     settings = UnlearningSettings(noise_samples=8, measurement_samples=8, relative_loss_increase=1e-3)
     method = AttributionByUnlearning(
