@@ -203,7 +203,9 @@ def build_until_killed(store: Path, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     captions = folder / "annotations" / "captions_train2017.json"
-    build_mscoco(Store(store), folder / "train2017", captions, CocoOptions(size=8), progress=progress)
+    build_mscoco(
+        Store(store), folder=folder / "train2017", captions=captions, options=CocoOptions(size=8), progress=progress
+    )
 
 
 def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, folder: Path, coco: Callable[..., ImageSet]) -> None:
