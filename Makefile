@@ -40,8 +40,8 @@ train: setup ## train the emoji world's autoencoder and diffusion model (hours)
 	$(RUN) train.py fit -c configs/experiment/emoji_decoder_noise.yaml
 	$(RUN) train.py fit -c configs/experiment/emoji_diffusion.yaml
 
-test: setup ## run the tests
-	$(RUN) -m pytest -q -n auto --dist loadfile
+test: setup ## run the tests; the ten slowest come last
+	$(RUN) -m pytest -q -n auto --dist loadfile --durations=10
 
 check: setup ## format, lint, types
 	$(VENV)/bin/ruff format --check .

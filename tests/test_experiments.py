@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
     "noise_samples": 4,
     "measurement_samples": 4,
     "timesteps": 2,
-    "visits": 1,
+    "samples_per_image": 1,
     "sampling_steps": 2,
     "val_check_interval": 1,
     "every_n_train_steps": 1,
@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
     "outputs": 8,
     "limit": 1,
 }
-AT_MOST = {"steps": 1, "count": 4, "batch_size": 8, "skip": 4, "fisher.samples_per_image": 1, "greedy": 2}
+AT_MOST = {"steps": 1, "count": 4, "batch_size": 8, "skip": 4, "iterative_removal_rounds": 2}
 FIRST = {"prompts": 2, "also": 1, "seeds": 1, "words": 1}
 # What each experiment needs of others, whose runs it finds below `runs`.
 NEEDS = {

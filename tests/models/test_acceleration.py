@@ -17,7 +17,6 @@ from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.emoji import EmojiOptions
 from wherefrom.gradients.loss_grid import LossGrid
-from wherefrom.models.conditioning import prompt_embeddings
 from wherefrom.models.diffusion import DiffusionModel, with_output
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import generate
@@ -81,7 +80,8 @@ def test_rankings_stay_when_compiled(tmp_path: Path) -> None:
     # One level and few channels: compiling takes as long as a network has kinds of layers. In double precision, so
     # that nothing but a fault can show.
     data, encoder = tiny_latents(40), tiny_encoder(tmp_path / "text")
-    query = Query("query", "a big red square", np.zeros((8, 8, 3), np.uint8), data.groups[0].latents[0, 0].flip(0))
+    latent = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    query = Query("query", "a big red square", np.zeros((8, 8, 3), np.uint8), latent)
     training = TrainingData(data.images, data)
     results = []
     for compile in (False, True):
@@ -115,9 +115,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         model = tiny_model().accelerate(checkpoint=checkpoint)
         assert isinstance(model.denoiser, UNet2DConditionModel)
         model.denoiser.requires_grad_(True)
-        latents = torch.ones(2, 4, 4, 4).to(model.dtype)
-        told = prompt_embeddings(torch.ones(2, 5, 12).to(model.dtype))
-        model.losses(latents, told, torch.tensor([10, 500]), torch.ones_like(latents)).sum().backward()
+        latents, states = torch.ones(2, 4, 4, 4).to(model.dtype), torch.ones(2, 5, 12).to(model.dtype)
+        model.losses(latents, states, torch.tensor([10, 500]), torch.ones_like(latents)).sum().backward()
         gradients.append(
             torch.cat([each.grad.flatten() for each in model.denoiser.parameters() if each.grad is not None])
         )

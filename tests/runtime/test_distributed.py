@@ -14,10 +14,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 import evaluate
 import train
+from tests.support import processes  # noqa: F401  whose server has imported torch
 from tests.support.tiny import (
     LENGTH,
     attribution_config,
@@ -120,7 +121,7 @@ def process(rank: int, folder: Path, world_size: int) -> None:
 
 def test_fisher_unlearning_and_scores_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     tiny_pipeline(tmp_path / "pipeline")
-    spawn(process, (tmp_path, 2), nprocs=2)
+    start_processes(process, (tmp_path, 2), nprocs=2, start_method="forkserver")
     expected = numbers(tmp_path, one_process())
     both = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
     ids = tiny_latents(COUNT).ids

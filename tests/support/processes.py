@@ -8,7 +8,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["evaluate", "tests.support.tiny"])
+FORKS.set_forkserver_preload(["tests.support.tiny"])
 
 
 def started(work: Callable[..., object], *arguments: Any) -> ForkServerProcess:
