@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     teacher.add_argument("output", type=Path, help="folder of the teacher set")
     teacher.add_argument("--part", choices=("train", "test"), default="train", help="which queries")
     teacher.add_argument("--features", nargs="+", help="types of features; without it all that are there")
-    teacher.add_argument("--pictures", type=Path, help="Parquet table: image, caption, in the training set's order")
+    teacher.add_argument("--images", type=Path, help="Parquet table: image, caption, in the training set's order")
     teacher.add_argument("--queries", type=Path, help="Parquet table: query, prompt, in the queries' order")
     ranker = commands.add_parser("fastgda-ranker", help="a checkpoint of FastGDA's into a ranker")
     ranker.add_argument("file", type=Path, help="the .pth file")
