@@ -42,15 +42,31 @@ def summary(module: str) -> str:
 
 
 def page_of(module: str) -> str:
-    """Path of a module's page below `docs/`; a package's is its folder's index."""
-    place = ROOT.joinpath(*module.split("."))
-    return f"api/{module.replace('.', '/')}{'/index' if place.is_dir() else ''}.md"
+    """Path of a module's page below `docs/`."""
+    return f"api/{module}.md"
 
 
 def _listing(title: str, names: list[str], page: str) -> str:
     folder = posixpath.dirname(page)
     lines = [f"- [`{name}`]({posixpath.relpath(page_of(name), folder)}) {summary(name)}" for name in names]
     return f"{title}\n\n" + "\n".join(lines) + "\n"
+
+
+def _tree(names: list[str], module: str) -> dict[str, Any] | str:
+    """A module's entry in the navigation: its page, or a package's page with those below it."""
+    short, below = module.rpartition(".")[2], [name for name in names if name.rpartition(".")[0] == module]
+    if not below:
+        return {short: page_of(module)}
+    return {short: [page_of(module), *(_tree(names, name) for name in below)]}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Adds the API to the navigation."""
+    names = list(modules())
+    assert config.nav is not None
+    config.nav[:] = [entry for entry in config.nav if "API" not in entry]
+    config.nav.append({"API": ["api/index.md", *(_tree(names, package) for package in PACKAGES)]})
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -67,6 +83,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     while linked:  # a linked page may link on
         path = linked.pop()
         source, target = ROOT / path, f"files/{path}"
+        if path.startswith("docs/"):
+            continue
         if source.is_file() and files.get_file_from_path(target) is None:
             files.append(File.generated(config, target, abs_src_path=str(source)))
             if path.endswith(".md"):
