@@ -50,3 +50,4 @@ check: setup ## format, lint, types
 
 docs: setup ## build the site with search and the API reference in build/docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "look at it, with search: $(RUN) -m http.server -d build/docs"
