@@ -128,16 +128,17 @@ class Case:
         self.plan = plan_layers(model, data, self.names)
         self.samples = len(data) * settings.per_image
         modules = [layer.module for layer in self.plan.layers]
-        wrapped = DiffusionModel(copy.deepcopy(model.denoiser), model.process)
+        wrapped = DiffusionModel(copy.deepcopy(model.denoiser), model.noise_schedule)
         self.task = SampledLoss(CovariancePass(wrapped, data, self.plan, settings, batch_size), modules)
         self.wrapped = prepare_model(wrapped.denoiser, self.task)
 
     def bare(self) -> Callable[[], None]:
         """Forward and backward of the two passes, to the outputs of the layers."""
         modules = [self.model.denoiser.get_submodule(layer.module) for layer in self.plan.layers]
-        latents, states = self.data.latents[:, 0], self.data.states[:, 0]
+        every = torch.arange(len(self.data))
+        latents, told = self.data.latents_at(every, 0), self.data.conditioning_at(every, 0)
         rows = torch.arange(self.batch_size) % len(latents)
-        steps = torch.arange(self.batch_size) * self.model.process.steps // self.batch_size
+        steps = torch.arange(self.batch_size) * self.model.noise_schedule.steps // self.batch_size
         noise = torch.randn_like(latents[rows])
         batches = [min(self.batch_size, self.samples - start) for start in range(0, self.samples, self.batch_size)]
         outputs: list[Tensor] = []
@@ -149,7 +150,7 @@ class Case:
             handles = [module.register_forward_hook(keep) for module in modules]
             for size in 2 * batches:
                 outputs.clear()
-                losses = self.model.losses(latents[rows[:size]], states[rows[:size]], steps[:size], noise[:size])
+                losses = self.model.losses(latents[rows[:size]], told.at(rows[:size]), steps[:size], noise[:size])
                 torch.autograd.grad(losses.sum(), outputs)
             for handle in handles:
                 handle.remove()

@@ -19,6 +19,7 @@ import torch
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.models.conditioning import PROMPT, prompt_embeddings
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime import keyed_random
 
@@ -32,12 +33,12 @@ def random_set(count: int, shape: tuple[int, int, int], tokens: int, width: int)
         np.zeros((count, 1, 1, 3), np.uint8),
         fingerprint="random",
     )
-    return EncodedImages(
+    return EncodedImages.of_one_shape(
         images,
-        torch.randn(count, 2, *shape, generator=random),
-        torch.randn(count, 1, tokens, width, generator=random),
-        torch.zeros(tokens, width),
-        "random",
+        latents=torch.randn(count, 2, *shape, generator=random),
+        conditioning=prompt_embeddings(torch.randn(count, 1, tokens, width, generator=random)),
+        empty=prompt_embeddings(torch.zeros(tokens, width)),
+        fingerprint="random",
     )
 
 
@@ -60,20 +61,20 @@ def main() -> None:
     options = arguments.parse_args()
     model = load_model(options.model)
     assert model.encoder is not None
-    null = model.encoder.text.encode([""])
+    null = model.encoder.text.encode([""])[PROMPT]
     config = model.denoiser.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     data = random_set(options.pictures, shape, null.shape[1], null.shape[2])
     grid = LossGrid(timesteps=options.timesteps)
     count = options.pictures * 2 * options.timesteps
     batch = options.batch_size
-    noisy, states = torch.randn(batch, *shape), torch.randn(batch, *null.shape[1:])
-    timesteps = torch.arange(batch) * model.process.steps // batch
+    noisy, told = torch.randn(batch, *shape), prompt_embeddings(torch.randn(batch, *null.shape[1:]))
+    timesteps = torch.arange(batch) * model.noise_schedule.steps // batch
 
     def bare() -> None:
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            model.predict(noisy[:size], timesteps[:size], states[:size])
+            model.predict(noisy[:size], timesteps[:size], told.at(slice(size)))
 
     def scoring() -> None:
         LossPass(model, data, grid, batch).step(range(options.pictures))
@@ -85,7 +86,7 @@ def main() -> None:
     def gather() -> None:
         for start in range(0, count, batch):
             rows = torch.arange(start, min(start + batch, count)) % options.pictures
-            data.latents[rows, 0], data.states[rows, 0]
+            data.latents_at(rows, 0), data.conditioning_at(rows, 0)
 
     bare()
     scoring()

@@ -43,6 +43,7 @@ from wherefrom.attributors.trak.projected_features import ImageFeatures, project
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossSamples
 from wherefrom.gradients.projection import Projection
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_model
@@ -107,11 +108,11 @@ class Case:
         """The samples of these images, as traker's task asks for them."""
         losses = self.noise_samples.of(self.model, self.data, self.batch_size)
         caption, timestep, keys = losses.noise_samples(image, torch.zeros_like(image))
-        latents = self.data.latents[image, 0]
+        latents = self.data.latents_at(image, 0)
         noise = keyed_random.normal(keys, latents.shape[1:], self.model.dtype)
-        process = self.model.process
+        process = self.model.noise_schedule
         noisy, target = process.noisy(latents, timestep, noise), process.target(latents, timestep, noise)
-        return noisy, timestep, self.data.states[image, caption], target
+        return noisy, timestep, self.data.conditioning_at(image, caption)[PROMPT], target
 
     @contextmanager
     def ours(self) -> Iterator[Callable[[], None]]:

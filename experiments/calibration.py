@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.distillation.calibration import CalibrationSettings, assess, calibrate
+from wherefrom.distillation.calibration import CalibrationSettings, calibrate, evaluate_calibration
 from wherefrom.distillation.embedding_similarity import similarities
 from wherefrom.distillation.ranker import load_ranker
 from wherefrom.distillation.teacher_set import read_teacher_set
@@ -63,7 +63,7 @@ def main() -> None:
     )
     others = teacher.of_queries(measuring)
     cosines = similarities(ranker, others.concatenated(features), others.rows)
-    result = assess(calibration, cosines, others.scores, others.queries)
+    result = evaluate_calibration(calibration, cosines, others.scores, others.queries)
     print(
         f"{len(fitting)} queries fit the calibration, {result.count} measure it; {others.rows.shape[1]:,} images each"
     )

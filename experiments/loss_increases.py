@@ -108,7 +108,7 @@ def main() -> None:
     model = load_model(options.model).to(runner.device)
     data = training_data(Emoji(store=str(store.root)), model)
     assert data.latents is not None
-    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    channels, height, width = data.latents.latent_shape
     rows = choose(data.images, options.queries, options.seed)
     queries = generate(
         model,

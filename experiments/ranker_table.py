@@ -34,11 +34,11 @@ from torch.nn import functional as F
 import train
 from wherefrom.commands.evaluate_retrieval import DEPTHS
 from wherefrom.distillation.embedding_similarity import similarities
-from wherefrom.distillation.feature_ablation import shuffled_halves
+from wherefrom.distillation.feature_ablation import ablate_features
 from wherefrom.distillation.losses import Ordinal, Regression, SquaredError
 from wherefrom.distillation.ranker import load_ranker
 from wherefrom.distillation.teacher_set import QUERIES, TeacherSet, read_teacher_set
-from wherefrom.metrics.retrieval import Depth, MeanAveragePrecision, top_of
+from wherefrom.metrics.retrieval import Cutoff, MeanAveragePrecision, top_of
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import hash_file, identity_hash, write_json
 
@@ -189,7 +189,7 @@ def matrix_of(test: TeacherSet) -> Float[NDArray[np.float64], "q n"]:
     Raises:
         ValueError: It ranks only some of them.
     """
-    if not test.is_whole:
+    if not test.is_complete:
         raise ValueError(f"A query has {test.rows.shape[1]} scores, but there are {len(test.images)} training images.")
     return test.by_image()
 
@@ -200,7 +200,7 @@ def average_precisions(
     """Each query's average precision, by k."""
     result = {}
     for share in DEPTHS:
-        depth = Depth.of(share, teacher.shape[1])
+        depth = Cutoff.of(share, teacher.shape[1])
         metric = MeanAveragePrecision()
         metric.update(torch.from_numpy(cosines), top_of(torch.from_numpy(teacher), depth.number))
         result[str(depth.number)] = torch.cat(metric.values).tolist()
@@ -224,7 +224,7 @@ def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: a
             widths = {each: test.features[each].training.shape[1] for each in features}
             record["alone"] = {
                 f"without {half}": result.mean
-                for half, result in shuffled_halves(test, ranker=ranker, features=features, halves=widths).items()
+                for half, result in ablate_features(test, ranker=ranker, features=features, widths=widths).items()
                 if half != "nothing"
             }
     cosines, width, milliseconds = cosines_of(variant, test, folder)
@@ -282,7 +282,7 @@ def main() -> None:
                         "rows": rows,
                     },
                 )
-    ks = [Depth.of(share, len(test.images)).number for share in DEPTHS]
+    ks = [Cutoff.of(share, len(test.images)).number for share in DEPTHS]
     titles = [
         *(f"mAP({k})" for k in ks),
         *(f"mAP({k}) against {REFERENCE}" for k in ks),

@@ -180,15 +180,15 @@ def drawing_with(
     shape = (config.in_channels, config.sample_size, config.sample_size)
 
     def draw(prompts: list[str]) -> NDArray[np.uint8]:
-        null_states = encoder.text.encode([""])[0]
+        empty = encoder.text.encode([""]).at(0)
         drawn = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             keys = keyed_random.combine(seed, keyed_random.hash_texts(batch))
             latents = sample(
                 model,
-                states=encoder.text.encode(batch),
-                null_states=null_states,
+                conditioning=encoder.text.encode(batch),
+                empty=empty,
                 keys=keys,
                 shape=shape,
                 steps=steps,

@@ -56,6 +56,7 @@ from wherefrom.runtime.keyed_random import hash_text
 RESULT, SIZE, BATCH = Path("results/emoji/scaling.json"), 32, 32
 EXPERIMENT, METADATA = Path("configs/experiment/emoji_1k.yaml"), "metadata.jsonl"
 HELD_OUT = 20  # one image of so many is not trained on, as data modules ask for some
+_ENCODED = {"encoded_images", "latents", "prompt_embeddings"}  # kinds of artifact that every method has use for
 BASE, BASE_WIDTHS = "weights/emoji_1k_base/unet", (48, 64)
 
 
@@ -242,7 +243,7 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
     whole = training_data(ImageFolder(str(folder), store=str(store.root), options=ImageFolderOptions(SIZE)), model)
     data = TrainingData(whole.images, whole.latents)  # p-values are not read
     assert data.latents is not None
-    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    channels, height, width = data.latents.latent_shape
     queries = generate(model, prompts=prompts, seed=0, shape=(channels, height, width), eta=1.0)
     method = load("abu_plus", settings)
     method.progress = console.progress
@@ -265,7 +266,7 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
         name: [scores.facts[name] for scores in results if name in scores.facts]
         for name in ("seconds", "split_half_reliability")
     }
-    files = (path for path in store.root.rglob("*") if path.is_file() and "latents" not in path.parts)
+    files = (path for path in store.root.rglob("*") if path.is_file() and _ENCODED.isdisjoint(path.parts))
     return {
         "pictures": len(data.images),
         "parameters": sum(weights.numel() for weights in model.denoiser.parameters()),

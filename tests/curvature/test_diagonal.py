@@ -32,7 +32,7 @@ def brute_force(
     noise_samples = FisherPass(model, data, names, settings, 1).noise_samples
     parameters = {name: parameter for name, parameter in model.denoiser.named_parameters() if name in names}
     totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    alphas, seen, count = model.process.signal.square(), set(), 0
+    alphas, seen, count = model.noise_schedule.signal.square(), set(), 0
     model.denoiser.requires_grad_(True)
     for image in range(len(data)):
         for flip in range(2 if settings.flips else 1):

@@ -13,6 +13,7 @@ from tests.support.tiny import tiny_encoder
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.stream import Visit
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import mapped_arrays
@@ -25,6 +26,11 @@ COUNT = 11
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> LatentEncoder:
     return tiny_encoder(tmp_path_factory.mktemp("encoder") / "text")
+
+
+def embeddings(data: EncodedImages) -> torch.Tensor:
+    """The prompt embeddings of all captions, or a view of them."""
+    return data.groups[0].conditioning[PROMPT]
 
 
 @pytest.fixture
@@ -40,14 +46,14 @@ def images() -> ImageSet:
 
 def test_every_row_is_that_of_its_image_alone(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
     made = encode_image_set(images, encoder=encoder, store=Store(tmp_path), batch_size=4)
-    assert made.latents.shape == (COUNT, 2, 4, 4, 4)
-    assert made.states.shape == (COUNT, 3, 6, 12)
+    assert made.groups[0].latents.shape == (COUNT, 2, 4, 4, 4)
+    assert embeddings(made).shape == (COUNT, 3, 6, 12)
     for index in range(COUNT):
         image = to_float(torch.from_numpy(images.pixels[index]))[None]
         both = torch.cat([encoder.encode_pixels(image), encoder.encode_pixels(image.flip(-1))])
-        torch.testing.assert_close(made.latents[index], both)
-        torch.testing.assert_close(made.states[index], encoder.text.encode(images.captions[index]))
-    torch.testing.assert_close(made.null_states, encoder.text.encode([""])[0])
+        torch.testing.assert_close(made.groups[0].latents[index], both)
+        torch.testing.assert_close(embeddings(made)[index], encoder.text.encode(images.captions[index])[PROMPT])
+    torch.testing.assert_close(made.empty[PROMPT], encoder.text.encode([""])[PROMPT][0])
 
 
 def test_float32_keeps_the_identity_that_it_had(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
@@ -82,11 +88,13 @@ def test_an_interrupted_run_goes_on_from_its_last_batch(
     )
     assert calls + rest == [4, 8, 11, 4, 8, 11]
     whole = encode_image_set(images, encoder=encoder, store=Store(tmp_path / "other"), batch_size=4)
-    assert torch.equal(made.latents, whole.latents)
-    assert torch.equal(made.states, whole.states)
-    (folder,) = (tmp_path / "store" / "latents").iterdir()
-    names = {"latents.npy", "states.npy", "null_states.npy", "manifest.json"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert torch.equal(made.groups[0].latents, whole.groups[0].latents)
+    assert torch.equal(embeddings(made), embeddings(whole))
+    for kind, segments in (("latents", 1), ("prompt_embeddings", 2)):  # the empty prompt comes first, alone
+        (folder,) = (tmp_path / "store" / kind).iterdir()
+        names = {"layout.json", "manifest.json"}
+        names |= {f"rows-{number:05d}.{end}" for number in range(segments) for end in ("npy", "keys")}
+        assert {path.name for path in folder.iterdir()} == names
 
 
 def test_half_takes_half_and_rounds(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
@@ -94,14 +102,14 @@ def test_half_takes_half_and_rounds(tmp_path: Path, encoder: LatentEncoder, imag
     said: list[str] = []
     whole = encode_image_set(images, encoder=encoder, store=store)
     half = encode_image_set(images, encoder=encoder, store=store, half=True, log=said.append)
-    assert half.latents.dtype == half.states.dtype == torch.float16
-    assert torch.equal(half.latents, whole.latents.half())
-    assert torch.equal(half.states, whole.states.half())
-    size = half.latents.nbytes + half.states.nbytes
+    assert half.groups[0].latents.dtype == embeddings(half).dtype == torch.float16
+    assert torch.equal(half.groups[0].latents, whole.groups[0].latents.half())
+    assert torch.equal(embeddings(half), embeddings(whole).half())
+    size = half.groups[0].latents.nbytes + embeddings(half).nbytes
     assert said == [said[0]]
-    assert said[0].startswith(f"latents and text states of 11 images: {size / 2**20:.1f} MiB in ")
+    assert said[0].startswith(f"latents and prompt embeddings of 11 images: {size / 2**20:.1f} MiB in ")
     batch = LatentVisits(half, seed=0).__getitems__([Visit(3, 0), Visit(1, 2)])
-    assert batch.latents.dtype == batch.states.dtype == torch.float32
+    assert batch.latents.dtype == batch.conditioning[PROMPT].dtype == torch.float32
     expected = LatentVisits(whole, seed=0).__getitems__([Visit(3, 0), Visit(1, 2)])
     assert torch.equal(batch.latents, expected.latents.half().float())
 
@@ -114,7 +122,7 @@ def test_what_float16_does_not_reach_is_refused(tmp_path: Path, encoder: LatentE
         def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
             return encoder.encode_pixels(pixels) + 70_000
 
-    with pytest.raises(ValueError, match=r"latents\.npy of images from 'picture/0' on hold 7e\+04.*without half"):
+    with pytest.raises(ValueError, match=r"latents of images from 'picture/0' on hold 7e\+04.*without half"):
         encode_image_set(images, encoder=Loud(), store=Store(tmp_path), half=True)
 
 
@@ -122,13 +130,13 @@ def test_left_out_images_are_not_copied(
     tmp_path: Path, encoder: LatentEncoder, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = encode_image_set(images, encoder=encoder, store=Store(tmp_path))
-    assert made.subset(range(COUNT)).latents is made.latents
+    assert made.subset(range(COUNT)).groups[0].latents is made.groups[0].latents
     chosen = ["picture/3", "picture/7"]
     copied = made.without(chosen)
     monkeypatch.setattr(mapped_arrays, "_LAZY_FROM", 0)
     lazy: EncodedImages = made.without(chosen)
-    assert isinstance(lazy.latents, RowView)
-    assert isinstance(lazy.states, RowView)
+    assert isinstance(lazy.groups[0].latents, RowView)
+    assert isinstance(embeddings(lazy), RowView)
     assert isinstance(lazy.images.pixels, RowView)
     assert lazy.fingerprint == copied.fingerprint
     assert lazy.held_bytes == made.held_bytes == 0
@@ -139,9 +147,9 @@ def test_left_out_images_are_not_copied(
     for one, two in zip(
         LatentVisits(lazy, 1).__getitems__(visits), LatentVisits(copied, 1).__getitems__(visits), strict=True
     ):
-        assert torch.equal(one, two)
-    fewer = replace(lazy, states=lazy.states[:, :1])
-    assert torch.equal(fewer.states[2, 0], copied.states[2, 0])
+        both = [(one, two)] if isinstance(one, torch.Tensor) else [(one[name], two[name]) for name in one]
+        assert all(torch.equal(*pair) for pair in both)
+    assert torch.equal(embeddings(lazy)[:, :1][2, 0], embeddings(copied)[2, 0])
     # Encoding what is a view gives the same again.
     again = encode_image_set(lazy.images, encoder=encoder, store=Store(tmp_path))
-    torch.testing.assert_close(again.latents, copied.latents)
+    torch.testing.assert_close(again.groups[0].latents[:], copied.groups[0].latents)

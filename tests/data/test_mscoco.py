@@ -157,7 +157,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(
     for _ in range(2):  # decoded, then found
         with caplog.at_level(logging.WARNING):
             images = coco(skip_unreadable=True)
-        assert f"11 images are used; left out were 1 cannot be read: '{broken.name}'" in caplog.text
+        assert f"11 images are used; skipped were 1 cannot be read: '{broken.name}'" in caplog.text
         caplog.clear()
     assert len(images) == len(images.pixels) == 11
     assert str(told["images"][2]["id"]) not in images.ids

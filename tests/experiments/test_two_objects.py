@@ -62,7 +62,7 @@ def test_a_caption_that_is_cut_does_not_fit(tmp_path: Path) -> None:
 
 def ddim(model: DiffusionModel, latents: torch.Tensor, states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Song et al. 2021, eq. 12 with σ = 0, one image at a time."""
-    signal, stride = model.process.signal, 1000 // SAMPLING_STEPS
+    signal, stride = model.noise_schedule.signal, 1000 // SAMPLING_STEPS
     result = []
     for latent, state, key in zip(latents, states, keys, strict=True):
         noise = keyed_random.normal(keyed_random.combine(901, key)[None], latent.shape, torch.float64)[0]

@@ -59,7 +59,7 @@ def test_losses_equal_a_loop_over_single_evaluations(prediction: str) -> None:
                         key = keyed_random.combine(keyed_random.hash_text(name), item)
                         noise = keyed_random.normal(key[None], (4, 4, 4), torch.float64)[0]
                         latent, states = DATA.latents[n, flip], DATA.states[n, caption]
-                        signal, spread = model.process.signal[timestep], model.process.spread[timestep]
+                        signal, spread = model.noise_schedule.signal[timestep], model.noise_schedule.spread[timestep]
                         with torch.no_grad():
                             output = model.denoiser(
                                 (signal * latent + spread * noise)[None], timestep, encoder_hidden_states=states[None]

@@ -283,13 +283,13 @@ class TestBuild:
             with pytest.raises(ValueError, match=message):
                 built(tmp_path, ids, vectors, factory, **further)
 
-        refused("FAISS makes no index 'Flot' of 16 dimensions", factory="Flot")
-        refused("FAISS makes no index 'PQ5' of 16", factory="PQ5")
+        refused("FAISS cannot create an index 'Flot' of 16 dimensions", factory="Flot")
+        refused("FAISS cannot create an index 'PQ5' of 16", factory="PQ5")
         refused("leave IDMap out", factory="IDMap,Flat")
         refused("'nprobe=2' do not fit", search="nprobe=2")
         refused(r"499 images and vectors of shape \(500, 16\)", ids=IDS[:-1])
         refused(r"cannot be trained on 500 vectors .*fewer lists", factory="IVF512,Flat")
-        refused("must hold vectors; given 0", sample=0)
+        refused("must be at least 1; given 0", sample=0)
         refused("nothing to index", removed=IDS)
         broken = VECTORS.copy()
         broken[99, 2] = np.inf

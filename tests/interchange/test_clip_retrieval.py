@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.made import RANKER, embeddings, names, opened, table, unit
-from wherefrom.index import build_index, make_rows
+from wherefrom.index import build_index, catalog_rows
 from wherefrom.interchange.clip_retrieval import read_clip_retrieval, write_clip_retrieval
 from wherefrom.runtime.artifacts import ArtifactMismatchError, Store
 from wherefrom.runtime.distributed import Runner
@@ -48,7 +48,7 @@ def test_layout(tmp_path: Path) -> None:
 
 
 def test_one_part_is_called_0(tmp_path: Path) -> None:
-    rows = make_rows(["a", "b"], ids=[["one", "two"], []], store={"file_name": ["a.png", "b.png"]})
+    rows = catalog_rows(["a", "b"], [["one", "two"], []], {"file_name": ["a.png", "b.png"]})
     write_clip_retrieval(tmp_path, rows=rows, embeddings=embeddings(unit(2)), training=TRAINING, dtype="float32")
     assert np.array_equal(np.load(tmp_path / "img_emb" / "img_emb_0.npy"), unit(2))
     metadata = pq.read_table(tmp_path / "metadata" / "metadata_0.parquet").to_pydict()
@@ -165,7 +165,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMismatchError, match="part: on disk 100, asked for 50"):
         write(tmp_path / "a", 50)
     for part, rows in ((0, table(IDS)), (10, table(IDS[:-1]))):
-        with pytest.raises(ValueError, match="as many of both are needed"):
+        with pytest.raises(ValueError, match="must be equally many"):
             write_clip_retrieval(
                 tmp_path / "b", rows=rows, embeddings=embeddings(VECTORS), training=TRAINING, part=part
             )
@@ -175,6 +175,6 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         write_clip_retrieval(
             tmp_path / "c", rows=table(IDS), embeddings=embeddings(broken), training=TRAINING, part=100
         )
-    rows = make_rows(["a"], ids=[["b"]], store={"caption": ["c"]})
+    rows = catalog_rows(["a"], [["b"]], {"caption": ["c"]})
     with pytest.raises(ValueError, match="may not be called 'caption'"):
         write_clip_retrieval(tmp_path / "d", rows=rows, embeddings=embeddings(unit(1)), training=TRAINING)

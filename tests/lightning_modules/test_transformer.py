@@ -52,7 +52,7 @@ def transformer_config(folder: Path, name: str = "run") -> Path:
     encoder = config["data"]["init_args"]["encoder"]["init_args"]
     del encoder["length"]
     encoder["text"] = {
-        "class_path": "wherefrom.models.prompt_encoders.masked_captions",
+        "class_path": "wherefrom.models.families.pixart.masked_captions",
         "init_args": {"path": str(text_folder(folder / "pipeline")), "length": LENGTH},
     }
     path.write_text(json.dumps(config))
@@ -70,7 +70,7 @@ def test_what_is_saved_is_what_was_trained(done: tuple[Path, object]) -> None:
     folder, module = done
     model = load_model(str(folder / "run model"))
     assert isinstance(model.denoiser, PixArtTransformer2DModel)
-    assert isinstance(model.process, FlowSchedule)
+    assert isinstance(model.noise_schedule, FlowSchedule)
     trained = module.ema.state_dict()  # type: ignore[attr-defined]
     for name, value in model.denoiser.state_dict().items():
         torch.testing.assert_close(value, trained[name].half().float())

@@ -89,7 +89,7 @@ def test_what_cannot_checkpoint_is_refused() -> None:
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
     with pytest.raises(ValueError, match="Plain cannot checkpoint gradients"):
-        DiffusionModel(Plain(), tiny_model().process).accelerate(checkpoint=True)
+        DiffusionModel(Plain(), tiny_model().noise_schedule).accelerate(checkpoint=True)
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

@@ -293,7 +293,7 @@ def test_gradients_are_those_of_the_written_out_loss(world: Path) -> None:
         noise = keyed_random.normal(
             keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
         )
-        loss = loss + model.losses(batch.latents, told, (batch.times * model.process.steps).long(), noise).mean()
+        loss = loss + model.losses(batch.latents, told, (batch.times * model.noise_schedule.steps).long(), noise).mean()
     loss.backward()
     result = read_customization(folder)
     for name, parameter in module.moved.items():

@@ -66,7 +66,7 @@ def test_other_schedulers_are_refused() -> None:
 
 def by_hand(model: DiffusionModel, states: Tensor, steps: int, guidance: float, eta: float) -> Tensor:
     """DDIM (Song et al., equation 12) from the keyed noise of `KEYS`, one image at a time."""
-    alphas = model.process.signal.square()
+    alphas = model.noise_schedule.signal.square()
     timesteps = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
     drawn = []
     for key, state in zip(KEYS, states, strict=False):
@@ -78,7 +78,7 @@ def by_hand(model: DiffusionModel, states: Tensor, steps: int, guidance: float, 
             output = without + guidance * (with_prompt - without)
             now = alphas[timestep]
             before = alphas[timestep - 1000 // steps] if timestep >= 1000 // steps else torch.tensor(1.0)
-            if model.process.prediction == "epsilon":
+            if model.noise_schedule.prediction == "epsilon":
                 noise, clean = output, (x - (1 - now).sqrt() * output) / now.sqrt()
             else:
                 noise, clean = now.sqrt() * output + (1 - now).sqrt() * x, now.sqrt() * x - (1 - now).sqrt() * output
@@ -173,8 +173,8 @@ def test_a_pipeline_comes_back_from_its_folder(tmp_path: Path) -> None:
         save_pipeline(folder, model, str(text_folder(tmp_path / "saved")), dtype)
         loaded = load_model(str(folder))
         assert loaded.dtype == torch.float32
-        assert loaded.process.prediction == "v_prediction"
-        torch.testing.assert_close(loaded.process.signal, model.process.signal, rtol=0, atol=0)
+        assert loaded.noise_schedule.prediction == "v_prediction"
+        torch.testing.assert_close(loaded.noise_schedule.signal, model.noise_schedule.signal, rtol=0, atol=0)
         assert loaded.encoder is not None
         assert loaded.encoder.text.length == LENGTH
         assert loaded.encoder.text.identity() == encoder.text.identity()

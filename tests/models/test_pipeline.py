@@ -145,9 +145,9 @@ def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], k
     pipeline.set_progress_bar_config(disable=True)
     model = model_from_pipeline(pipeline)
     assert model.encoder is not None
-    flow = model.process.prediction == "flow"
+    flow = model.noise_schedule.prediction == "flow"
     if not flow:
-        pipeline.scheduler = sampling_scheduler(model.process)
+        pipeline.scheduler = sampling_scheduler(model.noise_schedule)
     prompt, text, shape = "a big red square", model.encoder.text, (channels(model), 4, 4)
     null = text.encode([""])[0]
     ours = sample(

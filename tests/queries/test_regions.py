@@ -75,8 +75,8 @@ def test_the_loss_is_the_mean_over_the_cells_inside(square: bool) -> None:
     weights = torch.zeros(4, 4, dtype=torch.float64)
     weights[0, 1], weights[3] = 0.5, 1.0
     result = model.losses(latents, states, timesteps, noise, weights)
-    output = model.predict(model.process.noisy(latents, timesteps, noise), timesteps, states)
-    error = (output if square else model.process.target(latents, timesteps, noise) - output) ** 2
+    output = model.predict(model.noise_schedule.noisy(latents, timesteps, noise), timesteps, states)
+    error = (output if square else model.noise_schedule.target(latents, timesteps, noise) - output) ** 2
     expected = [
         sum(float(weights[i, j]) * float(error[b, c, i, j]) for c in range(4) for i in range(4) for j in range(4))
         / (4 * 4.5)
