@@ -111,6 +111,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return re.sub(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)", inside, markdown)
     if page.file.src_uri.startswith("api/"):
         return markdown
-    return _OUTSIDE.sub(lambda match: f"]({posixpath.relpath('files/' + match[1], here or '.')}{match[2] or ''})", markdown)
-
-
+    return _OUTSIDE.sub(
+        lambda match: f"]({posixpath.relpath('files/' + match[1], here or '.')}{match[2] or ''})", markdown
+    )

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from experiments.near_duplicates import data_module
-from wherefrom.counterfactual.datamodeling_experiment import Halves
+from wherefrom.counterfactual.datamodeling_experiment import RandomSubsets
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import Store, identity_hash, write_json
 
@@ -120,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ).train_images
     record = json.loads((KEPT / "lds.json").read_text())
     queries: list[str] = record["queries"]
-    settings = record["halves"]
-    halves = Halves(**{**settings, "further_seeds": tuple(settings["further_seeds"])})
-    subsets = halves.subsets(images.ids)
+    settings = record.get("random_subsets") or record["halves"]  # the committed record has the earlier name
+    halves = RandomSubsets(**{**settings, "further_seeds": tuple(settings["further_seeds"])})
+    subsets = halves.masks(images.ids)
     losses = halves_losses(images.ids, subsets, queries, halves.seed)
     kept: dict[str, Float[NDArray[np.float64], "q n"]] = {}
     for folder in sorted(path.parent for path in KEPT.glob("*/scores")):

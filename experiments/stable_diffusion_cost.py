@@ -10,6 +10,7 @@ measures the rate on your machine with your model instead.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +19,12 @@ import torch
 from wherefrom.attributors import TrainingData
 from wherefrom.commands.budget import blank_images, blank_latents
 from wherefrom.commands.method_files import load_methods
+from wherefrom.models.conditioning import prompt_embeddings
 from wherefrom.runtime.console import duration
 
 METHODS = Path("configs/attributor")
 CHOSEN = ("abu", "abu_plus", "influence_bank", "d_trak")
-LATENT, STATES = (4, 64, 64), (77, 768)  # of Stable Diffusion 1.5 at 512 × 512, and of its text encoder
+LATENT, EMBEDDINGS = (4, 64, 64), (77, 768)  # of Stable Diffusion 1.5 at 512 × 512, and of its text encoder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--methods", nargs="+", default=list(CHOSEN))
     asked = made.parse_args(arguments)
     images = blank_images(asked.images, (512, 512), 1)
-    latents = blank_latents(images, torch.zeros(LATENT), torch.zeros(STATES))
+    latents = blank_latents(images, torch.zeros(LATENT), prompt_embeddings(torch.zeros(EMBEDDINGS)))
     data = TrainingData(images, latents)
-    kept = 4 * asked.images * (2 * latents.latents[0, 0].numel() + latents.states[0, 0].numel())
-    print(f"latents of both flips and caption states of {asked.images:,} images in float32: {kept / 2**30:.1f} GiB")
+    kept = 4 * asked.images * (2 * math.prod(LATENT) + math.prod(EMBEDDINGS))
+    print(f"latents of both flips and prompt embeddings of {asked.images:,} images in float32: {kept / 2**30:.1f} GiB")
     print("| method | passes once | once | passes a query | a query |")
     print("|---|--:|--:|--:|--:|")
     for name, method in load_methods([METHODS / f"{name}.yaml" for name in asked.methods], {}).items():
