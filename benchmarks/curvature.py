@@ -38,7 +38,8 @@ from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.scoring import random_set
+from benchmarks.support import random_set
+from experiments.support.arguments import add_images, add_samples_per_image, script_parser
 from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 from wherefrom.curvature.kronecker import plan_layers
@@ -83,7 +84,7 @@ def as_is(batch: Tensor) -> Tensor:
     return batch
 
 
-class SampledLoss(Task):
+class SampledLoss(Task):  # type: ignore[misc]  # kronfluence ships no types
     """Our keyed samples of the training loss, as kronfluence asks for them.
 
     Args:
@@ -207,7 +208,7 @@ class Case:
 def memory_of(side: str, options: argparse.Namespace, case: str) -> int:
     """Bytes that a fit needs beside what its process held before, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.curvature", "--side", side, "--layers", case]
-    for name in ("model", "pictures", "visits", "batch_size"):
+    for name in ("model", "images", "samples_per_image", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
@@ -243,11 +244,11 @@ def measure(case: Case, runs: int) -> None:
 
 def main() -> None:
     """Prints the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="weights/emoji")
     parser.add_argument("--layers", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--pictures", type=int, default=128)
-    parser.add_argument("--visits", type=int, default=1)
+    add_images(parser, default=128)
+    add_samples_per_image(parser, 1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help="only fit, and print the memory that it took")
@@ -258,11 +259,8 @@ def main() -> None:
         {} if options.side else {name: [memory_of(side, options, name) for side in SIDES] for name in options.layers}
     )
     model = load_model(options.model)
-    assert model.encoder is not None
-    null, config = model.encoder.text.encode([""]), model.denoiser.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    data = random_set(options.pictures, shape, null.shape[1], null.shape[2])
-    settings = FisherSettings(options.visits)
+    data = random_set(model, options.images)
+    settings = FisherSettings(options.samples_per_image)
     for name in options.layers:
         case = Case(model, data, name, settings, options.batch_size)
         if options.side is not None:

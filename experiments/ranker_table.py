@@ -20,7 +20,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 import train
+from experiments.support.arguments import script_parser
+from experiments.support.records import experiment_identity, read_record, recorded_experiment
 from wherefrom.commands.evaluate_retrieval import DEPTHS
 from wherefrom.distillation.embedding_similarity import similarities
 from wherefrom.distillation.feature_ablation import ablate_features
@@ -247,18 +249,28 @@ def line(
     )
 
 
+def kept_rows(stored: Mapping[str, Any], made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a record, if it is of the same steps, test queries and experiment."""
+    before = dict(stored.get("made_of", {}))
+    before["experiment"] = recorded_experiment(before.get("experiment", ""))
+    return dict(stored["rows"]) if before == made_of else {}
+
+
 def main() -> None:
     """Trains what is missing and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--variants", nargs="+", default=list(variants()))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("runs/ranker_table"))
     options = parser.parse_args()
     test = read_teacher_set(TEST)
-    made_of = {"steps": options.steps, "test": hash_file(TEST / QUERIES), "experiment": hash_file(Path(EXPERIMENT))}
-    stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    rows: dict[str, dict[str, Any]] = stored.get("rows", {}) if stored.get("made_of") == made_of else {}
+    made_of = {
+        "steps": options.steps,
+        "test": hash_file(TEST / QUERIES),
+        "experiment": experiment_identity(Path(EXPERIMENT)),
+    }
+    rows = kept_rows(read_record(RESULT), made_of)
     skipped = []
     for name in dict.fromkeys([REFERENCE, *options.variants]):
         variant = variants()[name]

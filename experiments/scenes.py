@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from experiments.alignment import AlignmentJudge
-from experiments.recognisability import choose_prompts
+from experiments.support.data import choose_prompts
 from wherefrom.data.emoji import caption
 from wherefrom.data.image_set import ImageSet
 from wherefrom.models.conditioning import Conditioning

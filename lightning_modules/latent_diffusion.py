@@ -96,7 +96,8 @@ class LatentDiffusion(LightningModule):
         if self.max_snr_weight is None:
             return 1.0
         noise_share = self.noise_schedule.spread[timesteps.cpu()].square()
-        return (self.max_snr_weight * noise_share).clamp(max=1.0).to(timesteps.device)
+        weights: Tensor = (self.max_snr_weight * noise_share).clamp(max=1.0)
+        return weights.to(timesteps.device)
 
     def losses(self, unet: nn.Module, batch: LatentBatch) -> Float[Tensor, " b"]:
         """One loss per example; timestep and noise depend only on the visit's key."""

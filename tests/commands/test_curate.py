@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import evaluate
-from tests.attributors.influence.test_attributor import influence
-from tests.attributors.unlearning.test_attributor import HELD_OUT, TRAIN
+from tests.support.attribution import HELD_OUT, TRAIN, influence
 from tests.support.tiny import attribution_config, one_process, text_folder, tiny_encoder, tiny_model
 from wherefrom.attributors import (
     Attributor,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tests.attributors.unlearning.test_attributor import QUERY, TRAIN
+from tests.support.attribution import QUERY, TRAIN
 from tests.support.tiny import (
     one_process,
     tiny_encoder,

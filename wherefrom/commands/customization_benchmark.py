@@ -261,10 +261,10 @@ def _prepare(
     return TrainingData(images, latents), queries
 
 
-def summarise(result: Sequence[ExemplarRetrieval]) -> list[BenchmarkRow]:
+def summarise(retrievals: Sequence[ExemplarRetrieval]) -> list[BenchmarkRow]:
     """Averages over the images of each model, then over models, which are the independent samples."""
     groups: dict[tuple[str, str, Words], dict[str, list[ExemplarRetrieval]]] = {}
-    for each in result:
+    for each in retrievals:
         groups.setdefault((each.method, each.kind, each.words), {}).setdefault(each.task, []).append(each)
     lines = []
     for (method, kind, words), models in groups.items():

@@ -7,7 +7,7 @@ order, and, since noise, timestep, flip and caption are keyed by (seed, id, visi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -123,8 +123,8 @@ def visit_times(seed: int, id_keys: Int64[Tensor, " b"], visits: Int64[Tensor, "
 class VisitDataset(Protocol):
     """A data set that is asked for whole batches of visits."""
 
-    def __getitems__(self, visits: list[Visit]) -> PixelBatch | LatentBatch:
-        """The batch of these visits."""
+    def __getitems__(self, visits: list[Visit]) -> tuple[Any, ...]:
+        """The batch of these visits, whose first field is their keys."""
         ...
 
 

@@ -39,7 +39,7 @@ def _write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) ->
 
 def map_array(path: Path) -> Tensor:
     """Memory-maps the array of a `.npy` file."""
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch asks for writable memory
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch requires writable memory
 
 
 class GrowingArray:
