@@ -48,5 +48,6 @@ check: setup ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-docs: setup ## build the API reference in build/docs from the docstrings
-	$(RUN) docs/reference.py build/docs
+docs: setup ## build the site with search and the API reference in build/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "look at it, with search: $(RUN) -m http.server -d build/docs"
