@@ -262,6 +262,7 @@ def _write_page(
             "Training images": f"{len(data.images):,}",
             "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
         },
+        notes=options.notes,
         methods_note="Shares of groups are of the influence above the median among the images shown; "
         "intervals are 95 % bootstrap.",
     )
