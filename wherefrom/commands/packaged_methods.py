@@ -1,0 +1,174 @@
+"""Methods by name or file, with the settings that the console command and `attribute_images` start from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wherefrom.attributors.base import Attributor
+
+METHODS = Path(__file__).parents[1] / "methods"  # package data
+DEFAULT_METHOD = "abu_plus"
+# The step that docs/methods.md found right for AbU+ on both emoji models. The file's 0.2 is that of the committed
+# tables: so small a step often gives the wrong signs.
+STEP: Mapping[str, Mapping[str, Any]] = {"abu_plus": {"unlearning.relative_loss_increase": 1.0}}
+# A first look: what a method takes most of its time for, cut down. Never more than a method has by itself.
+QUICK: Mapping[str, int] = {
+    "grid.timesteps": 4,
+    "unlearning.noise_samples": 200,
+    "unlearning.measurement_samples": 100,
+    "noise_samples": 200,
+    "fisher.samples_per_image": 1,
+}
+QUICK_NOTE = (
+    "A quick look: at most 4 timesteps and 200 noise samples were measured, so the order is noisy and not for a claim. "
+    "Run again without --quick for one."
+)
+
+
+def method_file(name: str) -> Path:
+    """The file of a packaged method, or the user's own YAML file.
+
+    Args:
+        name: A packaged method's name, or a path that ends with `.yaml` or `.yml`.
+
+    Raises:
+        ValueError: There is no such method; the closest name is told.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"method: there is no file {name!r}.")
+        return path.resolve()
+    names = available_methods()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"method: {name!r} is neither a packaged method nor a YAML file; {meant}see wherefrom methods."
+        )
+    return METHODS / f"{name}.yaml"
+
+
+def available_methods() -> list[str]:
+    """Names of the packaged methods."""
+    return sorted(path.stem for path in METHODS.glob("*.yaml"))
+
+
+def describe_methods() -> dict[str, str]:
+    """Each packaged method's name and a line about it: the first sentence of its file, or its class."""
+    import yaml
+
+    result = {}
+    for name in available_methods():
+        text = (METHODS / f"{name}.yaml").read_text(encoding="utf-8")
+        comment = " ".join(line.lstrip("# ") for line in _leading_comment(text))
+        sentence = comment.split(". ")[0].split("; ")[0].rstrip(".")
+        result[name] = sentence or str(yaml.safe_load(text)["class_path"]).rpartition(".")[2]
+    return result
+
+
+def _leading_comment(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            return
+        yield line
+
+
+def load_packaged(
+    names: Sequence[str], settings: Mapping[str, Any] | None = None, quick: bool = False
+) -> dict[str, Attributor]:
+    """Attributors by their names, or by their files' names.
+
+    Args:
+        names: See `method_file`.
+        settings: Values that replace the files', such as `unlearning.noise_samples`, in every method that has them,
+            also in those that a method asks; each must be some method's.
+        quick: Cut down what takes most of the time; `settings` win.
+
+    Raises:
+        ValueError: A method is unknown or named twice, a file describes none, or a setting is no method's or has no
+            such value.
+    """
+    given, used = dict(settings or {}), set[str]()
+    methods: dict[str, Attributor] = {}
+    for name in names:
+        file = method_file(name)
+        if file.stem in methods:
+            raise ValueError(f"method: two methods are called {file.stem!r}: runs are told apart by name, rename one.")
+        own = {**(STEP.get(name, {}) if file.parent == METHODS else {}), **(quick_settings(file) if quick else {})}
+        methods[file.stem], had = _load(file, {**own, **given})
+        used |= had
+    if given.keys() - used:
+        raise ValueError(f"settings: no method has {min(given.keys() - used)!r}; the methods are {', '.join(methods)}.")
+    return methods
+
+
+def _load(file: Path, settings: Mapping[str, Any]) -> tuple[Attributor, set[str]]:
+    """A file's method with the settings that it has, and their names."""
+    from jsonargparse import ArgumentParser, Namespace
+
+    from wherefrom.attributors.base import Attributor
+
+    made, had = ArgumentParser(parser_mode="omegaconf", exit_on_error=False), set[str]()
+    made.add_subclass_arguments(Attributor, "attributor", required=True)
+    try:
+        config = made.parse_args(["--attributor", str(file)])
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"method: {file} does not describe a method: {reason(error)}") from error
+
+    def change(parsed: Any) -> None:
+        for each in parsed if isinstance(parsed, list) else [parsed]:
+            if isinstance(each, Namespace) and "init_args" in each:
+                for name, value in settings.items():
+                    if each.init_args.get(name) is not None:
+                        each.init_args[name] = value
+                        had.add(name)
+                for value in vars(each.init_args).values():
+                    change(value)
+
+    change(config.attributor)
+    try:
+        method: Attributor = made.instantiate(config).attributor
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"method: {file.stem} cannot be set up so: {reason(error)}") from error
+    return method, had
+
+
+def reason(error: BaseException) -> str:
+    """What jsonargparse's report of several lines comes to: the first of its reasons."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
+    said = reasons[-1] if reasons else lines[0] if lines else type(error).__name__
+    return said if said.endswith(".") else f"{said}."
+
+
+def quick_settings(file: Path) -> dict[str, int]:
+    """The settings of `QUICK` that make this method faster: those that it has not set lower itself."""
+    import yaml
+
+    trees = list(_init_args(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    return {key: most for key, most in QUICK.items() if all(_value(tree, key, most + 1) > most for tree in trees)}
+
+
+def _init_args(tree: Any) -> Iterator[Mapping[str, Any]]:
+    """The arguments of a described object, and of those that it is given."""
+    if isinstance(tree, list):
+        for each in tree:
+            yield from _init_args(each)
+    elif isinstance(tree, Mapping):
+        if isinstance(tree.get("init_args"), Mapping):
+            yield tree["init_args"]
+        for each in tree.values():
+            yield from _init_args(each)
+
+
+def _value(tree: Mapping[str, Any], key: str, absent: int) -> float:
+    """A nested number; `absent` where the file does not set it."""
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if isinstance(value, int | float) else absent
