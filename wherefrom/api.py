@@ -36,7 +36,7 @@ WORDS: Mapping[str, str] = {
     "queries.regions": "AttributionOptions.regions",
     "the option 'caption'": "AttributionOptions.caption",
     "or set skip_unreadable": "or repair it",
-    "see wherefrom methods": "see wherefrom.commands.packaged_methods.available_methods()",
+    "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
     "--query": "queries",
     "--quick": "quick",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -73,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="wherefrom",
         description=DESCRIPTION,
-        epilog="commands:\n" + "".join(f"\n  {name:<10} {line}" for name, (_, line) in COMMANDS.items()) + "\n\n"
+        epilog="commands:\n"
+        + "".join(f"\n  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
+        + "\n\n"
         # argparse's own list of subcommands would break these lines
         + EXAMPLES,
         formatter_class=Help,
@@ -81,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     root.add_argument("--version", action="store_true", help="print the version")
-    root.add_argument("command", nargs="?", metavar="COMMAND", choices=[*COMMANDS], help="one of those below")
+    root.add_argument("command", nargs="?", metavar="COMMAND", choices=[*COMMANDS], help=argparse.SUPPRESS)
     return root
 
 
@@ -111,6 +114,8 @@ def main(args: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from what is finished", file=sys.stderr)
             raise SystemExit(130) from None
+        except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  what Python flushes on its way out
         except ImportError as error:
             if "pip install" not in str(error):  # an optional part that is missing says how to get it
                 raise

@@ -12,13 +12,14 @@ from wherefrom.cli.entry import Help
 
 def run(command: str, words: Sequence[str]) -> None:
     """Prints the methods."""
-    from wherefrom.commands.packaged_methods import DEFAULT_METHOD, describe_methods
+    from wherefrom.commands.method_files import available_methods
+    from wherefrom.commands.packaged_methods import DEFAULT_METHOD
 
     parser = argparse.ArgumentParser(
         prog="wherefrom methods", description="The methods that --method takes.", formatter_class=Help
     )
     parser.parse_args(list(words))
-    methods = describe_methods()
+    methods = available_methods()
     width = max(map(len, methods)) + 2
     for name, line in methods.items():
         said = f"{line} (the default)" if name == DEFAULT_METHOD else line

@@ -15,7 +15,7 @@ RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
-_LISTS = {"queries": dict, "method": str, "regions": dict, "groups": str}
+_LISTS: Mapping[str, type] = {"queries": dict, "method": str, "regions": dict, "groups": str}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,9 @@ def completed(request: Request, with_methods: bool = True) -> Request:
             raise ValueError(f"--query: there is no image file {query['image']!r}.")
     if request.top < 1:
         raise ValueError(f"--top must be at least 1; given {request.top}.")
-    queries = tuple({**query, **({"image": _place(query["image"])} if query.get("image") else {})} for query in request.queries)
+    queries = tuple(
+        {key: _place(value) if key == "image" else value for key, value in query.items()} for query in request.queries
+    )
     regions = tuple(
         {key: _place(value) if key in ("of", "mask") else value for key, value in region.items()}
         for region in request.regions
@@ -276,7 +278,8 @@ def claim(request: Request, write: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-            temporary.write_text(f"# What this run was asked for: wherefrom COMMAND -c {RECORD}\n{text}", encoding="utf-8")
+            head = f"# What this run was asked for; -c {RECORD} asks for it again.\n"
+            temporary.write_text(head + text, encoding="utf-8")
     return folder
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wherefrom.commands.method_files import RENAMED_METHODS, available_methods, method_file, methods_folder
+
 if TYPE_CHECKING:
     from wherefrom.attributors.base import Attributor
 
-METHODS = Path(__file__).parents[1] / "methods"  # package data
 DEFAULT_METHOD = "abu_plus"
 # The step that docs/methods.md found right for AbU+ on both emoji models. The file's 0.2 is that of the committed
 # tables: so small a step often gives the wrong signs.
@@ -29,7 +30,7 @@ QUICK_NOTE = (
 )
 
 
-def method_file(name: str) -> Path:
+def find_method(name: str) -> Path:
     """The file of a packaged method, or the user's own YAML file.
 
     Args:
@@ -39,43 +40,14 @@ def method_file(name: str) -> Path:
         ValueError: There is no such method; the closest name is told.
     """
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
+        if not Path(name).is_file():
             raise ValueError(f"method: there is no file {name!r}.")
-        return path.resolve()
-    names = available_methods()
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        meant = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"method: {name!r} is neither a packaged method nor a YAML file; {meant}see wherefrom methods."
-        )
-    return METHODS / f"{name}.yaml"
-
-
-def available_methods() -> list[str]:
-    """Names of the packaged methods."""
-    return sorted(path.stem for path in METHODS.glob("*.yaml"))
-
-
-def describe_methods() -> dict[str, str]:
-    """Each packaged method's name and a line about it: the first sentence of its file, or its class."""
-    import yaml
-
-    result = {}
-    for name in available_methods():
-        text = (METHODS / f"{name}.yaml").read_text(encoding="utf-8")
-        comment = " ".join(line.lstrip("# ") for line in _leading_comment(text))
-        sentence = comment.split(". ")[0].split("; ")[0].rstrip(".")
-        result[name] = sentence or str(yaml.safe_load(text)["class_path"]).rpartition(".")[2]
-    return result
-
-
-def _leading_comment(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            return
-        yield line
+        return Path(name).resolve()
+    if name in RENAMED_METHODS or name in available_methods():
+        return method_file(name)
+    close = difflib.get_close_matches(name, available_methods(), 1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"method: {name!r} is neither a packaged method nor a YAML file; {meant}see wherefrom methods.")
 
 
 def load_packaged(
@@ -84,7 +56,7 @@ def load_packaged(
     """Attributors by their names, or by their files' names.
 
     Args:
-        names: See `method_file`.
+        names: See `find_method`.
         settings: Values that replace the files', such as `unlearning.noise_samples`, in every method that has them,
             also in those that a method asks; each must be some method's.
         quick: Cut down what takes most of the time; `settings` win.
@@ -96,10 +68,11 @@ def load_packaged(
     given, used = dict(settings or {}), set[str]()
     methods: dict[str, Attributor] = {}
     for name in names:
-        file = method_file(name)
+        file = find_method(name)
         if file.stem in methods:
             raise ValueError(f"method: two methods are called {file.stem!r}: runs are told apart by name, rename one.")
-        own = {**(STEP.get(name, {}) if file.parent == METHODS else {}), **(quick_settings(file) if quick else {})}
+        own = dict(STEP.get(file.stem, {})) if file.parent == methods_folder() else {}
+        own |= quick_settings(file) if quick else {}
         methods[file.stem], had = _load(file, {**own, **given})
         used |= had
     if given.keys() - used:
