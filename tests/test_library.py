@@ -40,8 +40,8 @@ from transformers import AutoModel
 from wherefrom.commands.attribute import attribute
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.curvature import FisherSettings
-from wherefrom.data.image_folder import build_image_folder, split_pictures
-from wherefrom.data.encoded_images import encode_pictures
+from wherefrom.data.image_folder import build_image_folder, split_images
+from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.pipeline import model_from_pipeline
 from wherefrom.queries.sources import generate
@@ -53,13 +53,16 @@ model_folder, text_folder, pictures_folder, out = sys.argv[1:]
 text = AutoModel.from_pretrained(text_folder)
 model = model_from_pipeline(DiffusionPipeline.from_pretrained(model_folder, text_encoder=text))
 store, runner = Store(out + "/store"), Runner.current(torch.device("cpu"))
-train, held_out = split_pictures(build_image_folder(store, Path(pictures_folder)), 0.1)
-latents = [encode_pictures(images, model.encoder, store) for images in (train, held_out)]
+train, held_out = split_images(build_image_folder(store, Path(pictures_folder)), 0.1)
+latents = [encode_image_set(images, encoder=model.encoder, store=store) for images in (train, held_out)]
 data = TrainingData(train, latents[0], held_out, latents[1])
-settings = UnlearningSettings(draws=16, measure_draws=16, rise=0.01)
-method = AttributionByUnlearning("all", settings, LossGrid(timesteps=2), fisher=FisherSettings(samples_per_image=1))
-queries = generate(model, ["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)
-(scores,) = attribute(Path(out + "/run"), method, data, model, queries, store, runner)
+settings = UnlearningSettings(noise_samples=16, measurement_samples=16, relative_loss_increase=0.01)
+fisher = FisherSettings(samples_per_image=1)
+method = AttributionByUnlearning("all", unlearning=settings, grid=LossGrid(timesteps=2), fisher=fisher)
+queries = generate(model, prompts=["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)
+(scores,) = attribute(
+    Path(out + "/run"), attributor=method, data=data, model=model, queries=queries, store=store, runner=runner
+)
 print(len(names), scores.ids[scores.scores.argmax()])
 """
 
@@ -75,7 +78,7 @@ def run(script: str, *arguments: Path) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_every_module_is_imported_and_a_image_attributed_without_lightning(tmp_path: Path) -> None:
+def test_every_module_is_imported_and_an_image_attributed_without_lightning(tmp_path: Path) -> None:
     model = tiny_pipeline(tmp_path / "model")
     folders = model, tmp_path / "model-text", tiny_folder(tmp_path / "pictures"), tmp_path / "out"
     count, first = run(EVERYTHING + TEN_LINES, *folders).split()

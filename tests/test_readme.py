@@ -16,7 +16,7 @@ from tests.support.tiny import text_folder, tiny_folder, tiny_pipeline, tiny_une
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_example_attributes_a_image_without_lightning(tmp_path: Path) -> None:
+def test_the_example_attributes_an_image_without_lightning(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code) == 1
     unet = tiny_unet()

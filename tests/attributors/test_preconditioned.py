@@ -103,7 +103,7 @@ def killed(root: Path, store: Path) -> None:
     script = """
 import os, signal, sys
 from pathlib import Path
-from tests.attributors import test_curved as here
+from tests.attributors import test_preconditioned as here
 here.stop_at(here.EigenvaluePass, 128, lambda: os.kill(os.getpid(), signal.SIGKILL))
 here.abu_plus(Path(sys.argv[1]), Path(sys.argv[2]))
 """

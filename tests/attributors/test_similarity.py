@@ -93,7 +93,7 @@ def test_a_mirrored_query_has_the_same_pixel_scores(tmp_path: Path) -> None:
     np.testing.assert_allclose(score(attributor).scores, score(attributor, mirrored(QUERY)).scores, rtol=1e-12)
 
 
-def test_a_image_is_most_like_itself_and_its_mirror_image(tmp_path: Path) -> None:
+def test_an_image_is_most_like_itself_and_its_mirror_image(tmp_path: Path) -> None:
     attributor = fitted(PixelSimilarity(), tmp_path)
     for index in range(len(TRAIN)):
         query = Query("self", "", TRAIN.pixels[index])

@@ -218,7 +218,7 @@ def image(folder: Path, name: str, size: tuple[int, int] = (8, 8)) -> Path:
 def test_image_files_are_queries(run: Path, folder: Path) -> None:
     given = [{"file": str(folder / "pictures" / "train" / "train-002.png"), "prompt": "grey"}]
     given.append({"file": str(image(folder, "mine.png")), "prompt": ""})
-    out = quick(folder, "files", queries={"pictures": given})
+    out = quick(folder, "files", queries={"images": given})
     rankings = read_ranking(out)
     assert [name.rsplit("-", 1)[0] for name in rankings] == ["mine", "train-002"]
     ids, scores = rankings[next(name for name in rankings if name.startswith("train"))]
@@ -227,17 +227,17 @@ def test_image_files_are_queries(run: Path, folder: Path) -> None:
     assert "The prompt is not known" in (out / "report.html").read_text()
 
 
-def test_a_image_is_attributed_without_a_prompt(run: Path, folder: Path) -> None:
+def test_an_image_is_attributed_without_a_prompt(run: Path, folder: Path) -> None:
     given = [{"file": str(image(folder, "found.png")), "prompt": ""}]
-    out = attributed(folder, "unknown prompt", queries={"pictures": given})
+    out = attributed(folder, "unknown prompt", queries={"images": given})
     ((ids, _),) = read_ranking(out).values()
     assert len(ids) == COUNT
 
 
 @pytest.mark.parametrize("size", [(9, 8), (16, 16)])
-def test_a_image_of_another_size_is_refused_or_resized(run: Path, folder: Path, size: tuple[int, int]) -> None:
+def test_an_image_of_another_size_is_refused_or_resized(run: Path, folder: Path, size: tuple[int, int]) -> None:
     name = f"{size[0]} by {size[1]}"
-    given = {"pictures": [{"file": str(image(folder, f"{name}.png", size)), "prompt": "red"}]}
+    given = {"images": [{"file": str(image(folder, f"{name}.png", size)), "prompt": "red"}]}
     message = rf"by.*\.png is {size[0]} × {size[1]} pixels, the model's images are 8 × 8.*queries\.resize"
     with pytest.raises(ValueError, match=message):
         quick(folder, name, queries=given)

@@ -199,14 +199,14 @@ def repeat(columns: dict[str, list[Any]]) -> None:
         (manifest(complete=False), "is not complete: run the same evaluate.py attribute command again"),
         (manifest(cut=100), "is cut: it keeps only the first 100 images"),
         (manifest(model="n"), "are of other models: n and m"),
-        (manifest(training_images="u"), "are of other training images: u and t"),
+        (manifest(training_pictures="u"), "are of other training images: u and t"),
         (
             manifest(queries=[["first", "else"]]),
             "other queries by 'first': its prompts are 'else' and 'prompt of first'",
         ),
         (rewritten(cut), "not at all for query 'second'"),
         (rewritten(repeat), r"ranking.parquet ranks 'image \d\d' (twice|not at all) for query 'first'"),
-        (rewritten(rename), "rank other training images: 40 and 40; only one of them has 'other', 'image 07'"),
+        (rewritten(rename), "rank other training images: 40 and 40; only one of them has 'image 07', 'other'"),
         (
             rewritten(lambda columns: columns["rank"].reverse()),
             "not sorted by query and rank, from 1 on, at query 'first'",

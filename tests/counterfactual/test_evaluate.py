@@ -179,7 +179,7 @@ def test_the_table_outlives_the_weights(recipe_file: Path, sweep: Sweep, panel: 
     assert Panel(panel.queries, sweep.retrains.model(Retrain()), SOURCE, timesteps=5).name != panel.name
 
 
-def test_a_image_file_cannot_be_drawn_again(base: DiffusionModel, panel: Panel) -> None:
+def test_an_image_file_cannot_be_drawn_again(base: DiffusionModel, panel: Panel) -> None:
     with pytest.raises(ValueError, match="A panel's queries are drawn from prompts"):
         Panel(panel.queries[:1], base, SOURCE)
 

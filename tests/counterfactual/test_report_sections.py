@@ -114,7 +114,7 @@ def test_effect_against_cost_is_one_more_panel(tmp_path: Path) -> None:
     assert with_costs == pytest.approx(width() * 4 / 3), "an older judgement, without costs, has three panels"
 
 
-def test_a_image_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_is_none_is_refused(tmp_path: Path) -> None:
     further(tmp_path)
     shown_file(tmp_path, IDS[1]).write_text("no image")
     with pytest.raises(ValueError, match="is not an image that can be read"):

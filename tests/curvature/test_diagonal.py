@@ -95,7 +95,7 @@ def test_flips_and_seeds_are_other_samples() -> None:
             assert not torch.allclose(left, right, rtol=1e-3)
 
 
-def test_the_timesteps_of_a_image_cover_the_schedule_evenly() -> None:
+def test_the_timesteps_of_an_image_cover_the_schedule_evenly() -> None:
     work = FisherPass(tiny_model(), DATA, [], FisherSettings(samples_per_image=10), 1)
     flip, visit = (part.flatten() for part in torch.meshgrid(torch.arange(2), torch.arange(10), indexing="ij"))
     timestep, _, keys = work.noise_samples(torch.full((20,), 3), flip, visit)

@@ -40,7 +40,7 @@ def test_caption_counts_must_agree() -> None:
         ImageSet(("a", "b"), (("x",), ("x", "y")), np.zeros((2, 1, 1, 3), np.uint8))
 
 
-def test_subset_takes_everything_of_a_image_along() -> None:
+def test_subset_takes_everything_of_an_image_along() -> None:
     images = some()
     part = images.subset([3, 0])
     assert part.ids == ("set/3", "set/0")

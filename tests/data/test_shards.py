@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.worlds import image, make_shards, plain, write_shard
+from tests.support.worlds import jpeg_of, make_shards, plain, write_shard
 from wherefrom.data.decoding import Problem
 from wherefrom.data.shards import DAMAGED, REFUSED, ShardSample, read_shard
 from wherefrom.data.webdataset import ShardOptions, build_laion
@@ -74,7 +74,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(folder: Path, keys: list[
 def test_tricks_are_refused_and_counted(
     tmp_path: Path, folder: Path, name: str, fields: dict[str, Any], reason: str
 ) -> None:
-    good = [("ok.jpg", image(0, (16, 12))), ("ok.txt", b"a caption")]
+    good = [("ok.jpg", jpeg_of(0, (16, 12))), ("ok.txt", b"a caption")]
     shard = write_shard(
         folder, [*plain(good), (name, good[0][1], fields), *plain([("y.jpg", b""), ("y.txt", b"x")])], ["ok"]
     )
@@ -91,7 +91,7 @@ def test_tricks_are_refused_and_counted(
 
 @pytest.mark.parametrize("size", [2**20, 2**40, 2**62, -(2**20)])
 def test_a_size_that_a_header_invents_is_not_believed(folder: Path, size: int) -> None:
-    shard = write_shard(folder, plain([("ok.jpg", image(0, (16, 12))), ("ok.txt", b"x")]), ["ok"])
+    shard = write_shard(folder, plain([("ok.jpg", jpeg_of(0, (16, 12))), ("ok.txt", b"x")]), ["ok"])
     with tarfile.open(shard) as tar:
         text = tar.getmember("ok.txt")
     invented = tarfile.TarInfo("ok.txt")

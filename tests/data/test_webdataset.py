@@ -19,7 +19,7 @@ from PIL import Image
 import evaluate
 from datamodules import LAION
 from tests.support.tiny import attribution_config
-from tests.support.worlds import image, make_shards, plain, sample_of, write_shard, write_table
+from tests.support.worlds import jpeg_of, make_shards, plain, sample_of, write_shard, write_table
 from wherefrom.data import webdataset
 from wherefrom.data.decoding import Problem, Sample, share_out
 from wherefrom.data.image_folder import split_images
@@ -120,7 +120,7 @@ def make(folder: Path) -> Path:
 def test_broken_members_are_counted_by_name(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, text = image(0, (16, 12)), b"a caption"
+    good, text = jpeg_of(0, (16, 12)), b"a caption"
     told = json.dumps({"caption": "from the json"}).encode()
     members = [
         *[("ok.jpg", good), ("ok.txt", text)],
@@ -132,11 +132,11 @@ def test_broken_members_are_counted_by_name(
         *[("half.jpg", good), ("half.json", b'{"caption": "\\ud800"}')],
         *[("latin.jpg", good), ("latin.txt", b"caf\xe9")],
         *[("blind.txt", text), ("blind.json", told)],
-        *[("bomb.png", image(0, (30, 30), "PNG")), ("bomb.txt", text)],
-        *[("warned.png", image(0, (20, 15), "PNG")), ("warned.txt", text)],
+        *[("bomb.png", jpeg_of(0, (30, 30), "PNG")), ("bomb.txt", text)],
+        *[("warned.png", jpeg_of(0, (20, 15), "PNG")), ("warned.txt", text)],
         *[("big.jpg", good + bytes(5000)), ("big.txt", text)],
-        *[("twice.jpg", good), ("twice.jpg", image(1, (16, 12))), ("twice.txt", text)],
-        *[("ok.png", image(2, (16, 12), "PNG")), ("ok.txt", b"again")],
+        *[("twice.jpg", good), ("twice.jpg", jpeg_of(1, (16, 12))), ("twice.txt", text)],
+        *[("ok.png", jpeg_of(2, (16, 12), "PNG")), ("ok.txt", b"again")],
         *[("last.JPG", good), ("last.txt", text), ("last.npy", b"x")],
     ]
     names = dict.fromkeys(name.partition(".")[0] for name, _ in members)
@@ -298,7 +298,7 @@ def test_the_pipeline_attributes_to_shards_and_trusts_no_caption(tmp_path: Path,
     hostile = b"<script>alert(1)</script> ../../etc/passwd"
     write_shard(
         folder,
-        plain([part for key in keys for part in ((f"{key}.jpg", image(int(key), (16, 12))), (f"{key}.txt", hostile))]),
+        plain([part for k in keys for part in ((f"{k}.jpg", jpeg_of(int(k), (16, 12))), (f"{k}.txt", hostile))]),
         keys,
     )
     data = {

@@ -66,7 +66,7 @@ class TestPixels:
         assert encoder.model.seen.shape == (1, 3, 16, 16)
         assert torch.allclose(features, torch.tensor([[1.0, 0.0, -127 / 128]]), atol=1e-6)
 
-    def test_upsampling_does_not_leave_the_range_of_a_image(self) -> None:
+    def test_upsampling_does_not_leave_the_range_of_an_image(self) -> None:
         encoder = EfficientNetLite0Encoder(Affine(), side=64)
         checkers = np.where((np.indices((8, 8)).sum(0) % 2)[..., None], 255, 0).astype(np.uint8)
         encoder.encode_images(np.broadcast_to(checkers, (1, 8, 8, 3)))

@@ -24,7 +24,9 @@ def gradients(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_a_product_with_the_whole_matrix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p, given = Projection(70, 3, kind), gradients(6)  # type: ignore[arg-type]
-    whole = torch.cat([p.rows(name, 0, value[0].numel(), CPU, torch.float64) for name, value in given.items()])
+    whole = torch.cat(
+        [p.rows(name, start=0, stop=value[0].numel(), device=CPU, dtype=torch.float64) for name, value in given.items()]
+    )
     flat = torch.cat([value.flatten(1) for value in given.values()], dim=1)
     torch.testing.assert_close(p.project(given), flat @ whole / 70**0.5)
     expected = p.project(given)
@@ -55,7 +57,7 @@ def test_inner_products_are_kept_on_average(kind: str) -> None:
 
 def test_entries_have_variance_one_and_do_not_repeat() -> None:
     for kind in KINDS:
-        rows = Projection(128, 0, kind).rows("w", 0, 500, CPU, torch.float64)  # type: ignore[arg-type]
+        rows = Projection(128, 0, kind).rows("w", start=0, stop=500, device=CPU, dtype=torch.float64)  # type: ignore[arg-type]
         assert abs(float(rows.mean())) < 4 / rows.numel() ** 0.5
         assert float(rows.square().mean()) == pytest.approx(1.0, abs=4 * (2 / rows.numel()) ** 0.5)
         correlation = rows @ rows.T / 128
@@ -66,19 +68,19 @@ def test_entries_have_variance_one_and_do_not_repeat() -> None:
             assert abs(meetings - 500 * 499 / 2 / 128) < 4 * (500 * 499 / 2 / 128) ** 0.5
         else:
             assert float(correlation.abs().max()) < 0.6
-    signs = Projection(128).rows("w", 0, 50, CPU, torch.float64)
+    signs = Projection(128).rows("w", start=0, stop=50, device=CPU, dtype=torch.float64)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
-    assert not torch.equal(signs, Projection(128, 1).rows("w", 0, 50, CPU, torch.float64))
-    assert not torch.equal(signs, Projection(128).rows("v", 0, 50, CPU, torch.float64))
+    assert not torch.equal(signs, Projection(128, 1).rows("w", start=0, stop=50, device=CPU, dtype=torch.float64))
+    assert not torch.equal(signs, Projection(128).rows("v", start=0, stop=50, device=CPU, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_keyed_by_its_place(kind: str) -> None:
     p = Projection(70, 3, kind)  # type: ignore[arg-type]
-    whole = p.rows("w", 0, 20, CPU, torch.float64)
-    assert torch.equal(p.rows("w", 5, 9, CPU, torch.float64), whole[5:9])
-    assert torch.equal(p.rows("w", 5, 9, CPU, torch.float32), whole[5:9].float())
-    assert not torch.equal(p.rows("v", 0, 20, CPU, torch.float64), whole)
+    whole = p.rows("w", start=0, stop=20, device=CPU, dtype=torch.float64)
+    assert torch.equal(p.rows("w", start=5, stop=9, device=CPU, dtype=torch.float64), whole[5:9])
+    assert torch.equal(p.rows("w", start=5, stop=9, device=CPU, dtype=torch.float32), whole[5:9].float())
+    assert not torch.equal(p.rows("v", start=0, stop=20, device=CPU, dtype=torch.float64), whole)
     assert len({tuple(row) for row in whole.tolist()}) > 15
 
 

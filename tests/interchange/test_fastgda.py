@@ -204,7 +204,7 @@ def test_a_teacher_set_through_the_command_line(tmp_path: Path, capsys: pytest.C
     table = {"image": images, "caption": [f"an image of {index}" for index in range(N)]}
     pq.write_table(pa.table(table), tmp_path / "pictures.parquet")
     pq.write_table(pa.table({"query": list("abcde"), "prompt": list("vwxyz")}), tmp_path / "queries.parquet")
-    names = ["--pictures", str(tmp_path / "pictures.parquet"), "--queries", str(tmp_path / "queries.parquet")]
+    names = ["--images", str(tmp_path / "pictures.parquet"), "--queries", str(tmp_path / "queries.parquet")]
     main(["fastgda-teacher", str(folder), str(output), *names])
     assert capsys.readouterr().out == f"{output}: 5 queries, 12 of 30 images each; features clip_text, dino\n"
     teacher, direct = read_teacher_set(output), read_fastgda_teacher(folder)

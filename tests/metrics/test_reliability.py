@@ -24,7 +24,7 @@ def reliability(values: Values, seed: int = 0) -> float:
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0, 5.0])
-@pytest.mark.parametrize("draws", [4, 20])
+@pytest.mark.parametrize("noise_samples", [4, 20])
 def test_it_is_the_share_of_signal_in_the_variance(noise: float, noise_samples: int) -> None:
     # Between normal variables Spearman's correlation is 6/π asin(r/2) of Pearson's.
     half = 1 / (1 + noise**2 / (noise_samples / 2))

@@ -102,7 +102,7 @@ def test_sampling_is_ddim(prediction: str, guidance: float, eta: float) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: float) -> None:
+def test_an_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: float) -> None:
     model, states = tiny_model(), states_of(3)
 
     def draw(rows: list[int], seed: int = 0) -> Tensor:

@@ -31,7 +31,7 @@ def test_the_report_says_when_nothing_stands_out(tmp_path: Path) -> None:
         assert "Nothing stands out" in (folder / "report.html").read_text()
 
 
-def test_the_report_warns_of_a_image_that_the_model_cannot_represent(tmp_path: Path) -> None:
+def test_the_report_warns_of_an_image_that_the_model_cannot_represent(tmp_path: Path) -> None:
     data = tiny_latents(40)
     training = TrainingData(data.images, data)
     model = tiny_model(encoder=tiny_encoder(tmp_path / "text"))

@@ -192,15 +192,15 @@ FULL_DISK = """
     import numpy as np
     import pyarrow as pa, pyarrow.parquet as pq
     from safetensors.numpy import save_file
-    from wherefrom.data.image_set import write_pictures
+    from wherefrom.data.image_set import write_image_set
     from wherefrom.runtime.artifacts import StorageError, Store, replacing, write_json
 
     root, writer = Path(sys.argv[1]), sys.argv[2]
     rng = np.random.default_rng(0)
 
-    def pictures(folder, count):
+    def images(folder, count):
         pixels = np.zeros((count, 32, 32, 3), np.uint8)
-        write_pictures(folder, [str(i) for i in range(count)], [["x"]] * count, pixels, {})
+        write_image_set(folder, [str(i) for i in range(count)], [["x"]] * count, pixels, {})
 
     def plain(folder, count):
         with replacing(folder / "file") as temporary:
@@ -241,7 +241,7 @@ FULL_DISK = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file-size limit")
-@pytest.mark.parametrize("writer", ["plain", "text", "pictures", "table", "tensors"])
+@pytest.mark.parametrize("writer", ["plain", "text", "images", "table", "tensors"])
 def test_a_full_disk_is_a_storage_error_and_costs_nothing_that_was_done(tmp_path: Path, writer: str) -> None:
     done = run(FULL_DISK, tmp_path, writer)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

@@ -164,8 +164,8 @@ def killed(root: Path, stop: int) -> None:
 import sys, torch
 from pathlib import Path
 from tests.runtime import test_dataset_pass
-from wherefrom import passes
-passes._SAVE_EVERY_S = 0.0
+from wherefrom.runtime import dataset_pass
+dataset_pass._SAVE_EVERY_S = 0.0
 test_dataset_pass.run(Path(sys.argv[1]), test_dataset_pass.Runner(torch.device("cpu")), int(sys.argv[2]), kill=True)
 """
     done = subprocess.run(

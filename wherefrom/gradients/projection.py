@@ -56,6 +56,7 @@ class Projection:
     def rows(
         self,
         name: str,
+        *,
         start: int,
         stop: int,
         device: torch.device,
@@ -126,5 +127,7 @@ class Projection:
                     columns, signs = self._sparse_rows(name, start, stop, flat.device, dtype)
                     total.index_add_(1, columns, part * signs)
                 else:
-                    total.addmm_(part, self.rows(name, start, stop, flat.device, dtype, room))
+                    total.addmm_(
+                        part, self.rows(name, start=start, stop=stop, device=flat.device, dtype=dtype, room=room)
+                    )
         return total if sparse else total / math.sqrt(self.dimension)

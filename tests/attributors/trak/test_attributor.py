@@ -48,7 +48,12 @@ def run(attributor: TRAK, model: DiffusionModel | None, root: Path, candidates: 
 def loop_features(model: DiffusionModel) -> Tensor:
     """φ of each training image and flip: one loss at a time by autograd, then the product with the whole matrix."""
     parameters = select_weights(model.denoiser, "all")
-    matrix = torch.cat([P.rows(n, 0, v.numel(), torch.device("cpu"), torch.float64) for n, v in parameters.items()])
+    matrix = torch.cat(
+        [
+            P.rows(n, start=0, stop=v.numel(), device=torch.device("cpu"), dtype=torch.float64)
+            for n, v in parameters.items()
+        ]
+    )
     grid, result = LossPass(model, TRAIN, GRID, 1), torch.zeros(len(TRAIN), 2, P.dimension, dtype=torch.float64)
     model.denoiser.requires_grad_(True)
     for image in range(len(TRAIN)):
@@ -84,7 +89,12 @@ def test_the_query_s_features_are_its_projected_gradient(model: DiffusionModel) 
     gradient = QueryLoss(model, query, 0, one_process()).gradient(parameters, 0, 8)
     model.denoiser.requires_grad_(False)
     flat = torch.cat([value.flatten() for value in gradient.values()])
-    matrix = torch.cat([P.rows(n, 0, v.numel(), torch.device("cpu"), torch.float64) for n, v in parameters.items()])
+    matrix = torch.cat(
+        [
+            P.rows(n, start=0, stop=v.numel(), device=torch.device("cpu"), dtype=torch.float64)
+            for n, v in parameters.items()
+        ]
+    )
     (result,) = trak().query_features(model, [QUERY], one_process())
     torch.testing.assert_close(result[0], flat @ matrix / P.dimension**0.5)
 

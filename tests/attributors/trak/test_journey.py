@@ -57,7 +57,12 @@ def run(attributor: JourneyTRAK, model: DiffusionModel, root: Path, query: Query
 def projected(model: DiffusionModel, loss: torch.Tensor) -> torch.Tensor:
     """Pᵀ∇l by autograd and the whole matrix."""
     parameters = select_weights(model.denoiser, "all")
-    matrix = torch.cat([P.rows(n, 0, v.numel(), torch.device("cpu"), torch.float64) for n, v in parameters.items()])
+    matrix = torch.cat(
+        [
+            P.rows(n, start=0, stop=v.numel(), device=torch.device("cpu"), dtype=torch.float64)
+            for n, v in parameters.items()
+        ]
+    )
     gradient = torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(parameters.values()))])
     return gradient @ matrix / P.dimension**0.5
 
@@ -179,7 +184,7 @@ def test_the_command_line_draws_what_it_needs(tmp_path: Path) -> None:
     assert np.isfinite(scores).all()
     assert len(set(scores)) == 16
     Image.new("RGB", (8, 8)).save(tmp_path / "file.png")
-    queries = {"pictures": [{"file": str(tmp_path / "file.png"), "prompt": "red"}]}
+    queries = {"images": [{"file": str(tmp_path / "file.png"), "prompt": "red"}]}
     other = attribution_config(tmp_path, "files", attributor=attributor, queries=queries)
     before = sorted((tmp_path / "store").rglob("*"))
     with pytest.raises(ValueError, match=r"Query 'file-\w+' has no sampling trajectory"):

@@ -35,7 +35,10 @@ class SameMatrix(AbstractProjector):
     def __init__(self, model: DiffusionModel) -> None:
         sizes = {name: weight.numel() for name, weight in select_weights(model.denoiser, "all").items()}
         super().__init__(sum(sizes.values()), P.dimension, P.seed, "rademacher", "cpu")
-        rows = [P.rows(name, 0, size, torch.device("cpu"), torch.float64) for name, size in sizes.items()]
+        rows = [
+            P.rows(name, start=0, stop=size, device=torch.device("cpu"), dtype=torch.float64)
+            for name, size in sizes.items()
+        ]
         self.matrix = torch.cat(rows)
 
     def project(self, grads: dict[str, Tensor], model_id: int) -> Tensor:

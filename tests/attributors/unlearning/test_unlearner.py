@@ -267,7 +267,7 @@ def test_the_model_is_left_bit_for_bit_as_it_was(settings: dict[str, Any]) -> No
     model = tiny_model()
     model.denoiser.conv_in.requires_grad_(True)  # type: ignore[union-attr]
     before = state_of(model)
-    if settings.get("rise") == 1e-2:
+    if settings.get("relative_loss_increase") == 1e-2:
         run(model, newton=False, **settings)
     else:
         with pytest.raises(ValueError, match=r"No step size raises|The loss of query 'query' is"):
@@ -339,9 +339,15 @@ def test_the_unlearner_moves_the_model_step_by_step() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"relative_loss_increase": 0.1, "alpha": 0.1}, r"either rise or alpha.*rise=0\.1 and alpha=0\.1"),
-        ({"relative_loss_increase": None}, "either rise or alpha.*rise=None and alpha=None"),
-        ({"relative_loss_increase": -0.1}, r"rise must be positive.*given -0\.1"),
+        (
+            {"relative_loss_increase": 0.1, "alpha": 0.1},
+            r"either relative_loss_increase or alpha.*relative_loss_increase=0\.1 and alpha=0\.1",
+        ),
+        (
+            {"relative_loss_increase": None},
+            "either relative_loss_increase or alpha.*relative_loss_increase=None and alpha=None",
+        ),
+        ({"relative_loss_increase": -0.1}, r"relative_loss_increase must be positive.*given -0\.1"),
         ({"relative_loss_increase": None, "alpha": -0.1}, r"alpha must not be negative.*given -0\.1"),
         ({"steps": 0}, "must be at least 1"),
         ({"noise_samples": 0}, "must be at least 1"),
