@@ -5,8 +5,8 @@ python evaluate.py attribute -c configs/experiment/demo.yaml --queries.prompts '
 python evaluate.py compare -c configs/experiment/emoji_comparison.yaml
 python evaluate.py retrieval --teacher RUN --rankings fast=RUN --output FOLDER  # mAP and Recall against a slow method
 python evaluate.py counterfactual -c EXPERIMENT  # train again without what each method names
-python evaluate.py lds -c EXPERIMENT             # train on random halves
-python evaluate.py report --output RUN           # the judge's page and curves once more
+python evaluate.py lds -c EXPERIMENT             # train on random subsets
+python evaluate.py report --output RUN           # its page and curves once more
 python evaluate.py curate -c configs/experiment/emoji_1k_teacher.yaml  # rankings that a fast ranker learns from
 python evaluate.py calibrate --ranker R --teacher T --output F  # what a ranker's similarities say of influence
 python evaluate.py customized -c EXPERIMENT      # find what models were customized on, among other images
@@ -39,11 +39,11 @@ from wherefrom.commands.curate import Captions, curate
 from wherefrom.commands.estimate import announce
 from wherefrom.commands.method_files import methods_of
 from wherefrom.commands.tracking import Tracking, track
-from wherefrom.counterfactual import datamodeling_experiment, evaluate
-from wherefrom.counterfactual.datamodeling_experiment import Halves, linear_datamodeling_scores
-from wherefrom.counterfactual.evaluate import judge
+from wherefrom.counterfactual import datamodeling_experiment, effect_table
+from wherefrom.counterfactual.datamodeling_experiment import RandomSubsets, linear_datamodeling_score
+from wherefrom.counterfactual.evaluate import evaluate_counterfactual
 from wherefrom.counterfactual.protocol import Protocol
-from wherefrom.counterfactual.report import write_judge_report
+from wherefrom.counterfactual.report import write_counterfactual_report
 from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.calibration import CalibrationSettings, calibrate_ranker
 from wherefrom.features.base import ImageEncoder, TextEncoder
@@ -86,10 +86,10 @@ def parser() -> ArgumentParser:
     )
     compare_parser = run_parser(compare.__doc__)
     add_methods(compare_parser)
-    counterfactual_parser = trial_parser(judge.__doc__)
+    counterfactual_parser = trial_parser(evaluate_counterfactual.__doc__)
     counterfactual_parser.add_class_arguments(Protocol, "protocol")
-    lds_parser = trial_parser(linear_datamodeling_scores.__doc__)
-    lds_parser.add_class_arguments(Halves, "halves")
+    lds_parser = trial_parser(linear_datamodeling_score.__doc__)
+    lds_parser.add_class_arguments(RandomSubsets, "random_subsets")
     lds_parser.add_argument("--timesteps", type=int, default=200, help="timesteps of the queries' losses")
     curate_parser = run_parser(curate.__doc__)
     curate_parser.add_subclass_arguments(Attributor, "teacher", required=True)
@@ -130,7 +130,7 @@ def parser() -> ArgumentParser:
     calibrate_parser.add_argument("--teacher", type=Path, required=True, help="a teacher set of held-out queries")
     calibrate_parser.add_argument("--output", type=Path, required=True, help="where the calibration goes")
     calibrate_parser.add_class_arguments(CalibrationSettings, "settings")
-    report_parser = ArgumentParser(description=write_judge_report.__doc__)
+    report_parser = ArgumentParser(description=write_counterfactual_report.__doc__)
     report_parser.add_argument(
         "--output", type=str, required=True, help="the run folder of `evaluate.py counterfactual`"
     )
@@ -291,16 +291,16 @@ def run_counterfactual(config: Any) -> Done:
     """`evaluate.py counterfactual`."""
     protocol: Protocol = config.protocol
     trial = prepare_trial(config, protocol.seeds[0], protocol.timesteps)
-    rows = judge(
+    rows = evaluate_counterfactual(
         Path(config.output),
         rankings=trial.rankings,
         sweep=trial.sweep,
         protocol=protocol,
-        again=trial.again,
+        reattribution=trial.again,
         costs=trial.costs,
     )
-    print(evaluate.as_table(rows, trial.costs))
-    write_judge_report(Path(config.output))
+    print(effect_table.as_table(rows, trial.costs))
+    write_counterfactual_report(Path(config.output))
     return Done()
 
 
@@ -312,17 +312,17 @@ def run_calibrate(config: Any) -> None:
 
 def run_report(config: Any) -> None:
     """`evaluate.py report`."""
-    for path in write_judge_report(Path(config.output)):
+    for path in write_counterfactual_report(Path(config.output)):
         print(path)
 
 
 def run_lds(config: Any) -> Done:
     """`evaluate.py lds`."""
-    halves: Halves = config.halves
-    trial = prepare_trial(config, halves.seed, config.timesteps)
+    random_subsets: RandomSubsets = config.random_subsets
+    trial = prepare_trial(config, random_subsets.seed, config.timesteps)
     print(
         datamodeling_experiment.as_table(
-            linear_datamodeling_scores(Path(config.output), trial.rankings, trial.sweep, halves)
+            linear_datamodeling_score(Path(config.output), trial.rankings, trial.sweep, random_subsets)
         )
     )
     return Done()

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from lightning_modules.launch.recipe import Recipe
-from wherefrom.counterfactual.retraining import Retrain
+from wherefrom.counterfactual.retraining import RetrainingJob
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.console import duration
 
@@ -73,10 +73,10 @@ def main() -> None:
         for place in (first, folder):
             place.mkdir()
         # A model of one step before: images, latents and libraries are then where a sweep's next model finds them.
-        Recipe(with_profiler(options.recipe, first, 1), options.store).train(Retrain((), 0), first)
+        Recipe(with_profiler(options.recipe, first, 1), options.store).train(RetrainingJob((), 0), first)
         recipe = Recipe(with_profiler(options.recipe, folder, options.steps), options.store)
         started = time.monotonic()
-        recipe.train(Retrain((), 0), folder)
+        recipe.train(RetrainingJob((), 0), folder)
         wall = time.monotonic() - started
         inside = seconds_in_steps(folder)
     print(

@@ -8,7 +8,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.latent_diffusion import LatentDiffusion
-from wherefrom.counterfactual.retraining import Panel
+from wherefrom.counterfactual.query_panel import Panel
 from wherefrom.features.base import ImageEncoder
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import QuerySource, generate

@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 import evaluate
 from experiments.ranker_table import RESULT as TABLE
 from experiments.ranker_table import Variant, place_of, train_one, variants
+from wherefrom.counterfactual.results_file import COUNTERFACTUAL, read_results
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import write_json
 
@@ -81,7 +82,7 @@ def correlations(
 def loss_increases_of(result: Mapping[str, Any], method: str) -> list[float]:
     """Each query's rise of its loss when its own images went, less that of queries whose images stayed."""
     (row,) = (row for row in result["rows"] if row["method"] == method)
-    return [own - others for own, others in zip(row["loss"]["own"], row["loss"]["others"], strict=True)]
+    return [a - b for a, b in zip(row["loss"]["matched"], row["loss"]["mismatched"], strict=True)]
 
 
 def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
         "methods": json.dumps(["configs/attributor/caption.yaml", *map(str, files)]),
         "settings": "{}",
         "protocol.ks": f"[{k}]",
-        "protocol.pools": f"[{POOL}]",
+        "protocol.query_groups": f"[{POOL}]",
         "protocol.seeds": "[0]",
         "protocol.random": "1",
         "workers.engine": "local",
@@ -99,7 +100,7 @@ def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
     evaluate.main(
         ["counterfactual", "-c", JUDGE, *(word for name, text in words.items() for word in (f"--{name}", text))]
     )
-    return dict(json.loads((output / "judge" / "counterfactual.json").read_text()))
+    return read_results(output / "judge" / COUNTERFACTUAL)
 
 
 def main() -> None:

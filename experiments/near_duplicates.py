@@ -31,11 +31,12 @@ from lightning_modules.launch.runs import shapes, training_data_of
 from wherefrom.attributors import Attributor
 from wherefrom.commands.attribute import attribute
 from wherefrom.commands.method_files import load_methods
-from wherefrom.counterfactual.effects import changes
-from wherefrom.counterfactual.measurements import Measurements
-from wherefrom.counterfactual.reattribution import AFTER, Reattribution, whole_ranking
-from wherefrom.counterfactual.replacement_prediction import foresight
-from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
+from wherefrom.counterfactual.effects import measured_effects
+from wherefrom.counterfactual.measurements import MeasurementTable
+from wherefrom.counterfactual.query_panel import Panel
+from wherefrom.counterfactual.reattribution import Reattribution, reattribution_folder, whole_ranking
+from wherefrom.counterfactual.replacement_prediction import evaluate_replacement_prediction
+from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.data.copies import Copies
 from wherefrom.metrics.standard_error import estimate
@@ -89,7 +90,7 @@ def standing(
         copies: Its copies.
         gone: All originals.
     """
-    seen, removed = foresight(first, gone, after, len(copies)), set(gone)
+    seen, removed = evaluate_replacement_prediction(first, gone, after, len(copies)), set(gone)
     left = [name for name in first if name not in removed]
 
     def ranks(ids: Sequence[str], names: Sequence[str]) -> list[int]:
@@ -186,9 +187,9 @@ def judge_copies(
     data, runner = training_data_of(world.module), Runner.current()
     assert data.latents is not None
     latents = data.latents
-    retrains = Retrains(store, world.recipe.identity(), latents.ids, latents.fingerprint, world.recipe.train)
+    models = RetrainedModels(store, world.recipe.identity(), latents.ids, latents.fingerprint, world.recipe.train)
     log("the model with all images")
-    model = retrains.model(Retrain((), seed)).to(runner.device)
+    model = models.model(RetrainingJob((), seed)).to(runner.device)
     where = {name: index for index, name in enumerate(data.images.ids)}
     prompts = [data.images.captions[where[name]][0] for name in copies.ids]
     settings = {**vars(source), "prompts": prompts}
@@ -203,15 +204,15 @@ def judge_copies(
         eta=source.eta,
     )
     panel = Panel(queries, model, source, timesteps)
-    gone = Retrain(tuple(sorted(copies.ids)), seed)
-    all_gone = Retrain(tuple(sorted([*copies.ids, *copies.planted])), seed)
-    sweep = Sweep(retrains, panel=panel, table=Measurements(output / "retrains.parquet"), log=log)
-    measured = sweep.measure([Retrain((), seed), gone, all_gone])
+    gone = RetrainingJob(tuple(sorted(copies.ids)), seed)
+    all_gone = RetrainingJob(tuple(sorted([*copies.ids, *copies.planted])), seed)
+    sweep = Sweep(models, panel=panel, table=MeasurementTable(output / "retrains.parquet"), log=log)
+    measured = sweep.measure([RetrainingJob((), seed), gone, all_gone])
     again = Reattribution(
-        output / AFTER,
+        reattribution_folder(output),
         methods=methods,
         data=data,
-        retrains=retrains,
+        models=models,
         queries=queries,
         store=store,
         runner=runner,
@@ -238,7 +239,7 @@ def judge_copies(
             for original, each in zip(copies.ids, scores, strict=True)
         }
     moved = {
-        words: changes(measured[Retrain((), seed)], measured[retrain])
+        words: measured_effects(measured[RetrainingJob((), seed)], measured[retrain])
         for words, retrain in (("originals", gone), ("originals and copies", all_gone))
     }
     losses = {

@@ -2,16 +2,15 @@
 
     python -m experiments.protocols runs/judge_pooled runs/judge_single
 
-Both are run folders of `evaluate.py counterfactual` (or their `counterfactual.json`): one with pools, one with
-`protocol.pools: [1]`, which is the papers' protocol. Prints, for each K that both have, how far they agree on the order
-of the methods that both judged by ΔL own (Kendall's and Spearman's correlation): for each query, as a mean over the
-queries, and for the means of the methods over all queries; and how far the ΔLs themselves correlate.
+Both are run folders of `evaluate.py counterfactual` (or their `counterfactual.json`): one with query groups, one with
+`protocol.query_groups: [1]`, which is the papers' protocol. Prints, for each K that both have, how far they agree on
+the order of the methods that both judged by matched ΔL (Kendall's and Spearman's correlation): for each query, as a
+mean over the queries, and for the means of the methods over all queries; and how far the ΔLs themselves correlate.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from wherefrom.counterfactual.effects import or_nan
-from wherefrom.counterfactual.evaluate import FLOOR, RESULT
+from wherefrom.counterfactual.results_file import COUNTERFACTUAL, SEED_BASELINE, or_nan, read_results
 from wherefrom.metrics.standard_error import estimate
 
 Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # K -> method -> query -> ΔL own
@@ -65,19 +63,13 @@ def read_judged(path: Path) -> tuple[Judged, dict[str, str]]:
     Raises:
         ValueError: There is no table of results, or it cannot be read.
     """
-    file = path / RESULT if path.is_dir() else path
-    try:
-        stored: dict[str, Any] = json.loads(file.read_text())
-        result: dict[int, dict[str, dict[str, float]]] = {}
-        for row in stored["rows"]:
-            if row["method"] != FLOOR:
-                own = or_nan(row["loss"]["own"]).tolist()
-                result.setdefault(row["k"], {})[row["method"]] = dict(zip(row["queries"], own, strict=True))
-        return result, stored["prompts"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing: run evaluate.py counterfactual with this output first.") from error
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{file} is not the judge's table of results ({error!r}): run it again.") from error
+    stored = read_results(path / COUNTERFACTUAL if path.is_dir() else path, ("rows", "prompts"))
+    result: dict[int, dict[str, dict[str, float]]] = {}
+    for row in stored["rows"]:
+        if row["method"] != SEED_BASELINE:
+            matched = or_nan(row["loss"]["matched"]).tolist()
+            result.setdefault(row["k"], {})[row["method"]] = dict(zip(row["queries"], matched, strict=True))
+    return result, stored["prompts"]
 
 
 def agreements(first: Judged, second: Judged) -> list[Agreement]:

@@ -25,7 +25,7 @@ import evaluate
 from experiments.near_duplicates import data_module
 from experiments.ranker_table import BOTH, TRAIN, Variant, average_precisions, cosines_of, matrix_of, train_one
 from lightning_modules.launch.recipe import Recipe
-from wherefrom.counterfactual.retraining import PIPELINE, Retrain, Retrains
+from wherefrom.counterfactual.retraining import PIPELINE, RetrainedModels, RetrainingJob
 from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import Store, write_json
@@ -39,9 +39,9 @@ def second_model(seed: int, store: Store) -> Path:
     """The pipeline of another seed, trained now if the store has none."""
     recipe = Recipe(RECIPE, store.root)
     latents = data_module(recipe.config["data"], store).train_latents
-    retrains = Retrains(store, recipe.identity(), latents.ids, latents.fingerprint, recipe.train)
-    retrains.model(Retrain((), seed))
-    return store.root / "retrain" / retrains.name(Retrain((), seed)) / PIPELINE
+    models = RetrainedModels(store, recipe.identity(), latents.ids, latents.fingerprint, recipe.train)
+    models.model(RetrainingJob((), seed))
+    return store.root / "retrain" / models.name(RetrainingJob((), seed)) / PIPELINE
 
 
 def curate(model: str | Path, experiment: str, output: Path, *more: str) -> TeacherSet:

@@ -14,7 +14,6 @@ scores, whatever their sign; the record names each query's ranks.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ import numpy as np
 import yaml
 
 from experiments.near_duplicates import data_module
-from wherefrom.counterfactual.datamodeling_experiment import RESULT as CORRELATED
-from wherefrom.counterfactual.evaluate import RESULT as JUDGED
+from wherefrom.counterfactual.results_file import COUNTERFACTUAL, DATAMODELING, read_results
 from wherefrom.rankings.ranking_file import RANKING, order_of, read_ranking
 from wherefrom.runtime.artifacts import Store, write_json
 
@@ -72,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--store", type=Path, default=Path("cache"))
     made.add_argument("--results", type=Path, default=RESULT)
     asked = made.parse_args(arguments)
-    result = next((asked.run / name for name in (JUDGED, CORRELATED) if (asked.run / name).exists()), None)
+    result = next((asked.run / name for name in (COUNTERFACTUAL, DATAMODELING) if (asked.run / name).exists()), None)
     if result is None:
-        raise SystemExit(f"{asked.run} holds neither {JUDGED} nor {CORRELATED}: run evaluate.py, as above, first.")
-    prompts = json.loads(result.read_text())["prompts"]
+        raise SystemExit(
+            f"{asked.run} holds neither {COUNTERFACTUAL} nor {DATAMODELING}: run evaluate.py, as above, first."
+        )
+    prompts = read_results(result, ("prompts",))["prompts"]
     images = data_module(yaml.safe_load(asked.data.read_text()), Store(asked.store)).train_images
     captions = {name: each[0] for name, each in zip(images.ids, images.captions, strict=True)}
     collected: dict[str, Any] = {}

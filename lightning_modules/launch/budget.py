@@ -85,8 +85,8 @@ def of_trials(command: str, config: Any) -> list[Stage]:
     prompts, also = config.queries.prompts, config.also
     panel = (len(prompts) + len(also)) * (config.protocol if command == "counterfactual" else config).timesteps
     if command == "lds":
-        halves = config.halves
-        count = 1 + halves.count + halves.repeated * len(halves.further_seeds)
+        subsets = config.random_subsets
+        count = 1 + subsets.count + subsets.repeated * len(subsets.further_seeds)
     else:
         count = _removals(config.protocol, len(config.methods), len(prompts))
     draw = drawing(len(prompts) + len(also), config.queries.sampling_steps, config.queries.guidance, rate)
@@ -114,10 +114,10 @@ def of_fit(words: Sequence[str]) -> list[Stage]:
 
 def _removals(protocol: Any, methods: int, queries: int) -> int:
     """Models that a protocol trains, at most."""
-    pools = [-(-queries // pool) for _, pool in protocol.stages()]
-    each = 1 + 2 * protocol.groups + max(protocol.greedy - 1, 0)
-    per_seed = 1 + sum(pools) * (methods * each + protocol.random)
-    return per_seed * len(protocol.seeds) + len(protocol.ladder) * protocol.ladder_draws
+    groups = [-(-queries // size) for _, size in protocol.stages()]
+    each = 1 + 2 * protocol.additivity_groups + max(protocol.iterative_removal_rounds - 1, 0)
+    per_seed = 1 + sum(groups) * (methods * each + protocol.random)
+    return per_seed * len(protocol.seeds) + len(protocol.random_removal_curve) * protocol.random_removal_samples
 
 
 def _begun(data: ImageDataModule, model: DiffusionModel) -> tuple[list[Stage], TrainingData, float]:

@@ -18,7 +18,7 @@ import wandb
 import yaml
 
 import train
-from wherefrom.counterfactual.retraining import PIPELINE, Retrain
+from wherefrom.counterfactual.retraining import PIPELINE, RetrainingJob
 from wherefrom.runtime.artifacts import hash_file
 from wherefrom.runtime.stable_names import stable
 
@@ -78,8 +78,8 @@ class Recipe:
             "trainer": {name: self.config["trainer"][name] for name in _DECIDING_TRAINER},
         }
 
-    def train(self, retrain: Retrain, folder: Path) -> None:
-        """Trains in the folder, going on from its last checkpoint, and leaves a pipeline there; see `Retrains`.
+    def train(self, job: RetrainingJob, folder: Path) -> None:
+        """Trains in the folder, going on from its last checkpoint, and leaves a pipeline there; see `RetrainedModels`.
 
         The file's callbacks stay, but for its checkpoints; so do its loggers, beside a CSV file in the folder.
 
@@ -87,12 +87,12 @@ class Recipe:
             ValueError: Training ended with an error.
         """
         checkpoints, excluded = folder / "checkpoints", folder / "excluded.txt"
-        excluded.write_text("".join(f"{name}\n" for name in retrain.exclude))
+        excluded.write_text("".join(f"{name}\n" for name in job.exclude))
         options: Sequence[tuple[str, str]] = (
             ("--data.init_args.store", str(self.store)),
             ("--data.init_args.exclude", str(excluded)),
-            ("--data.init_args.seed", str(retrain.seed)),
-            ("--seed_everything", str(retrain.seed)),
+            ("--data.init_args.seed", str(job.seed)),
+            ("--seed_everything", str(job.seed)),
             ("--model.init_args.save_to", str(folder / PIPELINE)),
             ("--trainer.default_root_dir", str(folder)),
             ("--trainer.logger", json.dumps(self._replace("logger", "CSVLogger", {"save_dir": str(folder)}))),

@@ -14,10 +14,11 @@ from lightning_modules.launch.recipe import Recipe
 from wherefrom.attributors import Attributor, Query, Scores, TrainingData
 from wherefrom.commands.compare import attribute_at_cost
 from wherefrom.commands.method_files import methods_of
-from wherefrom.counterfactual import evaluate
-from wherefrom.counterfactual.measurements import Measurements
-from wherefrom.counterfactual.reattribution import AFTER, Reattribution
-from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
+from wherefrom.counterfactual.generated_images import images_folder
+from wherefrom.counterfactual.measurements import MeasurementTable
+from wherefrom.counterfactual.query_panel import Panel
+from wherefrom.counterfactual.reattribution import Reattribution, reattribution_folder
+from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
@@ -148,11 +149,11 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
     module.setup()
     data = training_data_of(module)
     assert data.latents is not None
-    retrains = Retrains(store, recipe.identity(), data.latents.ids, data.latents.fingerprint, recipe.train)
+    models = RetrainedModels(store, recipe.identity(), data.latents.ids, data.latents.fingerprint, recipe.train)
     if config.model is not None:
-        retrains.publish(Retrain((), seed), Path(config.model))
+        models.publish(RetrainingJob((), seed), Path(config.model))
     console.log("the model with all images")
-    model = retrains.model(Retrain((), seed)).to(runner.device)
+    model = models.model(RetrainingJob((), seed)).to(runner.device)
     keep_trajectory = any("trajectory" in method.requires for method in methods.values())
     source: QuerySource = replace(config.queries, prompts=[*config.queries.prompts, *config.also])
     latent_shape, size = shapes(data)
@@ -174,12 +175,14 @@ def prepare_trial(config: Any, seed: int, timesteps: int) -> Trial:
         rankings[name], costs[name] = attribute_at_cost(
             output / name, method=method, data=data, model=model, queries=queries, **common
         )
-    table = Measurements(Path(config.measurements or output / "retrains.parquet"))
-    engine, images = config.workers.get(), output / evaluate.IMAGES
-    sweep = Sweep(retrains, panel=panel, table=table, engine=engine, log=console.log, images=images)
+    table = MeasurementTable(Path(config.measurements or output / "retrains.parquet"))
+    engine, images = config.workers.get(), images_folder(output)
+    sweep = Sweep(models, panel=panel, table=table, engine=engine, log=console.log, images=images)
     return Trial(
         rankings,
         costs,
         sweep,
-        Reattribution(output / AFTER, methods=methods, data=data, retrains=retrains, queries=queries, **common),
+        Reattribution(
+            reattribution_folder(output), methods=methods, data=data, models=models, queries=queries, **common
+        ),
     )

@@ -18,8 +18,8 @@ from tests.support.worlds import make_coco, make_shards
 from wherefrom.attributors import AttributionByUnlearning, Magnitude, PixelSimilarity, RankEnsemble, TrainingData
 from wherefrom.commands.budget import Sizes, as_table, blank_images, blank_latents, encoding, method
 from wherefrom.commands.estimate import Stage, forward_rate
-from wherefrom.counterfactual.evaluate import plan
 from wherefrom.counterfactual.protocol import Protocol
+from wherefrom.counterfactual.removal_plan import plan_evaluation
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store
@@ -104,7 +104,7 @@ def test_a_census_counts_what_loading_finds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "protocol",
-    [Protocol(ks=[2], pools=[2]), Protocol(ks=[1, 2], pools=[3, 1], seeds=[0, 1], random=2)],
+    [Protocol(ks=[2], query_groups=[2]), Protocol(ks=[1, 2], query_groups=[3, 1], seeds=[0, 1], random=2)],
     ids=["one", "several"],
 )
 def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> None:
@@ -113,7 +113,7 @@ def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> No
         name: {f"q{query}": ids[shift + 10 * query :] + ids[: shift + 10 * query] for query in range(6)}
         for name, shift in (("one", 0), ("other", 5))
     }
-    planned = {removal.ids for removal in plan(rankings, protocol, ids)}
+    planned = {removal.ids for removal in plan_evaluation(rankings, protocol, ids)}
     assert _removals(protocol, 2, 6) == (1 + len(planned)) * len(protocol.seeds)
 
 
@@ -187,9 +187,9 @@ def test_the_command_line_says_what_a_judgement_takes(
         "output": str(tmp_path / "judge"),
         "store": str(tmp_path / "store"),
         **(
-            {"protocol": {"ks": [1], "pools": [1]}}
+            {"protocol": {"ks": [1], "query_groups": [1]}}
             if command == "counterfactual"
-            else {"halves": {"count": 4, "repeated": 2}}
+            else {"random_subsets": {"count": 4, "repeated": 2}}
         ),
     }
     (tmp_path / "judge.yaml").write_text(json.dumps(config))

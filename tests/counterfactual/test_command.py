@@ -1,4 +1,4 @@
-"""All that the judge can be asked, through the command line on a tiny recipe, and once more without weights."""
+"""All analyses of the evaluation, through the command line on a tiny recipe, and once more without weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.support.tiny import training_config
 pytestmark = pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 PROMPTS = ["red square", "blue circle"]
 INFLUENCE = {"noise_samples": 2, "grid": {"timesteps": 1, "flips": False}, "curvature": "identity"}
-ASKED = {"ks": [2], "pools": [2], "random": 0, "timesteps": 4, "after": 2, "groups": True, "greedy": 2}
+ADDED = {"reattributed_queries": 2, "additivity_groups": True, "iterative_removal_rounds": 2}
+ASKED = {"ks": [2], "query_groups": [2], "random": 0, "timesteps": 4, **ADDED}
 
 
 def test_the_command_line_asks_further_and_goes_on_without_weights(tmp_path: Path) -> None:
@@ -27,16 +28,16 @@ def test_the_command_line_asks_further_and_goes_on_without_weights(tmp_path: Pat
         "methods": [str(method)],
         "queries": {"prompts": PROMPTS, "sampling_steps": 2},
         "protocol": ASKED,
-        "output": str(tmp_path / "judged"),
+        "output": str(tmp_path / "evaluated"),
         "store": str(tmp_path / "store"),
     }
-    path, output = tmp_path / "judge.yaml", tmp_path / "judged"
+    path, output = tmp_path / "experiment.yaml", tmp_path / "evaluated"
     path.write_text(json.dumps(config))
     evaluate.main(["counterfactual", "-c", str(path)])
     stored = json.loads((output / "counterfactual.json").read_text())
-    (row,), (greedy,), (group,) = stored["rows"], stored["greedy"], stored["groups"]
-    assert greedy["at_once"] == group["both"] == row["loss"]["own"]
-    assert group["synergy"] == pytest.approx(
+    (row,), (iterative,), (group,) = (stored[name] for name in ("rows", "iterative_removal", "additivity"))
+    assert iterative["at_once"] == group["both"] == row["loss"]["matched"]
+    assert group["deviation"] == pytest.approx(
         [
             both - first - second
             for both, first, second in zip(group["both"], group["first"], group["second"], strict=True)
@@ -46,10 +47,10 @@ def test_the_command_line_asks_further_and_goes_on_without_weights(tmp_path: Pat
     seconds = [facts["seconds"] for facts in manifest["facts"].values()]
     assert stored["costs"]["influence"]["seconds"] == pytest.approx(sum(seconds) / 2)
     assert stored["costs"]["influence"]["stored"] > 1000
-    assert len(stored["after"]) == 2
-    page = (output / "judge.html").read_text()
-    assert page.count('<ol class="taken">') == 4
-    assert page.count("<b>removed</b>") == sum(len(each["removed"]) for each in stored["after"]) >= 2
+    assert len(stored["reattribution"]) == 2
+    page = (output / "counterfactual.html").read_text()
+    assert page.count('<ol class="removed">') == 4
+    assert page.count("<b>removed</b>") == sum(len(each["removed"]) for each in stored["reattribution"]) >= 2
 
     manifests = {
         each: json.loads(each.read_text()) for each in (tmp_path / "store" / "retrain").glob("*/manifest.json")

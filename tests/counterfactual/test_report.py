@@ -1,4 +1,4 @@
-"""The judge's page: what it shows is what was judged, and text from outside stays inert."""
+"""The page of a counterfactual evaluation shows what was measured, and text from outside stays inert."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import pytest
 from PIL import Image
 
 import evaluate
-from wherefrom.counterfactual.evaluate import IMAGES, RESULT
-from wherefrom.counterfactual.measurements import read_strip, write_strip
-from wherefrom.counterfactual.report import CURVES, PAGE, write_judge_report
+from wherefrom.counterfactual.generated_images import images_folder, read_strip, write_strip
+from wherefrom.counterfactual.report import CURVES, PAGE, write_counterfactual_report
+from wherefrom.counterfactual.results_file import COUNTERFACTUAL
 
 HOSTILE = "<script>alert(1)</script>"
 
 
-def effect(*own: float | None, others: float | None = 0.0) -> dict[str, list[float | None]]:
-    return {"own": list(own), "others": [others] * len(own)}
+def effect(*matched: float | None, mismatched: float | None = 0.0) -> dict[str, list[float | None]]:
+    return {"matched": list(matched), "mismatched": [mismatched] * len(matched)}
 
 
-def row(method: str, k: int, own: float) -> dict[str, Any]:
-    nothing = effect(None, None, others=None)
+def row(method: str, k: int, matched: float) -> dict[str, Any]:
+    nothing = effect(None, None, mismatched=None)
     return {
         "method": method,
         "k": k,
         "removed": 2.0 * k,
-        "equivalent": [30.0, 20.0, None] if method == "pixel" else None,
+        "random_equivalent": [30.0, 20.0, None] if method == "pixel" else None,
         "queries": ["a", "b"],
-        "loss": effect(own, own + 0.1),
-        "mse": effect(own / 10, own / 10),
+        "loss": effect(matched, matched + 0.1),
+        "mse": effect(matched / 10, matched / 10),
         "similarity": nothing,
     }
 
 
-def judged(folder: Path) -> dict[str, Any]:
-    """A judgement of one method, and what two models drew."""
+def evaluated(folder: Path) -> dict[str, Any]:
+    """An evaluation of one method, and what two models drew."""
     models = [
-        {"name": "whole", "seed": 0, "method": "another seed", "k": 0, "queries": []},
+        {"name": "whole", "seed": 0, "method": "all images", "k": 0, "queries": []},
         {"name": "without", "seed": 0, "method": "pixel", "k": 4, "queries": ["a", "b"]},
         {"name": "gone", "seed": 0, "method": "random", "k": 4, "queries": ["a", "b"]},
     ]
@@ -48,20 +48,25 @@ def judged(folder: Path) -> dict[str, Any]:
         "protocol": {"ks": [2, 4], "seeds": [0, 1], "timesteps": 10},
         "prompts": {"b": HOSTILE, "a": "a fox"},
         "encoder": None,
-        "training_pictures": 40,
+        "training_images": 40,
         "models": models,
-        "rows": [row("pixel", 2, 0.2), row("pixel", 4, 0.4), row("random", 4, 0.1), row("another seed", 0, 0.05)],
+        "rows": [
+            row("pixel", 2, 0.2),
+            row("pixel", 4, 0.4),
+            row("random", 4, 0.1),
+            row("seed-variance baseline", 0, 0.05),
+        ],
     }
-    (folder / RESULT).write_text(json.dumps(result))
+    (folder / COUNTERFACTUAL).write_text(json.dumps(result))
     for name, level in (("whole", 0), ("without", 100)):
         images = {query: np.full((8, 8, 3), level + index, np.uint8) for index, query in enumerate(("a", "b"))}
-        write_strip(folder / IMAGES / f"{name}.png", images)
+        write_strip(images_folder(folder) / f"{name}.png", images)
     return result
 
 
 def test_the_page_shows_curves_table_and_images(tmp_path: Path) -> None:
-    judged(tmp_path)
-    page, curves = write_judge_report(tmp_path)
+    evaluated(tmp_path)
+    page, curves = write_counterfactual_report(tmp_path)
     assert (page, curves) == (tmp_path / PAGE, tmp_path / CURVES)
     html = page.read_text()
     assert HOSTILE not in html
@@ -82,19 +87,19 @@ def test_the_page_shows_curves_table_and_images(tmp_path: Path) -> None:
     assert (curves.read_bytes(), page.read_text()) == before
 
 
-def test_a_judgement_of_one_k_and_no_images(tmp_path: Path) -> None:
-    result = judged(tmp_path)
+def test_an_evaluation_of_one_k_and_no_images(tmp_path: Path) -> None:
+    result = evaluated(tmp_path)
     result["rows"] = [row("pixel", 4, 0.4), row("random", 4, 0.1)]
-    (tmp_path / RESULT).write_text(json.dumps(result))
-    for path in (tmp_path / IMAGES).iterdir():
+    (tmp_path / COUNTERFACTUAL).write_text(json.dumps(result))
+    for path in (images_folder(tmp_path)).iterdir():
         path.unlink()
-    page, _ = write_judge_report(tmp_path)
+    page, _ = write_counterfactual_report(tmp_path)
     assert "Images before" not in page.read_text()
 
 
 def test_strips_are_read_as_they_were_written_and_wrong_ones_refused(tmp_path: Path) -> None:
-    judged(tmp_path)
-    path = tmp_path / IMAGES / "without.png"
+    evaluated(tmp_path)
+    path = images_folder(tmp_path) / "without.png"
     result = read_strip(path, ["b", "a"])
     assert (result["a"] == 100).all()
     assert (result["b"] == 101).all()
@@ -102,15 +107,15 @@ def test_strips_are_read_as_they_were_written_and_wrong_ones_refused(tmp_path: P
         read_strip(path, ["a", "b", "c"])
     path.write_text("no image")
     with pytest.raises(ValueError, match="is not an image that can be read"):
-        write_judge_report(tmp_path)
+        write_counterfactual_report(tmp_path)
 
 
-def test_a_folder_without_a_judgement_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run evaluate\.py counterfactual with this output first"):
-        write_judge_report(tmp_path)
-    (tmp_path / RESULT).write_text("{")
+        write_counterfactual_report(tmp_path)
+    (tmp_path / COUNTERFACTUAL).write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
-        write_judge_report(tmp_path)
-    (tmp_path / RESULT).write_text('{"rows": []}')
+        write_counterfactual_report(tmp_path)
+    (tmp_path / COUNTERFACTUAL).write_text('{"rows": []}')
     with pytest.raises(ValueError, match="lacks 'encoder'"):
-        write_judge_report(tmp_path)
+        write_counterfactual_report(tmp_path)

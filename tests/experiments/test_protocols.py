@@ -85,5 +85,5 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is missing: run"):
         protocols.read_judged(tmp_path / "nowhere")
     (tmp_path / "counterfactual.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not the judge's table of results"):
+    with pytest.raises(ValueError, match="lacks 'prompts'"):
         protocols.read_judged(tmp_path)

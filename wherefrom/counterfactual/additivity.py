@@ -1,4 +1,4 @@
-"""Do the effects of images add up? Retraining without either half of what a method names, and without both."""
+"""Additivity: is the effect of removing two halves of a top K together the sum of their effects alone?"""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.counterfactual.effects import Measured, effects, or_none
+from wherefrom.counterfactual.effects import Measured, removal_effects
 from wherefrom.counterfactual.removal import Removal, plan_removals, top_of_ranking
+from wherefrom.counterfactual.results_file import or_none
 from wherefrom.metrics.standard_error import estimate
 
-_PARTS = ("first", "second", "both", "synergy")
+_PARTS = ("first", "second", "both", "deviation")
 
 
 @dataclass(frozen=True)
-class Halved:
-    """The removals of one method and K, and those of the halves of each query's top K.
+class HalvedRemovals:
+    """The removals of one method and K, and those of the two halves of each query's top K.
 
     Attributes:
         both: The ordinary removals.
-        first: The odd places (the first, the third, …).
-        second: The even places.
+        first: Those of the odd places (the first, the third, …).
+        second: Those of the even places.
     """
 
     both: list[Removal]
@@ -32,8 +33,10 @@ class Halved:
     second: list[Removal]
 
 
-def halve(both: Sequence[Removal], rankings: Mapping[str, Sequence[str]], training: Sequence[str]) -> Halved:
-    """The removals of the halves, of the same pools.
+def halve_removals(
+    both: Sequence[Removal], rankings: Mapping[str, Sequence[str]], training: Sequence[str]
+) -> HalvedRemovals:
+    """The removals of the halves, for the same query groups.
 
     Args:
         both: The removals of one method and K.
@@ -43,21 +46,21 @@ def halve(both: Sequence[Removal], rankings: Mapping[str, Sequence[str]], traini
     Raises:
         ValueError: K is 1, or larger than a ranking.
     """
-    method, k, pools = both[0].method, both[0].k, [removal.queries for removal in both]
+    method, k, groups = both[0].method, both[0].k, [removal.queries for removal in both]
     if k < 2:
         raise ValueError(f"The top {k} of {method} cannot be cut in two: K must be at least 2.")
-    tops = {query: top_of_ranking(rankings[query], k, query) for pool in pools for query in pool}
+    tops = {query: top_of_ranking(rankings[query], k, query) for group in groups for query in group}
 
     def part(start: int) -> list[Removal]:
         chosen = {query: top[start::2] for query, top in tops.items()}
-        return plan_removals(method, chosen, len(range(start, k, 2)), pools, training)
+        return plan_removals(method, chosen, len(range(start, k, 2)), groups, training)
 
-    return Halved(list(both), part(0), part(1))
+    return HalvedRemovals(list(both), part(0), part(1))
 
 
 @dataclass(frozen=True)
-class Synergy:
-    """What the halves do to each query, alone and together.
+class Additivity:
+    """Effects of the halves on each query's loss, alone and together.
 
     Attributes:
         method: The method.
@@ -76,8 +79,8 @@ class Synergy:
     both: Float[NDArray[np.float64], " q"]
 
     @property
-    def synergy(self) -> Float[NDArray[np.float64], " q"]:
-        """What both do beyond the sum of either: above 0 where one half stands in for the other."""
+    def deviation(self) -> Float[NDArray[np.float64], " q"]:
+        """Deviation from additivity, the effect of both minus the sum: above 0 if one half can replace the other."""
         return self.both - self.first - self.second
 
     def as_json(self) -> dict[str, Any]:
@@ -92,15 +95,27 @@ class Synergy:
         }
 
 
-def synergy_of(halves: Halved, measured: Measured, seeds: Sequence[int]) -> Synergy:
-    """The changes of the queries' losses on the models of their own pools.
+def measure_additivity(halves: HalvedRemovals, measured: Measured, seeds: Sequence[int]) -> Additivity:
+    """Effects on the queries' losses, on the models of their own groups.
+
+    Args:
+        halves: The removals.
+        measured: The measurements of every query on each model.
+        seeds: Seeds of the trainings.
 
     Raises:
         ValueError: A query was not measured after a removal.
     """
     first, second, both = (
-        effects(removals, measured, seeds)["loss"] for removals in (halves.first, halves.second, halves.both)
+        removal_effects(removals, measured, seeds)["loss"] for removals in (halves.first, halves.second, halves.both)
     )
     assert first.queries == second.queries == both.queries
     removal = halves.both[0]
-    return Synergy(removal.method, removal.k, both.queries, first.own, second.own, both.own)
+    return Additivity(
+        method=removal.method,
+        k=removal.k,
+        queries=both.queries,
+        first=first.matched,
+        second=second.matched,
+        both=both.matched,
+    )

@@ -1,6 +1,7 @@
-"""Linear datamodeling score: do sums of scores foretell the losses of models trained on random halves of the data?
+"""Linear datamodeling score (LDS) of attribution methods: models are trained on random subsets of the data.
 
-Park et al. 2023 (TRAK), section 2.2. It assumes that scores add up, which unlearning and feature methods do not
+Park et al. 2023 (TRAK), section 2.2: the Spearman correlation, over the subsets, of a query's loss with the sum of the
+scores of the images that the model saw. It assumes that scores add up, which unlearning and feature methods do not
 promise.
 """
 
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from wherefrom.counterfactual.effects import or_none
-from wherefrom.counterfactual.retraining import Retrain
+from wherefrom.counterfactual.results_file import DATAMODELING, or_none
+from wherefrom.counterfactual.retraining import RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.metrics.linear_datamodeling import LinearDatamodelingScore
 from wherefrom.metrics.standard_error import estimate
@@ -26,19 +27,19 @@ from wherefrom.queries.types import Scores
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.keyed_random import hash_text
 
-RESULT = "lds.json"
-_DRAWS = 1000
+CEILING = "another seed"  # the row of the same subsets trained with further seeds
+_BOOTSTRAP_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Halves:
-    """Which models are trained.
+class RandomSubsets:
+    """Random subsets of the training set, and the models that are trained on them.
 
     Attributes:
-        count: Number of random halves.
+        count: Number of random subsets.
         share: Share of the training set that each model sees.
-        seed: Seed of the halves, and of their trainings.
-        repeated: How many of the halves are trained with further seeds also: the ceiling.
+        seed: Seed of the subsets, and of their trainings.
+        repeated: How many of the subsets are trained with further seeds also: the ceiling.
         further_seeds: Those seeds.
     """
 
@@ -55,21 +56,26 @@ class Halves:
                 f"subsets than there are; given count {self.count}, share {self.share}, repeated {self.repeated}."
             )
 
-    def subsets(self, ids: Sequence[str]) -> Bool[NDArray[np.bool_], "m n"]:
-        """Which images each model sees, by hash."""
+    def masks(self, ids: Sequence[str]) -> Bool[NDArray[np.bool_], "m n"]:
+        """Which images each model sees, by hash.
+
+        Args:
+            ids: Ids of the training set; their order does not matter.
+        """
         size, result = round(self.share * len(ids)), np.zeros((self.count, len(ids)), dtype=bool)
         for index in range(self.count):
+            # The salt decides which images a model is trained on, so it never changes.
             keys = [hash_text(f"half/{self.seed}/{index}/{name}") for name in ids]
             result[index, np.argsort(keys, kind="stable")[:size]] = True
         return result
 
 
 @dataclass(frozen=True)
-class Score:
-    """One line of the table.
+class DatamodelingRow:
+    """Linear datamodeling score of one method.
 
     Attributes:
-        method: The method, or `another seed` for the ceiling.
+        method: The method, or `another seed` for the ceiling: the correlation of the losses of two trainings.
         mean: Mean Spearman correlation over queries.
         error: Its standard error.
         low: Lower end of its 95 % bootstrap interval over queries.
@@ -87,79 +93,95 @@ class Score:
     values: tuple[float | None, ...]
 
 
-def linear_datamodeling_scores(
+def linear_datamodeling_score(
     folder: Path,
     rankings: Mapping[str, Sequence[Scores]],
     sweep: Sweep,
-    halves: Halves,
-) -> list[Score]:
-    """Trains on random halves and correlates, for each query, losses with sums of scores.
+    random_subsets: RandomSubsets = RandomSubsets(),
+) -> list[DatamodelingRow]:
+    """Trains on random subsets and correlates, for each query, the models' losses with sums of scores.
+
+    Finished models and measurements are found again, so an interrupted experiment resumes.
 
     Args:
         folder: Where `lds.json` goes.
-        rankings: Method -> scores of all queries.
+        rankings: Method -> scores of all queries, over all training images.
         sweep: Trains the models and measures the queries on them.
-        halves: Which models are trained.
+        random_subsets: Which models are trained.
+
+    Returns:
+        A row for each method, and the ceiling where subsets are trained with further seeds.
 
     Raises:
         ValueError: A training failed, or a method did not score all training images; what is finished is kept.
         StorageError: A file could not be written.
     """
-    ids = sweep.retrains.ids
+    ids = sweep.models.ids
+    if not rankings:
+        raise ValueError("A linear datamodeling score needs the scores of at least one method; none was given.")
     for method, results in rankings.items():
         cut = [scores.query.id for scores in results if set(scores.ids) != set(ids)]
         if cut:
             raise ValueError(f"{method} did not score all training images for query {cut[0]!r}: its sums mean nothing.")
-    subsets = halves.subsets(ids)
+    masks = random_subsets.masks(ids)
     queries = [scores.query.id for scores in next(iter(rankings.values()))]
-    seeds = halves.further_seeds if halves.repeated >= 3 else ()
+    repeated = random_subsets.repeated
+    seeds = random_subsets.further_seeds if repeated >= 3 else ()
 
-    def model(row: int, seed: int) -> Retrain:
-        return Retrain(tuple(name for name, seen in zip(ids, subsets[row], strict=True) if not seen), seed)
+    def job(row: int, seed: int) -> RetrainingJob:
+        return RetrainingJob(tuple(name for name, seen in zip(ids, masks[row], strict=True) if not seen), seed)
 
-    wanted = [model(row, halves.seed) for row in range(halves.count)]
-    wanted += [model(row, seed) for seed in seeds for row in range(halves.repeated)]
+    wanted = [job(row, random_subsets.seed) for row in range(random_subsets.count)]
+    wanted += [job(row, seed) for seed in seeds for row in range(repeated)]
     measured = sweep.measure(wanted)
 
     def losses(count: int, seed: int) -> Float[NDArray[np.float64], "q m"]:
-        return np.array([[measured[model(row, seed)][query].loss for row in range(count)] for query in queries])
+        return np.array([[measured[job(row, seed)][query].loss for row in range(count)] for query in queries])
 
-    whole = losses(halves.count, halves.seed)
-    collected = []
+    whole = losses(random_subsets.count, random_subsets.seed)
+    rows = []
     for method, results in rankings.items():
         by_query = {scores.query.id: dict(zip(scores.ids, scores.scores, strict=True)) for scores in results}
         values = torch.tensor([[by_query[query][name] for name in ids] for query in queries], dtype=torch.float64)
         metric = LinearDatamodelingScore()
-        metric.update(values, torch.from_numpy(subsets), torch.from_numpy(whole))
-        collected.append(_score(method, torch.cat([each.flatten() for each in metric.values])))
+        metric.update(values, torch.from_numpy(masks), torch.from_numpy(whole))
+        rows.append(_row(method, torch.cat([each.flatten() for each in metric.values])))
     if seeds:
-        again = np.mean([losses(halves.repeated, seed) for seed in seeds], axis=0)
-        pairs = zip(whole[:, : halves.repeated], again, strict=True)
-        collected.append(_score("another seed", torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])))
-    prompts = {query.id: query.prompt for query in sweep.panel.queries}
+        others = np.mean([losses(repeated, seed) for seed in seeds], axis=0)
+        pairs = zip(whole[:, :repeated], others, strict=True)
+        rows.append(_row(CEILING, torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])))
     result = {
-        "halves": vars(halves),
+        "random_subsets": vars(random_subsets),
         "queries": queries,
-        "prompts": prompts,
-        "rows": [vars(score) for score in collected],
+        "prompts": {query.id: query.prompt for query in sweep.panel.queries},
+        "rows": [vars(row) for row in rows],
     }
-    write_json(folder / RESULT, result)
-    return collected
+    write_json(folder / DATAMODELING, result)
+    return rows
 
 
-def _score(method: str, values: Float[Tensor, " q"]) -> Score:
+def _row(method: str, values: Float[Tensor, " q"]) -> DatamodelingRow:
     """The values' mean, and how sure it is."""
     numbers = values.double().numpy()
-    drawn = np.random.default_rng(0).choice(numbers, (_DRAWS, len(numbers))).mean(axis=1)
+    drawn = np.random.default_rng(0).choice(numbers, (_BOOTSTRAP_SAMPLES, len(numbers))).mean(axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Score(method, *estimate(numbers), float(low), float(high), len(numbers), tuple(or_none(numbers)))
+    mean, error = estimate(numbers)
+    return DatamodelingRow(
+        method=method,
+        mean=mean,
+        error=error,
+        low=float(low),
+        high=float(high),
+        count=len(numbers),
+        values=tuple(or_none(numbers)),
+    )
 
 
-def as_table(scores: Sequence[Score]) -> str:
+def as_table(rows: Sequence[DatamodelingRow]) -> str:
     """The table in Markdown."""
     lines = ["| method | Spearman | 95 % interval | n |", "|---|---|---|---|"]
     lines += [
         f"| {each.method} | {each.mean:.3f} ± {each.error:.3f} | {each.low:.3f} to {each.high:.3f} | {each.count} |"
-        for each in scores
+        for each in rows
     ]
     return "\n".join(lines)

@@ -1,34 +1,92 @@
-"""What retraining changed: from the measurements of models to one number a query, its mean and standard error."""
+"""Effects of removals: what leaving images out of training does to each query's loss and image.
+
+The headline is the matched minus the mismatched effect, so that a method which names generally important images does
+not win: what happens to a query whose own images were left out, minus what happens to it where only those of other
+queries were. It assumes that leaving out another query's images does to a query what it does to any other; query
+groups are therefore chosen to share few images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.counterfactual.removal import Effect, Removal, effect_of
-from wherefrom.counterfactual.retraining import Measurement, Retrain
+from wherefrom.counterfactual.query_panel import Measurement
+from wherefrom.counterfactual.removal import Removal
+from wherefrom.counterfactual.retraining import RetrainingJob
 
-Measured = Mapping[Retrain, Mapping[str, Measurement]]
+Measured = Mapping[RetrainingJob, Mapping[str, Measurement]]
 KINDS = ("loss", "mse", "similarity")
 
 
-def changes(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
-    """Query -> what changed between two models of one seed; images are compared with the query itself."""
+@dataclass(frozen=True)
+class Effect:
+    """Effects of one method's removals on each query, in the order of the queries.
+
+    Attributes:
+        queries: The queries.
+        matched: Mean effect where the query's own images were left out.
+        mismatched: Mean effect where only those of other queries were. Where one group takes all queries there is no
+            such retraining: then the mean effect, on the same models, on the queries that nothing was left out for; NaN
+            without such queries.
+    """
+
+    queries: tuple[str, ...]
+    matched: Float[NDArray[np.float64], " q"]
+    mismatched: Float[NDArray[np.float64], " q"]
+
+    @property
+    def difference(self) -> Float[NDArray[np.float64], " q"]:
+        """Matched − mismatched effect."""
+        return self.matched - self.mismatched
+
+
+def matched_and_mismatched(removals: Sequence[Removal], effects: Sequence[Mapping[str, float]]) -> Effect:
+    """Matched and mismatched effects on each query that some removal is about.
+
+    Args:
+        removals: The removals of one method and K.
+        effects: For each of them, query -> effect on what was measured (a loss, a deviation).
+
+    Raises:
+        ValueError: A query was not measured after a removal.
+    """
+    queries = tuple(sorted({query for removal in removals for query in removal.queries}))
+    bystanders = sorted(set.intersection(*map(set, effects)) - set(queries)) if effects else []
+    matched: list[float] = []
+    mismatched: list[float] = []
+    for query in queries:
+        missing = [removal for removal, effect in zip(removals, effects, strict=True) if query not in effect]
+        if missing:
+            raise ValueError(f"Query {query!r} was not measured after a removal by {missing[0].method}.")
+        pairs = [(query in removal.queries, effect) for removal, effect in zip(removals, effects, strict=True)]
+        matched.append(float(np.mean([effect[query] for mine, effect in pairs if mine])))
+        others = [effect[query] for mine, effect in pairs if not mine]
+        others = others or [effect[bystander] for _, effect in pairs for bystander in bystanders]
+        mismatched.append(float(np.mean(others)) if others else float("nan"))
+    return Effect(queries, np.array(matched), np.array(mismatched))
+
+
+def measured_effects(
+    before: Mapping[str, Measurement], after: Mapping[str, Measurement]
+) -> dict[str, dict[str, float]]:
+    """Query -> kind -> effect, between two models of one seed; images are compared with the query itself."""
     return {
         query: {"loss": result.loss - before[query].loss, "mse": result.mse, "similarity": result.similarity}
         for query, result in after.items()
     }
 
 
-def effects(removals: Sequence[Removal], measured: Measured, seeds: Sequence[int]) -> dict[str, Effect]:
-    """Own and others' changes of loss, image and similarity, each the mean over the seeds.
+def removal_effects(removals: Sequence[Removal], measured: Measured, seeds: Sequence[int]) -> dict[str, Effect]:
+    """Matched and mismatched effects on loss, image and similarity, each the mean over the seeds.
 
     Args:
         removals: The removals of one method and K.
-        measured: What each model says of each query.
+        measured: The measurements of every query on each model.
         seeds: Seeds of the trainings.
 
     Raises:
@@ -36,34 +94,10 @@ def effects(removals: Sequence[Removal], measured: Measured, seeds: Sequence[int
     """
     result: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for removal in removals:
-        by_seed = [changes(measured[Retrain((), seed)], measured[Retrain(removal.ids, seed)]) for seed in seeds]
+        by_seed = [
+            measured_effects(measured[RetrainingJob((), seed)], measured[RetrainingJob(removal.ids, seed)])
+            for seed in seeds
+        ]
         for kind, each in result.items():
-            each.append({query: float(np.mean([change[query][kind] for change in by_seed])) for query in by_seed[0]})
-    return {kind: effect_of(removals, each) for kind, each in result.items()}
-
-
-def by_method(removals: Sequence[Removal]) -> list[list[Removal]]:
-    """The removals of each method and K."""
-    result: dict[tuple[str, int], list[Removal]] = {}
-    for removal in removals:
-        result.setdefault((removal.method, removal.k), []).append(removal)
-    return list(result.values())
-
-
-def or_none(values: Sequence[float] | Float[NDArray[np.float64], " q"]) -> list[float | None]:
-    """Numbers as JSON has them: null where there is none."""
-    return [float(value) if np.isfinite(value) else None for value in values]
-
-
-def number(estimate: Sequence[float | None]) -> str:
-    """Mean ± standard error, as far as there are any, for a table."""
-    mean, error = estimate
-    if mean is None:
-        return "–"
-    # What is the same for all queries, as the others of one pool that has them all, has no spread but for rounding.
-    return f"{mean:.3g}" if error is None or error <= 1e-9 * abs(mean) else f"{mean:.3g} ± {error:.2g}"
-
-
-def or_nan(values: Sequence[float | None]) -> Float[NDArray[np.float64], " q"]:
-    """Numbers from JSON."""
-    return np.array(values, dtype=np.float64)
+            each.append({query: float(np.mean([effect[query][kind] for effect in by_seed])) for query in by_seed[0]})
+    return {kind: matched_and_mismatched(removals, each) for kind, each in result.items()}

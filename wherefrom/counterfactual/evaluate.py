@@ -1,4 +1,8 @@
-"""The judge: retrain without the images that a method names, and see whether the generated image is gone."""
+"""Counterfactual evaluation of attribution methods by leave-K-out retraining (AbU, section 5.1).
+
+The model is trained again without the images that a method names. The better the method, the more the loss of the
+generated image increases, and the less the retrained model can draw it.
+"""
 
 from __future__ import annotations
 
@@ -11,291 +15,252 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.counterfactual.additivity import halve, synergy_of
-from wherefrom.counterfactual.effects import KINDS, Measured, by_method, changes, effects, number, or_none
-from wherefrom.counterfactual.iterative_removal import check_greedy, greedy_plan, remove_greedily
+from wherefrom.counterfactual.additivity import HalvedRemovals, halve_removals, measure_additivity
+from wherefrom.counterfactual.effect_table import NO_COSTS, CounterfactualRow
+from wherefrom.counterfactual.effects import KINDS, Effect, Measured, measured_effects, removal_effects
+from wherefrom.counterfactual.iterative_removal import (
+    check_iterative_removal,
+    describe_iterative_removal,
+    remove_iteratively,
+)
 from wherefrom.counterfactual.protocol import Protocol
-from wherefrom.counterfactual.reattribution import (
-    Reattribution,
-    after_plan,
+from wherefrom.counterfactual.random_curve import random_equivalent, random_removal_curve
+from wherefrom.counterfactual.reattribution import Reattribution, whole_ranking
+from wherefrom.counterfactual.removal import RANDOM, Removal, by_method
+from wherefrom.counterfactual.removal_plan import plan_evaluation
+from wherefrom.counterfactual.replacements import (
     covering,
-    foreseen,
-    replacements,
-    whole_ranking,
+    describe_reattribution,
+    find_replacements,
+    mean_replacement_prediction,
     write_shown,
 )
-from wherefrom.counterfactual.removal import (
-    RANDOM,
-    Effect,
-    Removal,
-    plan_removals,
-    pool_queries,
-    random_equivalent,
-    random_ladder,
-    random_removals,
-    top_of_ranking,
-)
-from wherefrom.counterfactual.retraining import Retrain
+from wherefrom.counterfactual.results_file import ALL_IMAGES, COUNTERFACTUAL, SEED_BASELINE
+from wherefrom.counterfactual.retraining import RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
-from wherefrom.metrics.standard_error import estimate
 from wherefrom.queries.types import Scores
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.measured_cost import Cost
 
-RESULT = "counterfactual.json"
-IMAGES = "pictures"  # folder of what each model draws
-FLOOR = "another seed"
-NO_COSTS: Mapping[str, Cost] = {}
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the judge's table.
-
-    Attributes:
-        method: Whose images went; `random`, or `another seed` for the floor.
-        k: How many of each query.
-        removed: Mean number of images that went.
-        loss: Change of each query's loss, own and others.
-        mse: Change of its image, own and others.
-        similarity: Similarity of its image before and after, own and others.
-        equivalent: How many random images must go for the same mean change of the loss, and a 95 % interval; None
-            without a ladder.
-    """
-
-    method: str
-    k: int
-    removed: float
-    loss: Effect
-    mse: Effect
-    similarity: Effect
-    equivalent: tuple[float, float, float] | None = None
-
-
-def plan(
-    rankings: Mapping[str, Mapping[str, Sequence[str]]], protocol: Protocol, training: Sequence[str]
-) -> list[Removal]:
-    """All removals of all methods and K, and as many at random.
-
-    All methods share their pools, so that they are compared on the same others. The first method decides them: a method
-    that is added later changes no model of the others.
-
-    Args:
-        rankings: Method -> query -> image ids, the most influential first.
-        protocol: The protocol.
-        training: Ids of the training set.
-
-    Raises:
-        ValueError: K is larger than a ranking, a pool would leave out too much, a ranking is of another data set, or a
-            method has the name of one of the judge's own rows.
-    """
-    reserved = {RANDOM, FLOOR} & set(rankings)
-    if reserved:
-        raise ValueError(f"A method is called {min(reserved)!r}, as a row of the judge's own is: rename its file.")
-    first_method = next(iter(rankings.values()))
-    result: list[Removal] = []
-    for k, size in protocol.stages():
-        tops = {query: frozenset(top_of_ranking(ids, k, query)) for query, ids in first_method.items()}
-        pools = pool_queries(tops, size)
-        first: list[Removal] = []
-        for method, by in rankings.items():
-            removals = plan_removals(method, by, k, pools, training)
-            first = first or removals
-            result += removals
-        for draw in range(protocol.random):
-            result += random_removals(first, training, draw)
-    return result
-
-
-def judge(
+def evaluate_counterfactual(
     folder: Path,
     *,
     rankings: Mapping[str, Sequence[Scores]],
     sweep: Sweep,
-    protocol: Protocol,
-    again: Reattribution | None = None,
+    protocol: Protocol = Protocol(),
+    reattribution: Reattribution | None = None,
     costs: Mapping[str, Cost] = NO_COSTS,
-) -> list[Row]:
-    """Retrains without what the methods name, and measures every query on every model.
+) -> list[CounterfactualRow]:
+    """Retrains without the images that the methods name, and measures every query on every model.
 
-    Finished models and measurements are found again, so an interrupted sweep goes on. The table of results is written
-    once its models are measured, and again with what `after` and `greedy` add to it.
+    Finished models and measurements are found again, so an interrupted evaluation resumes. `counterfactual.json` is
+    written once its models are measured, and again with what re-attribution and iterative removal add to it.
 
     Args:
         folder: Where `counterfactual.json` goes.
-        rankings: Method -> scores of all queries.
+        rankings: Method -> scores of all queries, over all training images.
         sweep: Trains the models and measures the queries on them.
-        protocol: What to leave out.
-        again: Attributes under retrained models, for `after` and `greedy`.
-        costs: Method -> what it took for these queries.
+        protocol: What to leave out, and what to measure.
+        reattribution: Attributes under retrained models; needed for `reattributed_queries` and
+            `iterative_removal_rounds`.
+        costs: Method -> what its attributions of these queries took.
+
+    Returns:
+        A row for each method and K, for as many random images, and the seed-variance baseline where there are several
+        seeds: the absolute difference that another seed alone makes.
 
     Raises:
         ValueError: The plan cannot be carried out, or a training failed; what is finished is kept.
         StorageError: A file could not be written.
     """
-    if again is None and (protocol.after or protocol.greedy):
-        raise ValueError("protocol.after and protocol.greedy attribute again: give `again`, or leave both at 0.")
-    named = {
-        method: {scores.query.id: whole_ranking(scores) for scores in results} for method, results in rankings.items()
-    }
-    ids, seeds = sweep.retrains.ids, protocol.seeds
-    removals = plan(named, protocol, ids)
-    own = [group for group in by_method(removals) if group[0].method != RANDOM]
-    halved = [halve(group, named[group[0].method], ids) for group in own] if protocol.groups else []
-    halves = [removal for each in halved for removal in (*each.first, *each.second)]
-    rounds = [removal for group in own for removal in group if again and again.asks_model(removal.method)]
-    wanted = [Retrain((), seed) for seed in seeds]
-    # One seed after the other: a sweep that is cut short has then judged all methods by the first.
-    wanted += [Retrain(removal.ids, seed) for seed in seeds for removal in removals]
-    wanted += [Retrain(removal.ids, seed) for seed in seeds for removal in halves]
-    ladder = random_ladder(protocol.ladder, protocol.ladder_draws, ids)
-    wanted += [Retrain(rung.ids, seed) for seed in seeds for rung in ladder]
-    chosen = [covering(group, protocol.after) for group in own] if protocol.after else []
-    if protocol.after:
-        sweep.log(after_plan([removal for group in chosen for removal in group], costs, len(seeds) > 1))
-    unmoved = [method for method in named if again and not again.asks_model(method)]
-    if protocol.greedy:
-        check_greedy(rounds, len(ids))
-        sweep.log(greedy_plan(rounds, protocol.greedy, len(seeds), unmoved))
-    measured = sweep.measure(wanted)
-    rows = [_row(group, measured, protocol) for group in by_method(removals)]
-    if ladder:
-        rows = [_with_equivalent(row, ladder, measured, protocol) for row in rows]
-    rows += _floor(measured, protocol)
+    if reattribution is None and (protocol.reattributed_queries or protocol.iterative_removal_rounds):
+        raise ValueError(
+            "protocol.reattributed_queries and protocol.iterative_removal_rounds attribute again: give "
+            "`reattribution`, or leave both at 0."
+        )
+    if not rankings:
+        raise ValueError("A counterfactual evaluation needs the scores of at least one method; none was given.")
+    planned = _plan(rankings, protocol, sweep, reattribution)
+    if planned.reattributed:
+        chosen = [removal for group in planned.reattributed for removal in group]
+        sweep.log(describe_reattribution(chosen, costs, len(protocol.seeds) > 1))
+    rounds = protocol.iterative_removal_rounds
+    if rounds:
+        check_iterative_removal(planned.iterative, len(sweep.models.ids))
+        sweep.log(describe_iterative_removal(planned.iterative, rounds, len(protocol.seeds), planned.unmoved))
+    measured = sweep.measure(planned.jobs(protocol.seeds))
+    rows = [_row(group, measured, protocol.seeds) for group in by_method(planned.removals)]
+    if planned.curve:
+        rows = [_with_equivalent(row, planned.curve, measured, protocol.seeds) for row in rows]
+    rows += _seed_baseline(measured, protocol.seeds)
     result = {
-        **_facts(sweep, removals, protocol),
-        "rows": [_as_json(row) for row in rows],
+        **_facts(sweep, planned.removals, protocol),
+        "rows": [row.as_json() for row in rows],
         "costs": {name: asdict(cost) for name, cost in costs.items()},
-        "groups": [synergy_of(each, measured, seeds).as_json() for each in halved],
+        "additivity": [measure_additivity(each, measured, protocol.seeds).as_json() for each in planned.halved],
     }
-    write_json(folder / RESULT, result)
-    if again is not None and protocol.after:
-        result |= _after(folder, chosen, named, again, seeds)
-        write_json(folder / RESULT, result)
-    if again is not None and protocol.greedy:
+    write_json(folder / COUNTERFACTUAL, result)
+    if reattribution is not None and planned.reattributed:
+        result |= _reattributed(folder, planned, reattribution, protocol.seeds)
+        write_json(folder / COUNTERFACTUAL, result)
+    if reattribution is not None and rounds:
         collected = (
-            remove_greedily(
-                named, at_once=rounds, rounds=protocol.greedy, measured=measured, sweep=sweep, again=again, seeds=seeds
+            remove_iteratively(
+                planned.rankings,
+                at_once=planned.iterative,
+                rounds=rounds,
+                measured=measured,
+                sweep=sweep,
+                reattribution=reattribution,
+                seeds=protocol.seeds,
             )
-            if rounds
+            if planned.iterative
             else []
         )
-        result |= {"greedy": [each.as_json() for each in collected], "not_greedy": unmoved}
-        write_json(folder / RESULT, result)
+        result |= {
+            "iterative_removal": [each.as_json() for each in collected],
+            "without_iterative_removal": planned.unmoved,
+        }
+        write_json(folder / COUNTERFACTUAL, result)
     return rows
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that an evaluation removes.
+
+    Attributes:
+        rankings: Method -> query -> ids, the most influential first.
+        removals: The removals of all methods and K, and those at random.
+        halved: Those of additivity.
+        curve: Those of the random-removal curve.
+        reattributed: By method and K, the removals after which queries are attributed again.
+        iterative: The removals that are also made in rounds.
+        unmoved: Methods that use no model, so that retraining leaves their ranking of the rest as it was.
+    """
+
+    rankings: Mapping[str, Mapping[str, Sequence[str]]]
+    removals: list[Removal]
+    halved: list[HalvedRemovals]
+    curve: list[Removal]
+    reattributed: list[list[Removal]]
+    iterative: list[Removal]
+    unmoved: list[str]
+
+    def jobs(self, seeds: Sequence[int]) -> list[RetrainingJob]:
+        """The models to train, one seed after the other: what is cut short then has the first for all methods."""
+        halves = [removal for each in self.halved for removal in (*each.first, *each.second)]
+        result = [RetrainingJob((), seed) for seed in seeds]
+        for removals in (self.removals, halves, self.curve):
+            result += [RetrainingJob(removal.ids, seed) for seed in seeds for removal in removals]
+        return result
+
+
+def _plan(
+    rankings: Mapping[str, Sequence[Scores]], protocol: Protocol, sweep: Sweep, reattribution: Reattribution | None
+) -> _Plan:
+    ids = sweep.models.ids
+    named = {
+        method: {scores.query.id: whole_ranking(scores) for scores in results} for method, results in rankings.items()
+    }
+    removals = plan_evaluation(named, protocol, ids)
+    groups = [group for group in by_method(removals) if group[0].method != RANDOM]
+    moved = {method for method in named if reattribution is not None and reattribution.uses_model(method)}
+    again = protocol.reattributed_queries
+    return _Plan(
+        rankings=named,
+        removals=removals,
+        halved=[halve_removals(group, named[group[0].method], ids) for group in groups]
+        if protocol.additivity_groups
+        else [],
+        curve=random_removal_curve(protocol.random_removal_curve, protocol.random_removal_samples, ids),
+        reattributed=[covering(group, again) for group in groups] if again else [],
+        iterative=[removal for group in groups for removal in group if removal.method in moved],
+        unmoved=[method for method in named if method not in moved],
+    )
+
+
 def _facts(sweep: Sweep, removals: Sequence[Removal], protocol: Protocol) -> dict[str, Any]:
-    """What was done, for whoever reads the table of results."""
-    models = [_model(sweep, Removal(FLOOR, 0, (), ()), seed) for seed in protocol.seeds]
+    """The settings and models that whoever reads `counterfactual.json` needs to know."""
+    models = [_model(sweep, Removal(ALL_IMAGES, 0, (), ()), seed) for seed in protocol.seeds]
     return {
         "protocol": vars(protocol),
         "prompts": {query.id: query.prompt for query in sweep.panel.queries},
         "encoder": None if sweep.panel.encoder is None else type(sweep.panel.encoder).__name__,
-        "training_pictures": len(sweep.retrains.ids),
+        "training_images": len(sweep.models.ids),
         "models": models + [_model(sweep, removal, seed) for removal in removals for seed in protocol.seeds],
     }
 
 
-def _after(
-    folder: Path,
-    chosen: Sequence[Sequence[Removal]],
-    named: Mapping[str, Mapping[str, Sequence[str]]],
-    again: Reattribution,
-    seeds: Sequence[int],
-) -> dict[str, Any]:
-    """Who replaced what the methods named, as `counterfactual.json` keeps it; the images go beside it."""
-    result = [replacements(named[group[0].method], group, again, *seeds[:2]) for group in chosen]
-    shown = [name for each in result for one in each for name in (*one.before, *one.after)]
-    return {
-        "after": [one.as_json() for each in result for one in each],
-        "foresight": [foreseen(each) for each in result],
-        "shown": write_shown(folder, again.data.images, shown),
-    }
-
-
 def _model(sweep: Sweep, removal: Removal, seed: int) -> dict[str, Any]:
-    """Which model a removal's is, for whoever looks for what it drew."""
-    name = sweep.retrains.name(Retrain(removal.ids, seed))
+    """Which model was trained without a removal's images, for whoever looks for what it drew."""
+    name = sweep.models.name(RetrainingJob(removal.ids, seed))
     return {"name": name, "seed": seed, "method": removal.method, "k": removal.k, "queries": list(removal.queries)}
 
 
-def _row(removals: Sequence[Removal], measured: Measured, protocol: Protocol) -> Row:
-    result = effects(removals, measured, protocol.seeds)
+def _reattributed(folder: Path, planned: _Plan, reattribution: Reattribution, seeds: Sequence[int]) -> dict[str, Any]:
+    """Replacements of the removed images, as `counterfactual.json` keeps them; their images go beside it."""
+    result = [
+        find_replacements(
+            planned.rankings[group[0].method],
+            group,
+            reattribution,
+            seed=seeds[0],
+            control=seeds[1] if len(seeds) > 1 else None,
+        )
+        for group in planned.reattributed
+    ]
+    shown = [name for each in result for one in each for name in (*one.before, *one.after)]
+    return {
+        "reattribution": [one.as_json() for each in result for one in each],
+        "replacement_prediction": [mean_replacement_prediction(each) for each in result],
+        "captions": write_shown(folder, reattribution.data.images, shown),
+    }
+
+
+def _row(removals: Sequence[Removal], measured: Measured, seeds: Sequence[int]) -> CounterfactualRow:
+    result = removal_effects(removals, measured, seeds)
     count = float(np.mean([len(removal.ids) for removal in removals]))
-    return Row(removals[0].method, removals[0].k, count, result["loss"], result["mse"], result["similarity"])
+    return CounterfactualRow(
+        method=removals[0].method,
+        k=removals[0].k,
+        removed=count,
+        loss=result["loss"],
+        mse=result["mse"],
+        similarity=result["similarity"],
+    )
 
 
-def _with_equivalent(row: Row, ladder: Sequence[Removal], measured: Measured, protocol: Protocol) -> Row:
-    """The row with its random equivalent: the change of the same queries' losses on the ladder's models."""
-    rungs: dict[int, list[float]] = {}
-    for rung in ladder:
-        for seed in protocol.seeds:
-            moved = changes(measured[Retrain((), seed)], measured[Retrain(rung.ids, seed)])
-            rungs.setdefault(rung.k, []).append(float(np.mean([moved[query]["loss"] for query in row.loss.queries])))
-    counts = sorted(rungs)
-    result = random_equivalent(counts, [rungs[count] for count in counts], float(row.loss.own.mean()))
-    return replace(row, equivalent=result)
+def _with_equivalent(
+    row: CounterfactualRow, curve: Sequence[Removal], measured: Measured, seeds: Sequence[int]
+) -> CounterfactualRow:
+    """The row with its random equivalent: the effect on the same queries' losses along the random-removal curve."""
+    points: dict[int, list[float]] = {}
+    for removal in curve:
+        for seed in seeds:
+            effects = measured_effects(measured[RetrainingJob((), seed)], measured[RetrainingJob(removal.ids, seed)])
+            mean = float(np.mean([effects[query]["loss"] for query in row.loss.queries]))
+            points.setdefault(removal.k, []).append(mean)
+    counts = sorted(points)
+    result = random_equivalent(counts, [points[count] for count in counts], float(row.loss.matched.mean()))
+    return replace(row, random_equivalent=result)
 
 
-def _floor(measured: Measured, protocol: Protocol) -> list[Row]:
-    """What another seed alone changes, with no image left out."""
-    if len(protocol.seeds) < 2:
+def _seed_baseline(measured: Measured, seeds: Sequence[int]) -> list[CounterfactualRow]:
+    """Absolute difference that another seed alone makes, with no image left out."""
+    if len(seeds) < 2:
         return []
-    models = [measured[Retrain((), seed)] for seed in protocol.seeds]
+    models = [measured[RetrainingJob((), seed)] for seed in seeds]
     queries = tuple(sorted(models[0]))
     result: dict[str, Float[NDArray[np.float64], " q"]] = {}
     for kind in KINDS:
         result[kind] = np.array(
-            [np.mean([abs(changes(models[0], other)[query][kind]) for other in models[1:]]) for query in queries]
+            [
+                np.mean([abs(measured_effects(models[0], other)[query][kind]) for other in models[1:]])
+                for query in queries
+            ]
         )
     nothing = np.full(len(queries), np.nan)
     loss, mse, similarity = (Effect(queries, result[kind], nothing) for kind in KINDS)
-    return [Row(FLOOR, 0, 0.0, loss, mse, similarity)]
-
-
-def as_table(rows: Sequence[Row], costs: Mapping[str, Cost] = NO_COSTS) -> str:
-    """The table in Markdown: means over queries ± standard errors, and what each method took where that is known.
-
-    Of the headline also the median, for a few queries may rise by ten times as much as the others.
-    """
-    titles = ["method", "K", "left out", "n", "ΔL own", "ΔL others", "ΔL own − others", "its median"]
-    titles += ["MSE own", "similarity own"]
-    with_ladder = any(row.equivalent is not None for row in rows)
-    titles += ["as many as so many at random"] * with_ladder
-    titles += ["seconds a query", "stored, MiB"] * bool(costs)
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in rows:
-        cells = [row.method, str(row.k), f"{row.removed:.0f}", str(len(row.loss.queries))]
-        difference = row.loss.difference
-        cells += [_mean(row.loss.own), _mean(row.loss.others), _mean(difference), _median(difference)]
-        cells += [_mean(row.mse.own), _mean(row.similarity.own)]
-        if with_ladder:
-            cells.append("–" if row.equivalent is None else "{:,.0f} ({:,.0f} to {:,.0f})".format(*row.equivalent))
-        if costs:
-            cost = costs.get(row.method)
-            cells += ["–", "–"] if cost is None else [f"{cost.seconds:.3g}", f"{cost.stored / 2**20:.3g}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _mean(values: Float[NDArray[np.float64], " q"]) -> str:
-    return number(or_none(estimate(values)))
-
-
-def _median(values: Float[NDArray[np.float64], " q"]) -> str:
-    known = values[np.isfinite(values)]
-    return f"{np.median(known):.3g}" if len(known) else "–"
-
-
-def _as_json(row: Row) -> dict[str, Any]:
-    kinds = {"loss": row.loss, "mse": row.mse, "similarity": row.similarity}
-    return {
-        "method": row.method,
-        "k": row.k,
-        "removed": row.removed,
-        # JSON knows no infinity: null is beyond the ladder's end.
-        "equivalent": None if row.equivalent is None else or_none(row.equivalent),
-        "queries": list(row.loss.queries),
-        **{name: {"own": or_none(each.own), "others": or_none(each.others)} for name, each in kinds.items()},
-    }
+    return [CounterfactualRow(SEED_BASELINE, 0, 0.0, loss=loss, mse=mse, similarity=similarity)]

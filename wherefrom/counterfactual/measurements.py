@@ -1,8 +1,8 @@
-"""Table of what panels of queries measured on retrained models, and the images that these models drew."""
+"""Table of measurements: one row a model and query, kept as a small parquet file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,31 +10,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from wherefrom.counterfactual.retraining import Measurement, Retrain
+from wherefrom.counterfactual.query_panel import Measurement
+from wherefrom.counterfactual.retraining import RetrainingJob
 from wherefrom.runtime.artifacts import replacing, storage_errors
 
-ByQuery = Mapping[str, Measurement]
+MeasurementsByQuery = Mapping[str, Measurement]
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A model's measurements.
+class ModelMeasurements:
+    """Measurements of all queries on one model.
 
     Attributes:
-        measured: Query id -> what the model says of it.
-        seconds: How long it took to train (0 where the weights were there) and to measure the model.
+        measured: Query id -> its measurement.
+        seconds: Time to train (none where the weights were there) and to measure the model.
     """
 
-    measured: ByQuery
+    measured: MeasurementsByQuery
     seconds: float
 
 
-class Measurements:
-    """The table of what panels measured: one row a model and query, kept as a small parquet file.
+class MeasurementTable:
+    """Measurements of retrained models in a parquet file, which outlives their weights.
 
     Args:
         path: The file; it need not exist yet.
@@ -43,8 +41,8 @@ class Measurements:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, panel: str) -> dict[str, Finished]:
-        """Model -> what this panel measured on it.
+    def read(self, panel: str) -> dict[str, ModelMeasurements]:
+        """Model -> what this panel measured on it; empty without a file.
 
         Args:
             panel: The panel's name.
@@ -67,16 +65,16 @@ class Measurements:
             raise ValueError(
                 f"{self.path} is not a table of measurements ({error}). Name another file, or delete it to start anew."
             ) from error
-        return {name: Finished(result, seconds[name]) for name, result in measured.items()}
+        return {name: ModelMeasurements(result, seconds[name]) for name, result in measured.items()}
 
-    def add(self, name: str, retrain: Retrain, panel: str, finished: Finished) -> None:
+    def add(self, name: str, job: RetrainingJob, panel: str, finished: ModelMeasurements) -> None:
         """Adds a model's rows; several sweeps may write to one table.
 
         Args:
             name: The model's name.
-            retrain: The model.
+            job: What it was trained on.
             panel: The panel's name.
-            finished: What it measured.
+            finished: The measurements.
 
         Raises:
             StorageError: The file could not be written; what it held stays.
@@ -86,8 +84,8 @@ class Measurements:
             {
                 "retrain": pa.array([name] * count, pa.string()),
                 "panel": pa.array([panel] * count, pa.string()),
-                "excluded": pa.array([len(retrain.exclude)] * count, pa.int64()),
-                "seed": pa.array([retrain.seed] * count, pa.int64()),
+                "excluded": pa.array([len(job.exclude)] * count, pa.int64()),
+                "seed": pa.array([job.seed] * count, pa.int64()),
                 "seconds": pa.array([finished.seconds] * count, pa.float64()),
                 "query": pa.array(list(measured), pa.string()),
                 "loss": pa.array([each.loss for each in measured.values()], pa.float64()),
@@ -102,33 +100,3 @@ class Measurements:
                 kept = [pq.read_table(self.path)] if self.path.exists() else []
                 with replacing(self.path) as temporary:
                     pq.write_table(pa.concat_tables([*kept, rows]), temporary, compression="zstd")
-
-
-def write_strip(path: Path, drawn: Mapping[str, UInt8[NDArray[np.uint8], "h w 3"]]) -> None:
-    """Writes what a model draws: the queries' images side by side, in the order of their ids.
-
-    Raises:
-        StorageError: The file could not be written.
-    """
-    with replacing(path) as temporary:
-        Image.fromarray(np.concatenate([drawn[query] for query in sorted(drawn)], axis=1)).save(temporary, "PNG")
-
-
-def read_strip(path: Path, queries: Sequence[str]) -> dict[str, UInt8[NDArray[np.uint8], "h w 3"]]:
-    """Query -> what a model draws for it.
-
-    Args:
-        path: A file of `write_strip`.
-        queries: All queries of the panel.
-
-    Raises:
-        ValueError: The file is no image of so many queries.
-    """
-    try:
-        with Image.open(path) as opened:
-            strip = np.asarray(opened.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
-    if strip.shape[1] % len(queries):
-        raise ValueError(f"{path} is {strip.shape[1]} pixels wide, which is no multiple of its {len(queries)} queries.")
-    return dict(zip(sorted(queries), np.split(strip, len(queries), axis=1), strict=True))

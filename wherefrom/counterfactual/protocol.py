@@ -1,4 +1,4 @@
-"""What the judge is asked to do."""
+"""Protocol of the counterfactual evaluation: which models are retrained, and what is measured on them."""
 
 from __future__ import annotations
 
@@ -7,57 +7,66 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Protocol:
-    """How many images go, for how many queries at once, how often, and what is asked of the models.
+    """How many images are left out, for how many queries at once, with which seeds, and which analyses are added.
 
     Attributes:
-        ks: Images of each query that a retraining leaves out.
-        pools: For each K, queries whose images one retraining leaves out; a single number serves for all K. 1 is the
-            papers' protocol.
-        seeds: Seeds of the trainings; each has its own model with all images.
-        random: How many times as many images are left out at random for each pool.
+        ks: Numbers K of top-ranked images of each query that a retraining leaves out.
+        query_groups: For each K, how many queries share one retraining, which leaves out the images of all of them; a
+            single number serves for all K. 1 is the papers' protocol.
+        seeds: Seeds of the trainings; each has its own model of all images.
+        random: How many retrainings without as many random images are made for each query group.
         timesteps: Timesteps of the queries' losses (AbU, section 5.1: 200).
-        ladder: Numbers of images that are left out at random, to say how many random images do as much as those
-            that a method names (AbU, section 5.1: up to the whole set). Empty leaves that out.
-        ladder_draws: Models on each rung.
-        after: For how many queries of each method and K the retrained model of the first seed is attributed again, to
-            see which images take over; whole pools, until so many queries are covered.
-        groups: Retrain also without the odd and without the even places of each query's top K: do their effects add up?
-        greedy: In how many rounds the K images are taken away instead of at once, attributing again after each; 0
-            leaves that out. Methods that ask a model only: the others rank what is left as they did before.
+        random_removal_curve: Numbers of random images that are left out, to say how many random images have the same
+            effect as those that a method names (AbU, section 5.1: up to the whole set). Empty leaves that out.
+        random_removal_samples: Models at each point of that curve.
+        reattributed_queries: For how many queries of each method and K the retrained model of the first seed is
+            attributed again, to see which images take over; whole query groups, until so many queries are covered.
+        additivity_groups: Retrain also without the odd and without the even places of each query's top K: do their
+            effects add up?
+        iterative_removal_rounds: In how many rounds the K images are removed instead of at once, attributing again
+            after each; 0 leaves that out. Only for methods that use a model: the others rank what is left as before.
     """
 
     ks: list[int] = field(default_factory=lambda: [16])
-    pools: list[int] = field(default_factory=lambda: [5])
+    query_groups: list[int] = field(default_factory=lambda: [5])
     seeds: list[int] = field(default_factory=lambda: [0])
     random: int = 1
     timesteps: int = 200
-    ladder: list[int] = field(default_factory=list)
-    ladder_draws: int = 3
-    after: int = 0
-    groups: bool = False
-    greedy: int = 0
+    random_removal_curve: list[int] = field(default_factory=list)
+    random_removal_samples: int = 3
+    reattributed_queries: int = 0
+    additivity_groups: bool = False
+    iterative_removal_rounds: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.ks, default=0) < 1 or min(self.pools, default=0) < 1 or not self.seeds or self.random < 0:
+        ks, sizes, rounds = self.ks, self.query_groups, self.iterative_removal_rounds
+        if min(ks, default=0) < 1 or min(sizes, default=0) < 1 or not self.seeds or self.random < 0:
             raise ValueError(
-                "ks, pools and seeds need positive numbers and random must not be negative; given ks "
-                f"{self.ks}, pools {self.pools}, seeds {self.seeds}, random {self.random}."
+                "ks, query_groups and seeds need positive numbers and random must not be negative; given ks "
+                f"{ks}, query_groups {sizes}, seeds {self.seeds}, random {self.random}."
             )
-        if len(self.pools) not in (1, len(self.ks)):
-            raise ValueError(f"pools must hold one number, or one for each of ks {self.ks}; given {self.pools}.")
-        if self.after < 0 or self.greedy < 0:
-            raise ValueError(f"after and greedy must not be negative; given {self.after} and {self.greedy}.")
-        if self.groups and min(self.ks) < 2:
+        if len(sizes) not in (1, len(ks)):
+            raise ValueError(f"query_groups must hold one number, or one for each of ks {ks}; given {sizes}.")
+        if self.timesteps < 1:
+            raise ValueError(f"timesteps must be positive; given {self.timesteps}.")
+        if self.random_removal_curve and self.random_removal_samples < 1:
+            raise ValueError(f"random_removal_samples must be positive; given {self.random_removal_samples}.")
+        if self.reattributed_queries < 0 or rounds < 0:
             raise ValueError(
-                f"groups cuts the top K of each query in two, so every K must be at least 2; given ks {self.ks}."
+                "reattributed_queries and iterative_removal_rounds must not be negative; given "
+                f"{self.reattributed_queries} and {rounds}."
             )
-        uneven = [k for k in self.ks if self.greedy and k % self.greedy]
+        if self.additivity_groups and min(ks) < 2:
+            raise ValueError(
+                f"additivity_groups cuts the top K of each query in two, so every K must be at least 2; given ks {ks}."
+            )
+        uneven = [k for k in ks if rounds and k % rounds]
         if uneven:
             raise ValueError(
-                f"greedy takes K images away in {self.greedy} equal rounds, which {uneven[0]} cannot be cut into: "
-                f"choose ks that are multiples of {self.greedy}, or another number of rounds."
+                f"iterative_removal_rounds removes K images in {rounds} equal rounds, which {uneven[0]} cannot be cut "
+                f"into: choose ks that are multiples of {rounds}, or another number of rounds."
             )
 
     def stages(self) -> list[tuple[int, int]]:
-        """(K, queries in a pool) of each stage."""
-        return list(zip(self.ks, self.pools * (len(self.ks) // len(self.pools)), strict=True))
+        """(K, queries in a group) of each stage."""
+        return list(zip(self.ks, self.query_groups * (len(self.ks) // len(self.query_groups)), strict=True))

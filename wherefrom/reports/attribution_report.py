@@ -1,7 +1,7 @@
 """One self-contained HTML page that shows which training images made each generated image.
 
 Ids, captions, prompts, groups and licences come from data sets and are not trusted: all markup is built by
-`markup.tag`, which escapes text, and the page's own policy forbids scripts and anything from outside.
+`html.tag`, which escapes text, and the page's own policy forbids scripts and anything from outside.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from wherefrom.metrics.group_shares import Share
 from wherefrom.reports.html import Markup, shorten, tag, write_page
 from wherefrom.reports.images import LABEL, Pixels, check_pixels, foreign, image_tag, thumbnail_row
+from wherefrom.reports.legend import LEGEND
 
 __all__ = ["QueryReport", "RankedImage", "Share", "write_report"]
 
@@ -39,7 +40,7 @@ class RankedImage:
         caption: Its caption.
         license: Its licence, as its data set states it.
         groups: Column -> value, such as author and style.
-        influence: Estimated influence and the ends of its interval, where a calibrated method says it.
+        influence: Estimated influence and the ends of its interval, from a calibrated method.
     """
 
     id: str
@@ -55,7 +56,7 @@ class RankedImage:
 
 @dataclass(frozen=True)
 class QueryReport:
-    """What the page says about one generated image.
+    """One generated image on the page, with its ranked training images.
 
     Attributes:
         id: The query's id.
@@ -288,26 +289,6 @@ def _navigation(queries: Sequence[QueryReport]) -> Markup:
     return tag("nav", tag("ol", *links), aria_label="Generated images")
 
 
-_LEGEND = {
-    "Rank": "Place among all training images that were scored; 1 is the most influential.",
-    "Score": "What the method measured for this training and this generated image; higher is more influential. "
-    "Where zero lies depends on the method, and scores compare within one generated image, not between two.",
-    "Parts": "The same scores from some timesteps of the diffusion alone (low ones decide details, high ones the "
-    "layout), or from one caption of each training image alone, where they were asked for.",
-    "p-value": "How often an image that the model was never trained on scores at least as high for the same generated "
-    "image. It holds for one image at a time: of 1,000 images without any influence, about 10 have p ≤ 0.01.",
-    "Influence": "What the slow method would say that the fast one learned from, in its unit: an estimate, and an "
-    "interval that holds what it would say as often as was asked for when it was calibrated.",
-    "Shares": "A group's part of the positive influence (score above the median of all training images) of the "
-    "highest-ranked images. Bar: the share. Line with two ends: its interval, from drawing the training images "
-    "anew. Tick: the group's share of the training images, where a method that knows nothing would put the bar.",
-    "Licence": "As the data set states it, next to the image that it belongs to. Large images are shown reduced.",
-    "Not claimed": "A high rank does not say that the image was copied, that the generated image would differ "
-    "without it, or who owns what. Scores need not add up over images. Only training again without the images "
-    "proves their influence.",
-}
-
-
 def write_report(
     path: Path,
     *,
@@ -337,7 +318,7 @@ def write_report(
     for query in queries:
         _check(query)
     lead = "Beside each generated image: the training images that influenced it most, in order. "
-    legend = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in _LEGEND.items()]
+    legend = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in LEGEND.items()]
     body = tag(
         "body",
         tag(

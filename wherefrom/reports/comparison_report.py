@@ -1,4 +1,4 @@
-"""The page of a comparison: what each method costs, how far they agree, and their first images side by side."""
+"""Page of a comparison of methods: their costs, their agreement, and their first images side by side."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_comparison_report(
     Args:
         path: The file.
         results: Method -> scores of all queries.
-        costs: Method -> what it took.
+        costs: Method -> its cost.
         images: The training images.
         options: Title and number of images.
 
@@ -106,12 +106,18 @@ def write_comparison_report(
         tag(
             "p",
             "Seconds are means, without what a method makes once for a model. Stored: the rankings, and all that the "
-            "method keeps to make them.",
+            "method keeps to make them. Split-half reliability: how well the order would agree with that of a "
+            "second measurement with other noise samples; 1 is perfect, below 0.8 the order is noisy.",
             class_="quiet",
         ),
         tag("h2", "How far they agree"),
         _rows(["Spearman correlation of scores", *names], agreement),
-        tag("p", "Mean over the generated images, and its standard error.", class_="quiet"),
+        tag(
+            "p",
+            "1: both methods give all training images the same order; 0: their orders have nothing in common. Mean "
+            "over the generated images, and its standard error.",
+            class_="quiet",
+        ),
         tag("main", *sections),
     )
     write_page(path, options.title, body, _STYLE)

@@ -1,4 +1,4 @@
-"""What a report says about one query: its ranked images, what was measured, and what to beware of."""
+"""Section of the attribution report on one query: its ranked images, measured facts, and warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import flatness_of, order_of
 from wherefrom.reports.attribution_report import QueryReport, RankedImage
 
-_NOTHING = 0.05  # family-wise p-value above which the report says that nothing stands out
+_NOTHING = 0.05  # family-wise p-value above which nothing stands out
 _MOST_GROUPS = 50
 _FLAT = 0.7  # of a uniform distribution it is 0.75, of a normal one 0.64
 _PART = 10  # training images shown for each part of the scores
@@ -24,7 +24,7 @@ _PART = 10  # training images shown for each part of the scores
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What the page shows.
+    """Options of the report pages.
 
     Attributes:
         top: Training images shown for each query, and counted in the shares of groups.
@@ -57,7 +57,16 @@ class ReportOptions:
 
 
 def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> QueryReport:
-    """The query's part of the report."""
+    """The query's section, from its scores.
+
+    Args:
+        scores: The query's scores.
+        data: The training images.
+        options: What is shown.
+
+    Raises:
+        ValueError: A group column is not in the data set.
+    """
     images, columns = data.images, options.columns(data.images)
     where = {name: index for index, name in enumerate(images.ids)}
     tail = p_values(scores.scores, scores.null) if len(scores.null) else None
@@ -117,15 +126,15 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
         if reliability < 0.8:
             notes.append(
                 f"The ranking is noisy: its split-half reliability is {reliability:.2f}. Measure more timesteps "
-                "or draws."
+                "or noise samples."
             )
     for name, label in (
-        ("query_loss_rise", "Rise of the query's loss"),
-        ("query_square_output_rise", "Rise of the query's squared output"),
+        ("query_loss_rise", "Relative loss increase"),
+        ("query_square_output_rise", "Relative increase of the squared output"),
     ):
         if name in scores.facts:
             facts[label] = f"{scores.facts[name]:.1%}"
-    for name, label in (("unlearning_s", "Unlearning"), ("losses_s", "Losses after it")):
+    for name, label in (("unlearning_s", "Unlearning"), ("losses_s", "Training losses")):
         if name in scores.facts:
             facts[label] = f"{scores.facts[name]:.1f} s"
     for count in (1, 10, 100):
@@ -134,12 +143,12 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
                 f"{scores.facts[f'influence_of_first_{count}']:.0%} of all, estimated"
             )
     if "effective_pictures" in scores.facts:
-        facts["Concentrated as on"] = f"{scores.facts['effective_pictures']:.1f} equal images, estimated"
+        facts["Effective number of images"] = f"{scores.facts['effective_pictures']:.1f}, estimated"
     flatness = flatness_of(scores.scores)
     if flatness > _FLAT:
         notes.append(
             "The scores are nearly uniform: the influence above the median is spread over "
-            f"{flatness:.0%} of the images that have any. The order says little."
+            f"{flatness:.0%} of the images that have any. The order tells little."
         )
     if scores.facts.get("loss_excess", 0.0) > FAR_OUT:
         notes.append(

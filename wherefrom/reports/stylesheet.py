@@ -1,4 +1,4 @@
-"""The look of the report: one style sheet, light and dark, without any outside font or image."""
+"""Style sheet of the reports, light and dark, without any outside font or image."""
 
 from __future__ import annotations
 

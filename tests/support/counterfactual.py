@@ -1,4 +1,4 @@
-"""A judge of tiny random models, for tests: what is left out and the seed decide the weights, without any training."""
+"""Counterfactual evaluation of tiny random models: what is left out and the seed decide the weights, untrained."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from datamodules import ImageFolder
 from lightning_modules.launch import runs
 from tests.support.tiny import LENGTH, one_process, text_folder, tiny_folder, tiny_pipeline, tiny_schedule, tiny_unet
 from wherefrom.attributors import Attributor, InfluenceFunction, Scores
-from wherefrom.counterfactual.measurements import Measurements
+from wherefrom.counterfactual.measurements import MeasurementTable
+from wherefrom.counterfactual.query_panel import Panel
 from wherefrom.counterfactual.reattribution import Reattribution
-from wherefrom.counterfactual.retraining import Panel, Retrain, Retrains
+from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.diffusion import DiffusionModel
@@ -32,10 +33,10 @@ def quick_influence() -> Attributor:
     return InfluenceFunction(noise_samples=2, grid=LossGrid(timesteps=1, flips=False), curvature="identity")
 
 
-class Judge:
-    """Images, models, a panel and methods below one folder; `trained` and `said` list what was.
+class TinyEvaluation:
+    """Images, models, a panel and methods below one folder; `trained` and `logged` list what was.
 
-    It is interrupted as it says `stop_at`.
+    It is interrupted as it logs `stop_at`.
     """
 
     def __init__(self, folder: Path, methods: dict[str, Attributor], count: int = 12, **keywords: Any) -> None:
@@ -50,36 +51,36 @@ class Judge:
         module.setup()
         self.folder, self.methods, self.store = folder, methods, store
         self.data = runs.training_data_of(module)
-        self.trained: list[Retrain] = []
-        self.said: list[str] = []
+        self.trained: list[RetrainingJob] = []
+        self.logged: list[str] = []
         self.stop_at: str | None = None
 
-        def train(retrain: Retrain, place: Path) -> None:
-            self.trained.append(retrain)
-            seed = hash_text(f"{retrain.seed}/{'/'.join(sorted(retrain.exclude))}") % 2**31
+        def train(job: RetrainingJob, place: Path) -> None:
+            self.trained.append(job)
+            seed = hash_text(f"{job.seed}/{'/'.join(sorted(job.exclude))}") % 2**31
             model = DiffusionModel(tiny_unet(seed), tiny_schedule(), encoder)
             save_pipeline(place / "pipeline", model, str(text_folder(pipeline)), torch.float32)
 
         def log(message: str) -> None:
-            self.said.append(message)
+            self.logged.append(message)
             if message == self.stop_at:
                 raise KeyboardInterrupt
 
         latents = self.data.latents
         assert latents is not None
-        self.retrains = Retrains(store, {"recipe": "random"}, latents.ids, latents.fingerprint, train)
-        self.base = self.retrains.model(Retrain())
+        self.models = RetrainedModels(store, {"recipe": "random"}, latents.ids, latents.fingerprint, train)
+        self.base = self.models.model(RetrainingJob())
         self.queries = generate(
             self.base, prompts=SOURCE.prompts, seed=SOURCE.seed, shape=(4, 4, 4), sampling_steps=SOURCE.sampling_steps
         )
         panel = Panel(self.queries, self.base, SOURCE, timesteps=4)
-        table = Measurements(folder / "retrains.parquet")
-        self.sweep = Sweep(self.retrains, panel=panel, table=table, log=log, **keywords)
-        self.again = Reattribution(
-            folder / "after",
+        table = MeasurementTable(folder / "retrains.parquet")
+        self.sweep = Sweep(self.models, panel=panel, table=table, log=log, **keywords)
+        self.reattribution = Reattribution(
+            folder / "reattribution",
             methods=methods,
             data=self.data,
-            retrains=self.retrains,
+            models=self.models,
             queries=self.queries,
             store=store,
             runner=one_process(),
