@@ -20,12 +20,12 @@ if TYPE_CHECKING:
         Scores,
         TrainingData,
     )
+    from wherefrom.counterfactual.datamodeling_experiment import linear_datamodeling_score
+    from wherefrom.counterfactual.evaluate import evaluate_counterfactual
     from wherefrom.index import Index
     from wherefrom.models.pipeline import load_pipeline
 
     __version__: str
-    evaluate_counterfactual: Any
-    linear_datamodeling_score: Any
 
 __all__ = [
     "TRAK",

@@ -34,9 +34,9 @@ def rewrite(folder: Path, *, top: int | None, title: str | None, store: str) -> 
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a run folder.")
     if (folder / _COUNTERFACTUAL).is_file():
-        from wherefrom.counterfactual.report import write_judge_report
+        from wherefrom.counterfactual.report import write_counterfactual_report
 
-        return list(write_judge_report(folder))
+        return list(write_counterfactual_report(folder))
     if not (folder / RECORD).is_file():
         raise ValueError(
             f"{folder} holds no {RECORD}: it is not a run of wherefrom attribute or compare. A run of evaluate.py "

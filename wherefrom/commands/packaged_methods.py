@@ -26,7 +26,7 @@ QUICK: Mapping[str, int] = {
 }
 QUICK_NOTE = (
     "A quick look: at most 4 timesteps and 200 noise samples were measured, so the order is noisy and not for a claim. "
-    "Run again without --quick for one."
+    "Leave the quick option out for one."
 )
 
 
