@@ -204,13 +204,13 @@ def test_an_image_of_another_size_is_refused_by_this_commands_option(world: User
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("nine.png")
     with pytest.raises(ValueError, match=r"9 × 9 pixels, the model's images are 8 × 8\. Resize it, or set --resize to"):
         main(["attribute", *world.words, "--query", "nine.png", *SET])
-    with pytest.raises(ValueError, match="--query: the image generated-.* is given twice"):
+    with pytest.raises(ValueError, match=r"--query: the image generated-.* is given twice"):
         main(["attribute", *world.words, *world.query, *world.query, *SET])
 
 
 def test_pages_of_what_is_no_run_or_changed_are_refused(world: UserWorld, empty: Path) -> None:
     Path("other").mkdir()
-    with pytest.raises(ValueError, match="other holds no wherefrom.yaml"):
+    with pytest.raises(ValueError, match=r"other holds no wherefrom\.yaml"):
         main(["report", "other"])
     images = Path(shutil.copytree(world.images, "images"))
     words = ["--model", str(world.model), "--images", "images", *world.query, "--method", "pixel", "--output", "run"]
@@ -222,7 +222,7 @@ def test_pages_of_what_is_no_run_or_changed_are_refused(world: UserWorld, empty:
     with pytest.raises(ValueError, match="other training images than these"):
         main(["report", "run"])
     shutil.rmtree("images")
-    with pytest.raises(ValueError, match="--images: the run's folder .* is not there any more"):
+    with pytest.raises(ValueError, match=r"--images: the run's folder .* is not there any more"):
         main(["report", "run"])
     Path("run/manifest.json").unlink()
     with pytest.raises(ValueError, match="run holds no finished run"):
