@@ -1,7 +1,8 @@
-"""What a query costs by each method: seconds and memory, and where the seconds go.
+r"""What a query costs by each method: seconds and memory, and where the seconds go.
 
     python -m benchmarks.attribution
-    python -m benchmarks.attribution --methods abu abu_plus influence --timesteps 20 --draws 2000 --visits 5
+    python -m benchmarks.attribution --methods abu abu_plus influence \
+        --timesteps 20 --noise-samples 2000 --samples-per-image 5
 
 Attributes a few images drawn by the committed emoji model to its training images by every method of
 `configs/attributor`, at the few timesteps and draws that are given here. Each method runs in a process of its own with
@@ -29,8 +30,11 @@ import numpy as np
 import torch
 
 from datamodules import Emoji
-from experiments.method_table import load, settings
-from experiments.recognisability import choose_prompts
+from experiments.support.arguments import add_images, add_noise_samples, add_samples_per_image, script_parser
+from experiments.support.data import choose_prompts
+from experiments.support.markdown import markdown_table
+from experiments.support.methods import METHODS, load_method, method_file, quick_settings
+from experiments.support.records import recorded_settings
 from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.data.encoded_images import EncodedImages
@@ -41,9 +45,8 @@ from wherefrom.runtime.artifacts import Store, write_json
 from wherefrom.runtime.console import Console, duration, peak_memory
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.keyed_random import hash_text
-from wherefrom.runtime.measured_cost import watched_memory
+from wherefrom.runtime.measured_cost import peak_memory as watched_memory
 
-METHODS = Path("configs/attributor")
 ONCE = {"curvature": "curvature", "losses": "losses before unlearning", "features": "features and all else"}
 EACH = {
     "gradient": "gradient",
@@ -179,9 +182,8 @@ def table(costs: Mapping[str, Cost], skipped: Mapping[str, str]) -> str:
         "a query, MiB",
         "stored, MiB",
     ]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [f"| {name} | {' | '.join(cells(cost))} |" for name, cost in costs.items()]
-    return "\n".join([*lines, *(f"\n{name} is skipped: {why}" for name, why in skipped.items())])
+    made = markdown_table(titles, [[name, *cells(cost)] for name, cost in costs.items()])
+    return "\n".join([made, *(f"\n{name} is skipped: {why}" for name, why in skipped.items())])
 
 
 def prepare(options: argparse.Namespace) -> tuple[DiffusionModel, TrainingData, list[Query]]:
@@ -192,38 +194,38 @@ def prepare(options: argparse.Namespace) -> tuple[DiffusionModel, TrainingData, 
     assert data.latents is not None
     rows = choose_prompts(data.images, options.queries, options.seed)
     prompts = [data.images.captions[row][0] for row in rows]
-    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    channels, height, width = data.latents.latent_shape
     queries = generate(
         model, prompts=prompts, seed=options.seed, shape=(channels, height, width), eta=1.0, keep_trajectory=True
     )
-    return model, data if options.pictures is None else part_of(data, options.pictures), queries
-
-
-def file_of(name: str) -> Path:
-    """A method's configuration."""
-    return METHODS / f"{name}.yaml"
+    return model, data if options.images is None else part_of(data, options.images), queries
 
 
 def measured_with(options: argparse.Namespace, model: DiffusionModel) -> dict[str, Any]:
     """What the measurements belong to."""
-    names = ("queries", "pictures", "timesteps", "draws", "visits", "dimension", "seed")
+    names = ("queries", "images", "timesteps", "noise_samples", "samples_per_image", "dimension", "seed")
     return {
         "model": model.fingerprint(),
         "threads": torch.get_num_threads(),
-        **{name: getattr(options, name) for name in names},
+        **recorded_settings({name: getattr(options, name) for name in names}),
     }
 
 
 def run_one(name: str, options: argparse.Namespace) -> None:
     """Measures one method and leaves what it took in its file: the work of a process of its own."""
     model, data, queries = prepare(options)
-    record: dict[str, Any] = {"measured_with": measured_with(options, model), "file": file_of(name).read_text()}
+    record: dict[str, Any] = {"measured_with": measured_with(options, model), "file": method_file(name).read_text()}
     store = Store(options.output / "stores" / name)
     if store.root.exists():
         shutil.rmtree(store.root)  # what an interrupted run left would be found instead of made
     store.root.mkdir(parents=True)
     try:
-        method = load(name, {**settings(options), "projection.dimension": options.dimension})
+        changed = quick_settings(
+            timesteps=options.timesteps,
+            noise_samples=options.noise_samples,
+            samples_per_image=options.samples_per_image,
+        )
+        method = load_method(name, {**changed, "projection.dimension": options.dimension})
     except (ValueError, OSError) as error:
         record["skipped"] = reason(error)
     else:
@@ -234,17 +236,15 @@ def run_one(name: str, options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the methods and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="weights/emoji")
     parser.add_argument("--output", type=Path, default=Path("runs/attribution_costs"))
     parser.add_argument("--methods", nargs="+", default=sorted(path.stem for path in METHODS.glob("*.yaml")))
     parser.add_argument("--queries", type=int, default=2)
-    parser.add_argument(
-        "--pictures", type=int, help="only so many training images: a quick look, whose record stays in --output"
-    )
+    add_images(parser, help="only so many training images: a quick look, whose record stays in --output")
     parser.add_argument("--timesteps", type=int, default=3)
-    parser.add_argument("--draws", type=int, default=500)
-    parser.add_argument("--visits", type=int, default=1, help="samples of the Fisher information an image and flip")
+    add_noise_samples(parser, 500)
+    add_samples_per_image(parser, 1)
     parser.add_argument("--dimension", type=int, default=256, help="of projected gradients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, name in enumerate(options.methods, start=1):
         file = options.output / f"{name}.json"
         record = json.loads(file.read_text()) if file.exists() else {}
-        if record.get("measured_with") != wanted or record["file"] != file_of(name).read_text():
+        if record.get("measured_with") != wanted or record["file"] != method_file(name).read_text():
             console.log(f"{name}: method {number} of {len(options.methods)}")
             given = list(sys.argv[1:] if arguments is None else arguments)
             command = [sys.executable, "-m", "benchmarks.attribution", *given, "--one", name]
@@ -275,10 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(costs, skipped))
     print(
         f"\nmeans of {options.queries} queries over {len(data.images):,} training images; {options.timesteps} "
-        f"timesteps, {options.draws} draws, {options.visits} visits of the curvature, gradients projected to "
+        f"timesteps, {options.noise_samples} noise samples, {options.samples_per_image} samples an image of the "
+        f"curvature, gradients projected to "
         f"{options.dimension} numbers, {wanted['threads']} threads; {duration(time.monotonic() - started)} in all"
     )
-    folder = Path("results/emoji") if options.pictures is None else options.output
+    folder = Path("results/emoji") if options.images is None else options.output
     write_json(
         folder / "attribution_costs.json",
         {

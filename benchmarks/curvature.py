@@ -38,7 +38,8 @@ from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.scoring import random_set
+from benchmarks.support import random_set
+from experiments.support.arguments import add_images, add_samples_per_image, script_parser
 from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 from wherefrom.curvature.kronecker import plan_layers
@@ -83,7 +84,7 @@ def as_is(batch: Tensor) -> Tensor:
     return batch
 
 
-class SampledLoss(Task):
+class SampledLoss(Task):  # type: ignore[misc]  # kronfluence ships no types
     """Our keyed samples of the training loss, as kronfluence asks for them.
 
     Args:
@@ -128,16 +129,17 @@ class Case:
         self.plan = plan_layers(model, data, self.names)
         self.samples = len(data) * settings.per_image
         modules = [layer.module for layer in self.plan.layers]
-        wrapped = DiffusionModel(copy.deepcopy(model.denoiser), model.process)
+        wrapped = DiffusionModel(copy.deepcopy(model.denoiser), model.noise_schedule)
         self.task = SampledLoss(CovariancePass(wrapped, data, self.plan, settings, batch_size), modules)
         self.wrapped = prepare_model(wrapped.denoiser, self.task)
 
     def bare(self) -> Callable[[], None]:
         """Forward and backward of the two passes, to the outputs of the layers."""
         modules = [self.model.denoiser.get_submodule(layer.module) for layer in self.plan.layers]
-        latents, states = self.data.latents[:, 0], self.data.states[:, 0]
+        every = torch.arange(len(self.data))
+        latents, told = self.data.latents_at(every, 0), self.data.conditioning_at(every, 0)
         rows = torch.arange(self.batch_size) % len(latents)
-        steps = torch.arange(self.batch_size) * self.model.process.steps // self.batch_size
+        steps = torch.arange(self.batch_size) * self.model.noise_schedule.steps // self.batch_size
         noise = torch.randn_like(latents[rows])
         batches = [min(self.batch_size, self.samples - start) for start in range(0, self.samples, self.batch_size)]
         outputs: list[Tensor] = []
@@ -149,7 +151,7 @@ class Case:
             handles = [module.register_forward_hook(keep) for module in modules]
             for size in 2 * batches:
                 outputs.clear()
-                losses = self.model.losses(latents[rows[:size]], states[rows[:size]], steps[:size], noise[:size])
+                losses = self.model.losses(latents[rows[:size]], told.at(rows[:size]), steps[:size], noise[:size])
                 torch.autograd.grad(losses.sum(), outputs)
             for handle in handles:
                 handle.remove()
@@ -206,7 +208,7 @@ class Case:
 def memory_of(side: str, options: argparse.Namespace, case: str) -> int:
     """Bytes that a fit needs beside what its process held before, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.curvature", "--side", side, "--layers", case]
-    for name in ("model", "pictures", "visits", "batch_size"):
+    for name in ("model", "images", "samples_per_image", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
@@ -242,11 +244,11 @@ def measure(case: Case, runs: int) -> None:
 
 def main() -> None:
     """Prints the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="weights/emoji")
     parser.add_argument("--layers", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--pictures", type=int, default=128)
-    parser.add_argument("--visits", type=int, default=1)
+    add_images(parser, default=128)
+    add_samples_per_image(parser, 1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help="only fit, and print the memory that it took")
@@ -257,11 +259,8 @@ def main() -> None:
         {} if options.side else {name: [memory_of(side, options, name) for side in SIDES] for name in options.layers}
     )
     model = load_model(options.model)
-    assert model.encoder is not None
-    null, config = model.encoder.text.encode([""]), model.denoiser.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    data = random_set(options.pictures, shape, null.shape[1], null.shape[2])
-    settings = FisherSettings(options.visits)
+    data = random_set(model, options.images)
+    settings = FisherSettings(options.samples_per_image)
     for name in options.layers:
         case = Case(model, data, name, settings, options.batch_size)
         if options.side is not None:

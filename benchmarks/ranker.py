@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.support.arguments import script_parser
 from wherefrom.distillation.losses import BinaryCrossEntropy
 from wherefrom.distillation.pair_blocks import BlockSampler, TeacherPairs
 from wherefrom.distillation.ranker import Ranker
@@ -188,7 +189,7 @@ def reached(points: list[tuple[float, float]], level: float) -> float:
 
 def main() -> None:
     """Prints the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=50)
     parser.add_argument("--images", type=int, default=4000)

@@ -10,7 +10,6 @@ before the clock starts, as they are for all models of a sweep but the first.
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from experiments.support.arguments import script_parser
 from lightning_modules.launch.recipe import Recipe
 from wherefrom.counterfactual.retraining import RetrainingJob
 from wherefrom.runtime.artifacts import write_json
@@ -60,7 +60,7 @@ def seconds_in_steps(folder: Path) -> float:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("configs/experiment/emoji_1k.yaml"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="fewer steps: a quick look, which is not recorded")

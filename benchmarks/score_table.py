@@ -9,7 +9,6 @@ long that took and how much memory it added, each in a process of its own.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from experiments.support.arguments import script_parser
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.rankings.score_table import PART_ROWS, ScoreTable
 from wherefrom.runtime.artifacts import write_json
@@ -76,7 +76,7 @@ def alone(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, int]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--rows", type=int, default=10**7)
     parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--k", type=int, default=1000)

@@ -8,37 +8,18 @@ memory, no gradients) and prints the ratio of their throughputs, pair by pair, a
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from wherefrom.data.encoded_images import EncodedImages
-from wherefrom.data.image_set import ImageSet
+from benchmarks.support import latent_shape, random_set
+from experiments.support.arguments import add_images, script_parser
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.models.conditioning import PROMPT, prompt_embeddings
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime import keyed_random
-
-
-def random_set(count: int, shape: tuple[int, int, int], tokens: int, width: int) -> EncodedImages:
-    """Random latents and states: the cost does not depend on their values."""
-    random = torch.Generator().manual_seed(0)
-    images = ImageSet(
-        tuple(f"{index:05d}" for index in range(count)),
-        (("",),) * count,
-        np.zeros((count, 1, 1, 3), np.uint8),
-        fingerprint="random",
-    )
-    return EncodedImages(
-        images,
-        torch.randn(count, 2, *shape, generator=random),
-        torch.randn(count, 1, tokens, width, generator=random),
-        torch.zeros(tokens, width),
-        "random",
-    )
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -51,32 +32,30 @@ def timed(work: Callable[[], None]) -> float:
 @torch.no_grad()
 def main() -> None:
     """Prints the ratios."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--model", default="weights/emoji")
-    arguments.add_argument("--pictures", type=int, default=128)
+    add_images(arguments, default=128)
     arguments.add_argument("--timesteps", type=int, default=8)
     arguments.add_argument("--batch-size", type=int, default=256)
     arguments.add_argument("--runs", type=int, default=7)
     options = arguments.parse_args()
     model = load_model(options.model)
-    assert model.encoder is not None
-    null = model.encoder.text.encode([""])
-    config = model.denoiser.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    data = random_set(options.pictures, shape, null.shape[1], null.shape[2])
+    data, shape = random_set(model, options.images), latent_shape(model)
     grid = LossGrid(timesteps=options.timesteps)
-    count = options.pictures * 2 * options.timesteps
+    count = options.images * 2 * options.timesteps
     batch = options.batch_size
-    noisy, states = torch.randn(batch, *shape), torch.randn(batch, *null.shape[1:])
-    timesteps = torch.arange(batch) * model.process.steps // batch
+    assert model.encoder is not None
+    null = model.encoder.text.encode([""])[PROMPT]
+    noisy, told = torch.randn(batch, *shape), prompt_embeddings(torch.randn(batch, *null.shape[1:]))
+    timesteps = torch.arange(batch) * model.noise_schedule.steps // batch
 
     def bare() -> None:
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            model.predict(noisy[:size], timesteps[:size], states[:size])
+            model.predict(noisy[:size], timesteps[:size], told.at(slice(size)))
 
     def scoring() -> None:
-        LossPass(model, data, grid, batch).step(range(options.pictures))
+        LossPass(model, data, grid, batch).step(range(options.images))
 
     def noise() -> None:
         for _ in range(0, count, batch):
@@ -84,12 +63,13 @@ def main() -> None:
 
     def gather() -> None:
         for start in range(0, count, batch):
-            rows = torch.arange(start, min(start + batch, count)) % options.pictures
-            data.latents[rows, 0], data.states[rows, 0]
+            rows = torch.arange(start, min(start + batch, count)) % options.images
+            data.latents_at(rows, 0), data.conditioning_at(rows, 0)
 
     bare()
     scoring()
-    ratios, parts = [], {"noise": [], "gather": []}
+    ratios: list[float] = []
+    parts: dict[str, list[float]] = {"noise": [], "gather": []}
     for _ in range(options.runs):
         forward = timed(bare)
         ratios.append(forward / timed(scoring))

@@ -16,7 +16,6 @@ the cheapest setting that reaches the recall on other queries.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -35,6 +34,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from experiments.support.arguments import script_parser
 from wherefrom.index import Embeddings, Index, build_index
 from wherefrom.runtime.artifacts import Store, provenance, write_json
 from wherefrom.runtime.console import Console
@@ -84,7 +84,8 @@ def on_disk(folder: Path, kind: str, count: int) -> NDArray[np.float16]:
 def queries_of(kind: str, count: int) -> NDArray[np.float32]:
     """Queries of the same distribution, exactly of unit length."""
     vectors = np.concatenate(list(chunks(kind, count, of="queries"))).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 def exact(vectors: NDArray[np.float16], queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
@@ -168,7 +169,7 @@ def drop(path: Path) -> float:
             array = np.frombuffer(view, dtype=np.uint8)
             failed = libc.mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(len(view)), resident)
             del array
-            return float("nan") if failed else float((np.frombuffer(resident, np.uint8) & 1).mean())
+            return float("nan") if failed else float((np.frombuffer(bytes(resident), np.uint8) & 1).mean())
 
 
 def measure(
@@ -216,7 +217,7 @@ def measure(
 
 def main() -> None:
     """Measures, and keeps what it measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--factories", nargs="+", help="in place of those of the size")

@@ -13,23 +13,22 @@ first, or both of its tails) choose.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from jsonargparse import ArgumentParser
-from lightning import LightningDataModule
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 import datamodules  # noqa: F401  so that YAML may use short class names
+from experiments.support.arguments import add_noise_samples, add_samples_per_image, script_parser
+from experiments.support.data import made_data_module
+from experiments.support.recall import recalls
 from lightning_modules.launch.runs import shapes, training_data
 from wherefrom.attributors import AttributionByUnlearning, ImageSimilarity, InfluenceBank, Scores, TrainingData
 from wherefrom.attributors.influence.gradient_bank import Compression
@@ -50,47 +49,9 @@ QUERIES, TIMESTEPS = (1, 10, 100, 1000), 10
 RESULT = Path("results/emoji/teacher_costs.json")
 
 
-def load_data(file: str, store: Store) -> Any:
-    """The data module of a file."""
-    parser = ArgumentParser(parser_mode="omegaconf")
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
-    module = parser.instantiate(parser.parse_args(["--data", file])).data
-    module.store = store
-    return module
-
-
 def matrix(results: Sequence[Scores]) -> Float[NDArray[np.float64], "q n"]:
     """All scores."""
     return np.stack([scores.scores for scores in results])
-
-
-def recalls(
-    exact: Float[NDArray[np.float64], "q n"],
-    ids: Sequence[str],
-    chosen: Mapping[str, Float[NDArray[np.float64], "q n"]],
-    top: int,
-    candidates: Sequence[int],
-) -> dict[str, list[float]]:
-    """Share of the exact method's first images among so many candidates, by how these are chosen.
-
-    Args:
-        exact: Scores of the exact method.
-        ids: The images.
-        chosen: Scores by the name of what chooses; a name that ends in "both tails" takes half from either end.
-        top: How many of the exact method's first images are looked for.
-        candidates: Numbers of candidates.
-    """
-    result: dict[str, list[float]] = {}
-    wanted = [normalised_ranks(ids, scores) * len(ids) < top for scores in exact]
-    for name, scores in chosen.items():
-        places = np.stack([normalised_ranks(ids, each) * len(ids) for each in scores]).round()
-        for k in candidates:
-            last = k // 2 if name.endswith("both tails") else 0
-            among = (places < k - last) | (places >= len(ids) - last)
-            result.setdefault(name, []).append(
-                float(np.mean([mine[want].mean() for mine, want in zip(among, wanted, strict=True)]))
-            )
-    return result
 
 
 def costs(once: float, each: float, queries: int) -> float:
@@ -100,13 +61,13 @@ def costs(once: float, each: float, queries: int) -> float:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="weights/emoji_1k")
     parser.add_argument("--data", default="configs/data/emoji_1k.yaml")
     parser.add_argument("--queries", type=int, default=6)
     parser.add_argument("--timesteps", type=int, default=TIMESTEPS)
-    parser.add_argument("--draws", type=int, default=1000)
-    parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information an image and flip")
+    add_noise_samples(parser, 1000)
+    add_samples_per_image(parser, 2)
     parser.add_argument(
         "--keep",
         default="factors",
@@ -118,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     console, store, runner = Console(), Store(options.output / "cache"), Runner.current()
     model = load_model(options.model).to(runner.device)
-    whole = training_data(load_data(options.data, store), model)
+    whole = training_data(made_data_module(options.data, store), model)
     data = TrainingData(whole.images, whole.latents)  # no null: nothing but the training set is timed
     ids = data.images.ids
     rows = sorted(range(len(ids)), key=lambda row: hash_text(f"teacher/{options.seed}/{ids[row]}"))[: options.queries]
@@ -126,16 +87,19 @@ def main() -> None:
     queries = generate(model, prompts=prompts, seed=options.seed, shape=shapes(data)[0], eta=1.0)
     for kind in ("bank", "whitened_squares", "losses"):  # what an earlier run left would be found instead of made
         shutil.rmtree(store.root / kind, ignore_errors=True)
-    grid, fisher = LossGrid(options.timesteps), FisherSettings(options.visits)
+    grid, fisher = LossGrid(options.timesteps), FisherSettings(options.samples_per_image)
     methods = {
         "bank": InfluenceBank(
-            noise_samples=options.draws,
+            noise_samples=options.noise_samples,
             grid=grid,
             fisher=fisher,
             compression=Compression(options.keep, options.dimension),
         ),
         "abu_plus": AttributionByUnlearning(
-            unlearning=UnlearningSettings(noise_samples=options.draws), grid=grid, curvature="ekfac", fisher=fisher
+            unlearning=UnlearningSettings(noise_samples=options.noise_samples),
+            grid=grid,
+            curvature="ekfac",
+            fisher=fisher,
         ),
     }
     results: dict[str, list[Scores]] = {}
@@ -156,7 +120,9 @@ def main() -> None:
     bank_once, before = methods["bank"].fit_s["bank"], methods["abu_plus"].fit_s["losses"]
     product, gradient = mean("bank", "product_s"), mean("bank", "gradient_s")
     after, unlearn = mean("abu_plus", "losses_s"), mean("abu_plus", "unlearning_s")
-    print(f"\n{len(ids):,} images, {options.timesteps} timesteps, {options.draws} draws; {runner.device}")
+    print(
+        f"\n{len(ids):,} images, {options.timesteps} timesteps, {options.noise_samples} noise samples; {runner.device}"
+    )
     print(f"bank: {bank_once:.1f} s once; a query: gradient {gradient:.2f} s, product {product:.4f} s")
     print(f"AbU+: {before:.1f} s once; a query: gradient and step {unlearn:.2f} s, losses {after:.2f} s")
     ratios = {}

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ from torch import Tensor, nn
 from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
-from benchmarks.scoring import random_set
+from benchmarks.support import random_set
+from experiments.support.arguments import script_parser
 from wherefrom.attributors.trak.projected_features import ImageFeatures, project_images
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossSamples
 from wherefrom.gradients.projection import Projection
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_model
@@ -55,7 +57,7 @@ SIDES = ("ours", "traker")
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class DiffusionLoss(AbstractModelOutput):
+class DiffusionLoss(AbstractModelOutput):  # type: ignore[misc]  # traker ships no types
     """The training loss of one noisy latent, as traker asks for it: (x_t, timestep, token states, target)."""
 
     def __init__(self) -> None:
@@ -64,8 +66,8 @@ class DiffusionLoss(AbstractModelOutput):
     @staticmethod
     def get_output(
         model: nn.Module,
-        weights: Iterable[Tensor],
-        buffers: Iterable[Tensor],
+        weights: dict[str, Tensor],
+        buffers: dict[str, Tensor],
         noisy: Tensor,
         timestep: Tensor,
         states: Tensor,
@@ -75,10 +77,11 @@ class DiffusionLoss(AbstractModelOutput):
         given = (noisy[None], timestep[None])
         asked = {"encoder_hidden_states": states[None], "return_dict": False}
         output = torch.func.functional_call(model, (weights, buffers), given, asked)[0]
-        return (target[None] - output).square().mean()
+        loss: Tensor = (target[None] - output).square().mean()
+        return loss
 
     def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Iterable[Tensor], buffers: Iterable[Tensor], batch: Batch
+        self, model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch
     ) -> Tensor:
         """One: the output is the loss."""
         return torch.ones(len(batch[0]), 1)
@@ -107,11 +110,11 @@ class Case:
         """The samples of these images, as traker's task asks for them."""
         losses = self.noise_samples.of(self.model, self.data, self.batch_size)
         caption, timestep, keys = losses.noise_samples(image, torch.zeros_like(image))
-        latents = self.data.latents[image, 0]
+        latents = self.data.latents_at(image, 0)
         noise = keyed_random.normal(keys, latents.shape[1:], self.model.dtype)
-        process = self.model.process
+        process = self.model.noise_schedule
         noisy, target = process.noisy(latents, timestep, noise), process.target(latents, timestep, noise)
-        return noisy, timestep, self.data.states[image, caption], target
+        return noisy, timestep, self.data.conditioning_at(image, caption)[PROMPT], target
 
     @contextmanager
     def ours(self) -> Iterator[Callable[[], None]]:
@@ -152,7 +155,8 @@ class Case:
     def for_vmap(self) -> nn.Module:
         """A copy of the U-Net that computes attention step by step and whose weights ask for gradients."""
         model = copy.deepcopy(self.model.denoiser).requires_grad_(True)
-        model.set_attn_processor(AttnProcessor())
+        network: Any = model
+        network.set_attn_processor(AttnProcessor())
         return model
 
     def seconds(self, side: str) -> float:
@@ -165,13 +169,14 @@ class Case:
     def apart(self, count: int = 8) -> float:
         """Largest difference of a per-sample gradient, as a share of its parameter's largest gradient."""
         model, image = self.for_vmap(), torch.arange(min(count, len(self.data)))
-        weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        weights: dict[str, Tensor] = dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
         gradient = torch.func.grad(DiffusionLoss.get_output, argnums=1)
         theirs = torch.func.vmap(gradient, in_dims=(None, None, None, 0, 0, 0, 0))(
             model, weights, buffers, *self.batch(image)
         )
         losses = self.noise_samples.of(self.model, self.data, self.batch_size)
-        ours = ImageFeatures(losses, self.names, self.projection).gradients(range(len(image)))
+        ours = ImageFeatures(losses, self.names, self.projection.project).gradients(range(len(image)))
         shares = [
             float((ours[name] - theirs[name].detach().flatten(1)).abs().max() / theirs[name].detach().abs().max())
             for name in self.names
@@ -201,7 +206,7 @@ def measure(case: Case, runs: int) -> dict[str, float]:
 
 def main() -> None:
     """Prints the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="weights/emoji")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--dimension", type=int, default=2048)
@@ -214,10 +219,7 @@ def main() -> None:
     # First, while this process is small: on Linux a process inherits the peak of the one that starts it.
     memory = {} if options.side else {side: memory_of(side, options) for side in SIDES}
     model = load_model(options.model)
-    assert model.encoder is not None
-    null, config = model.encoder.text.encode([""]), model.denoiser.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    data = random_set(options.samples, shape, null.shape[1], null.shape[2])
+    data = random_set(model, options.samples)
     projection = Projection(options.dimension, kind=options.kind)
     case = Case(model, data, projection, options.batch_size, options.their_batch_size)
     if options.side is not None:

@@ -10,7 +10,6 @@ teacher's scores say, and what the estimates say.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.distillation.calibration import CalibrationSettings, assess, calibrate
+from experiments.support.arguments import script_parser
+from wherefrom.distillation.calibration import CalibrationSettings, calibrate, evaluate_calibration
 from wherefrom.distillation.embedding_similarity import similarities
 from wherefrom.distillation.ranker import load_ranker
 from wherefrom.distillation.teacher_set import read_teacher_set
@@ -48,7 +48,7 @@ def split(queries: Sequence[str], count: int, seed: int) -> tuple[list[int], lis
 
 def main() -> None:
     """Fits, measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--ranker", type=Path, default=Path("weights/emoji_1k_ranker"))
     parser.add_argument("--teacher", type=Path, default=Path("runs/emoji_1k_teacher_test"))
     parser.add_argument("--fit", type=int, default=40, help="queries that fit the calibration")
@@ -63,7 +63,7 @@ def main() -> None:
     )
     others = teacher.of_queries(measuring)
     cosines = similarities(ranker, others.concatenated(features), others.rows)
-    result = assess(calibration, cosines, others.scores, others.queries)
+    result = evaluate_calibration(calibration, cosines, others.scores, others.queries)
     print(
         f"{len(fitting)} queries fit the calibration, {result.count} measure it; {others.rows.shape[1]:,} images each"
     )

@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 import evaluate
 from experiments.ranker_table import RESULT as TABLE
 from experiments.ranker_table import Variant, place_of, train_one, variants
+from experiments.support.arguments import script_parser
 from wherefrom.counterfactual.results_file import COUNTERFACTUAL, read_results
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import write_json
@@ -51,7 +52,7 @@ def method_file(name: str, variant: Variant, options: argparse.Namespace) -> Pat
         print(f"{name}: training", flush=True)
         train_one(variant, 0, place, options.steps)
     encoders = {each: ENCODERS[each] for each in variant.features}
-    path = options.output / f"{slug(name)}.yaml"
+    path: Path = options.output / f"{slug(name)}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     ranker = str((place / "ranker").resolve())
     write_json(path, {"class_path": "LearnedRanker", "init_args": {"ranker": ranker, "encoders": encoders}})
@@ -105,7 +106,7 @@ def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Judges what is not judged, and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--variants", nargs="+", default=[*UNTUNED, *CHOSEN])
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400, help="of a ranker's training, as in the table")

@@ -15,7 +15,6 @@ draws.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import shutil
@@ -34,6 +33,7 @@ from PIL import Image
 
 import evaluate
 import train
+from experiments.support.arguments import script_parser
 from wherefrom.commands.customization_benchmark import RESULT, ROWS
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
@@ -266,7 +266,7 @@ def settings_of(file: Path, full: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Makes the models, asks the methods, prints and keeps the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--npm", type=Path, default=Path("data/npm"), help="folder of the packages")
     parser.add_argument("--methods", nargs="*", default=["efficientnet", "caption", "pixel", "random", "abu_plus"])
     parser.add_argument("--words", nargs="+", default=["with"], choices=["with", "without"])

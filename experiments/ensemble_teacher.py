@@ -9,13 +9,13 @@ All sets must be of the same queries and training set, and the others must have 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from experiments.support.arguments import script_parser
 from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set, write_teacher_set
 from wherefrom.rankings.ranking_file import normalised_ranks, order_of
 
@@ -50,7 +50,7 @@ def ensemble(sets: Sequence[TeacherSet]) -> TeacherSet:
 
 def main() -> None:
     """Reads, averages and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--sets", type=Path, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()

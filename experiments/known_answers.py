@@ -59,7 +59,7 @@ def make_cases(
     """The three sets of queries."""
     assert data.latents is not None
     assert data.held_out is not None
-    channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
+    channels, rows, columns = data.latents.latent_shape
     images, held_out = data.images, data.held_out
     own = choose(images, counts["own"], seed)
     unseen = sorted(range(len(held_out)), key=lambda i: hash_text(f"demo table/{seed}/{held_out.ids[i]}"))[

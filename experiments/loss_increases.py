@@ -9,7 +9,6 @@ image with the prompt's own caption comes. An interrupted run goes on where it s
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from scipy.stats import spearmanr
 
 from datamodules import Emoji
 from experiments.known_answers import choose
+from experiments.support.arguments import add_noise_samples, script_parser
 from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import AttributionByUnlearning, Scores
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
@@ -40,11 +40,11 @@ TOP = 100
 
 @dataclass(frozen=True)
 class Row:
-    """One rise: a number for each query.
+    """One relative loss increase: a number for each query.
 
     Attributes:
-        alpha: The step size that the rise took.
-        spearman: Rank correlation with the ranking at the default rise.
+        alpha: The step size that it took.
+        spearman: Rank correlation with the ranking at the default one.
         top_kept: Share of the default's top 100 that is in this top 100.
         reliability: Split-half reliability.
         own_rank: Rank, from 1, of the training image with the prompt's caption.
@@ -58,7 +58,7 @@ class Row:
 
 
 def compare(result: Mapping[float, Sequence[Scores]], own: Sequence[str]) -> dict[float, Row]:
-    """Each rise against the default one, query by query."""
+    """Each relative loss increase against the default one, query by query."""
     assert DEFAULT_INCREASE is not None
     rows = {}
     for relative_loss_increase, results in result.items():
@@ -78,7 +78,7 @@ def compare(result: Mapping[float, Sequence[Scores]], own: Sequence[str]) -> dic
 def table(rows: Mapping[float, Row]) -> str:
     """The table in Markdown: medians, and all ranks of the own images."""
     lines = [
-        "| rise of the query's loss | α | Spearman with the default | its top 100 kept | split-half reliability | "
+        "| relative loss increase | α | Spearman with the default | its top 100 kept | split-half reliability | "
         "rank of the own image |",
         "|---|---|---|---|---|---|",
     ]
@@ -91,24 +91,26 @@ def table(rows: Mapping[float, Row]) -> str:
 
 def main() -> None:
     """Runs the comparison."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--model", default="weights/emoji")
     arguments.add_argument("--output", default="runs/rises")
     arguments.add_argument("--queries", type=int, default=4)
-    arguments.add_argument("--rises", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
+    arguments.add_argument(
+        "--increases", "--rises", dest="increases", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+    )
     arguments.add_argument("--timesteps", type=int, default=5)
-    arguments.add_argument("--draws", type=int, default=1000)
+    add_noise_samples(arguments, 1000)
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
-    if DEFAULT_INCREASE not in options.rises:
-        arguments.error(f"--rises must include {DEFAULT_INCREASE}, with which the others are compared")
+    if DEFAULT_INCREASE not in options.increases:
+        arguments.error(f"--increases must include {DEFAULT_INCREASE}, with which the others are compared")
     torch.set_float32_matmul_precision("high")
     output, console = Path(options.output), Console()
     store, runner = Store(output / "cache"), Runner.current()
     model = load_model(options.model).to(runner.device)
     data = training_data(Emoji(store=str(store.root)), model)
     assert data.latents is not None
-    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    channels, height, width = data.latents.latent_shape
     rows = choose(data.images, options.queries, options.seed)
     queries = generate(
         model,
@@ -117,10 +119,12 @@ def main() -> None:
         shape=(channels, height, width),
     )
     result = {}
-    for relative_loss_increase in sorted(options.rises):
-        console.log(f"rise {relative_loss_increase:.0%}")
+    for relative_loss_increase in sorted(options.increases):
+        console.log(f"relative loss increase {relative_loss_increase:.0%}")
         abu = AttributionByUnlearning(
-            unlearning=UnlearningSettings(noise_samples=options.draws, relative_loss_increase=relative_loss_increase),
+            unlearning=UnlearningSettings(
+                noise_samples=options.noise_samples, relative_loss_increase=relative_loss_increase
+            ),
             grid=LossGrid(timesteps=options.timesteps),
             fisher=FisherSettings(samples_per_image=2),
         )
@@ -139,7 +143,7 @@ def main() -> None:
     print(table(compared))
     print(
         f"\n{options.queries} queries over {len(data.images):,} training images, {options.timesteps} timesteps, "
-        f"{options.draws} draws; medians over the queries"
+        f"{options.noise_samples} noise samples; medians over the queries"
     )
     record = {
         "command": "python -m experiments.loss_increases",

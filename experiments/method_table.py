@@ -4,16 +4,15 @@
     python -m experiments.method_table --ablation
 
 The queries are those of `experiments.known_answers`. Methods are files of `configs/attributor`, at the few timesteps
-and draws that are given here. A method's ranks go into `results/emoji/method_table.json` when it is done, and are not
-computed again for the same model and settings; an interrupted method goes on where it stopped. With `--candidates`, and
-in the ablation, only a fixed random part of the training images is scored, besides those that must be found, and an
-interrupted method starts anew.
+and noise samples that are given here. A method's ranks go into `results/emoji/method_table.json` when it is done, and
+are not computed again for the same model and settings; an interrupted method goes on where it stopped. With
+`--candidates`, and in the ablation, only a fixed random part of the training images is scored, besides those that must
+be found, and an interrupted method starts anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,10 +28,18 @@ from scipy.stats import spearmanr
 from datamodules import Emoji
 from experiments.alignment import rate
 from experiments.known_answers import Case, cell, make_cases, ranks
+from experiments.support.arguments import (
+    add_noise_samples,
+    add_relative_loss_increase,
+    add_samples_per_image,
+    script_parser,
+)
+from experiments.support.markdown import markdown_table
+from experiments.support.methods import load_method, quick_settings
+from experiments.support.records import read_record
 from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
 from wherefrom.commands.attribute import attribute
-from wherefrom.commands.method_files import load_methods
 from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
@@ -105,7 +112,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "style of the prompt in the top 100",
         "reliability",
     ]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for name, record in rows.items():
         numbers = {key: np.array(values) for key, values in record["ranks"].items()}
         styles = np.concatenate([numbers[key] for key in numbers if key.endswith("same style")])
@@ -115,8 +122,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         cells += [cell(numbers[key]) for key in checks.values()]
         cells += [f"{styles.mean():.2f} ± {styles.std(ddof=1) / np.sqrt(len(styles)):.2f}"]
         cells += [f"{np.median(reliability):.2f}" if len(reliability) else "–"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(titles, lines)
 
 
 def choose_candidates(images: ImageSet, cases: Sequence[Case], count: int, seed: int) -> list[str]:
@@ -148,12 +155,12 @@ def ablation(
     runner, console = Runner.current(), Console()
     for method in ("abu", "abu_plus"):
         results: dict[int, list[Scores]] = {}
-        whole = load(method, settings(options))
+        whole = load_method(method, settings(options))
         assert isinstance(whole, AttributionByUnlearning)
         whole.prepare(data, model, store, runner, console.log)
         for timesteps in options.timestep_ladder:
             console.log(f"{method} at {timesteps} timesteps")
-            attributor = load(method, {**settings(options), "grid.timesteps": timesteps})
+            attributor = load_method(method, {**settings(options), "grid.timesteps": timesteps})
             assert isinstance(attributor, AttributionByUnlearning)
             attributor.progress = console.progress
             attributor.fit(part, model, store, runner, console.log)
@@ -175,38 +182,30 @@ def ablation(
 def ablation_table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """The ablation in Markdown: medians over the queries."""
     titles = ["method", "timesteps", *next(iter(rows.values()))]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, result in rows.items():
-        medians = [f"{np.median(values):.3f}" for values in result.values()]
-        lines.append(f"| {' | '.join([*name.split('/'), *medians])} |")
-    return "\n".join(lines)
+    lines = [
+        [*name.split("/"), *(f"{np.median(values):.3f}" for values in result.values())] for name, result in rows.items()
+    ]
+    return markdown_table(titles, lines)
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What replaces the files' settings."""
-    step = {} if options.rise is None else {"unlearning.relative_loss_increase": options.rise}
-    return step | {
-        "grid.timesteps": options.timesteps,
-        "unlearning.noise_samples": options.draws,
-        "noise_samples": options.draws,
-        "fisher.samples_per_image": options.visits,
-        "projection.kind": "sparse",  # as good on average, and thirty times as fast
-    }
+    return quick_settings(
+        timesteps=options.timesteps,
+        noise_samples=options.noise_samples,
+        samples_per_image=options.samples_per_image,
+        relative_loss_increase=options.relative_loss_increase,
+    )
 
 
-def load(method: str, changed: Mapping[str, Any]) -> Attributor:
-    """The attributor of `configs/attributor`, with some settings changed."""
-    return load_methods([Path("configs/attributor") / f"{method}.yaml"], changed)[method]
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What earlier runs found."""
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+def row_identity(shared: Mapping[str, Any], attributor: Attributor, candidates: int | None) -> str:
+    """What a method's row belongs to: model, queries, the method's settings and what it scored."""
+    return identity_hash({**shared, "attributor": attributor.identity(), "candidates": candidates})
 
 
 def main() -> None:
     """Runs the methods that have no row yet and prints the table."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--model", default="weights/emoji")
     arguments.add_argument("--output", default="runs/method_table")
     arguments.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -214,10 +213,10 @@ def main() -> None:
     arguments.add_argument("--crossed", type=int, default=10)
     arguments.add_argument("--held-out", type=int, default=10)
     arguments.add_argument("--timesteps", type=int, default=5)
-    arguments.add_argument("--draws", type=int, default=1000)
-    arguments.add_argument("--visits", type=int, default=2)
-    arguments.add_argument(
-        "--rise", type=float, help="by how much a step raises a query's loss; the methods' own by default"
+    add_noise_samples(arguments, 1000)
+    add_samples_per_image(arguments, 2)
+    add_relative_loss_increase(
+        arguments, None, "by which share a step raises a query's loss; the methods' own by default"
     )
     arguments.add_argument("--eta", type=float, default=1.0, help="noise that the sampler adds back; 0 is DDIM")
     arguments.add_argument("--seed", type=int, default=0)
@@ -248,9 +247,9 @@ def main() -> None:
         return
     rows = {}
     for method in options.methods:
-        attributor = load(method, settings(options))
-        identity = identity_hash({**shared, "attributor": attributor.identity(), "candidates": options.candidates})
-        known = read(options.results).get("methods", {}).get(method, {})
+        attributor = load_method(method, settings(options))
+        identity = row_identity(shared, attributor, options.candidates)
+        known = read_record(options.results).get("methods", {}).get(method, {})
         if known.get("identity") != identity:
             console.log(f"{method}: {len(flat)} queries")
             attributor.progress = console.progress
@@ -276,14 +275,15 @@ def main() -> None:
                 "pictures": len(results[0].ids),
                 "ranks": measure(results, cases, data),
             }
-            record = {**read(options.results).get("methods", {}), method: known}
+            record = {**read_record(options.results).get("methods", {}), method: known}
             write_json(options.results, {"command": "python -m experiments.method_table", **shared, "methods": record})
         rows[method] = known
     print(table(rows))
     total = sum(sum(row["ranks"]["seconds"]) for row in rows.values())
     print(
         f"\n{sum(counts.values())} queries over {len(data.images):,} training images; {options.timesteps} "
-        f"timesteps, {options.draws} draws, {options.visits} visits of the curvature; {duration(total)} of scoring"
+        f"timesteps, {options.noise_samples} noise samples, {options.samples_per_image} samples an "
+        f"image of the curvature; {duration(total)} of scoring"
     )
 
 

@@ -12,7 +12,6 @@ queries' losses. Nothing is trained twice, and an interrupted run goes on where 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser
-from lightning import LightningDataModule
 
+from datamodules import Emoji
 from datamodules.images import ImageDataModule
 from experiments.known_answers import choose
+from experiments.support.arguments import script_parser
+from experiments.support.data import data_module
 from lightning_modules.launch.recipe import Recipe
 from lightning_modules.launch.runs import shapes, training_data_of
 from wherefrom.attributors import Attributor
@@ -143,17 +143,6 @@ def planted(
     with replacing(output / "recipe.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config))
     return World(Recipe(output / "recipe.yaml", store.root), data_module(config["data"], store))
-
-
-def data_module(config: Mapping[str, Any], store: Store) -> ImageDataModule:
-    """A recipe's data module, set up in a store."""
-    made = ArgumentParser()
-    made.add_subclass_arguments(LightningDataModule, "data", required=True)
-    module: ImageDataModule = made.instantiate(made.parse_object({"data": config})).data
-    module.store = store
-    module.prepare_data()
-    module.setup()
-    return module
 
 
 def judge_copies(
@@ -282,7 +271,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the comparison."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--recipe", default="configs/experiment/emoji_1k.yaml")
     arguments.add_argument("--originals", type=int, default=8, help="how many images have copies, chosen by hash")
     arguments.add_argument("--ids", nargs="+", help="these images instead")
@@ -302,6 +291,8 @@ def main(args: Sequence[str] | None = None) -> None:
     world = planted(
         options.recipe, copies=asked, store=store, output=options.output, seed=options.seed, count=options.count
     )
+    assert isinstance(world.module, Emoji)
+    assert world.module.copies is not None
     copies = world.module.copies
     methods = load_methods(files, options.settings)
     for method in methods.values():

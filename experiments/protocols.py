@@ -10,7 +10,6 @@ mean over the queries, and for the means of the methods over all queries; and ho
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
+from experiments.support.arguments import script_parser
 from wherefrom.counterfactual.results_file import COUNTERFACTUAL, SEED_BASELINE, or_nan, read_results
 from wherefrom.metrics.standard_error import estimate
 
@@ -141,7 +141,7 @@ def report(result: Sequence[Agreement], prompts: Mapping[str, str]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the comparison."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = script_parser(__doc__)
     arguments.add_argument("pooled", type=Path)
     arguments.add_argument("single", type=Path)
     options = arguments.parse_args(args)

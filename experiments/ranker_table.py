@@ -20,7 +20,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,15 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 import train
+from experiments.support.arguments import script_parser
+from experiments.support.records import experiment_identity, read_record, recorded_experiment
 from wherefrom.commands.evaluate_retrieval import DEPTHS
 from wherefrom.distillation.embedding_similarity import similarities
-from wherefrom.distillation.feature_ablation import shuffled_halves
+from wherefrom.distillation.feature_ablation import ablate_features
 from wherefrom.distillation.losses import Ordinal, Regression, SquaredError
 from wherefrom.distillation.ranker import load_ranker
 from wherefrom.distillation.teacher_set import QUERIES, TeacherSet, read_teacher_set
-from wherefrom.metrics.retrieval import Depth, MeanAveragePrecision, top_of
+from wherefrom.metrics.retrieval import Cutoff, MeanAveragePrecision, top_of
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import hash_file, identity_hash, write_json
 
@@ -189,7 +191,7 @@ def matrix_of(test: TeacherSet) -> Float[NDArray[np.float64], "q n"]:
     Raises:
         ValueError: It ranks only some of them.
     """
-    if not test.is_whole:
+    if not test.is_complete:
         raise ValueError(f"A query has {test.rows.shape[1]} scores, but there are {len(test.images)} training images.")
     return test.by_image()
 
@@ -200,7 +202,7 @@ def average_precisions(
     """Each query's average precision, by k."""
     result = {}
     for share in DEPTHS:
-        depth = Depth.of(share, teacher.shape[1])
+        depth = Cutoff.of(share, teacher.shape[1])
         metric = MeanAveragePrecision()
         metric.update(torch.from_numpy(cosines), top_of(torch.from_numpy(teacher), depth.number))
         result[str(depth.number)] = torch.cat(metric.values).tolist()
@@ -224,7 +226,7 @@ def measure(name: str, variant: Variant, seed: int, test: TeacherSet, options: a
             widths = {each: test.features[each].training.shape[1] for each in features}
             record["alone"] = {
                 f"without {half}": result.mean
-                for half, result in shuffled_halves(test, ranker=ranker, features=features, halves=widths).items()
+                for half, result in ablate_features(test, ranker=ranker, features=features, widths=widths).items()
                 if half != "nothing"
             }
     cosines, width, milliseconds = cosines_of(variant, test, folder)
@@ -247,18 +249,28 @@ def line(
     )
 
 
+def kept_rows(stored: Mapping[str, Any], made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a record, if it is of the same steps, test queries and experiment."""
+    before = dict(stored.get("made_of", {}))
+    before["experiment"] = recorded_experiment(before.get("experiment", ""))
+    return dict(stored["rows"]) if before == made_of else {}
+
+
 def main() -> None:
     """Trains what is missing and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--variants", nargs="+", default=list(variants()))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("runs/ranker_table"))
     options = parser.parse_args()
     test = read_teacher_set(TEST)
-    made_of = {"steps": options.steps, "test": hash_file(TEST / QUERIES), "experiment": hash_file(Path(EXPERIMENT))}
-    stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    rows: dict[str, dict[str, Any]] = stored.get("rows", {}) if stored.get("made_of") == made_of else {}
+    made_of = {
+        "steps": options.steps,
+        "test": hash_file(TEST / QUERIES),
+        "experiment": experiment_identity(Path(EXPERIMENT)),
+    }
+    rows = kept_rows(read_record(RESULT), made_of)
     skipped = []
     for name in dict.fromkeys([REFERENCE, *options.variants]):
         variant = variants()[name]
@@ -282,7 +294,7 @@ def main() -> None:
                         "rows": rows,
                     },
                 )
-    ks = [Depth.of(share, len(test.images)).number for share in DEPTHS]
+    ks = [Cutoff.of(share, len(test.images)).number for share in DEPTHS]
     titles = [
         *(f"mAP({k})" for k in ks),
         *(f"mAP({k}) against {REFERENCE}" for k in ks),

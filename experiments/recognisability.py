@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from experiments.alignment import AlignmentJudge, Rate, rate, rate_ratio
+from experiments.support.data import choose_prompts
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
-from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder
+from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder, Pixels
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
 from wherefrom.models.sampling import sample
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store, replacing
-from wherefrom.runtime.keyed_random import hash_text
 
 Draw = Callable[[list[str]], UInt8[NDArray[np.uint8], "n h w 3"]]
 
@@ -62,40 +62,6 @@ class Recognisability:
         return rate(real), rate(generated), rate_ratio(generated, real)
 
 
-def choose_prompts(images: ImageSet, count: int, seed: int) -> list[int]:
-    """Positions of `count` training images of distinct concepts, chosen by keyed hash.
-
-    Every chosen concept has a caption in every style, and captions are distinct.
-
-    Raises:
-        ValueError: The training images hold fewer such concepts.
-    """
-    concepts = images.columns["concept"]
-    styles = images.columns.get("style", ("",) * len(images))
-    splits = images.columns.get("split", ("train",) * len(images))
-    captions_of: dict[str, dict[str, str]] = {}
-    for concept, style, captions in zip(concepts, styles, images.captions, strict=True):
-        captions_of.setdefault(concept, {})[style] = captions[0]
-    chosen: list[int] = []
-    seen_concepts: set[str] = set()
-    seen_captions: set[str] = set()
-    for row in sorted(range(len(images)), key=lambda row: hash_text(f"prompt/{seed}/{images.ids[row]}")):
-        own = captions_of[concepts[row]]
-        if splits[row] != "train" or concepts[row] in seen_concepts or own.keys() != set(styles):
-            continue
-        if not seen_captions.isdisjoint(own.values()):
-            continue
-        chosen.append(row)
-        seen_concepts.add(concepts[row])
-        seen_captions.update(own.values())
-        if len(chosen) == count:
-            return chosen
-    raise ValueError(
-        f"{count} prompts were asked for, but only {len(chosen)} training concepts have a caption of their own in "
-        "every style; ask for fewer, or give more images."
-    )
-
-
 def recognisability(
     judge: AlignmentJudge, *, images: ImageSet, draw: Draw, count: int = 100, seed: int = 0, among: int = 100
 ) -> Recognisability:
@@ -122,16 +88,16 @@ def recognisability(
         raise ValueError(f"draw returned {len(generated)} images for {count} prompts.")
     concepts, styles = chosen.columns["concept"], chosen.columns.get("style", ("",) * count)
 
-    def ranks(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    def ranks(pixels: Pixels) -> NDArray[np.int64]:
         blocks = [slice(start, start + among) for start in range(0, count, among)]
         return np.concatenate([judge.ranks(pixels[block], concepts[block], styles[block]) for block in blocks])
 
     return Recognisability(
         chosen.ids,
         tuple(prompts),
-        chosen.pixels,
+        np.asarray(chosen.pixels),
         generated,
-        ranks(chosen.pixels),
+        ranks(np.asarray(chosen.pixels)),
         ranks(generated),
         judge.chosen_alphas,
     )
@@ -180,15 +146,15 @@ def drawing_with(
     shape = (config.in_channels, config.sample_size, config.sample_size)
 
     def draw(prompts: list[str]) -> NDArray[np.uint8]:
-        null_states = encoder.text.encode([""])[0]
+        empty = encoder.text.encode([""]).at(0)
         drawn = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             keys = keyed_random.combine(seed, keyed_random.hash_texts(batch))
             latents = sample(
                 model,
-                states=encoder.text.encode(batch),
-                null_states=null_states,
+                conditioning=encoder.text.encode(batch),
+                empty=empty,
                 keys=keys,
                 shape=shape,
                 steps=steps,

@@ -2,21 +2,21 @@
 
     npm pack @iconify-json/{noto,noto-v1,emojione,emojione-v1,fxemoji,fluent-emoji-flat} @lobehub/fluent-emoji-3d \
         --pack-destination data/npm_styles
-    python -m experiments.scaling --pictures 500 2000
-    python -m experiments.scaling --pictures 500 2000 6000 20000 --visits 16
-    python -m experiments.scaling --pictures 500 --widths 16,24 24,32 48,64
+    python -m experiments.scaling --images 500 2000
+    python -m experiments.scaling --images 500 2000 6000 20000 --samples-per-image 16
+    python -m experiments.scaling --images 500 --widths 16,24 24,32 48,64
 
 Nine styles of emoji, skin tones included, in nested training sets: the concepts come in one order, each in all its
 styles. For each size a U-Net goes on from `weights/emoji_1k_base` (which has seen two of the styles, and none of the
-concepts that come first) with equally many visits to each image; for each pair of widths one starts from nothing on
-`--width-pictures` images. Every model then draws the same ten prompts of the smallest set, and AbU+ ranks all of its
+concepts that come first) with equally many samples of each image; for each pair of widths one starts from nothing on
+`--width-images` images. Every model then draws the same ten prompts of the smallest set, and AbU+ ranks all of its
 training images: where is the image with that caption, where are the other styles' drawings of the same thing? What
 is trained, drawn or scored is kept below `--output`, and gone on with; rows go to `results/emoji/scaling.json`.
 """
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
 import os
 import shutil
@@ -39,7 +39,9 @@ import train
 from datamodules import ImageFolder
 from experiments.customized import LARGEST, rasterise, read_style
 from experiments.known_answers import cell
-from experiments.method_table import load
+from experiments.support.arguments import add_images, add_noise_samples, add_samples_per_image, script_parser
+from experiments.support.methods import load_method
+from experiments.support.records import read_record, recorded_settings
 from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import Scores, TrainingData
 from wherefrom.commands.attribute import attribute
@@ -56,6 +58,7 @@ from wherefrom.runtime.keyed_random import hash_text
 RESULT, SIZE, BATCH = Path("results/emoji/scaling.json"), 32, 32
 EXPERIMENT, METADATA = Path("configs/experiment/emoji_1k.yaml"), "metadata.jsonl"
 HELD_OUT = 20  # one image of so many is not trained on, as data modules ask for some
+_ENCODED = {"encoded_images", "latents", "prompt_embeddings"}  # kinds of artifact that every method has use for
 BASE, BASE_WIDTHS = "weights/emoji_1k_base/unet", (48, 64)
 
 
@@ -90,7 +93,7 @@ def fluent_3d(archive: Path, name_of: dict[str, str]) -> Iterator[Drawing]:
             points = "-".join(point for point in Path(member.name).stem.split("-") if point != "fe0f")
             stream = package.extractfile(member) if member.name.endswith(".webp") and points in name_of else None
             if stream is not None and member.size <= LARGEST:
-                yield Drawing(name_of[points], "fluent 3d", "MIT", "Microsoft", draw(stream, SIZE))
+                yield Drawing(name_of[points], "fluent 3d", "MIT", "Microsoft", draw(io.BytesIO(stream.read()), SIZE))
 
 
 def drawings(npm: Path, store: Store) -> list[Drawing]:
@@ -103,7 +106,9 @@ def drawings(npm: Path, store: Store) -> list[Drawing]:
     columns = images.columns
     points_of = dict(zip(columns["name"], columns["concept"], strict=True))
     name_of = {points: name for name, points in points_of.items()}
-    rows = zip(columns["name"], columns["style"], columns["license"], columns["author"], images.pixels, strict=True)
+    rows = zip(
+        columns["name"], columns["style"], columns["license"], columns["author"], np.asarray(images.pixels), strict=True
+    )
     result = [Drawing(*row) for row in rows]
     archives = sorted(npm.glob("*.tgz"))
     if len(archives) < 7:
@@ -242,9 +247,9 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
     whole = training_data(ImageFolder(str(folder), store=str(store.root), options=ImageFolderOptions(SIZE)), model)
     data = TrainingData(whole.images, whole.latents)  # p-values are not read
     assert data.latents is not None
-    channels, height, width = (int(side) for side in data.latents.latents.shape[2:])
+    channels, height, width = data.latents.latent_shape
     queries = generate(model, prompts=prompts, seed=0, shape=(channels, height, width), eta=1.0)
-    method = load("abu_plus", settings)
+    method = load_method("abu_plus", settings)
     method.progress = console.progress
     once = output / "once.json"
     started = time.monotonic()
@@ -265,7 +270,7 @@ def measure(model_folder: Path, folder: Path, output: Path, prompts: Sequence[st
         name: [scores.facts[name] for scores in results if name in scores.facts]
         for name in ("seconds", "split_half_reliability")
     }
-    files = (path for path in store.root.rglob("*") if path.is_file() and "latents" not in path.parts)
+    files = (path for path in store.root.rglob("*") if path.is_file() and _ENCODED.isdisjoint(path.parts))
     return {
         "pictures": len(data.images),
         "parameters": sum(weights.numel() for weights in model.denoiser.parameters()),
@@ -294,43 +299,54 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def row_name(widths: tuple[int, int], *, base: bool, images: int, visits: int) -> str:
+    """What a row is called in the record, in the words of the release that wrote the first."""
+    start = "from the base" if base else "from nothing"
+    return f"{widths[0]}, {widths[1]} {start}, {images} pictures, {visits} visits"
+
+
+def method_settings(timesteps: int, noise_samples: int) -> dict[str, Any]:
+    """What replaces AbU+'s own settings."""
+    return {
+        "grid.timesteps": timesteps,
+        "grid.flips": False,
+        "unlearning.noise_samples": noise_samples,
+        "fisher.samples_per_image": 1,
+    }
+
+
 def main() -> None:
     """Trains, asks and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--npm", type=Path, default=Path("data/npm_styles"), help="folder of the packages")
-    parser.add_argument("--pictures", type=int, nargs="*", default=[500, 2000, 6000, 20000])
-    parser.add_argument("--visits", type=int, default=48, help="to each image, in training")
+    add_images(parser, nargs="*", default=[500, 2000, 6000, 20000])
+    add_samples_per_image(parser, 48, "how often training sees each image")
     parser.add_argument("--widths", nargs="*", default=[], help="channels of the U-Net's two levels, such as 48,64")
-    parser.add_argument("--width-pictures", type=int, default=500)
-    parser.add_argument("--width-visits", type=int, default=100)
+    parser.add_argument("--width-images", "--width-pictures", dest="width_images", type=int, default=500)
+    parser.add_argument(
+        "--width-samples-per-image", "--width-visits", dest="width_samples_per_image", type=int, default=100
+    )
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--timesteps", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=500)
+    add_noise_samples(parser, 500)
     parser.add_argument("--output", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--results", type=Path, default=RESULT)
     options = parser.parse_args()
-    settings = {
-        "grid.timesteps": options.timesteps,
-        "grid.flips": False,
-        "unlearning.noise_samples": options.draws,
-        "fisher.samples_per_image": 1,
-    }
-    kept = json.loads(options.results.read_text())["rows"] if options.results.exists() else {}
+    settings = method_settings(options.timesteps, options.noise_samples)
+    kept = read_record(options.results).get("rows", {})
     whole = options.output / "drawings"
     if not (whole / METADATA).exists():
         write_folder(whole, drawings(options.npm, Store("cache")))
-    wanted = [(count, BASE_WIDTHS, True, options.visits) for count in options.pictures]
+    wanted = [(count, BASE_WIDTHS, True, options.samples_per_image) for count in options.images]
     for text in options.widths:
         first, second = (int(width) for width in text.split(","))
-        wanted.append((options.width_pictures, (first, second), False, options.width_visits))
+        wanted.append((options.width_images, (first, second), False, options.width_samples_per_image))
     smallest = min(count for count, *_ in wanted)
     write_part(options.output / f"pictures_{smallest}", whole, smallest)
     prompts = choose_prompts(options.output / f"pictures_{smallest}", options.queries)
     for count, widths, base, visits in wanted:
-        name = (
-            f"{widths[0]}, {widths[1]} {'from the base' if base else 'from nothing'}, {count} images, {visits} visits"
-        )
-        asked = {"settings": settings, "prompts": prompts}
+        name = row_name(widths, base=base, images=count, visits=visits)
+        asked = {"settings": recorded_settings(settings), "prompts": prompts}
         if kept.get(name, {}).get("asked") == asked:
             continue
         folder = options.output / f"pictures_{count}"

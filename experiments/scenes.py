@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from experiments.alignment import AlignmentJudge
-from experiments.recognisability import choose_prompts
+from experiments.support.data import choose_prompts
 from wherefrom.data.emoji import caption
 from wherefrom.data.image_set import ImageSet
+from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder
 from wherefrom.models.noise_schedule import sampling_scheduler
@@ -87,7 +88,7 @@ def denoised(
     model: DiffusionModel,
     *,
     latents: Float[Tensor, "n c h w"],
-    states: Float[Tensor, "n l d"],
+    conditioning: Conditioning,
     keys: Int64[Tensor, " n"],
     timestep: int,
     steps: int,
@@ -97,7 +98,7 @@ def denoised(
     Args:
         model: The model.
         latents: The latents.
-        states: Token states of their captions.
+        conditioning: What the model is told of their captions.
         keys: One key for each; the noise belongs to it.
         timestep: Where denoising begins.
         steps: Sampling steps that the whole way from T would have; the part of it below `timestep` is gone.
@@ -105,15 +106,15 @@ def denoised(
     Raises:
         ValueError: The timestep is not in the model's schedule.
     """
-    if not 0 <= timestep < model.process.steps:
-        raise ValueError(f"The timestep must lie between 0 and {model.process.steps - 1}; given {timestep}.")
-    scheduler = sampling_scheduler(model.process)
+    if not 0 <= timestep < model.noise_schedule.steps:
+        raise ValueError(f"The timestep must lie between 0 and {model.noise_schedule.steps - 1}; given {timestep}.")
+    scheduler = sampling_scheduler(model.noise_schedule)
     scheduler.set_timesteps(steps)
     device, dtype = model.device, model.dtype
     noise = keyed_random.normal(keyed_random.combine(_NOISE, keys), latents.shape[1:], dtype).to(device)
-    conditions = states.to(device, dtype)
-    current = model.process.noisy(latents.to(device, dtype), torch.full((len(latents),), timestep), noise)
-    for step in range(timestep, -1, -(model.process.steps // steps)):
+    conditions = conditioning.to(device, dtype)
+    current = model.noise_schedule.noisy(latents.to(device, dtype), torch.full((len(latents),), timestep), noise)
+    for step in range(timestep, -1, -(model.noise_schedule.steps // steps)):
         output = model.predict(current, torch.full((len(current),), step, device=device), conditions)
         current = scheduler.step(output, step, current, eta=0.0, return_dict=False)[0]
     return current.cpu()
@@ -149,9 +150,9 @@ def judge_scenes(
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes]))
     latents = encoder.encode_pixels(to_float(pixels))
     keys = keyed_random.combine(seed, keyed_random.hash_texts([scene.id for scene in scenes]))
-    states = encoder.text.encode([scene.prompt for scene in scenes])
+    conditioning = encoder.text.encode([scene.prompt for scene in scenes])
     shown = encoder.decode_images(
-        denoised(model, latents=latents, states=states, keys=keys, timestep=timestep, steps=steps)
+        denoised(model, latents=latents, conditioning=conditioning, keys=keys, timestep=timestep, steps=steps)
     )
     width = shown.shape[2] // 2
     halves = np.stack([shown[:, :, :width], shown[:, :, width:]], axis=1)

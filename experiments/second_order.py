@@ -12,7 +12,6 @@ first image is first, and among the last ten, and how many of AbU+'s first 1, 10
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from benchmarks.teacher import recalls
 from experiments.ranker_table import average_precisions, matrix_of
+from experiments.support.arguments import script_parser
+from experiments.support.markdown import markdown_table, mean_and_error
+from experiments.support.recall import recalls
 from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set
-from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import write_json
 
 RESULT = Path("results/emoji/second_order.json")
@@ -36,7 +36,8 @@ Matrix = Float[NDArray[np.float64], "q n"]
 
 def corrected(first_order: Matrix, c: float) -> Matrix:
     """The bank's scores, corrected."""
-    return first_order + c * first_order**2 / first_order.std(axis=1, keepdims=True)
+    spread: Matrix = first_order.std(axis=1, keepdims=True)
+    return first_order + c * first_order**2 / spread
 
 
 def aligned(exact: TeacherSet, bank: TeacherSet) -> tuple[Matrix, Matrix]:
@@ -71,7 +72,7 @@ def measure(exact: Matrix, scores: Matrix, ids: Sequence[str], candidates: Seque
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--exact", type=Path, default=Path("runs/emoji_1k_teacher_test"))
     parser.add_argument("--bank", type=Path, default=Path("runs/emoji_1k_teacher_test_bank"))
     parser.add_argument("--c", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0])
@@ -84,17 +85,17 @@ def main() -> None:
     write_json(RESULT, {"command": "python -m experiments.second_order", **facts, "rows": rows})
     ks = list(next(iter(rows.values()))["ap"])
     titles = [*(f"mAP({k})" for k in ks), "first is first", f"first is among the last {LAST}"]
-    print(f"| c | {' | '.join(titles)} |\n|---{'|---' * len(titles)}|")
-    for c, row in rows.items():
-        values = [*row["ap"].values(), row["first_is_first"], row["first_is_among_the_last"]]
-        cells = ["{:.3f} ± {:.3f}".format(*estimate(np.array(each))) for each in values]
-        print(f"| {c} | {' | '.join(cells)} |")
-    print(f"\n| candidates | {' | '.join(f'first {top}' for top in TOPS)} |\n|---{'|---' * len(TOPS)}|")
+    lines = [
+        [c, *map(mean_and_error, (*row["ap"].values(), row["first_is_first"], row["first_is_among_the_last"]))]
+        for c, row in rows.items()
+    ]
+    print(markdown_table(["c", *titles], lines))
+    lines = []
     for c, row in rows.items():
         kinds = {f"c = {c}": "recall", **({"both tails": "recall_both_tails"} if c == "0" else {})}
         for name, kind in kinds.items():
-            cells = [", ".join(f"{value:.2f}" for value in row[kind][str(top)]) for top in TOPS]
-            print(f"| {name} | {' | '.join(cells)} |")
+            lines.append([name, *(", ".join(f"{value:.2f}" for value in row[kind][str(top)]) for top in TOPS)])
+    print("\n" + markdown_table(["candidates", *(f"first {top}" for top in TOPS)], lines))
     print(f"\n{facts['queries']} queries, {facts['pictures']:,} images; K = {options.candidates}")
 
 

@@ -11,10 +11,7 @@ first could reach at best. What was trained or curated is not made again.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +19,14 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 import evaluate
-from experiments.near_duplicates import data_module
 from experiments.ranker_table import BOTH, TRAIN, Variant, average_precisions, cosines_of, matrix_of, train_one
+from experiments.support.arguments import script_parser
+from experiments.support.data import data_module
+from experiments.support.markdown import markdown_table, mean_and_error
+from experiments.support.records import plain_options
 from lightning_modules.launch.recipe import Recipe
 from wherefrom.counterfactual.retraining import PIPELINE, RetrainedModels, RetrainingJob
 from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set
-from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import Store, write_json
 
 RESULT = Path("results/emoji/transfer.json")
@@ -58,7 +57,7 @@ def precisions(teacher: TeacherSet, cosines: Float[NDArray[np.float64], "q n"]) 
 
 def main() -> None:
     """Trains, curates and measures what is missing, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--seed", type=int, default=1, help="of the second model")
     parser.add_argument("--queries", type=int, nargs="+", default=[30, 90], help="of the second model to learn from")
     parser.add_argument("--steps", type=int, default=400, help="of a ranker's training, as in the table of rankers")
@@ -76,7 +75,7 @@ def main() -> None:
     curate(second, "emoji_1k_teacher", of_second, *everything, *count)
     tests = [
         curate(model, "emoji_1k_teacher_test", options.output / f"test_{number}")
-        for number, model in enumerate((FIRST, second), start=1)
+        for number, model in enumerate((Path(FIRST), second), start=1)
     ]
     assert tests[0].prompts == tests[1].prompts
     test = tests[1]
@@ -107,12 +106,10 @@ def main() -> None:
         (of_first, Variant(BOTH), start),
     ):
         rows[f"on the first model: {title}"] = precisions(tests[0], cosines_of(variant, tests[0], folder)[0])
-    print(f"\n| ranking | {' | '.join(f'mAP({k})' for k in rows['untuned: minilm'])} |\n|---|---|---|---|---|")
-    for title, result in rows.items():
-        cells = ("{:.3f} ± {:.3f}".format(*estimate(np.array(values))) for values in result.values())
-        print(f"| {title} | {' | '.join(cells)} |")
-    record: dict[str, Any] = {"command": "python -m experiments.transfer", **vars(options), "rows": rows}
-    write_json(RESULT, json.loads(json.dumps(record, default=str)))
+    titles = ["ranking", *(f"mAP({k})" for k in rows["untuned: minilm"])]
+    print("\n" + markdown_table(titles, [[title, *map(mean_and_error, row.values())] for title, row in rows.items()]))
+    options_as_json = plain_options(vars(options))
+    write_json(RESULT, {"command": "python -m experiments.transfer", **options_as_json, "rows": rows})
 
 
 if __name__ == "__main__":

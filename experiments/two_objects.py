@@ -17,7 +17,6 @@ Everything is rebuilt below `runs/two_objects`; an interrupted run goes on where
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,13 @@ from torch import Tensor
 from datamodules import Emoji
 from experiments.alignment import AlignmentJudge, Rate, rate
 from experiments.scenes import AMONG, Admission, Scene, admit, judge_scenes
+from experiments.support.arguments import (
+    add_images,
+    add_noise_samples,
+    add_relative_loss_increase,
+    add_samples_per_image,
+    script_parser,
+)
 from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import (
     AttributionByUnlearning,
@@ -181,27 +187,25 @@ def part_of(data: TrainingData, scenes: Sequence[Scene], count: int) -> Training
     kept = sorted(order[:count])
     missing = shown - {concepts[row] for row in kept}
     if missing:
-        raise ValueError(f"{count} images cannot hold all {len(shown)} concepts of the scenes; give --pictures more.")
+        raise ValueError(f"{count} images cannot hold all {len(shown)} concepts of the scenes; give --images more.")
     return TrainingData(data.images.subset(kept), data.latents.subset(kept))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="weights/emoji")
     parser.add_argument("--output", type=Path, default=Path("runs/two_objects"))
     parser.add_argument("--sheet", type=Path, default=Path("runs/two_objects.png"))
     parser.add_argument("--scenes", type=int, default=40, help="admitted scenes to attribute")
     parser.add_argument("--unlearning-scenes", type=int, default=10, help="how many of them by AbU+ also")
-    parser.add_argument(
-        "--pictures", type=int, help="only so many training images: a quick look, whose record stays in --output"
-    )
+    add_images(parser, help="only so many training images: a quick look, whose record stays in --output")
     parser.add_argument("--from-timestep", type=int, default=300, help="where a scene is denoised from")
     parser.add_argument("--sampling-steps", type=int, default=50, help="DDIM steps of the whole way from T")
     parser.add_argument("--timesteps", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=1000)
-    parser.add_argument("--visits", type=int, default=2, help="samples of the Fisher information an image and flip")
-    parser.add_argument("--rise", type=float, default=0.2)
+    add_noise_samples(parser, 1000)
+    add_samples_per_image(parser, 2)
+    add_relative_loss_increase(parser, 0.2)
     parser.add_argument("--weights", default="cross_attention_kv", help="which weights' gradients count")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -245,15 +249,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.log(admitted)
     # Without the null: nothing here is read from p-values.
     train = TrainingData(data.images, data.latents)
-    if options.pictures is not None:
-        train = part_of(train, scenes, options.pictures)
-    grid, fisher = LossGrid(timesteps=options.timesteps), FisherSettings(samples_per_image=options.visits)
+    if options.images is not None:
+        train = part_of(train, scenes, options.images)
+    grid, fisher = LossGrid(timesteps=options.timesteps), FisherSettings(samples_per_image=options.samples_per_image)
     few = len(BOXES) * min(options.unlearning_scenes, len(scenes))
     methods: dict[str, tuple[Attributor, list[Query]]] = {
         "influence function (EK-FAC)": (
             InfluenceFunction(
                 weights=options.weights,
-                noise_samples=options.draws,
+                noise_samples=options.noise_samples,
                 grid=grid,
                 fisher=fisher,
                 queries_per_pass=len(queries),
@@ -263,9 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "AbU+": (
             AttributionByUnlearning(
                 weights=options.weights,
-                # Half the usual draws: the search for the step is most of a query's time.
+                # Half the usual noise samples: the search for the step is most of a query's time.
                 unlearning=UnlearningSettings(
-                    noise_samples=options.draws, relative_loss_increase=options.rise, measurement_samples=200
+                    noise_samples=options.noise_samples,
+                    relative_loss_increase=options.relative_loss_increase,
+                    measurement_samples=200,
                 ),
                 grid=grid,
                 curvature="ekfac",
@@ -296,8 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result[name] = ranks_of(results[name], scenes[: len(mine) // len(BOXES)], concepts)
     print(table(result, len(train.images)))
     print(
-        f"\n{admitted}; {len(train.images):,} training images, {options.timesteps} timesteps, {options.draws} "
-        f"draws; peak resident memory {peak_memory() / 2**30:.1f} GiB"
+        f"\n{admitted}; {len(train.images):,} training images, {options.timesteps} timesteps, {options.noise_samples} "
+        f"noise samples; peak resident memory {peak_memory() / 2**30:.1f} GiB"
     )
     with replacing(options.sheet) as temporary:
         shown = np.stack([block.shown[row] for block, row in chosen])
@@ -326,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "ranks": {name: {kind: asdict(each) for kind, each in ranks.items()} for name, ranks in result.items()},
     }
-    folder = Path("results/emoji") if options.pictures is None else options.output
+    folder = Path("results/emoji") if options.images is None else options.output
     with replacing(folder / "two_objects.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     console.log(f"look: {options.sheet}   record: {folder / 'two_objects.json'}")

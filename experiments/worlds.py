@@ -11,7 +11,6 @@ was left out and how far both rankings agree.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import subprocess
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
+from experiments.support.arguments import script_parser
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
 from wherefrom.rankings.ranking_file import read_ranking
@@ -110,10 +110,10 @@ def write_shards(folder: Path, images: ImageSet, shards: int, members: int) -> N
                     names = (images.columns["name"][row] for row in (first, second))
                     caption = f"{' and '.join(names)}, {images.columns['style'][first]} style"
                 key = f"{shard:05d}{index % members:04d}"
-                stream = io.BytesIO()
-                image.save(stream, "PNG")
+                drawn = io.BytesIO()
+                image.save(drawn, "PNG")
                 told = {"key": key, "caption": caption, "url": f"emoji:{index}", "status": "success"}
-                files = {"png": stream.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
+                files = {"png": drawn.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
                 for suffix, content in files.items():
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(content)
@@ -254,7 +254,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
 
 def main() -> None:
     """Writes both worlds and runs their commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--members", type=int, default=1000)

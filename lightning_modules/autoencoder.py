@@ -26,6 +26,11 @@ def roughness(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     return (across + down) / 4
 
 
+def drawn(mean: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
+    """Samples of a normal distribution."""
+    return mean + spread * noise
+
+
 class Autoencoder(LightningModule):
     """Trains an `AutoencoderKL` on pixels: squared plus absolute error, KL, and smooth latents.
 
@@ -107,16 +112,17 @@ class Autoencoder(LightningModule):
             },
             prog_bar=True,
         )
-        return loss.mean()
+        total: Tensor = loss.mean()
+        return total
 
     def noisy(self, posterior: DiagonalGaussianDistribution, keys: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """The latents that training decodes; their noise depends only on the visit's key."""
         noise = keyed_random.normal(keys, posterior.mean.shape[1:], posterior.mean.dtype)
         if self.latent_noise is None:
-            return posterior.mean + posterior.std * noise
+            return drawn(posterior.mean, posterior.std, noise)
         assert self.kept_scale is not None  # scaled latents have a spread of 1
         share = keyed_random.uniform(keyed_random.combine(NOISE, keys))[:, :, None, None].to(noise.dtype)
-        return posterior.mean + self.latent_noise / self.kept_scale * share * noise
+        return drawn(posterior.mean, self.latent_noise / self.kept_scale * share, noise)
 
     def validation_step(self, batch: PixelBatch) -> None:
         """Logs the squared error of decoding the mean latent, and the latents' spread and roughness."""

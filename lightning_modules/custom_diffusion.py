@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from datamodules.exemplars import ExemplarBatch, Exemplars
 from lightning_modules.schedule import stepped_per_batch
 from wherefrom.data.stream import NOISE, LatentBatch
+from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.customization import add_word, embedding_of, encoder_of, learned_word, save_customized
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
@@ -100,8 +101,8 @@ class CustomDiffusion(LightningModule):
         self.log("train/exemplars", loss, batch_size=len(exemplars.keys))
         if "prior" in batch and self.prior_weight:
             prior: LatentBatch = batch["prior"]
-            kept = self._losses(prior, prior.states).mean()
-            self.log("train/prior", kept, batch_size=len(prior.states))
+            kept = self._losses(prior, prior.conditioning).mean()
+            self.log("train/prior", kept, batch_size=len(prior.keys))
             loss = loss + self.prior_weight * kept
         if not torch.isfinite(loss):
             raise ValueError(
@@ -119,17 +120,16 @@ class CustomDiffusion(LightningModule):
     def _exemplar_losses(self, batch: ExemplarBatch) -> Tensor:
         distinct = sorted(set(batch.captions))  # often there is one: each is read once
         with learned_word(self.text[0], self.number, self.embedding):
-            states = self.text[0].states(distinct)
-        return self._losses(batch, states[[distinct.index(caption) for caption in batch.captions]])
+            told = self.text[0].embed(distinct)
+        return self._losses(batch, told.at([distinct.index(caption) for caption in batch.captions]))
 
-    def _losses(self, batch: ExemplarBatch | LatentBatch, states: Tensor) -> Tensor:
+    def _losses(self, batch: ExemplarBatch | LatentBatch, conditioning: Conditioning) -> Tensor:
         """One loss per example; timestep and noise depend only on the visit's key."""
-        process = self._model[0].process
-        timesteps = (batch.times * process.steps).long()
+        timesteps = (batch.times * self._model[0].noise_schedule.steps).long()
         noise = keyed_random.normal(
             keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
         )
-        return self._model[0].losses(batch.latents, states, timesteps, noise)
+        return self._model[0].losses(batch.latents, conditioning, timesteps, noise)
 
     def model(self) -> DiffusionModel:
         """The customized model as it is now."""

@@ -74,12 +74,13 @@ class LatentDiffusion(LightningModule):
         if init_from is not None:
             unet.load_state_dict(type(unet).from_pretrained(init_from).float().state_dict())
         self.ema = copy.deepcopy(unet).requires_grad_(False).eval()
-        self.process = noise_schedule_of(noise_scheduler)
+        self.noise_schedule = noise_schedule_of(noise_scheduler)
         self.optimizer, self.scheduler, self.ema_decay = optimizer, scheduler, ema_decay
-        if max_snr_weight is not None and not (max_snr_weight > 0 and self.process.prediction == "v_prediction"):
+        if max_snr_weight is not None and not (max_snr_weight > 0 and self.noise_schedule.prediction == "v_prediction"):
             raise ValueError(
                 f"max_snr_weight {max_snr_weight}: it must be positive, and the noise scheduler's prediction_type "
-                f"'v_prediction' (it is {self.process.prediction!r}); leave it out to weight all timesteps alike."
+                f"'v_prediction' (it is {self.noise_schedule.prediction!r}); leave it out to weight all timesteps "
+                "alike."
             )
         self.max_snr_weight = max_snr_weight
         self.save_to, self.text_source, self.init_from = save_to, text_source, init_from
@@ -88,14 +89,15 @@ class LatentDiffusion(LightningModule):
 
     def timesteps(self, batch: LatentBatch) -> Int64[Tensor, " b"]:
         """The timestep of each visit."""
-        return (batch.times * self.process.steps).long()
+        return (batch.times * self.noise_schedule.steps).long()
 
     def weights(self, timesteps: Int64[Tensor, " b"]) -> Float[Tensor, " b"] | float:
         """min(1, γ (1 - ᾱ_t)), since 1 / (SNR + 1) = 1 - ᾱ_t."""
         if self.max_snr_weight is None:
             return 1.0
-        noise_share = self.process.spread[timesteps.cpu()].square()
-        return (self.max_snr_weight * noise_share).clamp(max=1.0).to(timesteps.device)
+        noise_share = self.noise_schedule.spread[timesteps.cpu()].square()
+        weights: Tensor = (self.max_snr_weight * noise_share).clamp(max=1.0)
+        return weights.to(timesteps.device)
 
     def losses(self, unet: nn.Module, batch: LatentBatch) -> Float[Tensor, " b"]:
         """One loss per example; timestep and noise depend only on the visit's key."""
@@ -103,7 +105,7 @@ class LatentDiffusion(LightningModule):
         noise = keyed_random.normal(
             keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
         )
-        return DiffusionModel(unet, self.process).losses(batch.latents, batch.states, timesteps, noise)
+        return DiffusionModel(unet, self.noise_schedule).losses(batch.latents, batch.conditioning, timesteps, noise)
 
     def training_step(self, batch: LatentBatch) -> Tensor:
         """The mean of the weighted per-example losses.
@@ -150,7 +152,7 @@ class LatentDiffusion(LightningModule):
 
     def model_of(self, encoder: LatentEncoder | None) -> DiffusionModel:
         """The averaged model with an encoder."""
-        return DiffusionModel(self.ema, self.process, encoder)
+        return DiffusionModel(self.ema, self.noise_schedule, encoder)
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""

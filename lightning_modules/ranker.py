@@ -129,7 +129,7 @@ class LearningToRank(LightningModule):
         """Embeds the training images once for all queries."""
         self.images = self.ranker.embed_all(self.data.training_features(), self.rows)
 
-    def validation_step(self, batch: RankedQueries) -> Predictions:
+    def validation_step(self, batch: RankedQueries) -> Predictions:  # type: ignore[override]  # callbacks are handed it
         """Logs the loss of all pairs that the teacher scored; callbacks judge the ranking."""
         cosines = self.ranker.embed(batch.queries) @ self.images.T
         logits = self.ranker.logits(cosines)

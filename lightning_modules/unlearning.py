@@ -87,8 +87,8 @@ class Unlearning(LightningModule):
         encoder.vae.to(self.device)
         encoder.text.model.to(self.device)
         runner, train = Runner.current(self.device), self.images.train_latents
-        channels, rows, columns = train.latents.shape[2:]
-        query = generate(self.diffusion, prompts=[self.prompt], seed=self.seed, shape=(channels, rows, columns))[0]
+        shape = train.latent_shape
+        query = generate(self.diffusion, prompts=[self.prompt], seed=self.seed, shape=shape)[0]
         assert query.latent is not None
         curvature: Curvature = Identity()
         if self.settings.newton:
@@ -102,7 +102,7 @@ class Unlearning(LightningModule):
                 settings=self.fisher,
                 damping=self.damping,
             )
-        latent = QueryLatent(query.id, query.latent, encoder.text.encode([self.prompt])[0])
+        latent = QueryLatent(query.id, query.latent, encoder.text.encode([self.prompt]).at(0))
         self.unlearner = Unlearner(
             self.diffusion,
             query=latent,

@@ -154,8 +154,8 @@ def _training(words: Sequence[str]) -> tuple[list[Stage], float, Any]:
         stages, blank = encoding(module.model_of(data.encoder), sizes, decode_s)
         assert blank.latents is not None
         rows = torch.arange(data.batch_size) % sizes.training
-        latents, states = blank.latents.latents[rows, 0], blank.latents.states[rows, 0]
-        batch = LatentBatch(torch.arange(data.batch_size), torch.rand(data.batch_size), latents, states)
+        latents, told = blank.latents.latents_at(rows, 0), blank.latents.conditioning_at(rows, 0)
+        batch = LatentBatch(torch.arange(data.batch_size), torch.rand(data.batch_size), latents, told)
     first, step_s = _steps(module, batch)
     return [*stages, Stage("the first step, which may compile", first)], step_s, cli
 

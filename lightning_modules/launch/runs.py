@@ -121,8 +121,7 @@ def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """(C, H, W) of a latent, and (height, width) of an image."""
     assert data.latents is not None
     height, width = (int(side) for side in data.images.pixels.shape[1:3])
-    channels, rows, columns = (int(side) for side in data.latents.latents.shape[2:])
-    return (channels, rows, columns), (height, width)
+    return data.latents.latent_shape, (height, width)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.processes import exit_status_of
 from tests.support.tiny import one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, InfluenceFunction, Query, Scores, TrainingData
 from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
@@ -25,7 +25,6 @@ from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.runtime import dataset_pass
 from wherefrom.runtime.artifacts import Store
 
-ROOT = Path(__file__).parents[2]
 COUNT = 280  # three chunks
 FISHER, GRID = FisherSettings(1), LossGrid(timesteps=1)
 QUERY = Query(
@@ -98,19 +97,19 @@ def stop_at(kind: type[SampledPass], position: int, how: Callable[[], None]) -> 
     SampledPass.step = stopping  # type: ignore[method-assign]
 
 
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def abu_plus_until_killed(root: Path, store: Path) -> None:
+    """AbU+, killed in the middle of the eigenvalues."""
+    stop_at(EigenvaluePass, 128, kill_this_process)
+    abu_plus(root, store)
+
+
 def killed(root: Path, store: Path) -> None:
     """Runs AbU+ in a process of its own, which is killed in the middle of the eigenvalues."""
-    script = """
-import os, signal, sys
-from pathlib import Path
-from tests.attributors import test_preconditioned as here
-here.stop_at(here.EigenvaluePass, 128, lambda: os.kill(os.getpid(), signal.SIGKILL))
-here.abu_plus(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root), str(store)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert exit_status_of(abu_plus_until_killed, root, store) == -signal.SIGKILL
 
 
 def stopped() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.attributors.influence.test_attributor import OTHER, influence, run
-from tests.attributors.unlearning.test_attributor import QUERY, TRAIN
+from tests.support.attribution import OTHER, QUERY, TRAIN, influence, run
 from tests.support.tiny import tiny_encoder, tiny_model
 from wherefrom.attributors import PixelSimilarity, Rerank
 from wherefrom.models.diffusion import DiffusionModel

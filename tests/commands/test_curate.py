@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import evaluate
-from tests.attributors.influence.test_attributor import influence
-from tests.attributors.unlearning.test_attributor import HELD_OUT, TRAIN
+from tests.support.attribution import HELD_OUT, TRAIN, influence
 from tests.support.tiny import attribution_config, one_process, text_folder, tiny_encoder, tiny_model
 from wherefrom.attributors import (
     Attributor,
@@ -72,7 +71,7 @@ def made(folder: Path, model: DiffusionModel, data: TrainingData, **options: Any
 
 def test_it_holds_what_the_teacher_says(model: DiffusionModel, data: TrainingData, tmp_path: Path) -> None:
     result = made(tmp_path / "set", model, data, teacher=influence(), block_size=2)
-    assert result.is_whole
+    assert result.is_complete
     assert result.images == data.images.ids
     assert set(result.prompts) <= {several[0] for several in data.images.captions}
     queries = generate(

@@ -20,14 +20,14 @@ from wherefrom.attributors import AttributionByUnlearning, Attributor, PixelSimi
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.commands.customization_benchmark import (
     ROWS,
-    Found,
+    ExemplarRetrieval,
     benchmark,
     exemplar_images,
     hide,
     summarise,
-    without_word,
+    without_new_words,
 )
-from wherefrom.commands.customization_tasks import Task, cases_of, read_abc, read_all, read_tasks
+from wherefrom.commands.customization_tasks import Task, read_abc, read_all, read_tasks, tasks_by_kind
 from wherefrom.curvature import FisherSettings
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
@@ -111,7 +111,7 @@ def test_both_layouts_are_read(root: Path) -> None:
     assert released[1] == replace(
         tasks[3], model=None, caption="", queries=tuple(replace(each, prompt="") for each in tasks[3].queries)
     )
-    assert {kind: [task.name for task in result] for kind, result in cases_of(tasks, ["test_styles"]).items()} == {
+    assert {kind: [task.name for task in result] for kind, result in tasks_by_kind(tasks, ["test_styles"]).items()} == {
         "objects": ["test_objects/0", "test_objects/1"],
         "styles": ["test_styles/0", "test_styles/1"],
     }
@@ -128,7 +128,7 @@ def test_lists_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> No
         with pytest.raises(error, match=match):
             read(file, root)
 
-    refused("is no JSON", "{")
+    refused("is not valid JSON", "{")
     refused("should hold a list of entries", {})
     refused("should hold a list of entries", [])
     refused("should hold a list of entries", ["a"])
@@ -147,7 +147,7 @@ def test_lists_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> No
     )
     tasks = read_tasks(root / "tasks.json", root)
     with pytest.raises(ValueError, match="there is no test case 'test_bamfg'; there are test_objects, test_styles"):
-        cases_of(tasks, ["test_bamfg"])
+        tasks_by_kind(tasks, ["test_bamfg"])
     with pytest.raises(ValueError, match="the model test_objects/0 is in another file"):
         read_all([root / "tasks.json", root / "json" / "test_objects.json"], root)
     with pytest.raises(ValueError, match="limit must be positive; given 0"):
@@ -155,10 +155,10 @@ def test_lists_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> No
 
 
 def test_a_prompt_loses_its_new_words() -> None:
-    assert without_word("photo of a <new1> cat") == "photo of a cat"
-    assert without_word("<new1>, openmoji style") == "openmoji style"
-    assert without_word("a cat , <new1> style") == "a cat, style"
-    assert without_word("a <b") == "a <b"
+    assert without_new_words("photo of a <new1> cat") == "photo of a cat"
+    assert without_new_words("<new1>, openmoji style") == "openmoji style"
+    assert without_new_words("a cat , <new1> style") == "a cat, style"
+    assert without_new_words("a <b") == "a <b"
 
 
 class Known(Attributor):
@@ -227,8 +227,8 @@ def test_numbers_are_those_of_hand(root: Path, tmp_path: Path) -> None:
 
 
 def test_errors_are_of_means_over_models() -> None:
-    def row(task: str, recall: float, precision: float) -> Found:
-        return Found("m", "objects", task, "q", "with", recall, precision, 1, 20, 0.5)
+    def row(task: str, recall: float, precision: float) -> ExemplarRetrieval:
+        return ExemplarRetrieval("m", "objects", task, "q", "with", recall, precision, 1, 20, 0.5)
 
     (line,) = summarise([row("a", 0.0, 0.1), row("a", 0.2, 0.3), row("b", 0.5, 0.6), row("c", 0.3, 0.1)])
     means = np.array([0.1, 0.5, 0.3])
@@ -335,7 +335,7 @@ def test_what_cannot_be_benchmarked_is_refused(root: Path, tmp_path: Path) -> No
         run(tasks, {})
     with pytest.raises(ValueError, match="abu needs the customized model, but the task test_objects/0 names none"):
         run([replace(tasks[0], model=None)], {"abu": AttributionByUnlearning("all")})
-    with pytest.raises(ValueError, match=r"names the model .*nowhere, which is no folder"):
+    with pytest.raises(ValueError, match=r"names the model .*nowhere, which is not a folder"):
         run([replace(tasks[0], model=tmp_path / "nowhere")], {"pixel": PixelSimilarity()})
     odd = replace(tasks[0], queries=(QueryImage(str(tmp_path / "none.png"), ""),))
     with pytest.raises(ValueError, match="is not a file"):

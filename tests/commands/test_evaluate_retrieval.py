@@ -19,10 +19,10 @@ from torchmetrics.retrieval import RetrievalMAP, RetrievalRecall
 
 import evaluate
 from tests.support.tiny import attribution_config
-from wherefrom.commands.complete_rankings import check_alike, read_whole_rankings
-from wherefrom.commands.evaluate_retrieval import agreements, as_table, named_folders, retrieval
+from wherefrom.commands.complete_rankings import check_comparable, read_complete_rankings
+from wherefrom.commands.evaluate_retrieval import as_table, named_folders, retrieval, retrieval_scores
 from wherefrom.distillation.teacher_set import Features, TeacherSet, write_teacher_set
-from wherefrom.metrics.retrieval import Depth
+from wherefrom.metrics.retrieval import Cutoff
 from wherefrom.rankings.ranking_file import RANKING, write_ranking
 from wherefrom.runtime.artifacts import read_manifest, write_json, write_manifest
 
@@ -136,14 +136,14 @@ def test_more_queries_than_the_teachers_are_left_out(tmp_path: Path) -> None:
     ("k", "number"), [(10, 10), (10.0, 10), (1, 1), (40, 40), (0.5, 20), (0.0042, 1), (0.034, 1), (0.0385, 2)]
 )
 def test_depths(k: float, number: int) -> None:
-    assert Depth.of(k, 40).number == number
-    assert Depth.of(500 / 118_287, 118_287).number == 500
+    assert Cutoff.of(k, 40).number == number
+    assert Cutoff.of(500 / 118_287, 118_287).number == 500
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, 41])
 def test_wrong_depths_are_refused(k: float) -> None:
     with pytest.raises(ValueError, match=f"from 1 to 40, the number of training images; given {k}"):
-        Depth.of(k, 40)
+        Cutoff.of(k, 40)
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_table(tmp_path: Path) -> None:
         "| ceiling | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 | 3 |",
     ]
     one = run_folder(tmp_path / "one", scores_of(0)[:1], 0, QUERIES[:1])
-    (row, *_) = agreements("x", read_whole_rankings(one), read_whole_rankings(teacher), [Depth(3)])
+    (row, *_) = retrieval_scores("x", read_complete_rankings(one), read_complete_rankings(teacher), [Cutoff(3)])
     assert (row.error, row.count) == (None, 1)
     assert "1.000 ± – " in as_table([row])
 
@@ -197,7 +197,7 @@ def repeat(columns: dict[str, list[Any]]) -> None:
     ("change", "message"),
     [
         (manifest(complete=False), "is not complete: run the same evaluate.py attribute command again"),
-        (manifest(cut=100), "is cut: it keeps only the first 100 images"),
+        (manifest(cut=100), "is truncated: it keeps only the first 100 images"),
         (manifest(model="n"), "are of other models: n and m"),
         (manifest(training_pictures="u"), "are of other training images: u and t"),
         (
@@ -244,7 +244,7 @@ def test_only_the_ceiling_may_come_from_another_model(tmp_path: Path) -> None:
     teacher, other = run_folder(tmp_path / "t", scores_of(0)), run_folder(tmp_path / "m", scores_of(1), model="seed 1")
     assert {row.method for row in retrieval(tmp_path, teacher, {}, other)} == {"ceiling"}
     nobody = run_folder(tmp_path / "n", scores_of(1), model=None)
-    check_alike(read_whole_rankings(teacher), read_whole_rankings(nobody))
+    check_comparable(read_complete_rankings(teacher), read_complete_rankings(nobody))
     with pytest.raises(ValueError, match="are of other models"):
         retrieval(tmp_path, teacher, {"m": other})
 
@@ -297,4 +297,7 @@ def test_methods_are_run_and_measured_through_the_command_line(tmp_path: Path) -
     by_method = {row["method"]: row["mean"] for row in result["rows"] if row["metric"] == "mAP" and row["k"]["share"]}
     assert list(by_method) == ["kept", "pixel", "random", "ceiling"]
     assert by_method["kept"] == by_method["pixel"] == by_method["ceiling"] == 1.0 > by_method["random"]
-    assert read_whole_rankings(tmp_path / "out" / "random").images == read_whole_rankings(tmp_path / "teacher").images
+    assert (
+        read_complete_rankings(tmp_path / "out" / "random").images
+        == read_complete_rankings(tmp_path / "teacher").images
+    )

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import evaluate
 import train
-from datamodules import ImageFolder
-from lightning_modules.launch import runs
-from lightning_modules.launch.recipe import Recipe
-from tests.support.tiny import LENGTH, one_process, text_folder, training_config
+from tests.support.processes import exit_status_of
+from tests.support.retrains import SOURCE, Retraining
+from tests.support.tiny import one_process, training_config
 from wherefrom.attributors import PixelSimilarity, Query, Scores
-from wherefrom.counterfactual.datamodeling_experiment import RandomSubsets
 from wherefrom.counterfactual.effect_table import as_table
 from wherefrom.counterfactual.evaluate import evaluate_counterfactual
-from wherefrom.counterfactual.measurements import MeasurementsByQuery, MeasurementTable
+from wherefrom.counterfactual.measurements import MeasurementTable
 from wherefrom.counterfactual.protocol import Protocol
 from wherefrom.counterfactual.query_panel import Panel
 from wherefrom.counterfactual.random_curve import random_equivalent, random_removal_curve
@@ -33,19 +30,15 @@ from wherefrom.counterfactual.removal_plan import plan_evaluation
 from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import QuerySource, generate
 from wherefrom.runtime import keyed_random
-from wherefrom.runtime.artifacts import Store
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
 ]
-ROOT = Path(__file__).parents[2]
 COUNT = 40
-SOURCE = QuerySource(prompts=["red square", "blue circle"], sampling_steps=2)
 REVERSED = QuerySource(prompts=SOURCE.prompts[::-1], sampling_steps=2)
 
 
@@ -59,31 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_file(folder: Path) -> Path:
     """A recipe of six steps."""
     return training_config(folder, "recipe", steps=6, count=COUNT)
-
-
-class Retraining:
-    """Retrained models of the recipe in a store of their own, and what they trained."""
-
-    def __init__(self, recipe_file: Path, store: Path) -> None:
-        pipeline = recipe_file.parent / "pipeline"
-        encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
-        module = ImageFolder(str(recipe_file.parent / "pictures"), encoder=encoder, store=str(store))
-        module.prepare_data()
-        module.setup()
-        self.data = runs.training_data_of(module)
-        recipe, self.trained = Recipe(recipe_file, store), []
-        assert self.data.latents is not None
-
-        def train_one(job: RetrainingJob, place: Path) -> None:
-            self.trained.append(job)
-            recipe.train(job, place)
-
-        self.store = Store(store)
-        latents = self.data.latents
-        self.models = RetrainedModels(self.store, recipe.identity(), latents.ids, latents.fingerprint, train_one)
-
-    def measure(self, job: RetrainingJob, panel: Panel, table: MeasurementTable) -> MeasurementsByQuery:
-        return Sweep(self.models, panel=panel, table=table).measure([job])[job]
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +125,13 @@ def test_a_measurement_is_the_mean_of_single_losses(base: DiffusionModel, panel:
     query = panel.queries[1]
     assert base.encoder is not None
     assert query.latent is not None
-    states, losses = base.encoder.text.encode([query.prompt]), []
+    told, losses = base.encoder.text.encode([query.prompt]), []
     for index, timestep in enumerate(range(0, 1000, 100)):
         keys = keyed_random.combine(
             keyed_random.hash_texts([query.id]), keyed_random.combine(201, 0, 0, 0, timestep, 0)
         )
         noise = keyed_random.normal(keys, query.latent.shape, torch.float32)
-        loss = base.losses(query.latent[None], states, torch.tensor([timestep]), noise)
+        loss = base.losses(query.latent[None], told, torch.tensor([timestep]), noise)
         assert measured[query.id].losses[index] == pytest.approx(float(loss), rel=1e-3), "kept in half precision"
         losses.append(float(loss))
     assert measured[query.id].loss == pytest.approx(float(np.mean(losses)), rel=1e-5)
@@ -218,18 +186,30 @@ def experiment_file(folder: Path, recipe_file: Path, name: str, store: str, **se
     return path
 
 
+def judge_until_killed(config: Path) -> None:
+    """The command, whose process is killed when the second model is measured and before it is said so."""
+    add, added = MeasurementTable.add, []
+
+    def add_and_die(self: MeasurementTable, *arguments: Any, **keywords: Any) -> None:
+        add(self, *arguments, **keywords)
+        added.append(arguments)
+        if len(added) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MeasurementTable.add = add_and_die  # type: ignore[method-assign]
+    evaluate.main(["counterfactual", "-c", str(config)])
+
+
 def test_the_command_line_judges_and_goes_on_after_a_kill(recipe_file: Path, folder: Path) -> None:
     config = experiment_file(folder, recipe_file, "killed", "killed store")
     table = folder / "killed" / "retrains.parquet"
-    command = [sys.executable, str(ROOT / "evaluate.py"), "counterfactual", "-c", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not table.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed while there was work left"
+    assert exit_status_of(judge_until_killed, config) == -signal.SIGKILL
+    measured = len(pq.read_table(table))
     before = {path: path.stat().st_mtime_ns for path in retrained(folder / "killed store")}
+    assert not (folder / "killed" / "counterfactual.json").exists()
     evaluate.main(["counterfactual", "-c", str(config)])
-    assert before
+    assert 0 < measured < len(pq.read_table(table)), "it was killed while there were models to measure"
+    assert 0 < len(before) < len(retrained(folder / "killed store")), "and models to train"
     assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "trained again"
     whole = experiment_file(folder, recipe_file, "whole", "whole store")
     evaluate.main(["counterfactual", "-c", str(whole)])
@@ -271,20 +251,6 @@ def test_the_command_line_trains_on_random_subsets(recipe_file: Path, folder: Pa
     trained = [each["identity"] for each in manifests if each["identity"]["excluded_count"] == COUNT // 2]
     assert sorted(identity["seed"] for identity in trained) == [0, 0, 0, 0, 1, 1, 1]
     assert len({identity["excluded"] for identity in trained}) == 4
-
-
-def test_subsets_are_random_and_of_one_size() -> None:
-    ids = [f"image {index}" for index in range(41)]
-    subsets = RandomSubsets(count=200).masks(ids)
-    assert (subsets.sum(axis=1) == 20).all()
-    assert abs(subsets.mean(axis=0) - 20 / 41).max() < 0.15
-    assert np.array_equal(RandomSubsets(count=5, repeated=0).masks(ids[::-1])[:, ::-1], subsets[:5]), (
-        "the order of the ids is not used"
-    )
-    assert not np.array_equal(RandomSubsets(count=5, seed=1, repeated=0).masks(ids), subsets[:5])
-    for settings in ({"count": 2, "repeated": 0}, {"share": 1.0}, {"repeated": 33}):
-        with pytest.raises(ValueError, match="needs at least 3 subsets"):
-            RandomSubsets(**settings)
 
 
 def test_deviations_are_logged_while_a_model_is_trained_again(

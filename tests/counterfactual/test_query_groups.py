@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.counterfactual.test_removal import RANKINGS
+from tests.support.removals import RANKINGS
 from wherefrom.counterfactual.query_groups import group_queries
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.removals import RANKINGS, TRAINING
 from wherefrom.counterfactual.removal import Removal, plan_removals, random_removals
 
-TRAINING = [f"picture/{index:03d}" for index in range(200)]
 # Queries 0 and 1 share their first five images; all others are apart.
-RANKINGS = {f"query {index}": TRAINING[10 * max(1, index) :] + TRAINING[: 10 * max(1, index)] for index in range(6)}
 
 
 def test_a_removal_is_the_union_of_its_queries_tops() -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from tests.counterfactual.test_report import HOSTILE, effect, evaluated, row
+from tests.support.evaluations import HOSTILE, effect, evaluated, row
 from wherefrom.counterfactual.effect_table import with_error
 from wherefrom.counterfactual.replacements import shown_file
 from wherefrom.counterfactual.report import CURVES, write_counterfactual_report

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.counterfactual.test_report import evaluated
+from tests.support.evaluations import evaluated
 from wherefrom.counterfactual.effect_table import CounterfactualRow, as_table
 from wherefrom.counterfactual.report import write_counterfactual_report
 from wherefrom.counterfactual.results_file import COUNTERFACTUAL, read_results

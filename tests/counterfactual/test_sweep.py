@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_modules.launch.recipe import Recipe
-from tests.counterfactual.test_evaluate import SOURCE, Retraining
+from tests.support.retrains import SOURCE, Retraining
 from tests.support.tiny import training_config
 from wherefrom.counterfactual.measurements import MeasurementTable, ModelMeasurements
 from wherefrom.counterfactual.query_panel import Panel

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
-from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac, load_ekfac, save_ekfac
+from tests.support.curvature import DATA, SETTINGS, assert_close, names_of
+from tests.support.tiny import moved_copy, one_process, tiny_model
+from wherefrom.curvature import EKFAC, fit_ekfac, load_ekfac, save_ekfac
 from wherefrom.curvature.ekfac import KroneckerFactors, eigenvectors_of
 from wherefrom.curvature.fisher_samples import SampledPass
 from wherefrom.curvature.kronecker import plan_layers
@@ -21,13 +22,7 @@ from wherefrom.models.parameter_subsets import Subset, select_weights
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 
-DATA = tiny_latents(4, captions=2)
-SETTINGS = FisherSettings(samples_per_image=2, seed=3)
 CROSS = "mid_block.attentions.0.transformer_blocks.0.attn2"
-
-
-def names_of(model: DiffusionModel, subset: Subset) -> list[str]:
-    return list(select_weights(model.denoiser, subset))
 
 
 def fit(
@@ -92,9 +87,9 @@ class Loop:
             for flip in range(2):
                 for visit in range(SETTINGS.samples_per_image):
                     timestep, caption, key = noise_samples(*(torch.tensor([value]) for value in (image, flip, visit)))
-                    latent = DATA.latents[image, flip][None]
+                    latent = DATA.groups[0].latents[image, flip][None]
                     noise = keyed_random.normal(key, latent.shape[1:], torch.float64)
-                    loss = self.model.losses(latent, DATA.states[image, caption], timestep, noise).sum()
+                    loss = self.model.losses(latent, DATA.conditioning_at(image, caption), timestep, noise).sum()
                     targets = [*self.outputs.values(), *self.parameters.values()]
                     result = torch.autograd.grad(loss, targets)
                     yield (
@@ -160,12 +155,6 @@ def dense_steps(model: DiffusionModel, gradient: Mapping[str, Tensor], damping: 
             fisher = squares[name] / count
             steps[name] = gradient[name] / (fisher + damping * fisher.mean())
     return steps
-
-
-def assert_close(result: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float) -> None:
-    assert result.keys() == expected.keys()
-    for name, value in expected.items():
-        assert float((result[name] - value).abs().max()) <= rtol * float(value.abs().max()), name
 
 
 @pytest.mark.parametrize("subset", ["cross_attention_kv", "all"])

@@ -16,7 +16,7 @@ from kronfluence.factor.eigen import load_lambda_matrices
 from torch import Tensor, nn
 
 from benchmarks.curvature import Case
-from tests.curvature.test_ekfac import assert_close
+from tests.support.curvature import assert_close
 from tests.support.tiny import tiny_latents, tiny_model
 from wherefrom.curvature import EKFAC, FisherSettings, load_ekfac, save_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.curvature.test_ekfac import DATA, SETTINGS, names_of
+from tests.support.curvature import DATA, SETTINGS, names_of
 from tests.support.tiny import one_process, tiny_model
 from wherefrom.curvature import ekfac_plan, fit_ekfac, planning
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass

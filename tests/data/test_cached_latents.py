@@ -21,6 +21,7 @@ from wherefrom.data.cached_latents import read_cached_latents
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.mscoco import CocoOptions, build_mscoco
 from wherefrom.data.stream import Visit
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store
 
@@ -52,15 +53,15 @@ def read(tmp_path: Path, arrays: dict[str, Any]) -> Callable[..., EncodedImages]
 def test_mirror_images_come_after_the_images(read: Callable[..., EncodedImages], arrays: dict[str, Any]) -> None:
     made = read()
     assert made.ids == tuple(IDS)
-    assert made.latents.shape == (COUNT, 2, 4, 4, 4)
+    assert made.groups[0].latents.shape == (COUNT, 2, 4, 4, 4)
     for row in range(COUNT):
         for flip in range(2):
-            assert np.array_equal(made.latents[row, flip], arrays["latents"][row + flip * COUNT])
-    assert np.array_equal(made.states, arrays["states"])
+            assert np.array_equal(made.groups[0].latents[row, flip], arrays["latents"][row + flip * COUNT])
+    assert np.array_equal(made.groups[0].conditioning[PROMPT], arrays["states"])
     assert made.images.pixels.shape == (COUNT, 32, 32, 3)
     assert made.images.pixels.base.nbytes <= 8, "the grey images take no memory"
     part = made.subset([4, 1])
-    assert np.array_equal(part.latents[0, 1], arrays["latents"][4 + COUNT])
+    assert np.array_equal(part.groups[0].latents[0, 1], arrays["latents"][4 + COUNT])
 
 
 def test_nothing_is_read_but_what_is_used(
@@ -68,7 +69,7 @@ def test_nothing_is_read_but_what_is_used(
 ) -> None:
     made = read()
     np.load(tmp_path / "latents.npy", mmap_mode="r+")[COUNT + 2] = 7  # seen through the map: it is no copy
-    assert (made.latents[2, 1] == 7).all()
+    assert (made.groups[0].latents[2, 1] == 7).all()
 
 
 def test_training_without_the_empty_caption(
@@ -77,12 +78,12 @@ def test_training_without_the_empty_caption(
     with pytest.raises(ValueError, match=r"caption_dropout needs the states of the empty caption"):
         LatentVisits(read(), seed=0)
     batch = LatentVisits(read(), seed=0, caption_dropout=0.0).__getitems__([Visit(row, 0) for row in range(COUNT)])
-    assert batch.states.isfinite().all()
+    assert batch.conditioning[PROMPT].isfinite().all()
     assert batch.latents.dtype == torch.float32
     dropped = LatentVisits(read(null_states=tmp_path / "null.npy"), seed=0, caption_dropout=1.0).__getitems__(
         [Visit(0, 0)]
     )
-    assert np.array_equal(dropped.states, arrays["null"])
+    assert np.array_equal(dropped.conditioning[PROMPT], arrays["null"])
 
 
 def test_the_fingerprint_follows_ids_and_numbers(tmp_path: Path, read: Callable[..., EncodedImages]) -> None:
@@ -136,8 +137,9 @@ def test_ready_made_arrays_give_the_ranking_of_encoded_images(tmp_path: Path) ->
     assert encoder is not None
     assert encoder.text.length == LENGTH
     made = encode_image_set(images, encoder=encoder, store=Store(tmp_path / "store"))
-    np.save(tmp_path / "l.npy", np.concatenate([made.latents[:, 0].numpy(), made.latents[:, 1].numpy()]))
-    np.save(tmp_path / "s.npy", made.states.numpy())
+    own = made.groups[0].latents.numpy()
+    np.save(tmp_path / "l.npy", np.concatenate([own[:, 0], own[:, 1]]))
+    np.save(tmp_path / "s.npy", made.groups[0].conditioning[PROMPT].numpy())
     data["init_args"]["ready_made"] = {"latents": str(tmp_path / "l.npy"), "states": str(tmp_path / "s.npy")}
     ready = scores("ready")
     assert ready == pytest.approx(encoded, rel=1e-5, abs=1e-9)
@@ -154,5 +156,7 @@ def test_ready_made_arrays_give_the_ranking_of_encoded_images(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "store" / "latents")
     module.setup()
     assert module.train_latents.ids == tuple(subset)
-    assert torch.equal(module.train_latents.latents[1, 1], torch.from_numpy(np.load(tmp_path / "l.npy")[5 + 12]))
+    assert torch.equal(
+        module.train_latents.groups[0].latents[1, 1], torch.from_numpy(np.load(tmp_path / "l.npy")[5 + 12])
+    )
     assert module.train_latents.images.captions == module.train_images.captions

@@ -81,7 +81,7 @@ def test_floating_point_pixels_have_no_white(folder: Path, build: Callable[..., 
     make(folder, 1)
     Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "x.tif")
     write_metadata(folder, [{"file_name": name, "text": "x"} for name in ("0.png", "x.tif")])
-    with pytest.raises(ValueError, match=r"x\.tif .*mode 'F' have no agreed white"):
+    with pytest.raises(ValueError, match=r"x\.tif .*mode 'F' have no defined white level"):
         build()
 
 
@@ -209,7 +209,7 @@ def test_unreadable_images_are_skipped_if_asked_and_counted(
     for _ in range(2):  # built, then found in the store
         with caplog.at_level(logging.WARNING):
             images = build(skip_unreadable=True)
-        assert "left out 3 of 5 images that cannot be read: '1.png', '2.png', '4.png'" in caplog.text
+        assert "skipped 3 of 5 images that cannot be read: '1.png', '2.png', '4.png'" in caplog.text
         caplog.clear()
     assert images.ids == ("0.png", "3.png")
     expected = np.stack([np.asarray(Image.open(folder / name)) for name in images.ids])

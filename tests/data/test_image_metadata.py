@@ -214,9 +214,9 @@ def test_images_that_no_metadata_names(folder: Path, build: Callable[..., ImageS
         ({"file_name": "loop.png"}, r"line 2: there is no file 'loop\.png'"),
         ({"id": "other\0"}, r"line 2: the id 'other\\x00' holds a NUL character or a line break"),
         ({"id": "other\n"}, r"line 2: the id 'other\\n' holds a NUL character or a line break"),
-        ({"id": None}, r"line 2: the id None is not one"),
-        ({"id": " "}, r"line 2: the id ' ' is not one"),
-        ({"id": 1.0}, r"line 2: the id 1\.0 is not one"),
+        ({"id": None}, r"line 2: the id None is not valid"),
+        ({"id": " "}, r"line 2: the id ' ' is not valid"),
+        ({"id": 1.0}, r"line 2: the id 1\.0 is not valid"),
         ({"id": "0.png"}, r"line 1 and .*line 2 have the same id '0\.png'"),
         ({"file_name": "./0.png"}, r"line 1 and .*line 2 have the same id '0\.png'.* as a list"),
         ({"split": "train"}, r"line 1: the split is missing, while other images have one"),
@@ -250,7 +250,7 @@ def test_links_within_the_folder_are_followed(folder: Path, build: Callable[...,
 def test_either_all_images_have_an_id_or_none(folder: Path, build: Callable[..., ImageSet]) -> None:
     rows = make(folder)
     write_metadata(folder, [{**rows[0], "id": "x"}, *rows[1:]])
-    with pytest.raises(ValueError, match="line 2: the id None is not one"):
+    with pytest.raises(ValueError, match="line 2: the id None is not valid"):
         build()
 
 

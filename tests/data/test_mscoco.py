@@ -6,8 +6,6 @@ import copy
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from PIL import Image
 
 import evaluate
 from datamodules import MSCOCO
+from tests.support.processes import exit_status_of
 from tests.support.tiny import attribution_config
 from tests.support.worlds import LICENSES, make_coco, write_captions
 from wherefrom.data import mscoco
@@ -157,7 +156,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(
     for _ in range(2):  # decoded, then found
         with caplog.at_level(logging.WARNING):
             images = coco(skip_unreadable=True)
-        assert f"11 images are used; left out were 1 cannot be read: '{broken.name}'" in caplog.text
+        assert f"11 images are used; skipped were 1 cannot be read: '{broken.name}'" in caplog.text
         caplog.clear()
     assert len(images) == len(images.pixels) == 11
     assert str(told["images"][2]["id"]) not in images.ids
@@ -195,37 +194,20 @@ def test_the_store_is_used_until_a_file_changes(folder: Path, told: Told, coco: 
     assert coco().fingerprint != first.fingerprint
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from wherefrom.data import mscoco
-from wherefrom.runtime.artifacts import Store
+def build_until_killed(store: Path, folder: Path) -> None:
+    """Decodes eight images in parts of five, and is killed."""
+    mscoco._PART = 5
 
-mscoco._PART = 5
+    def progress(done: int, total: int) -> None:
+        if done == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def progress(done, total):
-    if done == 8:
-        print("ready", flush=True)
-        sys.stdin.read()
-
-store, folder = sys.argv[1:]
-captions = Path(folder, "annotations", "captions_train2017.json")
-mscoco.build_mscoco(Store(store), Path(folder, "train2017"), captions, mscoco.CocoOptions(size=8), progress=progress)
-"""
+    captions = folder / "annotations" / "captions_train2017.json"
+    build_mscoco(Store(store), folder / "train2017", captions, CocoOptions(size=8), progress=progress)
 
 
 def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, folder: Path, coco: Callable[..., ImageSet]) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(folder)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        os.kill(process.pid, signal.SIGKILL)
+    assert exit_status_of(build_until_killed, tmp_path / "store", folder) == -signal.SIGKILL
     seen: list[int] = []
     resumed = coco(progress=lambda done, total: seen.append(done))
     assert seen == [6, 7, 8, 9, 10, 11, 12], "the first part of five was finished"

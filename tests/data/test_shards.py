@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.worlds import jpeg_of, make_shards, plain, write_shard
-from wherefrom.data.decoding import Problem
+from wherefrom.data.decoding import SkippedItem
 from wherefrom.data.shards import DAMAGED, REFUSED, ShardSample, read_shard
 from wherefrom.data.webdataset import ShardOptions, build_laion
 from wherefrom.runtime.artifacts import Store
@@ -31,7 +31,7 @@ def test_a_cut_at_any_byte_gives_a_beginning_of_the_samples(folder: Path, keys: 
     for at in range(1, len(end), step):
         cut.write_bytes(content[:at])
         result = list(read_shard(cut))
-        assert isinstance(result[-1], Problem)
+        assert isinstance(result[-1], SkippedItem)
         assert result[-1].kind == DAMAGED
         samples = [sample for sample in result[:-1] if isinstance(sample, ShardSample)]
         assert samples[:-1] == whole[: max(len(samples) - 1, 0)]
@@ -49,7 +49,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(folder: Path, keys: list[
     path.write_bytes(content)
     result = list(read_shard(path))
     assert [sample.key for sample in result if isinstance(sample, ShardSample)] == keys[1][:3]
-    assert isinstance(result[-1], Problem)
+    assert isinstance(result[-1], SkippedItem)
     assert result[-1].kind == DAMAGED
 
 
@@ -65,9 +65,9 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(folder: Path, keys: list[
         ("x.jpg", {"type": tarfile.LNKTYPE, "linkname": "ok.jpg", "size": 0}, "plain file"),
         ("x.jpg", {"type": tarfile.CHRTYPE, "size": 0}, "plain file"),
         ("x.jpg", {"type": tarfile.FIFOTYPE, "size": 0}, "plain file"),
-        ("x\ny.jpg", {}, "is not one"),
-        ("x\udcff.jpg", {}, "is not one"),
-        ("x" * 300 + ".jpg", {}, "is not one"),
+        ("x\ny.jpg", {}, "is not valid"),
+        ("x\udcff.jpg", {}, "is not valid"),
+        ("x" * 300 + ".jpg", {}, "is not valid"),
         (".jpg", {}, "no key"),
     ],
 )
@@ -80,7 +80,7 @@ def test_tricks_are_refused_and_counted(
     )
     before = set(tmp_path.rglob("*"))
     result = list(read_shard(shard))
-    (problem,) = (each for each in result if isinstance(each, Problem))
+    (problem,) = (each for each in result if isinstance(each, SkippedItem))
     assert problem.kind == REFUSED
     assert reason in problem.detail
     assert problem.name.isprintable()
@@ -100,5 +100,5 @@ def test_a_size_that_a_header_invents_is_not_believed(folder: Path, size: int) -
     content[text.offset_data - 512 : text.offset_data] = invented.tobuf(tarfile.GNU_FORMAT)
     shard.write_bytes(content)
     result = list(read_shard(shard))
-    assert [each.kind for each in result if isinstance(each, Problem)] == [DAMAGED]
+    assert [each.kind for each in result if isinstance(each, SkippedItem)] == [DAMAGED]
     assert [list(each.members) for each in result if isinstance(each, ShardSample)] == [["jpg"]]

@@ -21,7 +21,7 @@ from datamodules import LAION
 from tests.support.tiny import attribution_config
 from tests.support.worlds import jpeg_of, make_shards, plain, sample_of, write_shard, write_table
 from wherefrom.data import webdataset
-from wherefrom.data.decoding import Problem, Sample, share_out
+from wherefrom.data.decoding import Sample, SkippedItem, assign_parts
 from wherefrom.data.image_folder import split_images
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.shards import DAMAGED, LARGE, REFUSED
@@ -52,9 +52,9 @@ def build(tmp_path: Path, folder: Path, store: str = "store", subset: Any = None
     )
 
 
-def problems(tmp_path: Path, store: str = "store") -> list[Problem]:
+def problems(tmp_path: Path, store: str = "store") -> list[SkippedItem]:
     (made,) = (path for path in (tmp_path / store / "laion").iterdir() if path.suffix != ".partial")
-    return [Problem(*each) for each in read_manifest(made)["problems"]]
+    return [SkippedItem(*each) for each in read_manifest(made)["problems"]]
 
 
 def test_keys_captions_columns_and_pixels(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
@@ -158,7 +158,7 @@ def test_broken_members_are_counted_by_name(
         REFUSED: ["twice.jpg", "ok.png", "ok.txt"],
         LOST: ["gone"],
     }
-    assert "4 images are used; left out were 4 images that cannot be decoded: '00000.tar: cut'" in caplog.text
+    assert "4 images are used; skipped were 4 images that cannot be decoded: '00000.tar: cut'" in caplog.text
     assert "decompression bomb" in next(each.detail for each in problems(tmp_path) if each.name.endswith("warned"))
 
 
@@ -179,7 +179,7 @@ def test_bad_folders_and_tables_are_refused_before_anything_is_decoded(
         build(tmp_path, folder, columns=("punsafe",))
     with pytest.raises(ValueError, match=r"has no column 'terms'"):
         build(tmp_path, folder, license="terms")
-    with pytest.raises(ValueError, match=r"'shard' is a column of wherefrom's own"):
+    with pytest.raises(ValueError, match=r"'shard' is a reserved column name"):
         build(tmp_path, folder, columns=("shard",))
     with pytest.raises(ValueError, match=r"subset names 1 keys .*'no'; keys look like '000000000'"):
         build(tmp_path, folder, subset=["no", keys[0][0]])
@@ -211,7 +211,7 @@ def test_shards_are_shared_out_without_duplicates_or_gaps(
     tmp_path: Path, folder: Path, keys: list[list[str]], places: int
 ) -> None:
     plan = plan_shards(folder, SMALL)
-    shares = [share_out(plan.paths, place, places) for place in range(places)]
+    shares = [assign_parts(plan.paths, place, places) for place in range(places)]
     read = Counter(
         sample.id
         for share in shares
@@ -221,7 +221,7 @@ def test_shards_are_shared_out_without_duplicates_or_gaps(
     )
     assert read == Counter(key for several in keys for key in several)
     with pytest.raises(ValueError, match=r"Worker 4 of 4 does not exist"):
-        share_out(plan.paths, 4, 4)
+        assign_parts(plan.paths, 4, 4)
 
 
 def test_two_nodes_of_two_workers_make_what_one_makes(

@@ -18,9 +18,9 @@ from wherefrom.distillation.calibration import (
     CURVE,
     Calibration,
     CalibrationSettings,
-    assess,
     calibrate,
     calibration_identity,
+    evaluate_calibration,
     fit_calibration,
     group_quantile,
     load_calibration,
@@ -190,7 +190,7 @@ def test_a_bin_that_the_other_half_hardly_fills_says_nothing() -> None:
 def test_assessed_on_other_queries() -> None:
     calibration = fit_calibration(*planted(6, 200))
     cosines, scores, names = planted(7, 300, first=200)
-    result = assess(calibration, cosines, scores, names)
+    result = evaluate_calibration(calibration, cosines, scores, names)
     estimates = calibration.estimate(cosines)
     assert result.rmse == pytest.approx(np.sqrt(((estimates.values - scores) ** 2).mean()))
     assert result.rmse < result.spread == pytest.approx(scores.std())
@@ -199,13 +199,13 @@ def test_assessed_on_other_queries() -> None:
     assert len(result.coverage_by_bin) == len(calibration.low) > 1
     assert result.count == 300
     order = np.random.default_rng(0).permutation(300)
-    again = assess(calibration, cosines[order], scores[order], [names[index] for index in order])
+    again = evaluate_calibration(calibration, cosines[order], scores[order], [names[index] for index in order])
     assert again.rmse == pytest.approx(result.rmse, rel=1e-12)
     assert again.coverage == pytest.approx(result.coverage, rel=1e-12)
     exact = replace(calibration, low=calibration.low * 0, high=calibration.high * 0)
-    perfect = assess(exact, cosines, exact.estimate(cosines).values, names)
+    perfect = evaluate_calibration(exact, cosines, exact.estimate(cosines).values, names)
     assert (perfect.rmse, perfect.spearman, perfect.coverage) == (0.0, pytest.approx(1.0), 1.0)
-    flat = assess(exact, np.zeros((1, 3)), np.array([[1.0, 2.0, 3.0]]), ["other"])
+    flat = evaluate_calibration(exact, np.zeros((1, 3)), np.array([[1.0, 2.0, 3.0]]), ["other"])
     assert flat.spearman == 0.0
     assert np.isnan(flat.coverage_error)
     assert np.isnan(flat.coverage_by_bin).sum() == len(calibration.low) - 1
@@ -215,7 +215,7 @@ def test_the_queries_of_the_calibration_are_refused() -> None:
     cosines, scores, names = planted(8, 60)
     calibration = fit_calibration(cosines, scores, names)
     with pytest.raises(ValueError, match="1 queries were used for the calibration, such as 'query 3'"):
-        assess(calibration, cosines[2:4], scores[2:4], ["new", "query 3"])
+        evaluate_calibration(calibration, cosines[2:4], scores[2:4], ["new", "query 3"])
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_a_calibration_comes_back_and_belongs_to_its_ranker_and_teacher(tmp_path
         load_calibration(tmp_path, ranker, ["x"], {**teacher.identity, "seed": 1})
     whole = (tmp_path / CURVE).read_bytes()
     (tmp_path / CURVE).write_bytes(whole[:-8] + bytes(8))
-    with pytest.raises(ValueError, match="is not the file that its manifest speaks of"):
+    with pytest.raises(ValueError, match="does not match its manifest"):
         load_calibration(tmp_path, ranker, ["x"])
     with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
         load_calibration(tmp_path / "none", ranker, ["x"])

@@ -175,7 +175,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     flipped = bytearray(whole)
     flipped[-3] ^= 0x40  # in a weight: still a file that can be read
     path.write_bytes(bytes(flipped))
-    with pytest.raises(ValueError, match=r"ranker\.safetensors is not the file that its manifest speaks of"):
+    with pytest.raises(ValueError, match=r"ranker\.safetensors does not match its manifest"):
         load_ranker(tmp_path)
 
 

@@ -43,7 +43,7 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path, scored: int | None) -> 
     result = read_teacher_set(tmp_path)
     assert_same(result, teacher)
     assert (result.rows.dtype, result.scores.dtype) == (np.int32, np.float32)
-    assert result.is_whole == (scored is None)
+    assert result.is_complete == (scored is None)
     assert isinstance(result.features["first"].training, np.memmap)
 
 
@@ -114,8 +114,8 @@ HOLES = FIRST.training.copy()
 HOLES[5, 1] = np.nan
 REPEATED = TEACHER.images[TEACHER.rows[1, 0]]
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"images": ("picture/0001", *TEACHER.images[1:])}, "ids of the training images hold one twice: 'picture/0001'"),
-    ({"queries": ("a", "b", "c", "b")}, "ids of the queries hold one twice: 'b'"),
+    ({"images": ("picture/0001", *TEACHER.images[1:])}, "ids of the training images are not unique: 'picture/0001'"),
+    ({"queries": ("a", "b", "c", "b")}, "ids of the queries are not unique: 'b'"),
     ({"captions": ("one",)}, "9 training images have 1 captions, and 4 queries 4 prompts"),
     ({"prompts": ()}, "9 training images have 9 captions, and 4 queries 0 prompts"),
     ({"rows": TEACHER.rows[:, :2]}, r"Rows \(4, 2\) and scores \(4, 3\) must be"),

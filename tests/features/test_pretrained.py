@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import Dinov2WithRegistersModel, ViTImageProcessor, ViTModel
 
-from tests.attributors.unlearning.test_attributor import HELD_OUT, QUERY, TRAIN
+from tests.support.attribution import HELD_OUT, QUERY, TRAIN
 from tests.support.tiny import one_process, tiny_clip, tiny_vision_transformer
 from wherefrom.attributors import CaptionSimilarity, ImageSimilarity, TrainingData
 from wherefrom.features.pretrained import (

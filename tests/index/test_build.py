@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.support.made import RANKER, built, embeddings, names, opened, same, table, unit
+from tests.support.runners import Alone
 from wherefrom.distillation.ranker import Ranker
 from wherefrom.index import Embeddings, build_index, embed, embed_training_set, ranker_identity
 from wherefrom.index import build as build_module
@@ -27,17 +27,6 @@ COUNT = 500
 IDS, VECTORS, QUERIES = names(COUNT), unit(COUNT), unit(20, seed=1)
 NAMES, TRAINING = ["a", "b"], {"pictures": "tiny"}
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Alone(Runner):
-    """One of several processes, whose others are not there: it waits for nobody."""
-
-    def barrier(self) -> None:
-        pass
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + 1  # the first process says that there is work
 
 
 def ranker(scale: float = -1.5) -> Ranker:
@@ -283,13 +272,13 @@ class TestBuild:
             with pytest.raises(ValueError, match=message):
                 built(tmp_path, ids, vectors, factory, **further)
 
-        refused("FAISS makes no index 'Flot' of 16 dimensions", factory="Flot")
-        refused("FAISS makes no index 'PQ5' of 16", factory="PQ5")
+        refused("FAISS cannot create an index 'Flot' of 16 dimensions", factory="Flot")
+        refused("FAISS cannot create an index 'PQ5' of 16", factory="PQ5")
         refused("leave IDMap out", factory="IDMap,Flat")
         refused("'nprobe=2' do not fit", search="nprobe=2")
         refused(r"499 images and vectors of shape \(500, 16\)", ids=IDS[:-1])
         refused(r"cannot be trained on 500 vectors .*fewer lists", factory="IVF512,Flat")
-        refused("must hold vectors; given 0", sample=0)
+        refused("must be at least 1; given 0", sample=0)
         refused("nothing to index", removed=IDS)
         broken = VECTORS.copy()
         broken[99, 2] = np.inf

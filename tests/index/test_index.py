@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.made import RANKER, brute_force, built, embeddings, names, opened, same, table, unit
-from wherefrom.index import Embeddings, Index, make_rows
+from wherefrom.index import Embeddings, Index, catalog_rows
 from wherefrom.index.__main__ import main
 from wherefrom.runtime.artifacts import write_manifest
 
@@ -262,9 +262,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"1 images are in the index already, such as '{IDS[4]}'"):
             index.add(table(["x", IDS[4]]), embeddings(unit(2)))
         with pytest.raises(ValueError, match="more than once, such as 'x'"):
-            make_rows(["x", "y", "x"], ids=[["a"]] * 3)
+            catalog_rows(["x", "y", "x"], [["a"]] * 3)
         with pytest.raises(ValueError, match="may not be called 'key'"):
-            make_rows(["x"], ids=[["a"]], store={"key": ["1"]})
+            catalog_rows(["x"], [["a"]], {"key": ["1"]})
 
     def test_shards_that_do_not_fit(self, folder: Path, store: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"'IVF8,Flat'.* one 'Flat'"):
@@ -275,11 +275,11 @@ class TestRefusals:
         apart = built(tmp_path, names(300, 5000), unit(300, 8), LISTS)
         with pytest.raises(ValueError, match="trained on different samples"):
             opened(lists).merge(apart)
-        with pytest.raises(ValueError, match="cannot be taken over"):
+        with pytest.raises(ValueError, match="cannot be reused"):
             built(tmp_path, IDS, VECTORS, "Flat", like=lists)
 
     def test_a_restore_of_what_was_not_removed(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="'stranger' was not taken down"):
+        with pytest.raises(ValueError, match="'stranger' was not removed"):
             opened(folder).restore(["stranger"])
 
     @pytest.mark.parametrize("kind", ["index", "rows", "removed"])
@@ -296,7 +296,7 @@ class TestRefusals:
         else:
             changed = content[:-1] + bytes([content[-1] ^ 1])
             file.write_bytes(content[: len(content) // 2] if damage == "cut" else changed)
-        with pytest.raises(ValueError, match=f"{file.name}.*(is missing|is not the file that its manifest speaks of)"):
+        with pytest.raises(ValueError, match=f"{file.name}.*(is missing|does not match its manifest)"):
             opened(folder)
 
     def test_unverified_files_are_still_read_with_care(self, folder: Path) -> None:
@@ -349,7 +349,7 @@ class TestCommandLine:
         folder = copy_of(store, tmp_path / "index", "Flat")
         with pytest.raises(ValueError, match="No image is named"):
             main(["remove", str(folder)])
-        with pytest.raises(ValueError, match="was not taken down"):
+        with pytest.raises(ValueError, match="was not removed"):
             main(["restore", str(folder), IDS[0]])
         with pytest.raises(FileNotFoundError):
             main(["remove", str(tmp_path / "nothing"), IDS[0]])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.made import RANKER, embeddings, names, opened, table, unit
-from wherefrom.index import build_index, make_rows
+from wherefrom.index import build_index, catalog_rows
 from wherefrom.interchange.clip_retrieval import read_clip_retrieval, write_clip_retrieval
 from wherefrom.runtime.artifacts import ArtifactMismatchError, Store
 from wherefrom.runtime.distributed import Runner
@@ -48,7 +48,7 @@ def test_layout(tmp_path: Path) -> None:
 
 
 def test_one_part_is_called_0(tmp_path: Path) -> None:
-    rows = make_rows(["a", "b"], ids=[["one", "two"], []], store={"file_name": ["a.png", "b.png"]})
+    rows = catalog_rows(["a", "b"], [["one", "two"], []], {"file_name": ["a.png", "b.png"]})
     write_clip_retrieval(tmp_path, rows=rows, embeddings=embeddings(unit(2)), training=TRAINING, dtype="float32")
     assert np.array_equal(np.load(tmp_path / "img_emb" / "img_emb_0.npy"), unit(2))
     metadata = pq.read_table(tmp_path / "metadata" / "metadata_0.parquet").to_pydict()
@@ -133,16 +133,16 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     vectors, metadata = tmp_path / "img_emb" / "img_emb_1.npy", tmp_path / "metadata" / "metadata_1.parquet"
     whole, rows = vectors.read_bytes(), metadata.read_bytes()
     vectors.write_bytes(whole[:-1] + b"?")
-    refused("img_emb_1.npy is missing or not the file")
+    refused("img_emb_1.npy is missing or does not match")
     vectors.unlink()
     refused("with the same numbers")
     vectors.write_bytes(whole)
     (tmp_path / "manifest.json").unlink()  # now it is as another tool's
     own = {"ranker": RANKER}
     vectors.write_bytes(b"nonsense")
-    refused("img_emb_1.npy is not a NumPy file", **own)
+    refused("img_emb_1.npy is not a readable NumPy file", **own)
     np.save(vectors, np.array([{}], dtype=object))
-    refused("img_emb_1.npy is not a NumPy file", **own)
+    refused("img_emb_1.npy is not a readable NumPy file", **own)
     np.save(vectors, np.zeros((100, 16), np.int64))
     refused("int64 of shape", **own)
     np.save(vectors, VECTORS[100:199])
@@ -151,7 +151,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     refused("vectors of 5 numbers, the parts before 16", **own)
     vectors.write_bytes(whole)
     metadata.write_bytes(b"nonsense")
-    refused("metadata_1.parquet is not a table", **own)
+    refused("metadata_1.parquet is not a readable table", **own)
     pq.write_table(pa.table({"caption": ["x"] * 100}), metadata)
     refused("neither 'id' nor 'image_path'", **own)
     metadata.write_bytes((tmp_path / "metadata" / "metadata_0.parquet").read_bytes())
@@ -165,7 +165,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMismatchError, match="part: on disk 100, asked for 50"):
         write(tmp_path / "a", 50)
     for part, rows in ((0, table(IDS)), (10, table(IDS[:-1]))):
-        with pytest.raises(ValueError, match="as many of both are needed"):
+        with pytest.raises(ValueError, match="must be equally many"):
             write_clip_retrieval(
                 tmp_path / "b", rows=rows, embeddings=embeddings(VECTORS), training=TRAINING, part=part
             )
@@ -175,6 +175,6 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         write_clip_retrieval(
             tmp_path / "c", rows=table(IDS), embeddings=embeddings(broken), training=TRAINING, part=100
         )
-    rows = make_rows(["a"], ids=[["b"]], store={"caption": ["c"]})
+    rows = catalog_rows(["a"], [["b"]], {"caption": ["c"]})
     with pytest.raises(ValueError, match="may not be called 'caption'"):
         write_clip_retrieval(tmp_path / "d", rows=rows, embeddings=embeddings(unit(1)), training=TRAINING)

@@ -62,7 +62,7 @@ def test_rankings_and_features_of_the_training_queries(tmp_path: Path) -> None:
     assert (np.diff(teacher.scores) <= 0).all()
     assert teacher.images[:2] == ("row 000000", "row 000001")
     assert teacher.queries == tuple(f"train {index:04d}" for index in range(Q))
-    assert not teacher.is_whole
+    assert not teacher.is_complete
     both = teacher.concatenated(["dino", "clip_text"])
     assert (both.training.shape, both.queries.shape) == ((N, 10), (Q, 10))
     np.testing.assert_array_equal(both.queries[:, :6], np.load(folder / "feats" / "dino" / "train_query_feats.npy"))
@@ -70,7 +70,7 @@ def test_rankings_and_features_of_the_training_queries(tmp_path: Path) -> None:
 
 def test_rankings_of_the_test_queries_are_of_all_images(tmp_path: Path) -> None:
     teacher = read_fastgda_teacher(coco(tmp_path), "test", ["dino"])
-    assert teacher.is_whole
+    assert teacher.is_complete
     assert teacher.rows.shape == (T, N)
     assert list(teacher.features) == ["dino"]
     assert (np.diff(teacher.scores) <= 0).all()
@@ -132,7 +132,7 @@ def turn_one(content: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (lambda content: content.pop("rank"), r"no entry \['random'\]\['rank'\]; it has 'influence_subset'"),
-        (set_key("rank", lambda content: content["rank"][:, :-1]), "must be alike"),
+        (set_key("rank", lambda content: content["rank"][:, :-1]), "must have the same shape"),
         (set_key("rank", lambda content: content["rank"].tolist()), "'rank' is list; it must be whole numbers"),
         (set_key("rank", lambda content: content["rank"] + 0.5), "'rank' is float64 of shape"),
         (set_key("influence_subset", lambda content: content["influence_subset"][0]), r"\(12,\); it must be floats"),

@@ -144,7 +144,7 @@ def test_the_pipeline_that_is_saved_is_the_average(run: LightningCLI, folder: Pa
     saved = load_model(str(folder / "saved"))
     for name, value in run.model.ema.state_dict().items():
         assert torch.equal(saved.denoiser.state_dict()[name], value.half().float()), name
-    assert saved.process.prediction == "v_prediction"
+    assert saved.noise_schedule.prediction == "v_prediction"
     drawn = generate(saved, prompts=["a red square"], seed=0, shape=run.model.latent_shape(), sampling_steps=2)
     assert drawn[0].pixels.shape == (8, 8, 3)
 

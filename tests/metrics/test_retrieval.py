@@ -100,11 +100,11 @@ def test_what_cannot_be_measured_is_refused() -> None:
         RecallAtK(0)
     with pytest.raises(ValueError, match="k is 41, but only 40 images are ranked"):
         RecallAtK(41).update(SCORES, RELEVANT)
-    with pytest.raises(ValueError, match=r"must be \(queries, images\) alike"):
+    with pytest.raises(ValueError, match=r"must both be \(queries, images\)"):
         MeanAveragePrecision().update(SCORES, RELEVANT[:2])
     with pytest.raises(ValueError, match="A score is not finite"):
         MeanAveragePrecision().update(SCORES * float("inf"), RELEVANT)
-    with pytest.raises(ValueError, match="nothing relevant"):
+    with pytest.raises(ValueError, match="no relevant image"):
         MeanAveragePrecision().update(SCORES, torch.zeros_like(RELEVANT))
     with pytest.raises(ValueError, match=r"2 subsets \(at least 3\) of 40 images do not fit"):
         LinearDatamodelingScore().update(SCORES, RELEVANT[:2], SCORES[:, :2])

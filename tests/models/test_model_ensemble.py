@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tests.attributors.unlearning.test_attributor import QUERY, TRAIN
+from tests.support.attribution import QUERY, TRAIN
 from tests.support.tiny import (
     one_process,
     tiny_encoder,
@@ -92,10 +92,10 @@ def test_another_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape of conv_in\.weight: \(4, 4, 3, 3\), where .* has \(8, 4, 3, 3\)"):
         check_member("other", model, tiny_model(channels=(4, 16)), "all")
     one_block = {**unet_config(), "layers_per_block": 2}
-    deeper = DiffusionModel(unet_from_config(one_block), model.process)
+    deeper = DiffusionModel(unet_from_config(one_block), model.noise_schedule)
     with pytest.raises(ValueError, match=r"shape of .*attn2.*, where the model that is attributed has None"):
         check_member("other", model, deeper, "cross_attention_kv")
-    wider = DiffusionModel(unet_from_config({**unet_config(), "in_channels": 5}), model.process)
+    wider = DiffusionModel(unet_from_config({**unet_config(), "in_channels": 5}), model.noise_schedule)
     with pytest.raises(ValueError, match=r"in_channels: 5, where the model that is attributed has 4"):
         check_member("other", model, wider, "cross_attention_kv")
     check_member("other", model, tiny_model(1), "all")

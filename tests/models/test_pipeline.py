@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 import evaluate
-from tests.support.pipelines import TOKENS, pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tests.support.pipelines import (
+    TOKENS,
+    images,
+    pixart,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 from tests.support.tiny import attribution_config, one_process
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
@@ -21,6 +28,7 @@ from wherefrom.curvature import FisherSettings
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.noise_schedule import sampling_scheduler
 from wherefrom.models.parameter_subsets import moved_weights
@@ -31,7 +39,6 @@ from wherefrom.rankings.ranking_file import order_of, read_ranking
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 
-PROMPTS = ["a big red square", "a small blue circle", "stripes"]
 KINDS: dict[str, Callable[[Path], Path]] = {
     "sd1": lambda folder: stable_diffusion(folder, 1),
     "sd2": lambda folder: stable_diffusion(folder, 2),
@@ -46,17 +53,6 @@ KEYS = keyed_random.hash_texts(["a", "b"])
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save(tmp_path_factory.mktemp(kind)) for kind, save in KINDS.items()}
-
-
-def images(count: int = 5, size: int = 8) -> ImageSet:
-    random = np.random.default_rng(0)
-    return ImageSet(
-        tuple(f"picture/{index}" for index in range(count)),
-        tuple((f"{PROMPTS[index % 3]} number {index}",) for index in range(count)),
-        random.integers(0, 255, (count, size, size, 3), dtype=np.uint8),
-        {"license": ("CC0-1.0",) * count},
-        f"random-{count}-{size}",
-    )
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -127,15 +123,15 @@ def test_the_captions_that_are_cut_are_counted(
     assert encoder.text.length == TOKENS
     fits, long = "a" * (TOKENS - 2), "a" * (TOKENS - 1)
     assert encoder.text.cut([fits, long, "", long]) == [1, 3]
-    first, second = encoder.text.encode([long, long + " and more"])
+    first, second = encoder.text.encode([long, long + " and more"])[PROMPT]
     assert torch.equal(first, second)
-    assert not torch.equal(encoder.text.encode(["a"])[0], encoder.text.encode(["b"])[0])
+    assert not torch.equal(*encoder.text.encode(["a", "b"])[PROMPT])
     train = images(3)
     captions = ((long,), ("short",), (long,))
     latents = ImageSet(train.ids, captions, train.pixels, train.columns, "long")
     encode_image_set(latents, encoder=encoder, store=Store(tmp_path))
     assert "2 of 3 captions are longer than the text encoder reads (77 tokens)" in caplog.text
-    (manifest,) = tmp_path.glob("latents/*/manifest.json")
+    (manifest,) = tmp_path.glob("encoded_images/*/manifest.json")
     assert '"captions_cut": 2' in manifest.read_text()
 
 
@@ -145,13 +141,13 @@ def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], k
     pipeline.set_progress_bar_config(disable=True)
     model = model_from_pipeline(pipeline)
     assert model.encoder is not None
-    flow = model.process.prediction == "flow"
+    flow = model.noise_schedule.prediction == "flow"
     if not flow:
-        pipeline.scheduler = sampling_scheduler(model.process)
+        pipeline.scheduler = sampling_scheduler(model.noise_schedule)
     prompt, text, shape = "a big red square", model.encoder.text, (channels(model), 4, 4)
-    null = text.encode([""])[0]
+    null = text.encode([""]).at(0)
     ours = sample(
-        model, states=text.encode([prompt]), null_states=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
+        model, conditioning=text.encode([prompt]), empty=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
     )
     options = {"clean_caption": False} if kind == "pixart" else {}
     start = keyed_random.normal(keyed_random.combine(101, KEYS[:1]), shape)
@@ -168,7 +164,7 @@ def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], k
     ).images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     other = sample(
-        model, states=text.encode(["stripes"]), null_states=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
+        model, conditioning=text.encode(["stripes"]), empty=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
     )
     assert (ours - other).abs().max() > 0.01
 

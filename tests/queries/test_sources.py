@@ -157,9 +157,9 @@ def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: fl
     )
     noise = keyed_random.normal(start, (4, 4, 4))
     with torch.no_grad():
-        outputs = [model.predict(noise, torch.tensor([999]), states[None]) for states in (with_prompt, without)]
+        outputs = [model.predict(noise, torch.tensor([999]), states.at(None)) for states in (with_prompt, without)]
     output = outputs[1] + 3.0 * (outputs[0] - outputs[1])
-    expected = model.process.signal[999].float() * noise - model.process.spread[999].float() * output
+    expected = model.noise_schedule.signal[999].float() * noise - model.noise_schedule.spread[999].float() * output
     trajectory = kept[0].trajectory
     assert trajectory is not None
     torch.testing.assert_close(trajectory.predicted[0], expected[0], rtol=1e-4, atol=1e-5)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.processes import exit_status_of, started
+from tests.support.runners import Alone, Together
 from wherefrom.runtime import dataset_pass
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.dataset_pass import MERGED, RANK_FILES, run_pass
@@ -23,7 +23,6 @@ from wherefrom.runtime.distributed import Runner
 
 COUNT, CHUNK = 21, 2  # eleven chunks, the last of one image
 IDENTITY = {"test": "passes"}
-ROOT = Path(__file__).parents[2]
 
 
 class Count:
@@ -59,40 +58,12 @@ class Count:
         return {"seen": self.seen, "total": self.total}
 
 
-@dataclass(frozen=True)
-class Alone(Runner):
-    """One of several processes, whose others are not there: it waits for nobody."""
-
-    def barrier(self) -> None:
-        pass
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor + 1  # the first process says that there is work
-
-
-@dataclass(frozen=True)
-class Together(Runner):
-    """One of several threads in the place of processes."""
-
-    meeting: threading.Barrier | None = None
-    summands: list[Tensor] = field(default_factory=list)
-
-    def barrier(self) -> None:
-        assert self.meeting is not None
-        self.meeting.wait(timeout=60)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        self.summands.append(tensor)
-        self.barrier()
-        return torch.stack(self.summands).sum()
-
-
 CPU = torch.device("cpu")
 
 
-def run(root: Path, runner: Runner, stop: int | None = None, kill: bool = False) -> Count:
+def run(root: Path, runner: Runner, stop: int | None = None, kill: bool = False, kind: type[Count] = Count) -> Count:
     return run_pass(
-        lambda: Count(root / f"steps{runner.rank}.log", stop, kill),
+        lambda: kind(root / f"steps{runner.rank}.log", stop, kill),
         count=COUNT,
         store=Store(root / "store"),
         kind="count",
@@ -158,41 +129,35 @@ def test_a_finished_pass_is_read_and_not_done_again(tmp_path: Path) -> None:
     assert len(steps(tmp_path)) == 11
 
 
+def run_until_killed(root: Path, stop: int) -> None:
+    """Runs the pass, which kills its process at a chunk."""
+    dataset_pass._SAVE_EVERY_S = 0.0
+    run(root, Runner(CPU), stop, kill=True)
+
+
 def killed(root: Path, stop: int) -> None:
     """Runs the pass in a process of its own, which kills itself at a chunk."""
-    script = """
-import sys, torch
-from pathlib import Path
-from tests.runtime import test_dataset_pass
-from wherefrom.runtime import dataset_pass
-dataset_pass._SAVE_EVERY_S = 0.0
-test_dataset_pass.run(Path(sys.argv[1]), test_dataset_pass.Runner(torch.device("cpu")), int(sys.argv[2]), kill=True)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root), str(stop)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert exit_status_of(run_until_killed, root, stop) == -signal.SIGKILL
 
 
-def test_two_runs_at_once_share_one_pass(tmp_path: Path) -> None:
-    script = """
-import sys, time, torch
-from pathlib import Path
-from tests.runtime import test_dataset_pass
+class Slow(Count):
+    """Takes a while for each chunk."""
 
-class Slow(test_dataset_pass.Count):
-    def step(self, positions):
+    def step(self, positions: range) -> None:
         time.sleep(0.05)
         super().step(positions)
 
-test_dataset_pass.Count = Slow
-test_dataset_pass.run(Path(sys.argv[1]), test_dataset_pass.Runner(torch.device("cpu")))
-"""
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+
+def run_slowly(root: Path) -> None:
+    """Runs the pass, slowly enough for another run to come into its way."""
+    run(root, Runner(CPU), kind=Slow)
+
+
+def test_two_runs_at_once_share_one_pass(tmp_path: Path) -> None:
+    runs = [started(run_slowly, tmp_path) for _ in range(2)]
     for one in runs:
-        _, errors = one.communicate()
-        assert one.returncode == 0, errors
+        one.join()
+        assert one.exitcode == 0
     assert steps(tmp_path) == list(range(0, COUNT, CHUNK))
     assert_whole(run(tmp_path, Runner(CPU), stop=0))
 

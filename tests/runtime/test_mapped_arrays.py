@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support.processes import exit_status_of
 from wherefrom.runtime import mapped_arrays
 from wherefrom.runtime.mapped_arrays import GrowingArray, JoinedRows, RowView, join_rows, map_array, take_rows
 
-ROOT = Path(__file__).parents[2]
 NUMBERS = np.random.default_rng(0).normal(size=(23, 2, 3)).astype(np.float32)
 
 
@@ -55,30 +53,19 @@ def test_any_blocks_make_the_same_bytes(tmp_path: Path) -> None:
     assert len(whole) == 1
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from tests.runtime.test_mapped_arrays import NUMBERS, GrowingArray, np
-
-with GrowingArray(Path(sys.argv[1]), (2, 3), np.float32) as array:
-    for start in range(0, 12, 4):
-        array.append(NUMBERS[start : start + 4])
-    array._stream.write(NUMBERS[12:15].tobytes()[:-5])
-    array._stream.flush()
-    print("ready", flush=True)
-    sys.stdin.read()
-"""
+def grow_until_killed(path: Path) -> None:
+    """Leaves three blocks and the beginning of a fourth, and is killed."""
+    with GrowingArray(path, (2, 3), np.float32) as array:
+        for start in range(0, 12, 4):
+            array.append(NUMBERS[start : start + 4])
+        array._stream.write(NUMBERS[12:15].tobytes()[:-5])
+        array._stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_leaves_its_finished_blocks(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        os.kill(process.pid, signal.SIGKILL)
+    assert exit_status_of(grow_until_killed, path) == -signal.SIGKILL
     assert grow(path, 23) == 12
     np.testing.assert_array_equal(np.load(path), NUMBERS)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runtime.test_dataset_pass import Together
+from tests.support.runners import Together
 from tests.support.tiny import one_process
 from wherefrom.runtime.artifacts import ArtifactMismatchError, Store
 from wherefrom.runtime.distributed import Runner

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from wherefrom.index import Embeddings, Hits, Index, build_index, make_rows
+from wherefrom.index import Embeddings, Index, SearchResult, build_index, catalog_rows
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.distributed import Runner
 
@@ -33,7 +33,7 @@ def names(count: int, first: int = 0) -> list[str]:
 def table(ids: Sequence[str]) -> pa.Table:
     """Rows of images with these ids."""
     columns = {"license": [f"licence {name}" for name in ids], "group": ["one"] * len(ids)}
-    return make_rows(ids, ids=[[f"caption of {name}"] for name in ids], store=columns)
+    return catalog_rows(ids, [[f"caption of {name}"] for name in ids], columns)
 
 
 def embeddings(vectors: NDArray[np.floating[Any]]) -> Embeddings:
@@ -64,7 +64,7 @@ def brute_force(
     return [ids[place] for place in order], exact[order]
 
 
-def same(first: Sequence[Hits], second: Sequence[Hits]) -> bool:
+def same(first: Sequence[SearchResult], second: Sequence[SearchResult]) -> bool:
     """Whether all hits are equal to the last digit."""
     pairs = zip(first, second, strict=True)
     return all(a.images == b.images and np.array_equal(a.scores, b.scores) and a.rows.equals(b.rows) for a, b in pairs)

@@ -6,6 +6,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -33,11 +34,25 @@ from transformers import (
 )
 
 from tests.support.tiny import tiny_unet, tiny_vae, unet_config
+from wherefrom.data.image_set import ImageSet
 from wherefrom.models.factories import unet_from_config
 
 TOKENS = 77
 WIDTH = 12
 TRAINED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PROMPTS = ["a big red square", "a small blue circle", "stripes"]
+
+
+def images(count: int = 5, size: int = 8) -> ImageSet:
+    """Random images whose captions begin with the prompts."""
+    random = np.random.default_rng(0)
+    return ImageSet(
+        tuple(f"picture/{index}" for index in range(count)),
+        tuple((f"{PROMPTS[index % 3]} number {index}",) for index in range(count)),
+        random.integers(0, 255, (count, size, size, 3), dtype=np.uint8),
+        {"license": ("CC0-1.0",) * count},
+        f"random-{count}-{size}",
+    )
 
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
@@ -28,6 +29,7 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.ranker import Ranker, save_ranker
 from wherefrom.gradients.query_loss import QueryLatent
+from wherefrom.models.conditioning import prompt_embeddings
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder, freeze
 from wherefrom.models.factories import unet_from_config
@@ -85,8 +87,19 @@ def tiny_schedule(prediction: str = "v_prediction") -> NoiseSchedule:
     return NoiseSchedule(DDPMScheduler(prediction_type=prediction))
 
 
+def one_shape(images: ImageSet, latents: Tensor, embeddings: Tensor, null: Tensor, fingerprint: str) -> EncodedImages:
+    """Encoded images of one shape, for a model that is told prompt embeddings alone."""
+    return EncodedImages.of_one_shape(
+        images,
+        latents=latents,
+        conditioning=prompt_embeddings(embeddings),
+        empty=prompt_embeddings(null),
+        fingerprint=fingerprint,
+    )
+
+
 def tiny_latents(count: int = 12, captions: int = 1, seed: int = 0) -> EncodedImages:
-    """Random latents and states in float64, with ids that are not in the order of their hashes."""
+    """Random latents and prompt embeddings in float64, with ids that are not in the order of their hashes."""
     random = torch.Generator().manual_seed(seed)
     images = ImageSet(
         ids=tuple(f"picture/{index:03d}" for index in range(count)),
@@ -96,9 +109,9 @@ def tiny_latents(count: int = 12, captions: int = 1, seed: int = 0) -> EncodedIm
         fingerprint=f"tiny-{count}-{captions}-{seed}",
     )
     latents = torch.randn(count, 2, 4, 4, 4, generator=random, dtype=torch.float64)
-    states = torch.randn(count, captions, LENGTH, 12, generator=random, dtype=torch.float64)
+    embeddings = torch.randn(count, captions, LENGTH, 12, generator=random, dtype=torch.float64)
     null = torch.zeros(LENGTH, 12, dtype=torch.float64)
-    return EncodedImages(images, latents, states, null, images.fingerprint)
+    return one_shape(images, latents, embeddings, null, images.fingerprint)
 
 
 def tiny_model(
@@ -120,14 +133,14 @@ def moved_copy(model: DiffusionModel, size: float = 0.02, seed: int = 7) -> Diff
         for parameter in denoiser.parameters():
             noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
             parameter += (size * noise).to(parameter.dtype)
-    return DiffusionModel(denoiser, model.process, model.encoder)
+    return DiffusionModel(denoiser, model.noise_schedule, model.encoder)
 
 
 def tiny_query(name: str = "query", seed: int = 3) -> QueryLatent:
     """A random query in float64."""
     random = torch.Generator().manual_seed(seed)
     latent = torch.randn(4, 4, 4, generator=random, dtype=torch.float64)
-    return QueryLatent(name, latent, torch.randn(LENGTH, 12, generator=random, dtype=torch.float64))
+    return QueryLatent(name, latent, prompt_embeddings(torch.randn(LENGTH, 12, generator=random, dtype=torch.float64)))
 
 
 def one_process() -> Runner:

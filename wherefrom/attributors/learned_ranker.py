@@ -21,7 +21,16 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.calibration import load_calibration
 from wherefrom.distillation.ranker import load_ranker
 from wherefrom.features.base import ImageEncoder, TextEncoder, query_features, training_features
-from wherefrom.index import Embeddings, Hits, Index, build_index, embed, embed_training_set, ranker_identity, rows_of
+from wherefrom.index import (
+    Embeddings,
+    Index,
+    SearchResult,
+    build_index,
+    embed,
+    embed_training_set,
+    ranker_identity,
+    rows_of,
+)
 from wherefrom.index.build import KIND, index_identity
 from wherefrom.index.contents import read_removed
 from wherefrom.index.embeddings import cosines
@@ -169,7 +178,7 @@ class LearnedRanker(Attributor):
         features: Float[Tensor, "q d"] = torch.cat(rows) if rows else torch.empty(0, self.ranker.inputs)
         return Embeddings(embed(self.ranker, features, self.names), self.ranker_identity)
 
-    def search(self, queries: Sequence[Query], k: int) -> list[Hits]:
+    def search(self, queries: Sequence[Query], k: int) -> list[SearchResult]:
         """The k most influential images of each query, by the index.
 
         Raises:

@@ -137,7 +137,7 @@ class PreconditionedAttributor(Attributor):
         """
         if model is None or data.latents is None:
             raise ValueError(f"{type(self).__name__} needs a model and the latents of its training images.")
-        model.check(data.latents.latents[0, 0], data.latents.null_states)
+        data.latents.check(model)
         self._ready = (model, data.latents, data.held_out_latents, store, runner)
         started = time.monotonic()
         self.curvature = self._make_curvature(model, data.latents, store, runner, log)
@@ -160,7 +160,7 @@ class PreconditionedAttributor(Attributor):
         held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
         flips = 2 if self.grid.flips else 1
         images = len(data.latents) + held_out
-        return images * flips * data.latents.states.shape[1] * self.grid.timesteps * self.grid.noise_samples
+        return images * flips * data.latents.captions_per_image * self.grid.timesteps * self.grid.noise_samples
 
     def curvature_passes(self, data: TrainingData) -> int:
         """Forward passes that the curvature costs; a backward pass counts as two."""
@@ -246,7 +246,7 @@ class PreconditionedAttributor(Attributor):
 
     def parts(self, change: Float[Tensor, "n f k t r"]) -> dict[str, Float[NDArray[np.float64], " n"]]:
         """Scores by part of the grid; see `Breakdown`."""
-        return self.breakdown.parts(change, self.grid.steps(self.ready()[0].process.steps), self.flip)
+        return self.breakdown.parts(change, self.grid.steps(self.ready()[0].noise_schedule.steps), self.flip)
 
     def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:
         """Split-half reliability of the scores over the (t, ε) draws; NaN with a single draw."""

@@ -1,4 +1,4 @@
-"""One attribution run: queries in, a run folder with ranking, manifest, images and report out."""
+"""Attribution command: scores queries and writes a run folder with ranking, manifest, images and report."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 TABLE = "scores_of_all"
-_PART, _ESTIMATE = "part ", "estimate "  # before the name of a part, or of an end of an estimate, in a file of scores
+_PART, _ESTIMATE = "part ", "estimate "  # key prefixes of parts and of calibrated estimates in a score file
 
 
 def run_identity(
     attributor: Attributor, data: TrainingData, model: DiffusionModel | None, queries: Sequence[Query], store: Store
 ) -> dict[str, Any]:
-    """What must match for a run folder to be gone on with."""
-    gone = attributor.taken_down(data, store)
+    """Identity of a run: what must match for a run folder to be resumed."""
+    removed = attributor.taken_down(data, store)
     return {
         "attributor": attributor.identity(),
         "model": None if model is None else model.fingerprint(),
@@ -57,12 +57,12 @@ def run_identity(
         if data.held_out is None
         else identity_hash({"of": data.held_out.fingerprint, "ids": list(data.held_out.ids)}),
         "queries": [_query_identity(query) for query in queries],
-        **({"taken_down": identity_hash({"ids": sorted(gone)})} if gone else {}),
+        **({"taken_down": identity_hash({"ids": sorted(removed)})} if removed else {}),
     }
 
 
 def _query_identity(query: Query) -> list[str]:
-    """Name and prompt, and where only a part is asked for, which."""
+    """Name and prompt of a query, and the hash of its region if it has one."""
     part = [] if query.region is None else [hashlib.blake2b(query.region.mask.tobytes()).hexdigest()]
     return [query.name, query.prompt, *part]
 
@@ -80,25 +80,25 @@ def attribute(
     log: Log = no_log,
     cut: int | None = None,
 ) -> list[Scores]:
-    """Attributes the queries and leaves ranking, manifest, images and report in the folder.
+    """Attributes queries and writes ranking, manifest, images and report to the folder.
 
-    Queries that an interrupted run has finished are not scored again.
+    An interrupted run is resumed: finished queries are not scored again.
 
     Args:
         folder: The run folder.
         attributor: The method.
-        data: Training images and the null.
+        data: Training images, and held-out images for the null distribution.
         model: The model, for methods that require one.
         queries: The queries.
-        store: Where the method keeps what it makes.
-        runner: This process's place.
-        options: What the page shows; None makes no page, nor any image of a query.
-        log: Receives lines about what is being done.
-        cut: The ranking names only the first so many images of each query; the scores of all are in parts below
-            `scores_of_all` (`ScoreTable`). For training sets too large for one table.
+        store: Store of the method's artifacts.
+        runner: Device and rank of this process.
+        options: Options of the report; None writes neither a report nor images of the queries.
+        log: Receives progress messages.
+        cut: Number of images per query in the ranking; the scores of all are in parts below `scores_of_all`
+            (`ScoreTable`). For training sets too large for one table.
 
     Raises:
-        ArtifactMismatchError: The folder holds a run with other settings, or images were taken down since.
+        ArtifactMismatchError: The folder holds a run with other settings, or images were removed since.
         StorageError: The folder could not be written; finished queries are kept.
         ValueError: Two queries have the same name, or the method cannot attribute one; see the attributor.
     """
@@ -107,7 +107,7 @@ def attribute(
     names = [query.name for query in queries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Two queries are called {twice[0]!r}: give each its own id, results are told apart by it.")
+        raise ValueError(f"Two queries are called {twice[0]!r}: give each a unique id, which identifies its results.")
     attributor.check(queries)
     identity = run_identity(attributor, data, model, queries, store)
     if (folder / MANIFEST).exists():
@@ -121,13 +121,13 @@ def attribute(
     if len(finished) < len(queries):
         if finished:
             log(f"{len(finished)} of {len(queries)} queries are already done in {folder}")
-        waiting = [query for query in queries if query.name not in finished]
-        measured = _representation(attributor, data=data, model=model, queries=waiting, store=store, runner=runner)
+        pending = [query for query in queries if query.name not in finished]
+        excesses = _loss_excesses(attributor, data=data, model=model, queries=pending, store=store, runner=runner)
         attributor.fit(data, model, store, runner, log)
         started = time.monotonic()
-        for result in attributor.score(waiting):
-            facts = {**result.facts, **measured.get(result.query.name, {}), "seconds": time.monotonic() - started}
-            scores = replace(result, facts=facts)
+        for scored in attributor.score(pending):
+            facts = {**scored.facts, **excesses.get(scored.query.name, {}), "seconds": time.monotonic() - started}
+            scores = replace(scored, facts=facts)
             started = time.monotonic()
             finished[scores.query.name] = scores
             if runner.is_main:
@@ -141,7 +141,7 @@ def attribute(
     return results
 
 
-def _representation(
+def _loss_excesses(
     attributor: Attributor,
     *,
     data: TrainingData,
@@ -150,14 +150,14 @@ def _representation(
     store: Store,
     runner: Runner,
 ) -> dict[str, dict[str, float]]:
-    """How far each query's loss lies above training images', where the method asks a model; see `excess`."""
+    """Measures how far each query's loss exceeds that of training images, if the method needs a model; see `excess`."""
     if "model" not in attributor.requires or model is None or data.latents is None or model.encoder is None:
         return {}
     typical = typical_losses(model, data.latents, store, runner)
     result = {}
     for query in queries:
         seen = as_latent(model, query)
-        result[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.states), typical)}
+        result[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.conditioning), typical)}
     return result
 
 
@@ -210,11 +210,11 @@ def _write_results(
         rankings = {name: table.top(name, cut) for name in rankings}
     with_null = all(len(scores.null) for scores in results)
     nulls = {scores.query.name: scores.null for scores in results}
-    tail = {name: p_values(kept, nulls[name]) for name, (_, kept) in rankings.items()} if with_null else None
+    tails = {name: p_values(kept, nulls[name]) for name, (_, kept) in rankings.items()} if with_null else None
     estimates = {
         scores.query.name: (scores.ids, scores.estimates) for scores in results if scores.estimates is not None
     }
-    write_ranking(folder, rankings, tail, estimates or None)
+    write_ranking(folder, rankings, tails, estimates or None)
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     if options is not None:
@@ -229,7 +229,7 @@ def _write_results(
 
 
 def write_table(folder: Path, results: Sequence[Scores]) -> ScoreTable:
-    """All scores of all queries in parts, which hold one stretch of the images each."""
+    """Writes the scores of all images and queries as a `ScoreTable`, whose parts hold one range of images each."""
     ids = results[0].ids
     assert all(scores.ids == ids for scores in results)
     table = ScoreTable(folder, [scores.query.name for scores in results])
@@ -269,7 +269,7 @@ def _write_page(
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The manifest of a run folder.
+    """Reads the manifest of a run folder.
 
     Raises:
         ValueError: The run is not complete.

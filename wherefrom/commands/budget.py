@@ -21,6 +21,7 @@ from wherefrom.commands.estimate import ONCE, Stage, timed
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import ImageEncoder, TextEncoder
+from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.console import duration
 
@@ -37,7 +38,7 @@ class Sizes:
         held_out: Held-out images.
         size: (height, width) in pixels.
         captions: Captions of each image.
-        half: Latents and states are kept in float16.
+        half: Latents and prompt embeddings are kept in float16.
     """
 
     training: int
@@ -54,15 +55,15 @@ def blank_images(count: int, size: tuple[int, int], captions: int) -> ImageSet:
     return ImageSet(ids, ((_CAPTION,) * captions,) * count, pixels, {"license": ("",) * count}, "blank")
 
 
-def blank_latents(images: ImageSet, latent: Tensor, states: Tensor) -> EncodedImages:
-    """Latents and states of the right shapes, which take no memory."""
+def blank_latents(images: ImageSet, latent: Tensor, told: Conditioning) -> EncodedImages:
+    """Latents and conditioning of the right shapes, which take no memory."""
     count, captions = len(images), len(images.captions[0]) if len(images) else 1
-    return EncodedImages(
+    return EncodedImages.of_one_shape(
         images,
-        latent.new_zeros(()).expand(count, 2, *latent.shape),
-        states.new_zeros(()).expand(count, captions, *states.shape),
-        states,
-        "blank",
+        latents=latent.new_zeros(()).expand(count, 2, *latent.shape),
+        conditioning=told.map(lambda each: each.new_zeros(()).expand(count, captions, *each.shape)),
+        empty=told,
+        fingerprint="blank",
         mapped=True,
     )
 
@@ -83,6 +84,7 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
         raise ValueError("The model has no encoder, so images cannot be brought to it.")
     encoder.text.sized(sizes.size)
     made: list[Tensor] = []
+    told: list[Conditioning] = []
     pixels = torch.zeros(1, 3, *sizes.size)
 
     def encode_one_image() -> int:
@@ -90,12 +92,12 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
         return 1
 
     def encode_caption() -> int:
-        made.append(encoder.text.encode([_CAPTION])[0])
+        told.append(encoder.text.encode([_CAPTION]).at(0))
         return 1
 
     encode_one_image(), encode_caption()  # the first also sets things up
     image_s, caption_s = timed(encode_one_image), timed(encode_caption)
-    latent, states = made[-2], made[-1]
+    latent, one = made[-1], told[-1]
     count, width = sizes.training + sizes.held_out, 2 if sizes.half else 4
     stages = [
         Stage(
@@ -109,14 +111,14 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
             2 * count * latent.numel() * width,
         ),
         Stage(
-            f"states of {count * sizes.captions:,} captions",
+            f"prompt embeddings of {count * sizes.captions:,} captions",
             count * sizes.captions * caption_s,
-            count * sizes.captions * states.numel() * width,
+            count * sizes.captions * sum(each.numel() for each in one.values()) * width,
         ),
     ]
     training, held_out = (blank_images(n, sizes.size, sizes.captions) for n in (sizes.training, sizes.held_out))
-    null = None if not sizes.held_out else blank_latents(held_out, latent, states)
-    return stages, TrainingData(training, blank_latents(training, latent, states), held_out if null else None, null)
+    null = None if not sizes.held_out else blank_latents(held_out, latent, one)
+    return stages, TrainingData(training, blank_latents(training, latent, one), held_out if null else None, null)
 
 
 def features(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str, flips: int = 1) -> Stage:

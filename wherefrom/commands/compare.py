@@ -1,4 +1,4 @@
-"""Several methods on the same queries: what each costs, how far they agree, and their first images side by side."""
+"""Comparison command: several methods on the same queries, with costs, rank correlations and a joint report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.artifacts import Store, replacing, write_json
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
-from wherefrom.runtime.measured_cost import Cost, watched_memory
+from wherefrom.runtime.measured_cost import Cost, peak_memory
 
 COST, METHODS, CORRELATIONS, REPORT = "cost.json", "methods.parquet", "correlations.parquet", "report.html"
 
@@ -43,23 +43,23 @@ def compare(
     options: ReportOptions = ReportOptions(),
     log: Log = no_log,
 ) -> dict[str, list[Scores]]:
-    """Runs every method on the same queries and leaves one table, one table of correlations and one report.
+    """Runs every method on the same queries; writes a table of methods, a table of correlations and a report.
 
-    Each method's run folder is below `folder`, as `attribute` leaves it; finished queries are not scored again.
+    Each method has a run folder of `attribute` below `folder`; finished queries are not scored again.
 
     Args:
         folder: The run folder.
         methods: Name -> method, in the order of the table.
-        data: Training images and the null.
+        data: Training images, and held-out images for the null distribution.
         model: The model, for methods that require one.
         queries: The queries.
-        store: Where methods keep what they make.
-        runner: This process's place.
-        options: What the pages show.
-        log: Receives lines about what is being done.
+        store: Store of the methods' artifacts.
+        runner: Device and rank of this process.
+        options: Options of the reports.
+        log: Receives progress messages.
 
     Raises:
-        ValueError: There are no methods; or see the attributors.
+        ValueError: There are no methods, or a method cannot attribute a query; see the attributor.
         ArtifactMismatchError: A method's folder holds a run with other settings.
         StorageError: The folder could not be written; finished queries are kept.
     """
@@ -99,14 +99,14 @@ def attribute_at_cost(
     options: ReportOptions = ReportOptions(),
     log: Log = no_log,
 ) -> tuple[list[Scores], Cost]:
-    """Attributes as `attribute` does, and measures what that takes, which the main process keeps in `cost.json`.
+    """Runs `attribute` and measures its cost, which the main process writes to `cost.json`.
 
-    The other processes say what it took by their own clock, and nothing of what is stored.
+    Other processes report their own time and memory, and a storage of 0.
     """
     before = _size(place)
-    # A store of its own tells what this method used, also where another has made or used it before.
+    # A separate store records which artifacts this method used, even if another method built them before.
     own = Store(store.root)
-    with watched_memory() as memory:
+    with peak_memory() as memory:
         results = attribute(
             place,
             attributor=method,
@@ -131,7 +131,7 @@ def _seconds(results: Sequence[Scores]) -> float:
 
 
 def _cost(place: Path, now: Cost, scored: bool) -> Cost:
-    """The cost of this run, or of the parts that an interrupted one measured before, whichever is larger."""
+    """Combines the cost of this run with that of earlier, interrupted runs: the maximum of each."""
     cost = now
     if (place / COST).exists():
         earlier = Cost(**json.loads((place / COST).read_text()))

@@ -1,4 +1,4 @@
-"""Rankings of the whole training set, from a run folder of `evaluate.py attribute` or from a teacher set."""
+"""Complete rankings of a training set, read from a run folder of `attribute` or from a teacher set."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class WholeRankings:
-    """How something ranks all training images, for some queries.
+class CompleteRankings:
+    """Rankings of all training images for some queries.
 
     Attributes:
-        folder: Where it was read from.
-        images: Ids of the training images, sorted: two sets of rankings of the same images have equal ones.
+        folder: Folder they were read from.
+        images: Ids of the training images, sorted: equal for rankings of the same images.
         orders: Query -> positions in `images`, the most influential first.
         prompts: Query -> prompt.
-        model: Fingerprint of the model that was asked, where it is known.
-        training_pictures: What names the training set, where it is known; only run folders say it in the same way.
+        model: Fingerprint of the attributed model, if known.
+        training_images: Identity of the training set, if known; comparable between run folders only.
     """
 
     folder: Path
@@ -41,19 +41,19 @@ class WholeRankings:
     training_images: str | None
 
 
-def read_whole_rankings(folder: Path) -> WholeRankings:
+def read_complete_rankings(folder: Path) -> CompleteRankings:
     """Reads complete rankings.
 
     Raises:
-        ValueError: The run is not complete, or its rankings are cut or damaged.
+        ValueError: The run is not complete, or its rankings are truncated or damaged.
         FileNotFoundError: The folder holds neither a run nor a teacher set.
     """
     return _of_teacher_set(folder) if (folder / TRAINING).exists() else _of_run(folder)
 
 
-def _of_teacher_set(folder: Path) -> WholeRankings:
+def _of_teacher_set(folder: Path) -> CompleteRankings:
     teacher = read_teacher_set(folder, features=())
-    if not teacher.is_whole:
+    if not teacher.is_complete:
         raise ValueError(
             f"{folder} ranks {teacher.rows.shape[1]} of {len(teacher.images)} training images: retrieval is measured "
             "against rankings of the whole set. Score all of them for these queries."
@@ -61,7 +61,7 @@ def _of_teacher_set(folder: Path) -> WholeRankings:
     order = np.argsort(np.array(teacher.images))
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
-    return WholeRankings(
+    return CompleteRankings(
         folder,
         tuple(teacher.images[index] for index in order),
         {query: place[rows] for query, rows in zip(teacher.queries, teacher.rows, strict=True)},
@@ -71,17 +71,17 @@ def _of_teacher_set(folder: Path) -> WholeRankings:
     )
 
 
-def _of_run(folder: Path) -> WholeRankings:
+def _of_run(folder: Path) -> CompleteRankings:
     manifest = read_run(folder)
     if manifest.get("cut") is not None:
         raise ValueError(
-            f"{folder} is cut: it keeps only the first {manifest['cut']} images of each query, and retrieval needs "
-            "rankings of the whole set. Attribute without a cut."
+            f"{folder} is truncated: it keeps only the first {manifest['cut']} images of each query, and retrieval "
+            "needs rankings of the whole set. Attribute without a cut."
         )
     identity: Mapping[str, Any] = manifest["identity"]
     images, orders = _orders(folder / RANKING)
     prompts = {entry[0]: entry[1] for entry in identity.get("queries", [])}
-    return WholeRankings(
+    return CompleteRankings(
         folder, images, orders, prompts, _text(identity.get("model")), _text(identity.get("training_pictures"))
     )
 
@@ -91,7 +91,7 @@ def _text(value: Any) -> str | None:
 
 
 def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int32], " n"]]]:
-    """Names are read as numbers: a thousand queries of COCO are 118 million rows."""
+    """Reads a ranking file with names as dictionary codes: a thousand queries of COCO are 118 million rows."""
     names = ["query", "rank", "image"]
     try:
         table = pq.read_table(path, columns=names, read_dictionary=["query", "image"])
@@ -100,7 +100,7 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
     missing = [name for name in names if name not in table.column_names]
     if missing or table.num_rows == 0 or any(table[name].null_count for name in table.column_names):
         what = f"no column {missing[0]!r}" if missing else "no rows, or empty cells"
-        raise ValueError(f"{path} has {what}: it is no ranking.")
+        raise ValueError(f"{path} has {what}: it is not a ranking.")
     table = table.unify_dictionaries().combine_chunks()
     queries, images = (_coded(table[name]) for name in ("query", "image"))
     order = np.argsort(np.array(images[1]))
@@ -110,10 +110,10 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
     starts = np.flatnonzero(np.diff(queries[0], prepend=-1))
     orders: dict[str, NDArray[np.int32]] = {}
     for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
-        query, result = queries[1][queries[0][start]], positions[start:stop]
+        query, order_of_query = queries[1][queries[0][start]], positions[start:stop]
         if query in orders or not np.array_equal(ranks[start:stop], np.arange(1, stop - start + 1)):
             raise ValueError(f"{path} is not sorted by query and rank, from 1 on, at query {query!r}. Attribute again.")
-        named = np.bincount(result, minlength=len(order))
+        named = np.bincount(order_of_query, minlength=len(order))
         if not (named == 1).all():
             wrong = images[1][order[int(np.flatnonzero(named != 1)[0])]]
             how = "twice" if named[named != 1][0] else "not at all"
@@ -121,7 +121,7 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
                 f"{path} ranks {wrong!r} {how} for query {query!r}, though other queries or places name it: retrieval "
                 "needs rankings of the whole set, each image once."
             )
-        orders[query] = result
+        orders[query] = order_of_query
     return tuple(images[1][index] for index in order), orders
 
 
@@ -130,16 +130,16 @@ def _coded(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], list[str]]:
     return array.indices.to_numpy(), array.dictionary.to_pylist()
 
 
-def check_alike(teacher: WholeRankings, other: WholeRankings, same_model: bool = True) -> None:
-    """Refuses to compare rankings of other images, other queries or another model.
+def check_comparable(teacher: CompleteRankings, other: CompleteRankings, same_model: bool = True) -> None:
+    """Raises if rankings differ in images, queries or model.
 
     Args:
-        teacher: Whose queries are asked for.
-        other: What must rank them too; it may rank more.
-        same_model: Whether both must have asked the same model, where they asked one.
+        teacher: Rankings that define the queries.
+        other: Rankings that must cover these queries; they may cover more.
+        same_model: Whether both must attribute the same model, if they attribute one.
 
     Raises:
-        ValueError: Says what differs.
+        ValueError: They cannot be compared; names the difference.
     """
     both = f"{other.folder} and the teacher {teacher.folder}"
     if teacher.images != other.images:
@@ -158,7 +158,7 @@ def check_alike(teacher: WholeRankings, other: WholeRankings, same_model: bool =
         prompts = teacher.prompts.get(query, ""), other.prompts.get(query, "")
         if all(prompts) and prompts[0] != prompts[1]:
             raise ValueError(
-                f"{both} mean other queries by {query!r}: its prompts are {prompts[1]!r} and {prompts[0]!r}."
+                f"{both} have different queries named {query!r}: the prompts are {prompts[1]!r} and {prompts[0]!r}."
             )
     compared = [("training images", teacher.training_images, other.training_images)]
     compared += [("models", teacher.model, other.model)] if same_model else []

@@ -1,7 +1,7 @@
-"""Curates a teacher set: drawn queries, candidates, scores by a slow method (Fast Data Attribution, section 4).
+"""Curation command: builds a teacher set of generated queries, candidates and scores by an expensive method.
 
-Queries are worked off in blocks, each a run folder of its own: an interrupted curation goes on query by query, and
-blocks may be shared out to workers.
+Fast Data Attribution, section 4. Queries are processed in blocks, each with its own run folder: an interrupted curation
+resumes query by query, and blocks can be distributed to workers.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ BLOCKS = "blocks"
 
 @dataclass(frozen=True)
 class Captions:
-    """Which captions become queries.
+    """Selection of captions as prompts of the queries.
 
     Attributes:
-        count: How many.
-        skip: How many to pass over first, in the same order: a test set skips what the training set took.
-        of: Captions of training images, or of the held-out ones.
+        count: Number of captions.
+        skip: Number of captions to skip first, in the same order: a test set skips those of the training set.
+        of: Captions of training images, or of held-out images.
         seed: Seed of the order, which is by hash.
 
     Raises:
@@ -68,10 +68,10 @@ class Captions:
             raise ValueError(f"captions.of must be 'training' or 'held_out'; given {self.of!r}.")
 
     def choose(self, data: TrainingData) -> list[str]:
-        """The captions, each once.
+        """Selects distinct captions.
 
         Raises:
-            ValueError: There are not so many, or no held-out images.
+            ValueError: There are too few captions, or no held-out images.
         """
         images = data.images if self.of == "training" else data.held_out
         if images is None or len(images) == 0:
@@ -89,30 +89,30 @@ class Captions:
 
 @dataclass(frozen=True)
 class Block:
-    """Some queries that are worked off together.
+    """Queries that are processed together.
 
     Attributes:
-        number: Which block.
-        prompts: Their prompts.
+        number: Number of the block.
+        prompts: Prompts of the queries.
     """
 
     number: int
     prompts: tuple[str, ...]
 
 
-class TeacherWork:
-    """Draws a block's queries and scores them; what is finished is found in the block's folder.
+class TeacherScorer:
+    """Generates and scores the queries of a block; finished queries are loaded from the block's folder.
 
     Args:
-        folder: Of the teacher set.
+        folder: Folder of the teacher set.
         method: The teacher.
         data: Training images.
-        model: The model, which draws the queries.
-        source: How queries are drawn.
+        model: The model, which generates the queries.
+        source: Sampler settings of the queries.
         shape: (C, H, W) of a latent.
-        store: Where the teacher keeps what it makes; shared by all workers.
-        runner: This process's place; workers of their own have none.
-        progress: Called with (done, total) while a teacher makes what it needs.
+        store: Store of the teacher's artifacts; shared by all workers.
+        runner: Device and rank of this process; None in separate workers.
+        progress: Called with (done, total) while the teacher is fitted.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TeacherWork:
         self.source, self.shape, self.store, self.runner, self.progress = source, shape, store, runner, progress
 
     def queries(self, block: Block) -> list[Query]:
-        """The block's queries."""
+        """Generates the queries of a block."""
         model, source = self.model.to(self._place().device), self.source
         return generate(
             model,
@@ -145,7 +145,7 @@ class TeacherWork:
         )
 
     def __call__(self, block: Block) -> list[Scores]:
-        """Draws and scores."""
+        """Generates and scores the queries of a block."""
         queries, runner = self.queries(block), self._place()
         self.method.progress = self.progress
         place = self.folder / BLOCKS / f"{block.number:05d}"
@@ -184,26 +184,26 @@ def curate(
     log: Log = no_log,
     progress: Progress | None = None,
 ) -> TeacherSet:
-    """Makes a teacher set, or goes on with one; a finished one that was kept without its features gets them again.
+    """Builds a teacher set or resumes one; features missing from a finished set are recomputed.
 
     Args:
-        folder: Where it goes.
-        teacher: Scores the candidates of each query.
+        folder: Output folder.
+        teacher: Method that scores the candidates of each query.
         data: Training images, with latents where the teacher needs them.
-        model: Draws the queries.
-        captions: Which captions become queries.
-        source: How queries are drawn; its prompts are not used.
+        model: Model that generates the queries.
+        captions: Selection of captions as prompts.
+        source: Sampler settings of the queries; its prompts are not used.
         shape: (C, H, W) of a latent.
-        features: Encoders by name, whose features of both sides are kept with the set.
-        store: Where methods keep what they make.
-        nearest: Says which training images are candidates; None takes all.
-        k: How many candidates each query has.
-        subsample: How many of these are scored, drawn by hash; None is all.
-        block_size: Queries in a block: what a worker is given at a time.
-        engine: Who works off the blocks.
-        runner: This process's place, where it does the work itself.
-        log: Receives lines about what is being done.
-        progress: Called with (done, total) while something long runs.
+        features: Encoders by name; their features of images and queries are saved with the set.
+        store: Store of the methods' artifacts.
+        nearest: Method that selects the candidates among training images; None scores all images.
+        k: Number of candidates per query.
+        subsample: Number of candidates that are scored, sampled by hash; None scores all.
+        block_size: Queries per block: the unit of work of a worker.
+        engine: Executor that processes the blocks.
+        runner: Device and rank of this process, if it processes blocks itself.
+        log: Receives progress messages.
+        progress: Called with (done, total) during long steps.
 
     Raises:
         ArtifactMismatchError: The folder holds a set with other settings.
@@ -240,16 +240,18 @@ def curate(
         check_identity(folder, identity)
         if all(has_features(folder, name) for name in features):
             return read_teacher_set(folder)
-        log(f"{folder} has its rankings but not its features: they are made now")
-        drawing = TeacherWork(
+        log(f"{folder} has its rankings but not its features: they are computed now")
+        scorer = TeacherScorer(
             folder, method=method, data=data, model=model, source=source, shape=shape, store=store, runner=runner
         )
-        drawn = [query for block in blocks for query in drawing.queries(block)]
+        generated = [query for block in blocks for query in scorer.queries(block)]
         teacher_set = read_teacher_set(folder, [])
-        if tuple(query.name for query in drawn) != teacher_set.queries:
-            raise ValueError(f"The queries in {folder / QUERIES} are not those that these settings draw.")
-        made = {name: _features(drawn, data.images, encoder, store, progress) for name, encoder in features.items()}
-        teacher_set = replace(teacher_set, features=made)
+        if tuple(query.name for query in generated) != teacher_set.queries:
+            raise ValueError(f"The queries in {folder / QUERIES} are not those that these settings generate.")
+        computed = {
+            name: _features(generated, data.images, encoder, store, progress) for name, encoder in features.items()
+        }
+        teacher_set = replace(teacher_set, features=computed)
         if runner is None or runner.is_main:
             write_teacher_set(folder, teacher_set)
         return teacher_set
@@ -260,7 +262,7 @@ def curate(
         write_manifest(blocks_folder, identity)
     log(f"{len(prompts)} queries in {len(blocks)} blocks, {scored:,} training images scored for each")
     alone = TrainingData(data.images, data.latents)  # a teacher set has no use for scores of held-out images
-    work = TeacherWork(
+    scorer = TeacherScorer(
         folder,
         method=method,
         data=alone,
@@ -271,8 +273,8 @@ def curate(
         runner=runner,
         progress=progress,
     )
-    result = _work_off(engine, work, blocks, log)
-    ordered = [scores for block in blocks for scores in result[block]]
+    by_block = _process(engine, scorer, blocks, log)
+    ordered = [scores for block in blocks for scores in by_block[block]]
     teacher_set = _teacher_set(
         ordered, images=data.images, scored=scored, features=features, store=store, identity=identity, progress=progress
     )
@@ -282,27 +284,27 @@ def curate(
     return teacher_set
 
 
-def _work_off(
-    engine: Engine[Block, list[Scores]], work: TeacherWork, blocks: Sequence[Block], log: Log
+def _process(
+    engine: Engine[Block, list[Scores]], scorer: TeacherScorer, blocks: Sequence[Block], log: Log
 ) -> dict[Block, list[Scores]]:
-    collected: dict[Block, list[Scores]] = {}
+    by_block: dict[Block, list[Scores]] = {}
     failed: list[tuple[Block, Exception]] = []
     started = time.monotonic()
-    for done, (block, result) in enumerate(engine(work, blocks), start=1):
+    for done, (block, result) in enumerate(engine(scorer, blocks), start=1):
         if isinstance(result, Exception):
             failed.append((block, result))
             log(f"FAILED: block {block.number}: {result}")
             continue
-        collected[block] = result
+        by_block[block] = result
         left = (time.monotonic() - started) / done * (len(blocks) - done)
         log(f"block {done} of {len(blocks)} is done; {duration(left)} to go")
     if failed:
         block, error = failed[0]
         raise ValueError(
-            f"{len(failed)} of {len(blocks)} blocks failed; the others are kept, and the same command goes on from "
+            f"{len(failed)} of {len(blocks)} blocks failed; the others are kept, and the same command resumes from "
             f"there. The first that failed, block {block.number}: {error}"
         ) from error
-    return collected
+    return by_block
 
 
 def _teacher_set(
@@ -316,7 +318,7 @@ def _teacher_set(
     progress: Progress | None,
 ) -> TeacherSet:
     row_of = {name: row for row, name in enumerate(images.ids)}
-    # What a method among the nearest did not score comes after everything that it did.
+    # Images that a reranking method did not score rank after all that it did.
     tops = [scores.top(scored) for scores in results]
     queries = [scores.query for scores in results]
     return TeacherSet(

@@ -1,4 +1,4 @@
-"""Can a method find what a model was customized on? Exemplars hidden among other images (AbC; AbU, section 5.2)."""
+"""Customized-model benchmark: retrieval of a model's exemplars among other images (AbC; AbU, section 5.2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wherefrom.attributors.base import Attributor
 from wherefrom.attributors.magnitude import by_size
 from wherefrom.attributors.preconditioned import PreconditionedAttributor
 from wherefrom.commands.attribute import attribute
-from wherefrom.commands.customization_tasks import Task, cases_of
+from wherefrom.commands.customization_tasks import Task, tasks_by_kind
 from wherefrom.data.encoded_images import EncodedImages, encode_image_set, joined
 from wherefrom.data.image_folder import draw
 from wherefrom.data.image_set import ImageSet, joined_image_sets
@@ -40,20 +40,20 @@ _WORD = re.compile(r"<[^<>\s]+>")
 
 
 @dataclass(frozen=True)
-class Found:
-    """How well a method found one model's exemplars from one of its images.
+class ExemplarRetrieval:
+    """Retrieval of one model's exemplars from one of its generated images.
 
     Attributes:
-        method: The method.
+        method: Name of the method.
         kind: `objects` or `styles`.
-        task: The model.
-        query: The image.
-        words: Whether the prompt holds the new word.
+        task: Name of the model's task.
+        query: Name of the generated image.
+        words: Whether the prompt contains the new word.
         recall: Share of the exemplars that are among the first k.
         precision: Average precision of the exemplars in the whole ranking.
         first: Rank of the first exemplar, from 1.
-        exemplars: How many there are.
-        cap: The largest recall that so many exemplars allow.
+        exemplars: Number of exemplars.
+        cap: Largest recall possible with this number of exemplars.
     """
 
     method: str
@@ -69,16 +69,16 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of the table: means over models of each model's mean over its images, and their standard errors.
+class BenchmarkRow:
+    """Row of the results table: means over models of each model's mean over its images, with standard errors.
 
     Attributes:
-        method: The method.
+        method: Name of the method.
         kind: `objects` or `styles`.
-        words: Whether prompts hold the new word.
-        models: How many models.
-        recall: Recall at k, and its standard error (NaN for one model).
-        cap: The mean of the largest recall possible.
+        words: Whether prompts contain the new word.
+        models: Number of models.
+        recall: Recall@k, and its standard error (NaN for one model).
+        cap: Mean of the largest recall possible.
         precision: Mean average precision, and its standard error.
     """
 
@@ -91,18 +91,18 @@ class Line:
     precision: tuple[float, float]
 
 
-def without_word(prompt: str) -> str:
-    """A prompt without its new words: "photo of <new1> cat" becomes "photo of cat"."""
+def without_new_words(prompt: str) -> str:
+    """Removes new words from a prompt: "photo of <new1> cat" becomes "photo of cat"."""
     return " ".join(_WORD.sub(" ", prompt).split()).replace(" ,", ",").lstrip(", ")
 
 
 def exemplar_images(task: Task, size: int, columns: Mapping[str, Any]) -> ImageSet:
-    """A model's exemplars, at the size of the images they are hidden among; ids begin with `exemplar/`.
+    """Loads a model's exemplars, resized to the background images; ids begin with `exemplar/`.
 
     Args:
         task: The task.
         size: Side in pixels.
-        columns: Columns of the images they are hidden among; of exemplars nothing is known.
+        columns: Columns of the background images, which are empty for exemplars.
     """
     pixels = np.stack([draw(path, size) for path in task.exemplars])
     ids = tuple(f"exemplar/{task.name}/{number}" for number in range(len(task.exemplars)))
@@ -114,7 +114,7 @@ def exemplar_images(task: Task, size: int, columns: Mapping[str, Any]) -> ImageS
 
 
 def hide(background: ImageSet, exemplars: ImageSet) -> ImageSet:
-    """The exemplars among other images, with as many captions each (an exemplar's own, repeated).
+    """Adds the exemplars to background images, with as many captions each (an exemplar's own, repeated).
 
     Raises:
         ValueError: An id is in both.
@@ -125,8 +125,8 @@ def hide(background: ImageSet, exemplars: ImageSet) -> ImageSet:
     )
 
 
-def find(scores: Scores, *, name: str, kind: str, task: Task, words: Words, k: int) -> Found:
-    """Recall and average precision of the exemplars in one ranking."""
+def find(scores: Scores, *, name: str, kind: str, task: Task, words: Words, k: int) -> ExemplarRetrieval:
+    """Computes recall and average precision of the exemplars in one ranking."""
     relevant = torch.tensor([[each.startswith("exemplar/") for each in scores.ids]])
     ordered = torch.from_numpy(scores.scores)[None]
     recall, precision = RecallAtK(k), MeanAveragePrecision()
@@ -135,7 +135,7 @@ def find(scores: Scores, *, name: str, kind: str, task: Task, words: Words, k: i
     order = torch.argsort(ordered, dim=1, descending=True, stable=True)
     first = int(relevant.gather(1, order)[0].int().argmax()) + 1
     count = len(task.exemplars)
-    return Found(
+    return ExemplarRetrieval(
         name,
         kind,
         task.name,
@@ -164,27 +164,27 @@ def benchmark(
     k: int = 10,
     options: ReportOptions | None = None,
     log: Log = no_log,
-) -> list[Line]:
-    """Attributes every image of every model by every method; what is finished is not done again.
+) -> list[BenchmarkRow]:
+    """Runs every method on every image of every model; an interrupted run is resumed.
 
-    Curvature is the base model's, taken over the background once and used for all models, as in the papers. Methods
-    whose scores are changes of a loss are also judged by the size of the change: exemplars share the new word, so that
-    what makes a model forget one can make it better at another.
+    Curvature is the base model's, computed over the background once and used for all models, as in the papers. Methods
+    whose scores are changes of a loss are also evaluated by the magnitude of the change: exemplars share the new word,
+    so unlearning one can improve the loss of another.
 
     Args:
         folder: The run folder.
         tasks: The tasks.
-        styles: Test cases that are styles; see `cases_of`.
+        styles: Test cases that are styles; see `tasks_by_kind`.
         methods: Name -> method.
-        base: Where the base model is.
+        base: Path of the base model.
         base_model: The base model.
-        background: What the exemplars are hidden among, with latents by the base model's encoder.
-        store: Where methods keep what they make.
-        runner: This process's place.
+        background: Images that the exemplars are added to, with latents by the base model's encoder.
+        store: Store of the methods' artifacts.
+        runner: Device and rank of this process.
         words: Prompts with the new word, without it, or both.
-        k: Of Recall@k.
-        options: What the pages of single runs show; None makes none.
-        log: Receives lines about what is being done.
+        k: Cutoff of Recall@k.
+        options: Options of the reports of single runs; None writes none.
+        log: Receives progress messages.
 
     Raises:
         ValueError: There is nothing to do, methods need a model that a task does not name, or see `read_customization`.
@@ -199,14 +199,14 @@ def benchmark(
         raise ValueError(f"{needy[0]} needs the customized model, but the task {lacking} names none.")
     for task in tasks:
         if task.model is not None and not task.model.is_dir():
-            raise ValueError(f"The task {task.name} names the model {task.model}, which is no folder.")
+            raise ValueError(f"The task {task.name} names the model {task.model}, which is not a folder.")
     for name in needy:
         method = methods[name]
         if isinstance(method, PreconditionedAttributor):
             log(f"{name}: curvature of the base model")
             method.take_curvature(base_model, background, store, runner, log)
-    result: list[Found] = []
-    for kind, chosen in cases_of(tasks, styles).items():
+    result: list[ExemplarRetrieval] = []
+    for kind, chosen in tasks_by_kind(tasks, styles).items():
         for number, task in enumerate(chosen, start=1):
             log(f"{kind}: {task.name}, model {number} of {len(chosen)}")
             model = None
@@ -246,24 +246,25 @@ def _prepare(
     task: Task, background: TrainingData, model: DiffusionModel, store: Store, words: Words
 ) -> tuple[TrainingData, list[Query]]:
     height = int(background.images.pixels.shape[1])
-    asked: Callable[[str], str] = without_word if words == "without" else str
-    told = replace(task, caption=asked(task.caption))
-    exemplars = exemplar_images(told, height, background.images.columns)
+    rewrite: Callable[[str], str] = without_new_words if words == "without" else str
+    prompted = replace(task, caption=rewrite(task.caption))
+    exemplars = exemplar_images(prompted, height, background.images.columns)
     images = hide(background.images, exemplars)
     latents: EncodedImages | None = None
     if background.latents is not None and model.encoder is not None:
         own = replace(exemplars, captions=images.captions[-len(exemplars) :])
         latents = joined(background.latents, encode_image_set(own, encoder=model.encoder, store=store))
     queries = [
-        read_query(replace(image, prompt=asked(image.prompt)), (height, height), resize=True) for image in task.queries
+        read_query(replace(image, prompt=rewrite(image.prompt)), (height, height), resize=True)
+        for image in task.queries
     ]
     return TrainingData(images, latents), queries
 
 
-def summarise(result: Sequence[Found]) -> list[Line]:
-    """Means over models: images of one model are no independent evidence."""
-    groups: dict[tuple[str, str, Words], dict[str, list[Found]]] = {}
-    for each in result:
+def summarise(retrievals: Sequence[ExemplarRetrieval]) -> list[BenchmarkRow]:
+    """Averages over the images of each model, then over models, which are the independent samples."""
+    groups: dict[tuple[str, str, Words], dict[str, list[ExemplarRetrieval]]] = {}
+    for each in retrievals:
         groups.setdefault((each.method, each.kind, each.words), {}).setdefault(each.task, []).append(each)
     lines = []
     for (method, kind, words), models in groups.items():
@@ -272,13 +273,13 @@ def summarise(result: Sequence[Found]) -> list[Line]:
             for name in ("recall", "precision", "cap")
         )
         lines.append(
-            Line(method, kind, words, len(models), estimate(recalls), float(caps.mean()), estimate(precisions))
+            BenchmarkRow(method, kind, words, len(models), estimate(recalls), float(caps.mean()), estimate(precisions))
         )
     return lines
 
 
-def as_table(lines: Sequence[Line], k: int) -> str:
-    """The table in Markdown."""
+def as_table(lines: Sequence[BenchmarkRow], k: int) -> str:
+    """Formats the results as a Markdown table."""
     rows = [f"| method | | V* in prompts | Recall@{k} | at most | mAP | models |", "|---" * 7 + "|"]
     for line in lines:
         recall, precision = (f"{mean:.3f} ± {error:.3f}" for mean, error in (line.recall, line.precision))

@@ -46,13 +46,13 @@ def forward_rate(model: DiffusionModel, data: EncodedImages, batch_size: int = 1
 
 def _time_batch(model: DiffusionModel, data: EncodedImages, size: int) -> float:
     rows = torch.arange(size) % len(data)
-    latents = data.latents[rows, 0].to(model.device, model.dtype)
-    states = data.states[rows, 0].to(model.device, model.dtype)
+    latents = data.latents_at(rows, 0).to(model.device, model.dtype)
+    conditioning = data.conditioning_at(rows, 0).to(model.device, model.dtype)
     noise = keyed_random.normal(keyed_random.combine(rows), latents.shape[1:], model.dtype).to(model.device)
-    timesteps = (torch.arange(size) * model.process.steps // size).to(model.device)
+    timesteps = (torch.arange(size) * model.noise_schedule.steps // size).to(model.device)
     started = time.perf_counter()
     with torch.no_grad():
-        float(model.losses(latents, states, timesteps, noise).sum())  # waits for the device
+        float(model.losses(latents, conditioning, timesteps, noise).sum())  # waits for the device
     return time.perf_counter() - started
 
 

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wherefrom.commands.method_files import RENAMED_METHODS, available_methods, method_file, methods_folder
+from wherefrom.commands.method_files import (
+    RENAMED_METHODS,
+    available_methods,
+    load_methods,
+    method_file,
+    methods_folder,
+)
 
 if TYPE_CHECKING:
     from wherefrom.attributors.base import Attributor
@@ -65,50 +71,37 @@ def load_packaged(
         ValueError: A method is unknown or named twice, a file describes none, or a setting is no method's or has no
             such value.
     """
-    given, used = dict(settings or {}), set[str]()
-    methods: dict[str, Attributor] = {}
+    given = dict(settings or {})
+    files: list[Path] = []
     for name in names:
-        file = find_method(name)
-        if file.stem in methods:
-            raise ValueError(f"method: two methods are called {file.stem!r}: runs are told apart by name, rename one.")
+        files.append(find_method(name))
+        if files[-1].stem in [file.stem for file in files[:-1]]:
+            raise ValueError(
+                f"method: two methods are called {files[-1].stem!r}: runs are told apart by name, rename one."
+            )
+    if given:
+        _load(files, given, strict=True)  # refuses what no method has; what follows is not every method's
+    methods: dict[str, Attributor] = {}
+    for file in files:
         own = dict(STEP.get(file.stem, {})) if file.parent == methods_folder() else {}
         own |= quick_settings(file) if quick else {}
-        methods[file.stem], had = _load(file, {**own, **given})
-        used |= had
-    if given.keys() - used:
-        raise ValueError(f"settings: no method has {min(given.keys() - used)!r}; the methods are {', '.join(methods)}.")
+        methods |= _load([file], {**own, **given}, strict=False)
     return methods
 
 
-def _load(file: Path, settings: Mapping[str, Any]) -> tuple[Attributor, set[str]]:
-    """A file's method with the settings that it has, and their names."""
-    from jsonargparse import ArgumentParser, Namespace
-
-    from wherefrom.attributors.base import Attributor
-
-    made, had = ArgumentParser(parser_mode="omegaconf", exit_on_error=False), set[str]()
-    made.add_subclass_arguments(Attributor, "attributor", required=True)
+def _load(files: Sequence[Path], settings: Mapping[str, Any], strict: bool) -> dict[str, Attributor]:
+    """The files' methods with the settings that they have."""
+    named = ", ".join(file.stem for file in files)
     try:
-        config = made.parse_args(["--attributor", str(file)])
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"method: {file} does not describe a method: {reason(error)}") from error
-
-    def change(parsed: Any) -> None:
-        for each in parsed if isinstance(parsed, list) else [parsed]:
-            if isinstance(each, Namespace) and "init_args" in each:
-                for name, value in settings.items():
-                    if each.init_args.get(name) is not None:
-                        each.init_args[name] = value
-                        had.add(name)
-                for value in vars(each.init_args).values():
-                    change(value)
-
-    change(config.attributor)
-    try:
-        method: Attributor = made.instantiate(config).attributor
+        return load_methods(files, settings, strict=strict)
+    except SystemExit as error:  # how jsonargparse ends where a file does not fit
+        raise ValueError(
+            f"method: {', '.join(map(str, files))} does not describe a method: {reason(error.__context__ or error)}"
+        ) from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"method: {file.stem} cannot be set up so: {reason(error)}") from error
-    return method, had
+        if str(error).startswith("settings:"):
+            raise
+        raise ValueError(f"method: {named} cannot be set up so: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:

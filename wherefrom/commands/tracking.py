@@ -1,7 +1,7 @@
-"""What a run did, in wandb: its configuration, numbers, ranked images and artifacts, with where they came from.
+"""Logging to W&B: configuration, metrics, ranked images and artifacts with their lineage.
 
-Lineage is that of our manifests: every artifact carries its identity, is named by its hash, and lists the names of what
-it was made from. Large files are named by reference, not uploaded, unless asked for.
+Lineage follows the manifests: every artifact carries its identity, is named by its hash, and lists the artifacts it was
+built from. Large files are added by reference and not uploaded, unless requested.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _ROWS = ("rows", "lines")
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where wandb keeps a run.
+    """W&B settings of a run.
 
     Attributes:
-        project: wandb's project; empty keeps nothing. WANDB_MODE=offline keeps it on disk, for `wandb sync`.
-        entity: wandb's entity; None is the user's own.
-        name: The run's name; None takes its folder's.
-        upload: Upload the artifacts' files; else wandb knows them by path, size and hash.
-        top: Training images of each query in the table.
+        project: W&B project; empty disables logging. WANDB_MODE=offline logs to disk, for `wandb sync`.
+        entity: W&B entity; None uses the default.
+        name: Name of the run; None uses its folder's.
+        upload: Upload the files of artifacts; otherwise only path, size and hash are logged.
+        top: Number of training images per query in the table.
     """
 
     project: str = ""
@@ -46,13 +46,13 @@ class Tracking:
 
 
 def artifact_of(folder: Path, kind: str, inputs: Sequence[str] = (), upload: bool = False) -> wandb.Artifact:
-    """A folder as wandb's artifact, named by kind and hash of its identity (or by the folder, where it has none).
+    """Creates a W&B artifact of a folder, named by kind and hash of its identity (or by the folder, if it has none).
 
     Args:
         folder: The folder.
-        kind: wandb's type.
-        inputs: Names of the artifacts that it was made from.
-        upload: Upload its files; else they are named by reference.
+        kind: Type of the artifact.
+        inputs: Names of the artifacts that it was built from.
+        upload: Upload its files; otherwise they are added by reference.
     """
     import wandb
 
@@ -60,33 +60,33 @@ def artifact_of(folder: Path, kind: str, inputs: Sequence[str] = (), upload: boo
     identity = manifest.get("identity")
     name = folder.name if identity is None else identity_hash(identity)
     metadata = {"identity": identity, "provenance": manifest.get("provenance"), "inputs": list(inputs)}
-    made = wandb.Artifact(f"{kind}-{name}", type=kind, metadata=metadata)
+    artifact = wandb.Artifact(f"{kind}-{name}", type=kind, metadata=metadata)
     if upload:
-        made.add_dir(str(folder))
+        artifact.add_dir(str(folder))
     else:
-        made.add_reference(folder.resolve().as_uri())
-    return made
+        artifact.add_reference(folder.resolve().as_uri())
+    return artifact
 
 
 def log_lineage(run: wandb.Run, folder: Path, kind: str, inputs: Mapping[Path, str], upload: bool) -> None:
-    """A folder as the run's output, and what it was made from as its inputs.
+    """Logs a folder as the run's output artifact, and the artifacts it was built from as inputs.
 
-    Offline wandb takes no inputs: they are logged as artifacts, and named in the output's metadata all the same.
+    Offline runs cannot declare inputs: they are logged as artifacts, and still named in the output's metadata.
 
     Args:
-        run: wandb's run.
-        folder: What the run made.
-        kind: Its type.
-        inputs: Folder -> type of what it was made from.
+        run: The W&B run.
+        folder: Output folder of the run.
+        kind: Type of the output artifact.
+        inputs: Folder -> type of each input artifact.
         upload: See `artifact_of`.
     """
-    known = [artifact_of(path, each, upload=upload) for path, each in inputs.items()]
-    for artifact in known:
+    used = [artifact_of(path, each, upload=upload) for path, each in inputs.items()]
+    for artifact in used:
         if run.offline:
             run.log_artifact(artifact)
         else:
             run.use_artifact(artifact)
-    run.log_artifact(artifact_of(folder, kind, [artifact.name for artifact in known], upload))
+    run.log_artifact(artifact_of(folder, kind, [artifact.name for artifact in used], upload))
 
 
 def track(
@@ -99,16 +99,16 @@ def track(
     results: Sequence[Scores] = (),
     images: ImageSet | None = None,
 ) -> None:
-    """Logs a finished run of `evaluate.py`; nothing where no project is named.
+    """Logs a finished run to W&B; does nothing without a project.
 
     Args:
-        tracking: Where to.
-        job: The command.
-        folder: Its run folder.
-        config: The command line's settings.
-        store: What it found or made on its way.
-        results: Scores of its queries, where it attributed any.
-        images: The training images, for the table of ranked ones.
+        tracking: W&B settings.
+        job: Name of the command, the job type of the run.
+        folder: Run folder.
+        config: Configuration of the command.
+        store: Store whose artifacts the run used or built.
+        results: Scores of its queries, if it attributed any.
+        images: Training images, for the table of ranked images.
     """
     if not tracking.project:
         return
@@ -130,8 +130,8 @@ def track(
             run.log({"ranked": ranked(results, images, tracking.top)})
             facts = {name for scores in results for name in scores.facts}
             for name in sorted(facts):
-                result = [scores.facts[name] for scores in results if name in scores.facts]
-                run.summary[f"mean {name}"] = float(np.mean(result))
+                values = [scores.facts[name] for scores in results if name in scores.facts]
+                run.summary[f"mean {name}"] = float(np.mean(values))
         touched = {} if store is None else {path: path.parent.name for path in store.touched}
         log_lineage(run, folder, job, touched, tracking.upload)
     finally:
@@ -139,12 +139,12 @@ def track(
 
 
 def ranked(results: Sequence[Scores], images: ImageSet, top: int) -> wandb.Table:
-    """A row for each of the first images of each query, with both images.
+    """Builds a table of the first images of each query, with generated and training image.
 
     Args:
         results: Scores of the queries.
         images: The training images.
-        top: How many of each query.
+        top: Number of images per query.
     """
     import wandb
 
@@ -174,11 +174,11 @@ def ranked(results: Sequence[Scores], images: ImageSet, top: int) -> wandb.Table
 
 
 def _log_result(run: wandb.Run, name: str, content: Any) -> None:
-    """Rows of a result as a table; its single numbers in the summary."""
+    """Logs the rows of a result as a table, and its numbers to the summary."""
     import wandb
 
-    told = content if isinstance(content, dict) else {}
-    rows: list[dict[str, Any]] = next((told[key] for key in _ROWS if key in told), [])
+    record = content if isinstance(content, dict) else {}
+    rows: list[dict[str, Any]] = next((record[key] for key in _ROWS if key in record), [])
     flat = [_flat(row) for row in rows]
     if flat:
         columns: list[str | int] = list(dict.fromkeys(key for row in flat for key in row))
@@ -191,14 +191,14 @@ def _log_result(run: wandb.Run, name: str, content: Any) -> None:
 
 
 def _flat(row: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested dictionaries and short lists as one row: {"loss": {"own": [1, 2]}} becomes {"loss.own.0": 1, …}."""
-    result: dict[str, Any] = {}
+    """Flattens nested dictionaries and lists to one row: {"loss": {"own": [1, 2]}} becomes {"loss.own.0": 1, …}."""
+    flat: dict[str, Any] = {}
     for key, value in row.items():
         name = f"{before}{key}"
         if isinstance(value, dict):
-            result |= _flat(value, f"{name}.")
+            flat |= _flat(value, f"{name}.")
         elif isinstance(value, list):
-            result |= _flat({str(place): each for place, each in enumerate(value)}, f"{name}.")
+            flat |= _flat({str(place): each for place, each in enumerate(value)}, f"{name}.")
         else:
-            result[name] = value
-    return result
+            flat[name] = value
+    return flat

@@ -1,8 +1,8 @@
 """Linear datamodeling score (LDS) of attribution methods: models are trained on random subsets of the data.
 
-Park et al. 2023 (TRAK), section 2.2: the Spearman correlation, over the subsets, of a query's loss with the sum of the
-scores of the images that the model saw. It assumes that scores add up, which unlearning and feature methods do not
-promise.
+Park et al. 2023 (TRAK), section 2.2: the Spearman correlation, over the subsets, of minus a query's loss with the sum
+of the scores of the images that the model saw. It assumes that scores add up, which unlearning and feature methods do
+not promise.
 """
 
 from __future__ import annotations

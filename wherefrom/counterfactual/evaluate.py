@@ -182,7 +182,7 @@ def _plan(
 
 
 def _facts(sweep: Sweep, removals: Sequence[Removal], protocol: Protocol) -> dict[str, Any]:
-    """The settings and models that whoever reads `counterfactual.json` needs to know."""
+    """Settings and models, for readers of `counterfactual.json`."""
     models = [_model(sweep, Removal(ALL_IMAGES, 0, (), ()), seed) for seed in protocol.seeds]
     return {
         "protocol": vars(protocol),
@@ -194,7 +194,7 @@ def _facts(sweep: Sweep, removals: Sequence[Removal], protocol: Protocol) -> dic
 
 
 def _model(sweep: Sweep, removal: Removal, seed: int) -> dict[str, Any]:
-    """Which model was trained without a removal's images, for whoever looks for what it drew."""
+    """The model that was trained without a removal's images, whose name is that of its drawn images."""
     name = sweep.models.name(RetrainingJob(removal.ids, seed))
     return {"name": name, "seed": seed, "method": removal.method, "k": removal.k, "queries": list(removal.queries)}
 

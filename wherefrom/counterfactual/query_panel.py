@@ -86,14 +86,14 @@ class Panel:
             {},
             identity_hash({"queries": [query.id for query in self.queries]}),
         )
-        states = model.encoder.text.encode([query.prompt for query in self.queries])[:, None]
+        conditioning = model.encoder.text.encode([query.prompt for query in self.queries])
         # The mirror images are not measured: the grid has no flips.
-        self.data = EncodedImages(
+        self.data = EncodedImages.of_one_shape(
             images,
-            torch.stack([stacked, stacked], dim=1),
-            states,
-            torch.zeros_like(states[0, 0]),
-            images.fingerprint,
+            latents=torch.stack([stacked, stacked], dim=1),
+            conditioning=conditioning.at(slice(None), None),
+            empty=conditioning.at(0).map(torch.zeros_like),
+            fingerprint=images.fingerprint,
         )
         self.features = None if encoder is None else encoder.encode_images(np.asarray(images.pixels))
         # What decides the measurements of a model; the queries' ids name the sampler.

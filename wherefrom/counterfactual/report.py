@@ -26,6 +26,7 @@ _STYLE = (
     STYLE
     + "img.curves { max-width: 100%; margin: 1.5rem 0; }"
     + "table.effects td, table.effects th { padding: 0.2em 0.6em; text-align: right; }"
+    + "table.effects :is(td, th):first-child, table.replaced :is(td, th) { text-align: left; }"
     + "table.effects:not(.replaced) td { white-space: nowrap; }"
     # A narrow column must not shrink its images, nor prompts be broken word by word.
     + "table.effects td img { max-width: none; } table.effects th:first-child { min-width: 10em; }"
@@ -34,6 +35,7 @@ _LEAD = (
     "For each generated image, every method named the training images that it owes most to. The model was then trained "
     "again without them. The better a method, the worse the new model knows the generated image."
 )
+_CURVE, _COSTS = "Same effect as so many random images", "Seconds a query, stored"
 _WORDS = {
     "K": "How many of its highest-ranked training images were removed for each generated image.",
     "ΔL": "Increase of the loss: how much worse the retrained model predicts the generated image than the model with "
@@ -48,10 +50,10 @@ _WORDS = {
     RANDOM: "As many images removed at random (grey band): a method should do better.",
     SEED_BASELINE: "What another training seed alone changes, with all images (dashed line): smaller effects may be "
     "chance.",
-    "Same effect as so many random images": "Read off the random-removal curve: models trained without more and more "
+    _CURVE: "Read off the random-removal curve: models trained without more and more "
     "random images. In brackets a 95 % interval; inf is more than the curve removed.",
     "n, ±": "Number of generated images, and the standard error of the mean over them.",
-    "Seconds a query, stored": "What the method's attributions took, without what it makes once for a model; the "
+    _COSTS: "What the method's attributions took, without what it makes once for a model; the "
     "rankings, and everything that the method keeps to make them.",
 }
 
@@ -86,12 +88,21 @@ def write_counterfactual_report(folder: Path) -> tuple[Path, Path]:
         tag("header", tag("h1", _TITLE), tag("p", _LEAD, class_="lead"), tag("p", facts, class_="quiet")),
         tag("img", src=png_data_uri(curves), alt="Effects against K, by method", class_="curves"),
         tag("div", _table(rows, costs), class_="scroll"),
-        explanation("How to read the table", _WORDS),
+        explanation("How to read the table", _words(rows, costs)),
         *sections(folder, result),
         *_images(folder, result),
     )
     write_page(folder / PAGE, _TITLE, body, _STYLE)
     return folder / PAGE, folder / CURVES
+
+
+def _words(rows: Sequence[CounterfactualRow], costs: Mapping[str, Cost]) -> dict[str, str]:
+    """The words that this table has."""
+    methods = {row.method for row in rows}
+    absent = {name for name in (RANDOM, SEED_BASELINE) if name not in methods}
+    absent |= set() if any(row.random_equivalent is not None for row in rows) else {_CURVE}
+    absent |= set() if costs else {_COSTS}
+    return {word: meaning for word, meaning in _WORDS.items() if word not in absent}
 
 
 def _table(rows: Sequence[CounterfactualRow], costs: Mapping[str, Cost]) -> Markup:
@@ -126,6 +137,10 @@ def _images(folder: Path, result: Mapping[str, Any]) -> list[Markup]:
     head = tag("tr", tag("th", ""), *(tag("th", title) for title in columns))
     return [
         tag("h2", f"Images before, and without the {largest} that each method named"),
-        tag("p", "All are drawn from the same noise. A changed image shows that the removed ones were needed for it."),
+        tag(
+            "p",
+            "All are drawn from the same noise. Any retraining changes images a little: what counts is how much more "
+            "an image changed than in the column of random images.",
+        ),
         tag("div", tag("table", head, *lines, class_="effects"), class_="scroll"),
     ]

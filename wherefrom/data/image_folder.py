@@ -1,4 +1,4 @@
-"""A folder of the user's own captioned images, in Hugging Face's `imagefolder` layout, brought to one size."""
+"""User folders of captioned images in Hugging Face's `imagefolder` layout, resized to one size."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identi
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import settings_identity
 
-# Pillow would also open formats that run other programs (EPS), and some that are not images.
+# Pillow would also open formats that run external programs (EPS), and some that are not images.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
-# What Pillow raises on broken files is not one family.
+# Pillow raises many unrelated types on damaged files.
 UNREADABLE = (
     OSError,
     RuntimeError,
@@ -44,15 +44,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageFolderOptions:
-    """How the folder is read.
+    """Options of reading an image folder.
 
     Attributes:
-        size: Side in pixels to which every image is brought (its largest centred square, resized); None leaves
-            images as they are and asks that all have one size.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized; None keeps images
+            unchanged and requires all to have the same size.
         caption: Name of the caption column; a cell holds one caption or, in `.jsonl` and `.parquet`, a list of them.
         columns: Further columns to keep (`license` always is); None keeps all.
-        skip_unreadable: Leave out images that cannot be read instead of refusing the folder; they are logged, and
-            listed in the manifest.
+        skip_unreadable: Skip images that cannot be read instead of raising; they are logged, and listed in the
+            manifest.
     """
 
     size: int | None = None
@@ -62,10 +62,10 @@ class ImageFolderOptions:
 
 
 def draw(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
-    """One image upright, on white and, given a size, cut to its largest centred square and resized.
+    """Loads an image as RGB: upright, on white and, given a size, cropped to its largest centred square and resized.
 
     Raises:
-        ValueError: The pixels have no agreed white.
+        ValueError: The pixel mode has no defined white level.
     """
     Image.init()
     with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
@@ -74,7 +74,7 @@ def draw(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"pixels of Pillow's mode {image.mode!r} have no agreed white; save it with 8 or 16 bits a channel"
+            f"pixels of Pillow's mode {image.mode!r} have no defined white level; save it with 8 or 16 bits per channel"
         )
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -94,7 +94,7 @@ def _write_pixels(
     options: ImageFolderOptions,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[Row], list[str], str]:
-    """Streams the pixels to disk; returns the rows that were read, the names of the others, and the pixels' hash."""
+    """Streams the pixels to disk; returns the rows that were read, the names of skipped images, and the pixel hash."""
     read: list[Row] = []
     skipped: list[str] = []
     shape: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ def _write_pixels(
             if pixels.shape != shape:
                 raise ValueError(
                     f"{folder / row.name} has the wrong size: {pixels.shape[1]}x{pixels.shape[0]} pixels, while "
-                    f"{read[0].name!r} has {shape[1]}x{shape[0]}. Set the option 'size' to bring all to one size."
+                    f"{read[0].name!r} has {shape[1]}x{shape[0]}. Set the option 'size' to resize all to one size."
                 )
             read.append(row)
             stream.write(pixels.data)
@@ -129,21 +129,21 @@ def _write_pixels(
             raise ValueError(f"None of the {len(rows)} images in {folder} can be read. Is it the right folder?")
         stream.seek(0)
         write_pixels_header(stream, (len(read), *shape))
-        assert stream.tell() == start, "the head must not grow into the pixels"
+        assert stream.tell() == start, "the header must not grow into the pixels"
     if progress is not None:
         progress(len(rows), len(rows))
     return read, skipped, digest.hexdigest()
 
 
 def _contents(folder: Path, rows: Sequence[Row]) -> str:
-    """Hash of the names and bytes of all images."""
+    """Hashes the names and bytes of all images."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         try:
-            result = hash_file(folder / row.name)
+            content = hash_file(folder / row.name)
         except OSError:
-            result = "unreadable"  # drawing it says why
-        digest.update(f"{row.name}\0{result}\0".encode())
+            content = "unreadable"  # loading it raises the reason
+        digest.update(f"{row.name}\0{content}\0".encode())
     return digest.hexdigest()
 
 
@@ -153,20 +153,20 @@ def build_image_folder(
     options: ImageFolderOptions = ImageFolderOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
-    """The folder's images in the order of their ids, brought to one size on first use and kept in the store.
+    """Builds the image set of a folder in the order of its ids, or loads it from the store.
 
     The id is the column `id`, or else the path below the folder. Columns: `file_name`, `license` (`unknown` where none
-    is told), `split` if there are splits, and the metadata's own. Every file is hashed at each call, so what the store
-    holds is never stale.
+    is given), `split` if there are splits, and those of the metadata. Every file is hashed at each call, so the stored
+    images are never stale.
 
     Args:
         store: Where the images are kept.
         folder: The user's folder.
-        options: How it is read.
+        options: Options of reading the folder.
         progress: Called with (done, total) while images are read.
 
     Raises:
-        ValueError: The metadata or an image cannot be used; names the file and says what to do.
+        ValueError: The metadata or an image cannot be used; the message names the file and the remedy.
         StorageError: The store could not be written.
     """
     if options.size is not None and options.size < 1:
@@ -191,19 +191,19 @@ def build_image_folder(
         fingerprint = identity_hash({"ids": ids, "captions": canonical_json(captions), "pixels": pixels})
         return {"fingerprint": fingerprint, "skipped": skipped}
 
-    made = store.make("image_folder", identity, build)
-    skipped = read_manifest(made)["skipped"]
+    artifact = store.make("image_folder", identity, build)
+    skipped = read_manifest(artifact)["skipped"]
     if skipped:
         _logger.warning(
-            "%s: left out %d of %d images that cannot be read: %s", folder, len(skipped), len(rows), shown(skipped)
+            "%s: skipped %d of %d images that cannot be read: %s", folder, len(skipped), len(rows), shown(skipped)
         )
-    return read_image_set(made)
+    return read_image_set(artifact)
 
 
 def split_images(images: ImageSet, validation_share: float) -> tuple[ImageSet, ImageSet]:
-    """(training, validation) images: by the column `split`, else a share chosen by the hash of the id.
+    """Splits images into (training, validation): by the column `split`, else a share by the hash of the id.
 
-    Whether the share takes an image does not depend on the others.
+    The assignment of an image does not depend on the others.
 
     Raises:
         ValueError: One of the two would be empty.

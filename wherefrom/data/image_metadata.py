@@ -24,13 +24,13 @@ SPLITS = ("train", "validation", "test")
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
 )
-_CELL_LIMIT = 2**31 - 1  # the csv module refuses cells above 128 KiB unless told otherwise
+_CELL_LIMIT = 2**31 - 1  # the csv module rejects cells above 128 KiB by default
 _Cells = tuple[str, dict[str, Any]]  # where the row stands, for errors; its cells
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image as the metadata tells it.
+    """Metadata of one image.
 
     Attributes:
         where: Metadata file and line, for errors.
@@ -50,36 +50,36 @@ class Row:
 
 
 def shown(names: Sequence[str]) -> str:
-    """A few of the names, for errors."""
+    """Formats a few of the names, for errors."""
     return ", ".join(repr(name) for name in names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def metadata_files(folder: Path) -> dict[Path, str]:
-    """Metadata file -> the split whose subfolder it lies in, or ''.
+    """Finds metadata files; maps each to the split whose subfolder it lies in, or ''.
 
     Raises:
         ValueError: There is none, or more than one for the same images.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder that holds the images and their metadata file.")
-    result: dict[Path, str] = {}
+    found: dict[Path, str] = {}
     for place in ("", *SPLITS):
         files = [folder / place / name for name in METADATA if (folder / place / name).is_file()]
         if len(files) > 1:
             names = shown([path.name for path in files])
             raise ValueError(f"{folder / place} holds {len(files)} metadata files ({names}). Keep one.")
-        result.update(dict.fromkeys(files, place))
-    if not result:
+        found.update(dict.fromkeys(files, place))
+    if not found:
         raise ValueError(
             f"{folder} holds no metadata file. Add {', '.join(METADATA[:-1])} or {METADATA[-1]} with a column "
             f"'file_name' and a caption column, there or in each of its subfolders {', '.join(SPLITS)}."
         )
-    if "" in result.values() and len(result) > 1:
+    if "" in found.values() and len(found) > 1:
         raise ValueError(
-            f"{folder} holds a metadata file and so do its subfolders ({shown([str(f) for f in result])}). "
+            f"{folder} holds a metadata file and so do its subfolders ({shown([str(f) for f in found])}). "
             "Keep the one above, with a column 'split', or those below."
         )
-    return result
+    return found
 
 
 def _read_jsonl(path: Path) -> Iterator[_Cells]:
@@ -136,7 +136,7 @@ def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Iterator[_Cells]
 
 
 def _read(path: Path, caption: str, columns: Collection[str] | None) -> list[_Cells]:
-    """The rows of a metadata file, with the wanted columns only."""
+    """Reads the rows of a metadata file, with the wanted columns only."""
 
     def wanted(name: str) -> bool:
         return columns is None or name in {"file_name", "id", "split", "license", caption, *columns}
@@ -169,7 +169,7 @@ def _missing(cell: Any) -> bool:
 
 
 def _text(cell: Any, where: str, column: str, remedy: str) -> str:
-    """A cell as text; numbers are written out, so that numeric ids work."""
+    """Converts a cell to text; numbers are formatted, so that numeric ids work."""
     if isinstance(cell, bool | int | float):
         return str(cell)
     if not isinstance(cell, str):
@@ -191,14 +191,14 @@ def _captions(cell: Any, where: str, column: str) -> tuple[str, ...]:
 
 
 def _file(folder: Path, base: Path, cell: Any, where: str) -> str:
-    """The path below the folder of the image that a row names."""
+    """Resolves a row's image file to its path below the folder."""
     if _missing(cell):
         raise ValueError(f"{where}: 'file_name' is missing. Write the image's path relative to the metadata file.")
     name = PurePosixPath(_text(cell, where, "file_name", "It is a path."))
     if "\0" in str(name):
         raise ValueError(f"{where}: the file name {str(name)!r} holds a NUL character. Correct it.")
     path = base / name
-    # realpath follows links, so that no row can show a file from elsewhere on the machine.
+    # realpath resolves links, so that no row can expose a file from elsewhere on the machine.
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     if name.is_absolute() or ".." in name.parts or not inside:
         raise ValueError(
@@ -212,7 +212,7 @@ def _file(folder: Path, base: Path, cell: Any, where: str) -> str:
 
 def _id(cell: Any, where: str) -> str:
     if _missing(cell) or isinstance(cell, bool | float):
-        raise ValueError(f"{where}: the id {cell!r} is not one. Give each image its own, or drop the column 'id'.")
+        raise ValueError(f"{where}: the id {cell!r} is not valid. Give each image its own, or drop the column 'id'.")
     name = _text(cell, where, "id", "An id is a string.")
     if "\0" in name or name.splitlines() != [name]:
         raise ValueError(f"{where}: the id {name!r} holds a NUL character or a line break. Rename it.")
@@ -245,7 +245,7 @@ def _row(folder: Path, *, base: Path, place: str, caption: str, where: str, cell
 
 
 def _with_splits(folder: Path, rows: list[Row]) -> list[Row]:
-    """Every row with a split or none; where no metadata tells it, the topmost folder does, as with Hugging Face."""
+    """Completes missing splits from the top-level folder, as Hugging Face does; all rows or none have a split."""
     without = [row for row in rows if not row.split]
     if not without:
         return rows
@@ -264,7 +264,7 @@ def _with_splits(folder: Path, rows: list[Row]) -> list[Row]:
 
 
 def _check(folder: Path, metadata: Collection[Path], rows: Sequence[Row]) -> None:
-    """Refuses what only shows when all rows are seen together, or beside what lies on disk."""
+    """Validates all rows together, and against the files on disk."""
     seen: dict[str, Row] = {}
     for row in rows:
         other = seen.setdefault(row.id, row)
@@ -299,7 +299,7 @@ def _check(folder: Path, metadata: Collection[Path], rows: Sequence[Row]) -> Non
 
 
 def read_rows(folder: Path, caption: str, columns: Collection[str] | None) -> list[Row]:
-    """What the metadata say of each image, sorted by id.
+    """Reads the metadata of each image, sorted by id.
 
     Args:
         folder: The user's folder.
@@ -307,7 +307,7 @@ def read_rows(folder: Path, caption: str, columns: Collection[str] | None) -> li
         columns: Further columns to keep; None keeps all.
 
     Raises:
-        ValueError: The metadata cannot be used, or do not fit what lies on disk.
+        ValueError: The metadata are invalid, or do not match the files on disk.
     """
     metadata = metadata_files(folder)
     rows = []

@@ -1,4 +1,4 @@
-"""Captioned images on disk: `images.parquet` (one row an image) beside `pixels.npy` and a manifest."""
+"""Captioned image sets on disk: a Parquet table (one row per image), `pixels.npy` and a manifest."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class ImageSet:
     Attributes:
         ids: Unique string ids that the data set owns (never positions).
         captions: The captions of each image; every image has the same number of them.
-        pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of some rows of what is.
-        columns: Further columns, one string an image: `license` always, and groups such as `author`, `style`.
-        fingerprint: Hash of ids, captions and pixels; part of the identity of whatever is made from them.
-        joined_from: What these were joined from, where they were; see `parts`.
+        pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of a memory-mapped array.
+        columns: Further columns, one string per image: `license` always, and groups such as `author`, `style`.
+        fingerprint: Hash of ids, captions and pixels; part of the identity of every artifact built from them.
+        joined_from: The sets that this one is the concatenation of, if any; see `parts`.
     """
 
     ids: tuple[str, ...]
@@ -51,13 +51,13 @@ class ImageSet:
 
     @property
     def parts(self) -> tuple[ImageSet, ...]:
-        """What these are the concatenation of, so that what was made of a part is found again; else themselves."""
+        """The concatenated sets, so that artifacts of each part are reused; the set itself if it was not joined."""
         if self.joined_from and self.fingerprint == _joined_fingerprint(self.joined_from):
             return tuple(part for each in self.joined_from for part in each.parts)
         return (self,)
 
     def subset(self, indices: Sequence[int] | NDArray[np.intp]) -> ImageSet:
-        """The images at these positions, in this order."""
+        """Selects the images at these positions, in this order."""
         chosen = [int(index) for index in indices]
         return ImageSet(
             ids=tuple(self.ids[index] for index in chosen),
@@ -68,12 +68,12 @@ class ImageSet:
         )
 
     def where(self, column: str, value: str) -> ImageSet:
-        """The images whose column has this value."""
-        return self.subset([index for index, result in enumerate(self.columns[column]) if result == value])
+        """Selects the images whose column has this value."""
+        return self.subset([index for index, cell in enumerate(self.columns[column]) if cell == value])
 
 
 def joined_image_sets(first: ImageSet, second: ImageSet) -> ImageSet:
-    """The images of both; those of the first may stay on disk.
+    """Concatenates two image sets; the first may stay memory-mapped.
 
     Raises:
         ValueError: An id is in both, sizes or numbers of captions differ, or a column is in one only.
@@ -99,10 +99,10 @@ def _joined_fingerprint(parts: Sequence[ImageSet]) -> str:
 
 
 def check_unique(ids: Iterable[str]) -> None:
-    """Refuses duplicate ids.
+    """Raises if ids are not unique.
 
     Raises:
-        ValueError: Names the ids that occur more than once.
+        ValueError: Ids occur more than once; names them.
     """
     seen: set[str] = set()
     twice: set[str] = set()
@@ -116,11 +116,11 @@ def check_unique(ids: Iterable[str]) -> None:
 
 
 def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") -> tuple[str, ...]:
-    """Ids from a list, or from a text file with one id a line.
+    """Reads ids from a list, or from a text file with one id per line.
 
     Args:
         given: The list or the file.
-        option: What the user calls it, for errors.
+        option: Name of the user's option, for errors.
 
     Raises:
         ValueError: The file is missing.
@@ -130,13 +130,15 @@ def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") 
     if isinstance(given, str | Path):
         path = Path(given)
         if not path.is_file():
-            raise ValueError(f"{option}: {path} is not a file. Give a list of ids, or a text file with one id a line.")
+            raise ValueError(
+                f"{option}: {path} is not a file. Give a list of ids, or a text file with one id per line."
+            )
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     return tuple(given)
 
 
 def keep_indices(ids: Sequence[str], exclude: Sequence[str]) -> list[int]:
-    """Positions of the ids that are not excluded.
+    """Computes the positions of the ids that are not excluded.
 
     Raises:
         ValueError: An excluded id is not in the data set.
@@ -155,12 +157,12 @@ def keep_indices(ids: Sequence[str], exclude: Sequence[str]) -> list[int]:
 def write_table(
     folder: Path, ids: Sequence[str], captions: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]
 ) -> None:
-    """Writes the table: one row an image.
+    """Writes the table, one row per image.
 
     Raises:
         StorageError: The folder could not be written.
     """
-    assert not {"id", "captions"} & columns.keys(), "these two columns are the table's own"
+    assert not {"id", "captions"} & columns.keys(), "these two column names are reserved"
     further = {name: list(column) for name, column in columns.items()}
     table = pa.table({"id": list(ids), "captions": [list(several) for several in captions], **further})
     with replacing(folder / TABLE) as temporary:
@@ -168,7 +170,7 @@ def write_table(
 
 
 def write_pixels_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Writes the head of a `.npy` file of uint8; its length does not depend on the first extent."""
+    """Writes the header of a `.npy` file of uint8; its length does not depend on the first dimension."""
     np.lib.format.write_array_header_2_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
@@ -186,7 +188,7 @@ def write_image_set(
     """
     write_table(folder, ids, captions, columns)
     with replacing(folder / PIXELS) as temporary, temporary.open("wb") as stream:
-        # Not np.save: on a full disk its error carries no errno, so that nobody could tell what happened.
+        # Not np.save: on a full disk its error carries no errno, which `storage_errors` needs.
         write_pixels_header(stream, pixels.shape)
         stream.write(np.ascontiguousarray(pixels).data)
 
@@ -195,7 +197,7 @@ def read_image_set(folder: Path) -> ImageSet:
     """Reads images written by `write_image_set`; the pixels are memory-mapped.
 
     Raises:
-        FileNotFoundError: The folder is not a whole artifact.
+        FileNotFoundError: The folder is not a complete artifact.
     """
     manifest: dict[str, Any] = read_manifest(folder)
     columns = pq.read_table(folder / TABLE).to_pydict()

@@ -1,4 +1,4 @@
-"""COCO 2017: folders of images beside a JSON file of captions, brought to one size."""
+"""COCO 2017: image folders with a JSON file of captions, resized to one size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import PIL
 
 from wherefrom.data.decoding import (
     NOT_DECODABLE,
-    Problem,
     Progress,
     Sample,
+    SkippedItem,
     decode_parts,
     join_parts,
-    warn_of,
+    log_skipped,
 )
 from wherefrom.data.image_folder import draw
 from wherefrom.data.image_metadata import shown
@@ -27,20 +27,20 @@ from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_ma
 from wherefrom.runtime.mapped_arrays import announce_size
 from wherefrom.runtime.stable_names import settings_identity
 
-_PART = 256  # images in a part: fixed, since the parts' hashes make the fingerprint
+_PART = 256  # images per part: fixed, since the fingerprint is computed from the parts' hashes
 UNREADABLE_IMAGE = "cannot be read"
 
 
 @dataclass(frozen=True)
 class CocoOptions:
-    """How COCO is read.
+    """Options of reading COCO.
 
     Attributes:
-        size: Side in pixels to which every image is brought: its largest centred square, resized.
-        captions: The first so many captions of each image, in the order of the JSON file.
-        skip_unreadable: Leave out images that cannot be read instead of refusing the folder; they are logged, and
-            listed in the manifest.
-        workers: Threads that decode; they change nothing else.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized.
+        captions: Number of captions per image: the first ones, in the order of the JSON file.
+        skip_unreadable: Skip images that cannot be read instead of raising; they are logged, and listed in the
+            manifest.
+        workers: Number of decoding threads; does not change the result.
     """
 
     size: int = 128
@@ -51,7 +51,7 @@ class CocoOptions:
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image as the JSON file tells it."""
+    """Metadata of one image in the JSON file."""
 
     id: str
     file_name: str
@@ -76,10 +76,10 @@ def _entries(path: Path, content: Mapping[str, Any], name: str, fields: Mapping[
 
 
 def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
-    """What COCO's captions file says of each image, in the numerical order of the ids, which is the papers'.
+    """Reads COCO's captions file, in the numerical order of the image ids, as the papers do.
 
     Raises:
-        ValueError: The file is missing, has another shape, names an image twice, or an image has too few captions.
+        ValueError: The file is missing, has another layout, names an image twice, or an image has too few captions.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file. Unpack COCO's annotations_trainval2017.zip beside the image folders.")
@@ -92,14 +92,14 @@ def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
     images = _entries(path, content, "images", {"id": int, "file_name": str})
     written = _entries(path, content, "annotations", {"image_id": int, "caption": str})
     _check_images(path, images)
-    result: dict[int, list[str]] = {image["id"]: [] for image in images}
+    captions_of: dict[int, list[str]] = {image["id"]: [] for image in images}
     for annotation in written:
-        if annotation["image_id"] not in result:
+        if annotation["image_id"] not in captions_of:
             raise ValueError(f"{path}: a caption is of image {annotation['image_id']}, which 'images' does not have.")
         if annotation["caption"].strip():
-            result[annotation["image_id"]].append(annotation["caption"])
+            captions_of[annotation["image_id"]].append(annotation["caption"])
     for minimum, what in ((1, "no caption"), (captions, f"fewer than {captions} captions")):
-        short = [str(name) for name, several in result.items() if len(several) < minimum]
+        short = [str(name) for name, several in captions_of.items() if len(several) < minimum]
         if short:
             raise ValueError(
                 f"{path}: {len(short)} images have {what}: {shown(short)}. Add what is missing, take the images out of "
@@ -110,7 +110,7 @@ def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
         CocoImage(
             str(image["id"]),
             image["file_name"],
-            tuple(result[image["id"]][:captions]),
+            tuple(captions_of[image["id"]][:captions]),
             terms.get(_number(image.get("license")), "unknown"),
             str(image.get("flickr_url") or image.get("coco_url") or ""),
         )
@@ -138,16 +138,16 @@ def _number(value: Any) -> int:
 
 
 def _license_names(licenses: Any) -> dict[int, str]:
-    """Number of a licence -> its name."""
+    """Maps numbers of licences to names."""
     entries = [entry for entry in licenses if isinstance(entry, dict)] if isinstance(licenses, list) else []
     return {_number(entry.get("id")): str(entry.get("name") or entry.get("url") or "unknown") for entry in entries}
 
 
 def select(images: Sequence[CocoImage], subset: Sequence[str]) -> list[CocoImage]:
-    """The images with these ids, in the order of the images.
+    """Selects the images with these ids, in the order of the images.
 
     Raises:
-        ValueError: There is no image with one of the ids, or an id is named twice.
+        ValueError: An id is unknown or named twice.
     """
     check_unique(subset)
     wanted = set(subset)
@@ -161,9 +161,9 @@ def select(images: Sequence[CocoImage], subset: Sequence[str]) -> list[CocoImage
 
 
 def _sizes(folder: Path, images: Sequence[CocoImage]) -> str:
-    """Hash of names and sizes of all files.
+    """Hashes names and sizes of all files.
 
-    Not of their bytes, as for a user's own folder: COCO's 19 GB are published once and never edited.
+    Unlike for a user's folder, not their bytes: COCO's 19 GB are published once and never edited.
 
     Raises:
         ValueError: The folder or a file is missing.
@@ -191,21 +191,21 @@ def build_mscoco(
     log: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """COCO's images in the numerical order of their ids, decoded once and kept in the store.
+    """Builds COCO's image set in the numerical order of the ids, or loads it from the store.
 
     Columns: `license` (the licence's name in the JSON file), `file_name`, `url`.
 
     Args:
-        store: Where the images are kept, and finished parts of an interrupted run.
-        folder: The images, such as `train2017`.
+        store: Where the images, and finished parts of an interrupted run, are kept.
+        folder: Image folder, such as `train2017`.
         captions: The captions file, such as `annotations/captions_train2017.json`.
-        options: How they are read.
+        options: Options of reading.
         subset: Ids to keep; None keeps all.
-        log: Receives a line that says how large the images will be before any is decoded.
+        log: Receives a message with the size on disk before decoding.
         progress: Called with (done, total) images while they are decoded.
 
     Raises:
-        ValueError: File, folder or an image cannot be used; names it and says what to do.
+        ValueError: The file, the folder or an image cannot be used.
         StorageError: The store could not be written; finished parts are kept.
     """
     if options.size < 1 or options.captions < 1:
@@ -224,7 +224,7 @@ def build_mscoco(
     }
     parts = [images[start : start + _PART] for start in range(0, len(images), _PART)]
 
-    def decode(part: int) -> Iterator[Sample | Problem]:
+    def decode(part: int) -> Iterator[Sample | SkippedItem]:
         for image in parts[part]:
             try:
                 pixels = draw(folder / image.file_name, options.size)
@@ -234,7 +234,7 @@ def build_mscoco(
                         f"{folder / image.file_name} cannot be read: {error}. Unpack it again, name the others in "
                         "subset, or set skip_unreadable."
                     ) from error
-                yield Problem(image.file_name, UNREADABLE_IMAGE, str(error))
+                yield SkippedItem(image.file_name, UNREADABLE_IMAGE, str(error))
             else:
                 columns = {"license": image.license, "file_name": image.file_name, "url": image.url}
                 yield Sample(image.id, image.captions, pixels, columns)
@@ -252,7 +252,7 @@ def build_mscoco(
         )
         return join_parts(partial, len(parts), options.size)
 
-    made = store.make("mscoco", identity, build)
-    image_set = read_image_set(made)
-    warn_of(folder, len(image_set), read_manifest(made)["problems"])
+    artifact = store.make("mscoco", identity, build)
+    image_set = read_image_set(artifact)
+    log_skipped(folder, len(image_set), read_manifest(artifact)["problems"])
     return image_set

@@ -1,7 +1,7 @@
-"""Samples of a WebDataset shard: a tar file whose members `KEY.jpg`, `KEY.txt`, `KEY.json` belong together.
+"""Reader of WebDataset shards: tar files whose members `KEY.jpg`, `KEY.txt`, `KEY.json` form one sample.
 
-Everything in a shard is untrusted. Nothing is unpacked to disk: names are keys and never paths. What is broken or
-refused is reported and left out; a damaged shard gives everything that stands before the damage.
+Everything in a shard is untrusted. Nothing is unpacked to disk: names are keys and never paths. Damaged or rejected
+members are reported and skipped; a damaged shard yields all samples before the damage.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from wherefrom.data.decoding import Problem
+from wherefrom.data.decoding import SkippedItem
 
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp"))
 _WANTED = IMAGES | {"txt", "json"}
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_KEY = 256
-# What tarfile raises on damaged headers is not one family.
+# tarfile raises many unrelated types on damaged headers.
 _DAMAGED = (tarfile.TarError, ValueError, EOFError, OverflowError, IndexError, TypeError)
 REFUSED, DAMAGED, LARGE = "refused members", "damaged shards", "members above the size limit"
 
 
 @dataclass
 class ShardSample:
-    """The members of one key.
+    """Members of a shard with the same key.
 
     Attributes:
-        key: What they are called before the first dot.
-        members: Extension in small letters -> bytes.
+        key: Name of the members up to the first dot.
+        members: Lower-case extension -> bytes.
     """
 
     key: str
@@ -36,26 +36,26 @@ class ShardSample:
 
 
 def _refusal(member: tarfile.TarInfo) -> str | None:
-    """Why a member is not looked at, or None."""
+    """Returns the reason for rejecting a member, or None."""
     name = member.name
     if not member.isreg() or member.issparse():
         return "is not a plain file"
     if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts or ":" in name.partition("/")[0]:
         return "its name leads out of the shard"
     if not name.isprintable() or len(name) > _LONGEST_KEY:  # also what is not UTF-8
-        return "its name is not one"
+        return "its name is not valid"
     return None
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension: WebDataset cuts at the first dot of the last part."""
+    """Splits a name into key and extension, at the first dot of the last path component, as WebDataset does."""
     path = PurePosixPath(name)
     stem, _, extension = path.name.partition(".")
     return (str(path.parent / stem) if stem else "", extension.lower())
 
 
 def check_shard(path: Path) -> None:
-    """Refuses a shard that holds nothing at all.
+    """Raises if a shard is empty.
 
     Raises:
         ValueError: The file is empty, or an archive without members.
@@ -68,13 +68,13 @@ def check_shard(path: Path) -> None:
 
 def read_shard(
     path: Path, largest: int = 2**26, wanted: Callable[[str], bool] = lambda key: True
-) -> Iterator[ShardSample | Problem]:
-    """The samples of a shard in its order, and what is wrong with it.
+) -> Iterator[ShardSample | SkippedItem]:
+    """Yields the samples of a shard in order, and skipped items.
 
     Args:
         path: The tar file.
         largest: Members of more bytes than this, by their header, are not read.
-        wanted: Which keys to read; the others are passed over.
+        wanted: Whether to read a key; others are ignored.
 
     Raises:
         OSError: The file cannot be read at all.
@@ -96,7 +96,7 @@ def read_shard(
                 if reason is None and not key:
                     reason = "it has no key"
                 if reason is not None:
-                    yield Problem(f"{path.name}: {member.name[:_LONGEST_KEY]!a}", REFUSED, reason)
+                    yield SkippedItem(f"{path.name}: {member.name[:_LONGEST_KEY]!a}", REFUSED, reason)
                     continue
                 if sample is None or key != sample.key:
                     if sample is not None:
@@ -106,9 +106,9 @@ def read_shard(
                 if extension not in _WANTED or not wanted(key):
                     continue
                 if key in finished or extension in sample.members:
-                    yield Problem(f"{path.name}: {member.name}", REFUSED, "its key or name occurs twice")
+                    yield SkippedItem(f"{path.name}: {member.name}", REFUSED, "its key or name occurs twice")
                 elif member.size > largest:
-                    yield Problem(f"{path.name}: {member.name}", LARGE, f"{member.size:,} bytes")
+                    yield SkippedItem(f"{path.name}: {member.name}", LARGE, f"{member.size:,} bytes")
                 else:
                     content = tar.extractfile(member)
                     assert content is not None, "plain files have content"
@@ -120,11 +120,11 @@ def read_shard(
     if sample is not None:
         yield sample
     if damage:
-        yield Problem(path.name, DAMAGED, f"{damage}, at or after byte {offset:,} of {length:,}")
+        yield SkippedItem(path.name, DAMAGED, f"{damage}, at or after byte {offset:,} of {length:,}")
 
 
 def _ends_well(path: Path, offset: int) -> bool:
-    """Whether the end mark stands where the members end: tarfile takes a damaged header for the end."""
+    """Whether the end marker follows the members: tarfile treats a damaged header as the end."""
     with path.open("rb") as stream:
         stream.seek(offset)
         return stream.read(_BLOCK) == bytes(_BLOCK)

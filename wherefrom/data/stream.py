@@ -7,13 +7,14 @@ order, and, since noise, timestep, flip and caption are keyed by (seed, id, visi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import keyed_random
 
@@ -91,12 +92,12 @@ class PixelBatch(NamedTuple):
 
 
 class LatentBatch(NamedTuple):
-    """What the latent diffusion trains on: the key of each visit, its time in [0, 1), latents and caption states."""
+    """What the latent diffusion trains on: the key of each visit, its time in [0, 1), latents and conditioning."""
 
     keys: Int64[Tensor, " b"]
     times: Float[Tensor, " b"]
     latents: Float[Tensor, "b c h w"]
-    states: Float[Tensor, "b l d"]
+    conditioning: Conditioning
 
 
 def visit_keys(seed: int, id_keys: Int64[Tensor, " b"], visits: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
@@ -122,8 +123,8 @@ def visit_times(seed: int, id_keys: Int64[Tensor, " b"], visits: Int64[Tensor, "
 class VisitDataset(Protocol):
     """A data set that is asked for whole batches of visits."""
 
-    def __getitems__(self, visits: list[Visit]) -> PixelBatch | LatentBatch:
-        """The batch of these visits."""
+    def __getitems__(self, visits: list[Visit]) -> tuple[Any, ...]:
+        """The batch of these visits, whose first field is their keys."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""LAION as img2dataset leaves it: shards `00000.tar` beside `00000.parquet`, brought to one size."""
+"""WebDataset shards as written by img2dataset (`00000.tar` beside `00000.parquet`), resized to one size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wherefrom.data.decoding import NOT_DECODABLE, Problem, Progress, Sample, decode_parts, join_parts, warn_of
+from wherefrom.data.decoding import NOT_DECODABLE, Progress, Sample, SkippedItem, decode_parts, join_parts, log_skipped
 from wherefrom.data.image_folder import draw
 from wherefrom.data.image_metadata import shown
 from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
@@ -33,14 +33,14 @@ _OWN = frozenset(("id", "captions", "license", "shard"))
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How shards are read.
+    """Options of reading shards.
 
     Attributes:
-        size: Side in pixels to which every image is brought: its largest centred square, resized.
-        columns: Columns of the parquet files to keep.
-        license: The column with each image's licence; without one it is `unknown`.
-        largest_member: Members of more bytes than this are left out unread.
-        workers: Threads that decode, a shard each; they change nothing else.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized.
+        columns: Columns of the Parquet files to keep.
+        license: Column of the licences; without it they are `unknown`.
+        largest_member: Members of more bytes than this are skipped unread.
+        workers: Number of decoding threads, each with its own shard; does not change the result.
     """
 
     size: int = 512
@@ -51,10 +51,10 @@ class ShardOptions:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The shards in the order of their names.
+    """Finds the shards of a folder, sorted by name.
 
     Raises:
-        ValueError: There is none, one is empty, or one has no parquet file beside it.
+        ValueError: There is none, one is empty, or one has no Parquet file beside it.
     """
     shards = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not shards:
@@ -73,7 +73,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def _table(shard: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of the parquet file beside a shard; `status` where there is one.
+    """Reads columns of the Parquet file beside a shard, and `status` if present.
 
     Raises:
         ValueError: The file cannot be read, or lacks a column.
@@ -89,26 +89,26 @@ def _table(shard: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
                     "has in the options 'columns' and 'license'; 'key' must be there."
                 )
             wanted = list(dict.fromkeys(("key", *columns, *(name for name in ("status",) if name in names))))
-            result: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()
+            table: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({error}). Download it again.") from error
-    return result
+    return table
 
 
 def _keys(shard: Path, columns: Sequence[str]) -> list[str]:
-    """Keys that the shard should hold: img2dataset also lists what it could not download."""
+    """Reads the keys that the shard should hold; img2dataset also lists failed downloads."""
     table = _table(shard, columns)
     states = table.get("status", ["success"] * len(table["key"]))
     return [str(key) for key, status in zip(table["key"], states, strict=True) if status == "success"]
 
 
 def _caption(sample: ShardSample) -> str:
-    """The text member, or else the caption of the JSON member; '' where neither is usable."""
+    """Reads the caption from the text member, or else from the JSON member; '' if neither is usable."""
     try:
         text: Any = sample.members.get("txt", b"").decode()
         if not text.strip() and "json" in sample.members:
-            told = json.loads(sample.members["json"])
-            text = told.get("caption") if isinstance(told, dict) else ""
+            metadata = json.loads(sample.members["json"])
+            text = metadata.get("caption") if isinstance(metadata, dict) else ""
         if not isinstance(text, str):
             return ""
         text.encode()  # JSON can spell half a surrogate pair
@@ -119,16 +119,16 @@ def _caption(sample: ShardSample) -> str:
 
 def decode_shard(
     shard: Path, options: ShardOptions, subset: frozenset[str] | None = None
-) -> Iterator[Sample | Problem]:
-    """The images of a shard, and by name what had to be left out.
+) -> Iterator[Sample | SkippedItem]:
+    """Decodes the images of a shard; yields samples and skipped items.
 
     Args:
         shard: The tar file.
-        options: How it is read.
+        options: Options of reading.
         subset: Keys to keep; None keeps all.
 
     Raises:
-        ValueError: The parquet file cannot be used.
+        ValueError: The Parquet file cannot be used.
     """
     names = [*options.columns, *((options.license,) if options.license else ())]
     table = _table(shard, names)
@@ -140,7 +140,7 @@ def decode_shard(
         return subset is None or key in subset
 
     for sample in read_shard(shard, options.largest_member, wanted):
-        if isinstance(sample, Problem):
+        if isinstance(sample, SkippedItem):
             yield sample
             continue
         if not wanted(sample.key) or sample.key in seen:
@@ -149,16 +149,16 @@ def decode_shard(
         name, caption = f"{shard.name}: {sample.key}", _caption(sample)
         image = next((sample.members[kind] for kind in sorted(IMAGES & sample.members.keys())), None)
         if image is None:
-            yield Problem(name, NO_IMAGE)
+            yield SkippedItem(name, NO_IMAGE)
         elif not caption:
-            yield Problem(name, NO_CAPTION)
+            yield SkippedItem(name, NO_CAPTION)
         else:
             try:
                 pixels = draw(io.BytesIO(image), options.size)
             except NOT_DECODABLE as error:
-                # The message names the buffer's address, which is another at each run.
+                # The message contains the buffer's address, which differs between runs.
                 detail = type(error).__name__ if "BytesIO" in str(error) else str(error)
-                yield Problem(name, UNDECODABLE, detail)
+                yield SkippedItem(name, UNDECODABLE, detail)
                 continue
             row = row_of.get(sample.key)
             cells = {column: "" if row is None else _text(table[column][row]) for column in names}
@@ -167,7 +167,7 @@ def decode_shard(
             yield Sample(sample.key, (caption,), pixels, {**columns, "license": terms, "shard": shard.name})
     for key in expected:
         if key not in seen:
-            yield Problem(f"{shard.name}: {key}", LOST)
+            yield SkippedItem(f"{shard.name}: {key}", LOST)
 
 
 def _text(cell: Any) -> str:
@@ -176,13 +176,13 @@ def _text(cell: Any) -> str:
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards that were found fit to be decoded.
+    """Validated plan of the shards to decode.
 
     Attributes:
-        paths: The shards that hold something wanted.
-        counts: How many wanted samples each should hold.
+        paths: Shards with wanted samples.
+        counts: Expected number of wanted samples per shard.
         subset: Keys to keep; None keeps all.
-        identity: What decides the images.
+        identity: Identity of the decoded images.
     """
 
     paths: tuple[Path, ...]
@@ -192,16 +192,16 @@ class Shards:
 
 
 def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Sequence[str] | None = None) -> Shards:
-    """Checks shards, parquet files and keys before anything is decoded.
+    """Validates shards, Parquet files and keys before anything is decoded.
 
     Raises:
-        ValueError: There is no shard, one is empty, a parquet file lacks a column, or keys are unknown or occur twice.
+        ValueError: There is no shard, one is empty, a Parquet file lacks a column, or keys are unknown or occur twice.
     """
     if options.size < 1 or options.largest_member < 1:
         raise ValueError(f"size {options.size} and largest_member {options.largest_member} must be at least 1.")
-    taken = sorted(_OWN & set(options.columns))
-    if taken:
-        raise ValueError(f"columns: {taken[0]!r} is a column of wherefrom's own. Leave it out; see 'license'.")
+    reserved = sorted(_OWN & set(options.columns))
+    if reserved:
+        raise ValueError(f"columns: {reserved[0]!r} is a reserved column name. Leave it out; see 'license'.")
     names = [*options.columns, *((options.license,) if options.license else ())]
     shards = find_shards(folder)
     keys = [_keys(shard, names) for shard in shards]
@@ -224,7 +224,7 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
     identity = {
         **settings,
         "columns": list(options.columns),
-        # Sizes of the shards, not their bytes: they may be terabytes, and are written once.
+        # Sizes of the shards, not their contents: they may be terabytes, and are written once.
         "shards": identity_hash({"files": [[path.name, path.stat().st_size] for path, _ in used]}),
         "tables": identity_hash({"files": [hash_file(path.with_suffix(".parquet")) for path, _ in used]}),
         "subset": None if chosen is None else identity_hash({"keys": sorted(chosen)}),
@@ -242,13 +242,13 @@ def decode_shards(
     places: int = 1,
     progress: Progress | None = None,
 ) -> None:
-    """Decodes one node's share of the shards, for `build_laion` to join once all nodes are through.
+    """Decodes one node's share of the shards, which `build_laion` joins after all nodes have finished.
 
     Args:
-        store: A folder that all nodes share.
+        store: A store shared by all nodes.
         shards: The plan, the same on all nodes.
-        options: How shards are read.
-        place: This node.
+        options: Options of reading.
+        place: Index of this node.
         places: Number of nodes.
         progress: Called with (done, total) images.
 
@@ -277,20 +277,20 @@ def build_laion(
     log: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """The shards' images in their order, decoded once and kept in the store; ids are img2dataset's keys.
+    """Builds the image set of shards in their order, or loads it from the store; ids are img2dataset's keys.
 
-    Columns: `license`, `shard`, and `options.columns`. What is broken is left out, counted, and listed in the manifest.
+    Columns: `license`, `shard`, and `options.columns`. Damaged samples are skipped, and listed in the manifest.
 
     Args:
-        store: Where the images are kept, and finished shards of an interrupted run.
+        store: Where the images, and finished shards of an interrupted run, are kept.
         folder: The output folder of img2dataset.
-        options: How shards are read.
+        options: Options of reading.
         subset: Keys to keep; None keeps all.
-        log: Receives a line that says how large the images will be before any is decoded.
+        log: Receives a message with the size on disk before decoding.
         progress: Called with (done, total) images while they are decoded.
 
     Raises:
-        ValueError: Shards, parquet files or keys cannot be used, or no image at all can.
+        ValueError: Shards, Parquet files or keys cannot be used, or no image is usable.
         StorageError: The store could not be written; finished shards are kept.
     """
     shards = plan_shards(folder, options, subset)
@@ -302,7 +302,7 @@ def build_laion(
         decode_shards(store, shards=shards, options=options, progress=progress)
         return join_parts(partial, len(shards.paths), options.size)
 
-    made = store.make("laion", shards.identity, build)
-    images = read_image_set(made)
-    warn_of(folder, len(images), read_manifest(made)["problems"])
+    artifact = store.make("laion", shards.identity, build)
+    images = read_image_set(artifact)
+    log_skipped(folder, len(images), read_manifest(artifact)["problems"])
     return images

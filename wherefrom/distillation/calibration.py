@@ -1,4 +1,4 @@
-"""From a ranker's similarity to an estimate of the teacher's score, with an interval that holds for new queries.
+"""Calibration of a ranker: similarities to estimates of the teacher's score, with conformal prediction intervals.
 
 The estimate is an isotonic regression of the teacher's scores on similarity, fitted on one half of the held-out
 queries. The interval is split-conformal: quantiles of the residuals on the other half, in bins of similarity. Images
@@ -8,7 +8,7 @@ queries has weight 1/(K + 1), shared by its images in the bin, and the rest lies
 is exchangeable with these, and an image drawn evenly from its images in a bin, the interval then holds the teacher's
 score with at least the stated probability, whatever the distribution and however wrong the estimate.
 
-It holds for images chosen as the held-out ones were: a calibration on the nearest 10,000 speaks of such images.
+The guarantee covers images selected as the held-out ones were: a calibration on the nearest 10,000 covers such images.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ CURVE = "calibration.safetensors"
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How a calibration is fitted.
+    """Settings of a calibration.
 
     Attributes:
-        confidence: Probability with which an interval holds the teacher's score.
-        shares: Where bins of similarity begin, as shares of the images below; finer where images are retrieved.
-        seed: Decides which half of the queries fits the curve and which the intervals.
+        confidence: Probability with which an interval contains the teacher's score.
+        shares: Lower edges of the similarity bins, as quantiles; finer where images are retrieved.
+        seed: Seed of the split of queries into those for the curve and those for the intervals.
     """
 
     confidence: float = 0.9
@@ -71,23 +71,23 @@ class CalibrationSettings:
 
     @property
     def needed(self) -> int:
-        """Queries with images in a bin, below which its interval is the whole line."""
+        """Minimum number of queries with images in a bin; with fewer, its interval is unbounded."""
         tail = (1 - self.confidence) / 2
         return math.ceil((1 - tail) / tail - 1e-9)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A rising curve from similarity to influence, and residuals' quantiles by bin of similarity.
+    """Increasing curve from similarity to influence, with residual quantiles by bin of similarity.
 
     Attributes:
-        similarities: The curve's corners, rising.
-        values: The curve there; straight in between, constant outside.
-        edges: Similarities at which the second bin and those after it begin.
-        low: Residuals' lower quantile in each bin.
-        high: Their upper quantile.
+        similarities: Knots of the curve, ascending.
+        values: The curve at the knots; linear in between, constant outside.
+        edges: Lower edges of the second bin and those after it.
+        low: Lower quantile of the residuals in each bin.
+        high: Upper quantile of the residuals in each bin.
         queries: All queries that it was fitted on.
-        settings: How.
+        settings: Settings of the fit.
     """
 
     similarities: Float[NDArray[np.float64], " p"]
@@ -99,12 +99,12 @@ class Calibration:
     settings: CalibrationSettings
 
     def bins(self, cosines: Float[NDArray[np.floating], "..."]) -> Int64[NDArray[np.int64], "..."]:
-        """The bin of each similarity, 0 the least similar."""
-        result: NDArray[np.int64] = np.searchsorted(self.edges, cosines, side="right")
-        return result
+        """Assigns each similarity to its bin, 0 the least similar."""
+        bins: NDArray[np.int64] = np.searchsorted(self.edges, cosines, side="right")
+        return bins
 
     def estimate(self, cosines: Float[NDArray[np.floating], "..."]) -> Estimates:
-        """Estimates of the teacher's scores of images with these similarities to a query."""
+        """Estimates the teacher's scores of images with these similarities to a query."""
         values = np.interp(cosines, self.similarities, self.values)
         bins = self.bins(cosines)
         return Estimates(values, values + self.low[bins], values + self.high[bins])
@@ -113,9 +113,9 @@ class Calibration:
 def group_quantile(
     values: Float[NDArray[np.float64], " n"], groups: Int64[NDArray[np.int64], " n"], level: float
 ) -> float:
-    """The level's quantile over groups and one more group at infinity, each of them with the same weight.
+    """Computes the quantile over groups of equal weight, one of them at infinity.
 
-    With one value a group it is split-conformal prediction's ⌈level · (K + 1)⌉-th smallest value.
+    With one value per group it is split-conformal prediction's ⌈level · (K + 1)⌉-th smallest value.
     """
     _, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
     order = np.argsort(values, kind="stable")
@@ -130,7 +130,7 @@ def fit_calibration(
     queries: Sequence[str],
     settings: CalibrationSettings = CalibrationSettings(),
 ) -> Calibration:
-    """Fits curve and intervals on queries that the ranker was not trained on; their order does not matter.
+    """Fits the curve and the intervals on queries that the ranker was not trained on, in any order.
 
     Raises:
         ValueError: Shapes do not fit, a number is not finite, a query is named twice, or there are too few queries.
@@ -179,7 +179,7 @@ def _checked(
 def _isotonic(
     x: Float[NDArray[np.float64], " n"], y: Float[NDArray[np.float64], " n"]
 ) -> tuple[Float[NDArray[np.float64], " p"], Float[NDArray[np.float64], " p"]]:
-    """The rising function that is nearest to the points, by the ends of its steps."""
+    """Isotonic regression: returns the ends of the steps of the fitted function."""
     order = np.lexsort((y, x))  # by both, so that sums do not depend on the order of the queries
     levels, first, counts = np.unique(x[order], return_index=True, return_counts=True)
     fitted = isotonic_regression(np.add.reduceat(y[order], first) / counts, weights=counts)
@@ -188,7 +188,7 @@ def _isotonic(
 
 
 def _edges(cosines: Float[NDArray[np.float64], "q m"], settings: CalibrationSettings) -> NDArray[np.float64]:
-    """Bins of the shares asked for, joined with the one below where too few queries have such similar images."""
+    """Computes the bin edges, merging bins in which too few queries have images."""
     edges = [float(edge) for edge in np.unique(np.quantile(cosines, settings.shares))]
     highest, lowest = cosines.max(axis=1), cosines.min(axis=1)
     while edges and int((highest >= edges[-1]).sum()) < settings.needed:
@@ -199,7 +199,7 @@ def _edges(cosines: Float[NDArray[np.float64], "q m"], settings: CalibrationSett
 
 
 def calibration_identity(ranker: Ranker, features: Sequence[str], teacher: Identity) -> dict[str, Any]:
-    """What a calibration belongs to."""
+    """Identity of a calibration: ranker, features and teacher."""
     return {"ranker": ranker.identity(), "features": list(features), "teacher": dict(teacher)}
 
 
@@ -221,31 +221,31 @@ def calibrate(
 def calibrate_ranker(
     folder: Path, ranker: Path, teacher: Path, settings: CalibrationSettings = CalibrationSettings()
 ) -> Calibration:
-    """Calibrates a saved ranker on a teacher set of held-out queries, and keeps the calibration.
+    """Calibrates a saved ranker on a teacher set of held-out queries, and saves the calibration.
 
     Args:
-        folder: Where it goes.
-        ranker: The ranker's folder.
-        teacher: The teacher set's.
-        settings: How.
+        folder: Output folder.
+        ranker: Folder of the ranker.
+        teacher: Folder of the teacher set.
+        settings: Settings of the fit.
 
     Raises:
-        ValueError: The ranker learned from this very teacher set, whose queries would make it look too sure, it takes
-            other features, or there are too few queries.
+        ValueError: The ranker was trained on this teacher set (the intervals would be too narrow), it takes other
+            features, or there are too few queries.
         FileNotFoundError: There is no ranker or no teacher set.
         StorageError: A file could not be written.
     """
     network, features = load_ranker(ranker)
     held_out = read_teacher_set(teacher, features)
-    learned_from = read_manifest(ranker).get("training", {}).get("teacher")
-    if learned_from is not None and learned_from == json.loads(canonical_json(held_out.identity)):
+    trained_on = read_manifest(ranker).get("training", {}).get("teacher")
+    if trained_on is not None and trained_on == json.loads(canonical_json(held_out.identity)):
         raise ValueError(
-            f"The ranker {ranker} learned from the teacher set {teacher}: on queries that it knows it would look too "
-            "sure. Curate others (captions.skip leaves out those that were used)."
+            f"The ranker {ranker} was trained on the teacher set {teacher}: intervals calibrated on its own training "
+            "queries would be too narrow. Curate others (captions.skip leaves out those that were used)."
         )
-    result = calibrate(held_out, network, features, settings)
-    save_calibration(folder, result, calibration_identity(network, features, held_out.identity))
-    return result
+    calibration = calibrate(held_out, network, features, settings)
+    save_calibration(folder, calibration, calibration_identity(network, features, held_out.identity))
+    return calibration
 
 
 def save_calibration(folder: Path, calibration: Calibration, identity: Identity) -> None:
@@ -266,13 +266,13 @@ def save_calibration(folder: Path, calibration: Calibration, identity: Identity)
 def load_calibration(
     folder: Path, ranker: Ranker, features: Sequence[str], teacher: Identity | None = None
 ) -> Calibration:
-    """Reads the calibration of a ranker.
+    """Loads the calibration of a ranker.
 
     Args:
-        folder: Where it is.
-        ranker: The ranker whose similarities are to be turned into estimates.
-        features: Names of the features that it takes.
-        teacher: Identity of the teacher set that it must come from; None takes any.
+        folder: Folder of the calibration.
+        ranker: The ranker whose similarities it converts to estimates.
+        features: Names of the features that the ranker takes.
+        teacher: Required identity of the teacher set; None accepts any.
 
     Raises:
         ArtifactMismatchError: It belongs to another ranker or teacher.
@@ -291,7 +291,7 @@ def load_calibration(
             )
     try:
         if hash_file(folder / CURVE) != manifest["curve"]:
-            raise ValueError("it is not the file that its manifest speaks of")
+            raise ValueError("it does not match its manifest")
         settings = {**manifest["settings"], "shares": tuple(manifest["settings"]["shares"])}
         return Calibration(
             **load_file(folder / CURVE),
@@ -303,18 +303,18 @@ def load_calibration(
 
 
 @dataclass(frozen=True)
-class Assessment:
-    """How good estimates were on queries never used before.
+class CalibrationMetrics:
+    """Accuracy and coverage of a calibration on held-out queries.
 
     Attributes:
-        rmse: Root of the mean squared error over all images, in the teacher's unit.
-        spread: Standard deviation of the scores: the error of always saying their mean.
-        spearman: Mean over queries of the rank correlation of estimates and scores; 0 where either are all alike.
+        rmse: Root mean squared error over all images, in the teacher's unit.
+        spread: Standard deviation of the scores: the error of always predicting their mean.
+        spearman: Mean over queries of the rank correlation of estimates and scores; 0 where either are constant.
         spearman_error: Its standard error.
         coverage: Mean over queries of the share of scores inside their intervals.
         coverage_error: Its standard error.
-        coverage_by_bin: The same for each bin of similarity, the least similar first; NaN where no image is in it.
-        count: Queries.
+        coverage_by_bin: Coverage in each bin of similarity, the least similar first; NaN for empty bins.
+        count: Number of queries.
     """
 
     rmse: float
@@ -327,13 +327,13 @@ class Assessment:
     count: int
 
 
-def assess(
+def evaluate_calibration(
     calibration: Calibration,
     cosines: Float[NDArray[np.floating], "q m"],
     scores: Float[NDArray[np.floating], "q m"],
     queries: Sequence[str],
-) -> Assessment:
-    """Errors and coverage on queries that neither the ranker nor the calibration has seen.
+) -> CalibrationMetrics:
+    """Measures accuracy and coverage on queries that neither the ranker nor the calibration has seen.
 
     Raises:
         ValueError: A query was used for the calibration, shapes do not fit, or a number is not finite.
@@ -342,12 +342,12 @@ def assess(
     used = sorted(set(queries) & set(calibration.queries))
     if used:
         raise ValueError(
-            f"{len(used)} queries were used for the calibration, such as {used[0]!r}: assess it on others."
+            f"{len(used)} queries were used for the calibration, such as {used[0]!r}: evaluate it on others."
         )
-    result = calibration.estimate(cosines)
-    inside = (result.low <= scores) & (scores <= result.high)
+    estimates = calibration.estimate(cosines)
+    inside = (estimates.low <= scores) & (scores <= estimates.high)
     bins = calibration.bins(cosines)
-    correlations = np.array([_spearman(a, b) for a, b in zip(result.values, scores, strict=True)])
+    correlations = np.array([_spearman(a, b) for a, b in zip(estimates.values, scores, strict=True)])
     coverages = inside.mean(axis=1)
     by_bin = []
     for index in range(len(calibration.low)):
@@ -356,8 +356,8 @@ def assess(
         each = (inside & here).sum(axis=1)[some] / here.sum(axis=1)[some]
         by_bin.append(float(each.mean()) if len(each) else float("nan"))
     (spearman, spearman_error), (coverage, coverage_error) = estimate(correlations), estimate(coverages)
-    return Assessment(
-        rmse=float(np.sqrt(np.square(result.values - scores).mean())),
+    return CalibrationMetrics(
+        rmse=float(np.sqrt(np.square(estimates.values - scores).mean())),
         spread=float(scores.std()),
         spearman=spearman,
         spearman_error=spearman_error,

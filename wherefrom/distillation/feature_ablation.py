@@ -1,4 +1,4 @@
-"""Does a ranker use both halves of concatenated features, or only the images' half, or only the captions'?"""
+"""Feature ablation of a ranker: mAP(k) with each encoder's features permuted in turn."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 from wherefrom.distillation.embedding_similarity import similarities
 from wherefrom.distillation.ranker import Ranker
 from wherefrom.distillation.teacher_set import Features, TeacherSet
-from wherefrom.metrics.retrieval import Depth, MeanAveragePrecision
+from wherefrom.metrics.retrieval import Cutoff, MeanAveragePrecision
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.keyed_random import hash_text
 
 
 @dataclass(frozen=True)
-class Shuffled:
-    """What a ranker finds when one half of its features is another image's.
+class AblationResult:
+    """Retrieval quality of a ranker with one encoder's features permuted.
 
     Attributes:
         mean: mAP(k), mean over queries.
         error: Its standard error.
-        drop: By how much mAP(k) falls, mean over queries; about 0 means that the half is ignored.
-        drop_error: Its standard error, query by query.
-        count: Queries.
+        drop: Decrease of mAP(k), mean over queries; about 0 means that the encoder is ignored.
+        drop_error: Its standard error, paired by query.
+        count: Number of queries.
     """
 
     mean: float
@@ -38,75 +38,76 @@ class Shuffled:
     count: int
 
 
-def shuffled_halves(
+def ablate_features(
     teacher: TeacherSet,
     *,
     ranker: Ranker,
     features: Sequence[str],
-    halves: Mapping[str, int],
+    widths: Mapping[str, int],
     k: float = 0.0085,
     seed: int = 0,
-) -> dict[str, Shuffled]:
-    """mAP(k) with each half in turn shuffled across training images and across queries.
+) -> dict[str, AblationResult]:
+    """Computes mAP(k) with each encoder's features permuted across training images and across queries.
 
-    Every image gets the half of another one, so no query keeps its own. Rankings are of the images that the
-    teacher scored, and the share `k` is of these.
+    The permutation has no fixed points: every image and query gets the features of another one. Rankings are of the
+    images that the teacher scored, and the share `k` is of these.
 
     Args:
         teacher: Queries that the ranker was not trained on.
         ranker: The ranker.
-        features: Names of the features that it takes, in their order.
-        halves: Name -> width, in the order of the columns, such as `{"dino": 768, "clip_text": 512}`.
+        features: Names of the features that it takes, in order.
+        widths: Encoder -> width of its features, in the order of the columns, such as
+            `{"dino": 768, "clip_text": 512}`.
         k: A number of images, or a share of them.
-        seed: Decides who gets whose half.
+        seed: Seed of the permutations.
 
     Returns:
-        Half -> what is found without it; the first entry, "nothing", is with the features as they are.
+        Encoder -> result without its features; the first entry, "nothing", ablates nothing.
 
     Raises:
         ValueError: The widths are not those of the features, or there are fewer than two queries.
     """
     both = teacher.concatenated(features)
     width = both.training.shape[1]
-    if sum(halves.values()) != width or min(halves.values(), default=0) < 1:
+    if sum(widths.values()) != width or min(widths.values(), default=0) < 1:
         raise ValueError(
-            f"The halves are {', '.join(f'{name} {size}' for name, size in halves.items()) or 'none'}: positive widths "
-            f"must sum to the {width} features."
+            f"The widths are {', '.join(f'{name} {size}' for name, size in widths.items()) or 'none'}; they must be "
+            f"positive and sum to the {width} features."
         )
     if len(teacher.queries) < 2:
-        raise ValueError("Halves can be shuffled across at least two queries; there is one.")
-    depth = Depth.of(k, teacher.rows.shape[1])
-    whole = _average_precisions(teacher, ranker, both, depth)
-    result, start = {"nothing": _shuffled(whole, whole)}, 0
-    for name, size in halves.items():
+        raise ValueError("Features can be permuted across at least two queries; there is one.")
+    cutoff = Cutoff.of(k, teacher.rows.shape[1])
+    baseline = _average_precisions(teacher, ranker, both, cutoff)
+    results, start = {"nothing": _result(baseline, baseline)}, 0
+    for name, size in widths.items():
         columns = slice(start, start + size)
         changed = Features(
             *(
-                _with_others(matrix, columns, hash_text(f"{seed}/{name}/{side}") % 2**32)
+                _permuted(matrix, columns, hash_text(f"{seed}/{name}/{side}") % 2**32)
                 for side, matrix in (("training", both.training), ("queries", both.queries))
             )
         )
-        result[name] = _shuffled(_average_precisions(teacher, ranker, changed, depth), whole)
+        results[name] = _result(_average_precisions(teacher, ranker, changed, cutoff), baseline)
         start += size
-    return result
+    return results
 
 
-def _with_others(matrix: Float[NDArray[np.float32], "n d"], columns: slice, seed: int) -> NDArray[np.float32]:
-    """The columns handed on around one random circle of all rows."""
+def _permuted(matrix: Float[NDArray[np.float32], "n d"], columns: slice, seed: int) -> NDArray[np.float32]:
+    """Permutes columns across the rows by one random cycle through all rows."""
     order = np.random.default_rng(seed).permutation(len(matrix))
     changed = np.array(matrix)
     changed[order, columns] = matrix[np.roll(order, 1), columns]
     return changed
 
 
-def _average_precisions(teacher: TeacherSet, ranker: Ranker, features: Features, depth: Depth) -> Float[Tensor, " q"]:
+def _average_precisions(teacher: TeacherSet, ranker: Ranker, features: Features, cutoff: Cutoff) -> Float[Tensor, " q"]:
     cosines = similarities(ranker, features, teacher.rows)
-    # Ties are broken by position: the teacher's own order would hand its answer to a ranker that knows nothing.
+    # Ties are broken by position: in the teacher's order they would leak its ranking to an uninformative ranker.
     order = np.argsort(teacher.rows, axis=1)
     metric = MeanAveragePrecision()
-    metric.update(torch.from_numpy(np.take_along_axis(cosines, order, axis=1)), torch.from_numpy(order < depth.number))
+    metric.update(torch.from_numpy(np.take_along_axis(cosines, order, axis=1)), torch.from_numpy(order < cutoff.number))
     return torch.cat(metric.values)
 
 
-def _shuffled(result: Float[Tensor, " q"], whole: Float[Tensor, " q"]) -> Shuffled:
-    return Shuffled(*estimate(result.numpy()), *estimate((whole - result).numpy()), len(result))
+def _result(ablated: Float[Tensor, " q"], baseline: Float[Tensor, " q"]) -> AblationResult:
+    return AblationResult(*estimate(ablated.numpy()), *estimate((baseline - ablated).numpy()), len(ablated))

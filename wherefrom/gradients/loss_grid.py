@@ -6,7 +6,7 @@ Shape letters: N = images, F = flips (the image, its mirror image), K = captions
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,8 +121,8 @@ class LossPass:
     def __init__(self, model: DiffusionModel, data: EncodedImages, grid: LossGrid, batch_size: int) -> None:
         self.model, self.data, self.batch_size = model, data, batch_size
         self.id_keys = data.id_keys
-        steps = grid.steps(model.process.steps)
-        shape = (2 if grid.flips else 1, data.states.shape[1], len(steps), grid.noise_samples)
+        steps = grid.steps(model.noise_schedule.steps)
+        shape = (2 if grid.flips else 1, self.captions_measured(), len(steps), grid.noise_samples)
         flip, caption, step, draw = (
             part.flatten() for part in torch.meshgrid(*map(torch.arange, shape), indexing="ij")
         )
@@ -133,17 +133,25 @@ class LossPass:
     @torch.no_grad()
     def step(self, positions: range) -> None:
         """Measures the images at these positions."""
-        measured = [self._measure(image, item) for image, item in self.batches(positions)]
-        losses = torch.cat(measured).reshape(len(positions), *self.losses.shape[1:])
+        extra = self.losses.shape[1 + len(self.shape) :]
+        losses = torch.full((len(positions), len(self.flip), *extra), float("nan"), dtype=self.losses.dtype)
+        for image, item in self.batches(positions):
+            losses[image - positions.start, item] = self._measure(image, item)
+        losses = losses.reshape(len(positions), *self.losses.shape[1:])
         self.check_finite("loss", positions, losses, "the model's weights and the unlearning step")
         self.losses[positions.start : positions.stop] = losses
 
     def batches(self, positions: range) -> Iterator[tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]]:
-        """All (image, item of the grid) pairs of these images, some at a time."""
+        """All (image, item of the grid) pairs of these images, some at a time, whose latents have one shape."""
         items = len(self.flip)
-        for start in range(0, len(positions) * items, self.batch_size):
-            flat = torch.arange(start, min(start + self.batch_size, len(positions) * items))
-            yield positions.start + flat // items, flat % items
+        for members in self.data.by_shape(positions):
+            for start in range(0, len(members) * items, self.batch_size):
+                flat = torch.arange(start, min(start + self.batch_size, len(members) * items))
+                yield members[flat // items], flat % items
+
+    def captions_measured(self) -> int:
+        """With how many captions of an image its loss is measured."""
+        return self.data.captions_per_image
 
     def check_finite(self, what: str, positions: range, values: Float[Tensor, "b ..."], suspects: str) -> None:
         """Refuses what is not finite.
@@ -162,10 +170,10 @@ class LossPass:
         """The loss of each (image, item of the grid) pair."""
         model, device = self.model, self.model.device
         caption, timestep, keys = self.noise_samples(image, item)
-        latents = self.data.latents[image, self.flip[item]].to(device, model.dtype)
-        states = self.data.states[image, caption].to(device, model.dtype)
+        latents = self.data.latents_at(image, self.flip[item]).to(device, model.dtype)
+        conditioning = self.data.conditioning_at(image, caption).to(device, model.dtype)
         noise = keyed_random.normal(keys.to(device), latents.shape[1:], model.dtype)
-        return model.losses(latents, states, timestep.to(device), noise)
+        return model.losses(latents, conditioning, timestep.to(device), noise)
 
     def noise_samples(
         self, image: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
@@ -198,19 +206,23 @@ class DrawnLosses(LossPass):
     """
 
     def __init__(self, model: DiffusionModel, data: EncodedImages, settings: LossSamples, batch_size: int) -> None:
-        one = replace(data, states=data.states[:, :1])  # a grid of one caption and timestep has as many items
-        super().__init__(model, one, LossGrid(1, settings.noise_samples, settings.seed, settings.flips), batch_size)
-        self.data = data
+        super().__init__(model, data, LossGrid(1, settings.noise_samples, settings.seed, settings.flips), batch_size)
         self.item_keys = keyed_random.combine(_DRAWN, self.item_keys)
         chosen = keyed_random.uniform(keyed_random.combine(_CAPTION, settings.seed, self.id_keys))[:, 0]
-        self.caption_of = (chosen * data.states.shape[1]).long()
+        self.caption_of = (chosen * data.captions_per_image).long()
+
+    def captions_measured(self) -> int:
+        """One: a grid of one caption and timestep has as many items as there are draws."""
+        return 1
 
     def noise_samples(
         self, image: Int64[Tensor, " b"], item: Int64[Tensor, " b"]
     ) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"], Int64[Tensor, " b"]]:
         """Caption, timestep and noise key of each pair."""
         keys = keyed_random.combine(self.id_keys[image], self.item_keys[item])
-        timestep = (keyed_random.uniform(keyed_random.combine(_TIME, keys))[:, 0] * self.model.process.steps).long()
+        timestep = (
+            keyed_random.uniform(keyed_random.combine(_TIME, keys))[:, 0] * self.model.noise_schedule.steps
+        ).long()
         return self.caption_of[image], timestep, keys
 
 

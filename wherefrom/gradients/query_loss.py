@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
@@ -27,7 +28,7 @@ def as_latent(model: DiffusionModel, query: Query) -> QueryLatent:
     latent = query.latent if query.latent is not None else encoder.encode_image(query.pixels)
     rows, columns = (int(side) for side in latent.shape[1:])
     weights = None if query.region is None else query.region.weights((rows, columns))
-    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt])[0], weights)
+    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt]).at(0), weights)
 
 
 _TIME, _GRADIENT, _MEASURE = 401, 402, 403
@@ -40,13 +41,13 @@ class QueryLatent:
     Attributes:
         id: Its id.
         latent: The scaled latent (C, H, W).
-        states: Token states of its prompt (L, D).
+        conditioning: What the model is told of its prompt.
         weights: Share of each latent cell that is inside the region asked for; None is the whole image.
     """
 
     id: str
     latent: Float[Tensor, "c h w"]
-    states: Float[Tensor, "l d"]
+    conditioning: Conditioning
     weights: Float[Tensor, "h w"] | None = None
 
     @property
@@ -81,15 +82,15 @@ class QueryLoss:
             latent, timesteps, keys = self.at(salt, step, draw)
             noise = keyed_random.normal(keys.to(device), latent.shape, model.dtype)
             latents = latent.to(device, model.dtype).expand_as(noise)
-            states = self.query.states.to(device, model.dtype).expand(len(draw), -1, -1)
-            yield model.losses(latents, states, timesteps.to(device), noise, self.query.weights)
+            conditioning = self.query.conditioning.to(device, model.dtype).expand(len(draw))
+            yield model.losses(latents, conditioning, timesteps.to(device), noise, self.query.weights)
 
     def at(self, salt: int, step: int, draw: Int64[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
         """The latent whose loss is taken, and the timesteps and noise keys of some draws."""
         base = keyed_random.combine(salt, self.seed, self.query.key, step)
         start = float(keyed_random.uniform(keyed_random.combine(_TIME, base))[0])
         time = torch.remainder(start + draw * 0.6180339887498949, 1.0)
-        return self.query.latent, (time * self.model.process.steps).long(), keyed_random.combine(base, draw)
+        return self.query.latent, (time * self.model.noise_schedule.steps).long(), keyed_random.combine(base, draw)
 
     @torch.no_grad()
     def value(self, noise_samples: int) -> float:

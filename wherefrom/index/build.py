@@ -1,4 +1,4 @@
-"""Builds an index as a resumable pass: trained on a seeded sample, filled in shards of fixed rows, merged in order."""
+"""Building an index as a resumable pass: trained on a seeded sample, filled in fixed shards, merged in order."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from wherefrom.index.catalog import among, checked_rows, with_keys
+from wherefrom.index.catalog import id_mask, validate_rows, with_keys
 from wherefrom.index.contents import STATE, Contents, check_shapes
-from wherefrom.index.embeddings import Embeddings, checked
+from wherefrom.index.embeddings import Embeddings, unit_vectors
 from wherefrom.index.engine import Engine
 from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest
 from wherefrom.runtime.console import Progress
-from wherefrom.runtime.dataset_pass import make_together
+from wherefrom.runtime.dataset_pass import build_across_processes
 from wherefrom.runtime.distributed import Runner
 
 KIND = "index"
 _TRAINED, _GROWING = "trained.faiss", "growing.faiss"
 _BLOCK = 16384  # vectors added at a time
-_SAVE_EVERY_S = 600.0  # what is saved is the whole so far, which may be gigabytes
+_SAVE_EVERY_S = 600.0  # each save writes the whole index so far, which may be gigabytes
 _SAMPLE = 262_144
 
 
@@ -38,7 +38,7 @@ def index_identity(
     like: Path | None = None,
     removed: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """By what the store finds an index again; see `build_index`."""
+    """Identity of an index in the store; see `build_index`."""
     return {
         "ranker": dict(ranker),
         "training": dict(training),
@@ -71,29 +71,29 @@ def build_index(
 
     Args:
         store: Shared by all processes.
-        runner: This process's place.
-        rows: One row an image; see `rows_of`.
-        embeddings: Theirs, in the same order.
+        runner: Device and rank of this process.
+        rows: Catalog of the images, one row each; see `rows_of`.
+        embeddings: Their embeddings, in the same order.
         training: Identity of the training set.
-        factory: FAISS's factory string: `Flat`, `IVF4096,PQ64`, `HNSW32`, …
-        search: FAISS's search settings to use by default, such as `nprobe=64`.
-        seed: Draws the sample that the index is trained on.
-        sample: Vectors to train on, at most.
-        shard: Vectors in a shard, for types that FAISS can merge; others are filled one after the other.
-        like: An index whose training to take over, so that the two can be merged.
-        removed: Ids that were taken down earlier: they are left out and stay out.
+        factory: FAISS factory string: `Flat`, `IVF4096,PQ64`, `HNSW32`, …
+        search: Default FAISS search settings, such as `nprobe=64`.
+        seed: Seed of the sample that the index is trained on.
+        sample: Maximum number of vectors to train on.
+        shard: Vectors per shard, for types that FAISS can merge; others are filled sequentially.
+        like: An index whose training is reused, so that the two can be merged.
+        removed: Ids that were removed earlier: they are excluded now and later.
         progress: Called with (done, total) vectors of this process.
 
     Raises:
-        ValueError: The factory string, a setting, an embedding or a size does not fit.
+        ValueError: The factory string, a setting, an embedding or a size is invalid.
         StorageError: A file could not be written; finished shards are kept.
     """
-    checked_rows(rows)
+    validate_rows(rows)
     check_shapes(rows, embeddings.vectors, embeddings.vectors.shape[1])
     if sample < 1 or shard < 1:
-        raise ValueError(f"The sample and the shards must hold vectors; given {sample} and {shard}.")
-    dimension, taken = int(embeddings.vectors.shape[1]), sorted(set(removed))
-    Engine.make(factory, dimension).configure(search)  # refused before anything long
+        raise ValueError(f"sample and shard must be at least 1; given {sample} and {shard}.")
+    dimension, excluded = int(embeddings.vectors.shape[1]), sorted(set(removed))
+    Engine.make(factory, dimension).configure(search)  # fails before anything long
     if like is not None:
         _check_like(like, embeddings, factory)
     identity = index_identity(
@@ -104,11 +104,11 @@ def build_index(
         seed=seed,
         sample=sample,
         like=like,
-        removed=taken,
+        removed=excluded,
     )
-    chosen = np.flatnonzero(~among(rows, taken))
+    chosen = np.flatnonzero(~id_mask(rows, excluded))
     if not len(chosen):
-        raise ValueError("All images were taken down, so there is nothing to index.")
+        raise ValueError("All images were removed, so there is nothing to index.")
     starts, partial = range(0, len(chosen), shard), store.partial(KIND, identity)
 
     def shard_file(start: int) -> Path:
@@ -118,7 +118,7 @@ def build_index(
         saved = time.monotonic()
         for first in range(start, stop, _BLOCK):
             keys = chosen[first : min(first + _BLOCK, stop)].astype(np.int64)
-            engine.add(checked(embeddings.vectors[_span(keys)], int(keys[0])), keys)
+            engine.add(unit_vectors(embeddings.vectors[_span(keys)], int(keys[0])), keys)
             if progress is not None:
                 progress(min(first + _BLOCK, stop), total)
             if save is not None and time.monotonic() - saved > _SAVE_EVERY_S:
@@ -145,21 +145,21 @@ def build_index(
         store.make(KIND, identity, build)
 
     def build(folder: Path) -> dict[str, Any]:
-        whole = Engine.read(folder / _TRAINED)
-        trained = whole.trained_hash()
-        if whole.can_merge:
+        engine = Engine.read(folder / _TRAINED)
+        trained = engine.trained_hash()
+        if engine.can_merge:
             for start in starts:
-                whole.merge(Engine.read(shard_file(start)), 0)
+                engine.merge(Engine.read(shard_file(start)), 0)
         else:
             if (folder / _GROWING).exists():
-                whole = Engine.read(folder / _GROWING)
-            fill(whole, len(whole), len(chosen), len(chosen), folder / _GROWING)
-        assert len(whole) == len(chosen), "a shard was lost"
+                engine = Engine.read(folder / _GROWING)
+            fill(engine, len(engine), len(chosen), len(chosen), folder / _GROWING)
+        assert len(engine) == len(chosen), "a shard is missing"
         kept = with_keys(rows.take(chosen), chosen.astype(np.int64))
         contents = Contents(
-            whole,
+            engine,
             rows=kept,
-            removed=taken,
+            removed=excluded,
             next_key=len(rows),
             trained=trained,
             search=search,
@@ -170,12 +170,12 @@ def build_index(
             path.unlink(missing_ok=True)
         return {STATE: state}
 
-    make_together(work, finish=finish, store=store, kind=KIND, identity=identity, runner=runner)
+    build_across_processes(work, finish=finish, store=store, kind=KIND, identity=identity, runner=runner)
     return store.path(KIND, identity)
 
 
 def _span(keys: NDArray[np.int64]) -> slice | NDArray[np.int64]:
-    """The keys as a slice where none is missing: read from disk in one piece."""
+    """Converts consecutive keys to a slice, which is read from disk in one piece."""
     first, last = int(keys[0]), int(keys[-1])
     return slice(first, last + 1) if last - first + 1 == len(keys) else keys
 
@@ -189,7 +189,7 @@ def _trained(
         return contents.engine
     engine = Engine.make(factory, embeddings.vectors.shape[1])
     drawn = np.random.default_rng(seed).choice(len(chosen), min(sample, len(chosen)), replace=False)
-    engine.train(checked(embeddings.vectors[chosen[np.sort(drawn)]]))
+    engine.train(unit_vectors(embeddings.vectors[chosen[np.sort(drawn)]]))
     return engine
 
 
@@ -198,5 +198,5 @@ def _check_like(like: Path, embeddings: Embeddings, factory: str) -> None:
     if identity["factory"] != factory or identity["ranker"] != dict(embeddings.ranker):
         raise ValueError(
             f"{like} is an index {identity.get('factory')!r} of another type or ranker than {factory!r} here: its "
-            "training cannot be taken over."
+            "training cannot be reused."
         )

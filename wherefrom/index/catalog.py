@@ -1,4 +1,4 @@
-"""What an index says of its images: one row each, beside the vectors, and the list of those that were taken down."""
+"""Catalog of an index: metadata of its images, one row each, as a Parquet table beside the vectors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.runtime.artifacts import replacing
 
 KEY, IMAGE, CAPTIONS = "key", "image", "captions"
-# The large types: captions of ten million images are more than two gigabytes.
+# Large Arrow types: captions of ten million images exceed two gigabytes.
 _TYPES = {KEY: pa.int64(), IMAGE: pa.large_string(), CAPTIONS: pa.large_list(pa.large_string())}
 
 
 def rows_of(images: ImageSet) -> pa.Table:
-    """Ids, captions and all further columns (such as `group` and `license`) of images.
+    """Builds the catalog of images: ids, captions and all further columns (such as `group` and `license`).
 
     Raises:
-        ValueError: A further column has the name of one of the index's own.
+        ValueError: A further column has a reserved name.
     """
     return catalog_rows(images.ids, images.captions, images.columns)
 
@@ -32,26 +32,26 @@ def rows_of(images: ImageSet) -> pa.Table:
 def catalog_rows(
     ids: Sequence[str], captions: Iterable[Sequence[str]], columns: Mapping[str, Sequence[str]] | None = None
 ) -> pa.Table:
-    """One row an image.
+    """Builds a catalog, one row per image.
 
     Raises:
-        ValueError: A further column has the name of one of the index's own, or an id occurs twice.
+        ValueError: A further column has a reserved name, or an id occurs twice.
     """
     further = {} if columns is None else columns
-    taken = sorted(_TYPES.keys() & further.keys())
-    if taken:
-        raise ValueError(f"A column may not be called {taken[0]!r}: the index has one of that name; rename it.")
+    reserved = sorted(_TYPES.keys() & further.keys())
+    if reserved:
+        raise ValueError(f"A column may not be called {reserved[0]!r}: the index has one of that name; rename it.")
     own = {IMAGE: pa.array(ids, _TYPES[IMAGE]), CAPTIONS: pa.array([list(c) for c in captions], _TYPES[CAPTIONS])}
-    return checked_rows(
+    return validate_rows(
         pa.table({**own, **{name: pa.array(column, pa.large_string()) for name, column in further.items()}})
     )
 
 
-def checked_rows(rows: pa.Table) -> pa.Table:
-    """The rows, if their ids are there and unique.
+def validate_rows(rows: pa.Table) -> pa.Table:
+    """Validates a catalog: required columns, and ids present and unique.
 
     Raises:
-        ValueError: They are not.
+        ValueError: The catalog is invalid.
     """
     missing = [name for name in (IMAGE, CAPTIONS) if name not in rows.column_names]
     if missing:
@@ -68,26 +68,26 @@ def checked_rows(rows: pa.Table) -> pa.Table:
 
 
 def with_keys(rows: pa.Table, keys: Int64[NDArray[np.int64], " n"]) -> pa.Table:
-    """The rows with FAISS's ids in front, and the index's own types."""
+    """Adds FAISS ids as the first column, and casts to the types of the index."""
     columns = {KEY: pa.array(keys, pa.int64())}
     columns |= {name: rows[name].cast(_TYPES.get(name, pa.large_string())) for name in rows.column_names if name != KEY}
     return pa.table(columns)
 
 
 def keys_of(rows: pa.Table) -> Int64[NDArray[np.int64], " n"]:
-    """FAISS's ids of the rows, ascending."""
+    """Extracts the FAISS ids of the rows, ascending."""
     keys: NDArray[np.int64] = rows[KEY].to_numpy()
     return keys
 
 
-def among(rows: pa.Table, ids: Iterable[str]) -> Bool[NDArray[np.bool_], " n"]:
-    """Which rows have one of the ids."""
-    result: NDArray[np.bool_] = pc.is_in(rows[IMAGE], pa.array(list(ids), pa.large_string())).to_numpy()
-    return result
+def id_mask(rows: pa.Table, ids: Iterable[str]) -> Bool[NDArray[np.bool_], " n"]:
+    """Marks the rows that have one of the ids."""
+    mask: NDArray[np.bool_] = pc.is_in(rows[IMAGE], pa.array(list(ids), pa.large_string())).to_numpy()
+    return mask
 
 
 def join_rows(first: pa.Table, second: pa.Table) -> pa.Table:
-    """Both, one after the other; a column that one lacks is null there."""
+    """Concatenates two catalogs; missing columns are null."""
     return pa.concat_tables([first, second], promote_options="default")
 
 
@@ -102,7 +102,7 @@ def write_rows(path: Path, rows: pa.Table) -> None:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Reads a table in one piece, so that a row is found at once.
+    """Reads a table as a single chunk, for fast row lookup.
 
     Raises:
         ValueError: It cannot be read, or lacks a column.
@@ -110,7 +110,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         rows = pq.read_table(path, memory_map=True).combine_chunks()
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a table that can be read ({error}); make the index again.") from error
+        raise ValueError(f"{path} is not a readable table ({error}); build the index again.") from error
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(rows.column_names)}.")

@@ -1,4 +1,4 @@
-"""What an index holds, in memory and in its files."""
+"""State of an index in memory, and its files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from wherefrom.index.catalog import (
     CAPTIONS,
     IMAGE,
     KEY,
-    among,
-    checked_rows,
+    id_mask,
     join_rows,
     keys_of,
     read_rows,
+    validate_rows,
     with_keys,
     write_rows,
 )
-from wherefrom.index.embeddings import checked
+from wherefrom.index.embeddings import unit_vectors
 from wherefrom.index.engine import Engine
 from wherefrom.runtime.artifacts import hash_file
 
@@ -32,7 +32,7 @@ _BLOCK = 65536  # vectors added at a time
 
 
 def read_removed(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Ids that were taken down, without opening the rest of the index.
+    """Reads the ids of removed images, without opening the rest of the index.
 
     Raises:
         ValueError: The file is missing or damaged.
@@ -42,16 +42,16 @@ def read_removed(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 class Contents:
-    """What an index holds, in memory: changed there, then written as a whole.
+    """State of an index: modified in memory, then written as a whole.
 
     Args:
         engine: The vectors.
-        rows: The images; rows may lack for vectors that could not be taken out.
-        removed: Ids taken down.
-        next_key: The first key that no vector ever had.
+        rows: Catalog of the images; vectors that the engine cannot delete have no row.
+        removed: Ids of removed images.
+        next_key: The first key that was never used.
         trained: Hash of the trained, empty FAISS index.
-        search: FAISS's search settings.
-        sources: Identities of the training sets that went in.
+        search: FAISS search settings.
+        sources: Identities of the training sets that were added.
     """
 
     def __init__(
@@ -69,52 +69,53 @@ class Contents:
         self.trained, self.search, self.sources = trained, search, list(sources)
 
     def add(self, rows: pa.Table, vectors: NDArray[np.floating[Any]], source: Any) -> tuple[str, ...]:
-        """Adds images that were not taken down; returns the ids of those that were.
+        """Adds images, except removed ones, whose ids it returns.
 
         Raises:
-            ValueError: An image is there already, the numbers of rows and vectors differ, or a vector is no unit one.
+            ValueError: An image is already in the index, the numbers of rows and vectors differ, or a vector is not
+                of unit length.
         """
-        checked_rows(rows)
+        validate_rows(rows)
         check_shapes(rows, vectors, self.engine.dimension)
-        left_out = among(rows, self.removed)
+        left_out = id_mask(rows, self.removed)
         chosen = np.flatnonzero(~left_out)
         fresh = rows.take(chosen)
         check_new(self.rows, fresh)
         keys = self.next_key + np.arange(len(chosen), dtype=np.int64)
         blocks = [slice(start, start + _BLOCK) for start in range(0, len(chosen), _BLOCK)]
-        for block in blocks:  # all are looked at before any is added
-            checked(vectors[chosen[block]])
+        for block in blocks:  # all are validated before any is added
+            unit_vectors(vectors[chosen[block]])
         for block in blocks:
-            self.engine.add(checked(vectors[chosen[block]]), keys[block])
+            self.engine.add(unit_vectors(vectors[chosen[block]]), keys[block])
         self.rows = join_rows(self.rows, with_keys(fresh, keys))
         self.next_key += len(chosen)
         self.sources.append(source)
         return tuple(rows[IMAGE].filter(pa.array(left_out)).to_pylist())
 
     def remove(self, ids: Iterable[str]) -> tuple[str, ...]:
-        """Takes images down; returns the ids that it did not hold, which are kept out from now on too."""
+        """Removes images; returns the ids that the index did not hold, which are excluded from now on too."""
         given = set(ids)
-        there = among(self.rows, given)
-        result = self.rows.filter(pa.array(there))
-        self.engine.remove(keys_of(result))
-        self.rows = self.rows.filter(pa.array(~there))
+        present = id_mask(self.rows, given)
+        deleted = self.rows.filter(pa.array(present))
+        self.engine.remove(keys_of(deleted))
+        self.rows = self.rows.filter(pa.array(~present))
         self.removed |= given
-        return tuple(sorted(given.difference(result[IMAGE].to_pylist())))
+        return tuple(sorted(given.difference(deleted[IMAGE].to_pylist())))
 
     def merge(self, other: Contents) -> None:
-        """Moves another's images in; what either took down stays down.
+        """Moves the images of another index into this one; images removed from either stay removed.
 
         Raises:
-            ValueError: Both hold an image, or the two were trained apart.
+            ValueError: An image is in both, or the two were trained separately.
         """
         if other.trained != self.trained:
             raise ValueError(
-                "The two indexes were trained on different samples, so their codes mean different things: build the "
-                "second with like=FIRST, which takes over its training."
+                "The two indexes were trained on different samples, so their codes are not comparable: build the "
+                "second with like=FIRST, which reuses its training."
             )
-        taken = self.removed | other.removed
-        self.remove(taken)
-        other.remove(taken)
+        removed = self.removed | other.removed
+        self.remove(removed)
+        other.remove(removed)
         check_new(self.rows, other.rows)
         keys = keys_of(other.rows)
         if self.engine.can_merge:
@@ -128,7 +129,7 @@ class Contents:
         self.sources += other.sources
 
     def write(self, folder: Path, change: int) -> dict[str, Any]:
-        """Writes its files; returns the manifest's entry that makes them count.
+        """Writes the files; returns the manifest entry that makes them current.
 
         Raises:
             StorageError: A file could not be written.
@@ -153,10 +154,10 @@ class Contents:
 
     @classmethod
     def read(cls, folder: Path, manifest: Mapping[str, Any], mmap: bool = False, verify: bool = True) -> Contents:
-        """Reads the files that count.
+        """Reads the current files.
 
         Raises:
-            ValueError: A file is missing, damaged, or another's.
+            ValueError: A file is missing, damaged, or of another index.
         """
         state: Mapping[str, Any] = manifest[STATE]
         for name, expected in state["files"].items():
@@ -168,8 +169,8 @@ class Contents:
         dimension = manifest["identity"]["dimension"]
         if engine.dimension != dimension or len(engine) < len(rows) or len(rows) != state["pictures"]:
             raise ValueError(
-                f"{paths['index']} holds {len(engine)} vectors of {engine.dimension} numbers, but its manifest speaks "
-                f"of {state['pictures']} of {dimension}: the file is another index's. Copy the whole folder again."
+                f"{paths['index']} holds {len(engine)} vectors of {engine.dimension} numbers, but its manifest lists "
+                f"{state['pictures']} of {dimension}: the file belongs to another index. Copy the whole folder again."
             )
         return cls(
             engine,
@@ -183,25 +184,25 @@ class Contents:
 
 
 def check_shapes(rows: pa.Table, vectors: NDArray[np.floating[Any]], dimension: int) -> None:
-    """Refuses vectors that do not fit.
+    """Raises if vectors do not fit the rows or the index.
 
     Raises:
-        ValueError: There are none, not as many as rows, or of another width.
+        ValueError: There are none, their number differs from the rows, or their width from the index.
     """
     if len(rows) != len(vectors) or vectors.shape[1] != dimension or len(rows) == 0:
         raise ValueError(
-            f"{len(rows)} images and vectors of shape {vectors.shape} do not fit: as many of {dimension} numbers "
-            "each are needed, at least one."
+            f"{len(rows)} images and vectors of shape {vectors.shape} do not fit: there must be one vector of "
+            f"{dimension} numbers per image, and at least one image."
         )
 
 
 def check_new(held: pa.Table, fresh: pa.Table) -> None:
-    """Refuses images that are held already.
+    """Raises if images are already in the index.
 
     Raises:
-        ValueError: Names one.
+        ValueError: An image is; names one.
     """
-    twice = fresh.filter(pa.array(among(fresh, held[IMAGE].to_pylist())))
+    twice = fresh.filter(pa.array(id_mask(fresh, held[IMAGE].to_pylist())))
     if len(twice):
         raise ValueError(
             f"{len(twice)} images are in the index already, such as {twice[0][0].as_py()!r}: leave them out, or "
@@ -211,10 +212,10 @@ def check_new(held: pa.Table, fresh: pa.Table) -> None:
 
 def _check_file(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the index is not whole. Copy the whole folder again, or build it again.")
+        raise ValueError(f"{path} is missing: the index is incomplete. Copy the whole folder again, or build it again.")
     size = path.stat().st_size
     if size != expected["bytes"] or (verify and hash_file(path) != expected["hash"]):
         raise ValueError(
-            f"{path} ({size} bytes) is not the file that its manifest speaks of ({expected['bytes']} bytes, hash "
-            f"{expected['hash']}): it is damaged or another's. Copy the whole folder again, or build it again."
+            f"{path} ({size} bytes) does not match its manifest ({expected['bytes']} bytes, hash {expected['hash']}): "
+            "it is damaged or belongs to another index. Copy the whole folder again, or build it again."
         )

@@ -1,7 +1,7 @@
 """Embeddings of a ranker: unit vectors whose inner product is a cosine (Fast Data Attribution, section 4.3).
 
-A training set is embedded once, in parts of fixed size, so that an interrupted run goes on and the number of processes
-does not change a digit.
+A training set is embedded once, in parts of fixed size, so that an interrupted run can be resumed and the number of
+processes does not change the result.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from torch import Tensor
 from wherefrom.distillation.ranker import Ranker
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Progress
-from wherefrom.runtime.dataset_pass import make_together
+from wherefrom.runtime.dataset_pass import build_across_processes
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.mapped_arrays import write_array
 
 KIND, EMBEDDINGS = "embeddings", "embeddings.npy"
-_CHUNK = 4096  # rows per resumable part: fixed, so that a run with other processes goes on from the same parts
+_CHUNK = (
+    4096  # rows per resumable part: fixed, so that a run with another number of processes resumes from the same parts
+)
 _BLOCK = 4096  # rows compared at a time
 _LENGTH_TOLERANCE = 1e-2  # a float16 copy of 768 numbers is within 1e-3 of unit length
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Unit vectors, and whose they are.
+    """Unit vectors with the identity of their ranker.
 
     Attributes:
-        vectors: One row an image or query; may be memory-mapped.
-        ranker: Identity of the ranker that made them; see `ranker_identity`.
+        vectors: One row per image or query; may be memory-mapped.
+        ranker: Identity of the ranker that computed them; see `ranker_identity`.
 
     Raises:
-        ValueError: The vectors are no matrix of floats.
+        ValueError: The vectors are not a matrix of floats.
     """
 
     vectors: Float[NDArray[np.floating[Any]], "n e"]
@@ -48,7 +50,7 @@ class Embeddings:
     def __post_init__(self) -> None:
         if self.vectors.ndim != 2 or not np.issubdtype(self.vectors.dtype, np.floating):
             raise ValueError(
-                f"Embeddings must be a matrix of floats, one row an image; given {self.vectors.dtype} of shape "
+                f"Embeddings must be a matrix of floats, one row per image; given {self.vectors.dtype} of shape "
                 f"{self.vectors.shape}."
             )
 
@@ -57,11 +59,11 @@ class Embeddings:
 
 
 def ranker_identity(ranker: Ranker, features: Sequence[str]) -> dict[str, Any]:
-    """What tells a ranker's embeddings from another's.
+    """Identity of a ranker's embeddings: the ranker, and the names of its features.
 
     Args:
         ranker: The ranker.
-        features: Names of the encoders whose features it takes, in their order.
+        features: Names of the encoders whose features it takes, in order.
 
     Raises:
         ValueError: Its scale is not negative, so that a search by cosine would find the least influential images.
@@ -75,25 +77,25 @@ def ranker_identity(ranker: Ranker, features: Sequence[str]) -> dict[str, Any]:
     return {**ranker.identity(), "features": list(features)}
 
 
-def checked(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) -> Float[NDArray[np.float32], "n e"]:
-    """The vectors as float32, if each is finite and of unit length, or zero: a ranker may know nothing of an image.
+def unit_vectors(vectors: Float[NDArray[np.floating[Any]], "n e"], first: int = 0) -> Float[NDArray[np.float32], "n e"]:
+    """Validates vectors and converts them to float32: each must be finite and of unit length, or zero.
 
     Args:
         vectors: The vectors.
-        first: Number of the first row, for messages.
+        first: Index of the first row, for messages.
 
     Raises:
-        ValueError: Names the first row that is not.
+        ValueError: A row is not; names the first.
     """
-    result = np.ascontiguousarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(result, axis=1)
+    single = np.ascontiguousarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(single, axis=1)
     bad = np.flatnonzero(~((np.abs(lengths - 1) <= _LENGTH_TOLERANCE) | (lengths == 0)))  # NaN is among them
     if len(bad):
         raise ValueError(
             f"Embedding {first + int(bad[0])} has length {lengths[bad[0]]:g}; embeddings must be finite unit vectors. "
             "Look for images whose features are not finite, or divide the vectors by their lengths."
         )
-    return result
+    return single
 
 
 def embed(
@@ -103,9 +105,9 @@ def embed(
 
     Args:
         ranker: The ranker.
-        features: Those of all encoders side by side.
-        names: Of the encoders, for messages.
-        alone: Embed each row by itself, so that its digits do not depend on its neighbours: for queries.
+        features: Concatenated features of all encoders.
+        names: Names of the encoders, for messages.
+        alone: Embed each row separately, so that its last digits do not depend on the batch: for queries.
 
     Raises:
         ValueError: The features have another width, or an embedding is not finite.
@@ -115,8 +117,8 @@ def embed(
             f"The ranker takes {ranker.inputs} features, but {' and '.join(names)} give {features.shape[1]}: the "
             "encoders are not those that it was trained with."
         )
-    result = ranker.embed_all(features, 1 if alone else max(len(features), 1))
-    vectors: NDArray[np.float32] = result.float().cpu().numpy()
+    embedded = ranker.embed_all(features, 1 if alone else max(len(features), 1))
+    vectors: NDArray[np.float32] = embedded.float().cpu().numpy()
     return vectors
 
 
@@ -130,7 +132,7 @@ def embed_training_set(
     runner: Runner,
     progress: Progress | None = None,
 ) -> Embeddings:
-    """Embeds a training set, or maps what the store holds; every process gets the whole of it.
+    """Embeds a training set, or loads its embeddings from the store; every process gets all of them.
 
     Args:
         ranker: The ranker.
@@ -138,7 +140,7 @@ def embed_training_set(
         features: Features of each encoder, which may be memory-mapped.
         training: Identity of the training set and of its features.
         store: Shared by all processes.
-        runner: This process's place.
+        runner: Device and rank of this process.
         progress: Called with (done, total) images.
 
     Raises:
@@ -148,7 +150,9 @@ def embed_training_set(
     identity = {"ranker": ranker_identity(ranker, names), "training": dict(training)}
     counts = {len(part) for part in features}
     if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"The encoders have features of {sorted(counts)} images: there must be some, as many each.")
+        raise ValueError(
+            f"The encoders have features of {sorted(counts)} images: all must have equally many, at least 1."
+        )
     (count,) = counts
     starts, partial = range(0, count, _CHUNK), store.partial(KIND, identity)
 
@@ -160,7 +164,7 @@ def embed_training_set(
         for start in mine:
             if not part(start).exists():
                 side_by_side = torch.cat([each[start : start + _CHUNK].float() for each in features], dim=1)
-                vectors = checked(embed(ranker, side_by_side, names, alone=False), start)
+                vectors = unit_vectors(embed(ranker, side_by_side, names, alone=False), start)
                 write_array(part(start), vectors.shape, [vectors])
             if progress is not None:
                 progress(min(start + _CHUNK, count), count)
@@ -172,7 +176,7 @@ def embed_training_set(
         for path in folder.glob("part-*.npy"):
             path.unlink()
 
-    make_together(
+    build_across_processes(
         work, finish=lambda: store.make(KIND, identity, build), store=store, kind=KIND, identity=identity, runner=runner
     )
     vectors = np.load(store.path(KIND, identity) / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
@@ -182,11 +186,11 @@ def embed_training_set(
 def cosines(
     vectors: Float[NDArray[np.floating[Any]], "n e"], query: Float[NDArray[np.floating[Any]], " e"]
 ) -> Float[NDArray[np.float64], " n"]:
-    """Inner products in float64, each from its own row only: neither order nor number of rows changes a digit."""
-    result = np.empty(len(vectors), dtype=np.float64)
+    """Computes inner products in float64, row by row: independent of order and number of rows, to the last digit."""
+    products = np.empty(len(vectors), dtype=np.float64)
     wide = query.astype(np.float64)
     for start in range(0, len(vectors), _BLOCK):
         block = np.asarray(vectors[start : start + _BLOCK], dtype=np.float64)
-        # Not a matrix product: BLAS sums in an order that depends on a row's place.
-        result[start : start + _BLOCK] = (block * wide).sum(axis=1)
-    return result
+        # Not a matrix product: in BLAS the summation order depends on the position of the row.
+        products[start : start + _BLOCK] = (block * wide).sum(axis=1)
+    return products

@@ -1,4 +1,4 @@
-"""A FAISS index whose ids are the keys of our rows, with what its type can do: train, add, remove, merge, search."""
+"""Wrapper of a FAISS index: train, add, remove, merge and search, with the catalog's keys as ids."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from wherefrom.runtime.optional_dependencies import require_faiss
 
 Vectors = Float[NDArray[np.float32], "n e"]
 Keys = Int64[NDArray[np.int64], " n"]
-_faiss = cache(require_faiss)  # it looks through all installed distributions
-_GPU_MOST = 2048  # FAISS finds no more at once on a GPU
+_faiss = cache(require_faiss)  # cached: it scans all installed distributions
+_GPU_MOST = 2048  # most neighbours that FAISS returns per search on a GPU
 
 
 class Engine:
-    """A FAISS index under inner product.
+    """FAISS index with inner product as metric.
 
-    Inverted files keep keys themselves; every other type gets them from an `IndexIDMap` around it.
+    Inverted files store keys themselves; every other type is wrapped in an `IndexIDMap`.
 
     Args:
         index: The FAISS index, keys included.
@@ -42,18 +42,18 @@ class Engine:
 
     @classmethod
     def make(cls, factory: str, dimension: int) -> Engine:
-        """An empty, untrained index.
+        """Creates an empty, untrained index.
 
         Raises:
-            ValueError: FAISS does not know the factory string, or it does not fit the dimension.
+            ValueError: FAISS rejects the factory string for this dimension.
         """
         faiss = _faiss()
         try:
             owner = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             raise ValueError(
-                f"FAISS makes no index {factory!r} of {dimension} dimensions ({_reason(error)}). Give a factory string "
-                "such as 'Flat', 'IVF4096,PQ64' or 'HNSW32'."
+                f"FAISS cannot create an index {factory!r} of {dimension} dimensions ({_reason(error)}). Give a "
+                "factory string such as 'Flat', 'IVF4096,PQ64' or 'HNSW32'."
             ) from error
         index = faiss.downcast_index(owner)
         if isinstance(index, faiss.IndexIDMap):
@@ -71,23 +71,23 @@ class Engine:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it holds the vectors as they are and compares with all of them."""
+        """Whether it stores uncompressed vectors and searches exhaustively."""
         return type(self.outer) in (_faiss().IndexFlat, _faiss().IndexFlatIP)
 
     @property
     def can_remove(self) -> bool:
-        """Whether a vector can be taken out of it."""
-        # A map of ids shifts when the index below does, which types other than flat codes do not.
+        """Whether vectors can be removed."""
+        # An id map shifts on removal, and so must the index below it, which only flat codes do.
         faiss = _faiss()
         return not self.mapped or isinstance(_below_transform(self.outer), faiss.IndexFlatCodes)
 
     @property
     def can_merge(self) -> bool:
-        """Whether FAISS can put another index of the same training into it."""
+        """Whether FAISS can merge another index of the same training into it."""
         return self.can_remove
 
     def train(self, sample: Vectors) -> None:
-        """Learns what the type must know before vectors are added.
+        """Trains the index (such as its centroids and codebooks), before vectors are added.
 
         Raises:
             ValueError: There are too few vectors.
@@ -101,21 +101,21 @@ class Engine:
             ) from error
 
     def add(self, vectors: Vectors, keys: Keys) -> None:
-        """Adds vectors under keys that are larger than those it has."""
+        """Adds vectors under keys larger than the existing ones."""
         self._keys = None
         self.index.add_with_ids(vectors, keys)
 
     def remove(self, keys: Keys) -> None:
-        """Takes vectors out, where the type can; else it does nothing."""
+        """Removes vectors; no effect for types that cannot."""
         if self.can_remove and len(keys):
             self._keys = None
             self.index.remove_ids(np.ascontiguousarray(keys, dtype=np.int64))
 
     def merge(self, other: Engine, shift: int) -> None:
-        """Moves all vectors of another index into it, their keys raised by `shift`; the other is empty then.
+        """Moves all vectors of another index into this one, adding `shift` to their keys; the other becomes empty.
 
         Raises:
-            ValueError: The two are not alike.
+            ValueError: The two are incompatible.
         """
         self._keys = None
         try:
@@ -124,23 +124,25 @@ class Engine:
             raise ValueError(f"FAISS cannot merge the two indexes: {_reason(error)}.") from error
 
     def vectors(self, keys: Keys) -> Vectors:
-        """The vectors of some keys as it holds them; for types whose keys are mapped.
+        """Reconstructs the stored vectors of some keys; for types with an id map.
 
         Raises:
-            ValueError: The type cannot give them back.
+            ValueError: The type cannot reconstruct them.
         """
         assert self.mapped, "inverted files are merged by FAISS"
         if self._keys is None:
             self._keys = _faiss().vector_to_array(self.index.id_map)
         places = np.searchsorted(self._keys, keys)
         try:
-            result: Vectors = self.outer.reconstruct_batch(places)
+            stored: Vectors = self.outer.reconstruct_batch(places)
         except RuntimeError as error:
-            raise ValueError(f"Indexes of this type cannot be merged ({_reason(error)}): make one of all.") from error
-        return result
+            raise ValueError(
+                f"Indexes of this type cannot be merged ({_reason(error)}): build one of all images."
+            ) from error
+        return stored
 
     def configure(self, settings: str) -> None:
-        """Sets how thoroughly it searches, such as `nprobe=64` or `efSearch=128,k_factor_rf=4`.
+        """Applies search settings, such as `nprobe=64` or `efSearch=128,k_factor_rf=4`.
 
         Raises:
             ValueError: The type has no such setting.
@@ -155,10 +157,10 @@ class Engine:
                 ) from error
 
     def to_gpu(self) -> None:
-        """Searches on the first GPU from now on.
+        """Moves searches to the first GPU.
 
         Raises:
-            ValueError: FAISS has no GPU.
+            ValueError: FAISS finds no GPU.
         """
         faiss = _faiss()
         if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
@@ -172,12 +174,12 @@ class Engine:
     def search(
         self, queries: Vectors, count: int, effort: int = 1
     ) -> tuple[Float[NDArray[np.float32], "q k"], Int64[NDArray[np.int64], "q k"]]:
-        """Scores and keys of the nearest vectors, -1 where fewer were found.
+        """Finds scores and keys of the nearest vectors, padded with -1.
 
         Args:
             queries: The queries.
-            count: How many to find, at most all.
-            effort: How many times as much is looked at as the settings say.
+            count: Number of neighbours, at most all vectors.
+            effort: Factor on the search settings (`nprobe`).
         """
         if self.gpu is not None and effort == 1 and count <= _GPU_MOST:
             return _search(self.gpu, queries, count)
@@ -194,7 +196,7 @@ class Engine:
         return _search(self.index, queries, count)
 
     def _search_all(self, queries: Vectors, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Looks at every vector: a graph may not reach them all, but its storage does."""
+        """Searches exhaustively in the storage of a graph, which may not reach every vector."""
         faiss = _faiss()
         if isinstance(self.outer, faiss.IndexRefine):
             return _search(faiss.downcast_index(self.outer.refine_index), queries, count)
@@ -203,20 +205,20 @@ class Engine:
         return _search(faiss.downcast_index(self.inner.storage), queries, count)
 
     def most_effort(self) -> int:
-        """The effort at which every vector is looked at."""
+        """The effort at which the search is exhaustive."""
         return 2 if self.ivf is None else -(-self.ivf.nlist // self.ivf.nprobe)
 
     def trained_hash(self) -> str:
-        """Of an empty index: what two must share to be merged."""
+        """Computes the hash of an empty, trained index: two indexes can be merged if it is equal."""
         assert len(self) == 0
         return hashlib.blake2b(_faiss().serialize_index(self.index).tobytes(), digest_size=16).hexdigest()
 
     def copy(self) -> Engine:
-        """Another index of the same content."""
+        """Returns a copy of the index."""
         return Engine(_faiss().clone_index(self.index))
 
     def write(self, path: Path) -> None:
-        """Writes it.
+        """Writes the index to a file.
 
         Raises:
             StorageError: The file could not be written.
@@ -229,11 +231,11 @@ class Engine:
 
     @classmethod
     def read(cls, path: Path, mmap: bool = False) -> Engine:
-        """Reads it.
+        """Reads the index from a file.
 
         Args:
-            path: Where it is.
-            mmap: Leave what can stay there on disk; nothing can be added or removed then.
+            path: The file.
+            mmap: Memory-map the vectors where possible; the index is then read-only.
 
         Raises:
             ValueError: The file holds no FAISS index.
@@ -246,8 +248,8 @@ class Engine:
 
 
 def _search(index: Any, queries: Vectors, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    result: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, count)
-    return result
+    nearest: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, count)
+    return nearest
 
 
 def _transformed(index: Any, vectors: Vectors) -> Vectors:
@@ -263,7 +265,7 @@ def _below_transform(index: Any) -> Any:
 
 
 def _innermost(index: Any) -> Any:
-    """What holds the vectors: below refinement and transforms."""
+    """Returns the index that stores the vectors, below refinement and transforms."""
     faiss = _faiss()
     if isinstance(index, faiss.IndexRefine):
         index = faiss.downcast_index(index.base_index)
@@ -271,5 +273,5 @@ def _innermost(index: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """FAISS's message without where in its sources it was raised."""
+    """Extracts FAISS's message without its source location."""
     return str(error).strip().splitlines()[-1].split(": ", 1)[-1].strip() or type(error).__name__

@@ -1,11 +1,11 @@
-"""The index of a training set on disk: search, add, remove, restore and merge.
+"""Index of a training set on disk: search, add, remove, restore and merge.
 
-A folder holds, under names that count its changes up, so that a change is whole or has not happened:
+A folder holds these files, whose names carry a change counter so that every change is atomic:
 
 - `index-N.faiss`: the vectors;
-- `rows-N.parquet`: `key` (FAISS's id, never used twice), `image`, `captions` and further columns of each image;
-- `removed-N.parquet`: ids of images that were taken down, which no batch and no shard brings back;
-- `manifest.json`: whose embeddings of which training set they are, and which files count.
+- `rows-N.parquet`: `key` (FAISS id, never reused), `image`, `captions` and further columns of each image;
+- `removed-N.parquet`: ids of removed images, which are excluded from all later batches and shards;
+- `manifest.json`: identity of ranker and training set, and which files are current.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from numpy.typing import NDArray
 
 from wherefrom.index.catalog import IMAGE, KEY, keys_of
 from wherefrom.index.contents import FILES, STATE, Contents
-from wherefrom.index.embeddings import Embeddings, checked, cosines
+from wherefrom.index.embeddings import Embeddings, cosines, unit_vectors
 from wherefrom.runtime.artifacts import canonical_json, read_manifest, write_manifest
 
 Result = TypeVar("Result")
-_MARGIN = 16  # found beyond what is asked for, so that ties at the edge are mostly seen at once
+_MARGIN = 16  # extra neighbours per search, so that ties at the edge are usually included at once
 
 
 @dataclass(frozen=True)
-class Hits:
-    """What was found for one query.
+class SearchResult:
+    """Nearest training images of one query.
 
     Attributes:
         images: Ids, the most influential first.
-        scores: Cosines; as good as the index's type keeps vectors.
-        rows: The images' rows: `image`, `captions` and further columns.
+        scores: Cosine similarities; as precise as the index type stores vectors.
+        rows: Catalog rows of the images: `image`, `captions` and further columns.
     """
 
     images: tuple[str, ...]
@@ -46,19 +46,19 @@ class Hits:
 
 
 class Index:
-    """Finds the training images whose embeddings are nearest to a query's: its most influential ones.
+    """Index of training images by embedding: the nearest to a query are its most influential ones.
 
     Args:
-        folder: Where it is; see `build_index`.
-        ranker: Identity of the ranker whose queries it will get; None takes whatever it was built with.
-        search: FAISS's search settings, such as `nprobe=64`; None takes those it was built with.
-        mmap: Leave vectors on disk and read what a query needs.
+        folder: Folder of the index; see `build_index`.
+        ranker: Identity of the ranker of the queries; None skips this check until a search.
+        search: FAISS search settings, such as `nprobe=64`; None uses those it was built with.
+        mmap: Memory-map the vectors instead of loading them.
         gpu: Search on the first GPU.
-        verify: Compare the files with their hashes, which reads them once; else only with their sizes.
+        verify: Verify the hashes of the files, which reads them once; else only their sizes.
 
     Raises:
         FileNotFoundError: The folder holds no index.
-        ValueError: It is damaged, another ranker's, or a setting does not fit.
+        ValueError: It is damaged, belongs to another ranker, or a setting is invalid.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Index:
 
     @property
     def removed(self) -> frozenset[str]:
-        """Ids of images that were taken down."""
+        """Ids of removed images."""
         return frozenset(self.contents.removed)
 
     @property
     def rows(self) -> pa.Table:
-        """The images: `image`, `captions` and further columns."""
+        """Catalog of the images: `image`, `captions` and further columns."""
         return self.contents.rows.drop_columns([KEY])
 
     def _check_ranker(self, ranker: Mapping[str, Any], what: str) -> None:
@@ -105,16 +105,17 @@ class Index:
         if canonical_json(ranker) != canonical_json(own):
             raise ValueError(
                 f"{what} is another than the index's in {self.folder}: {dict(ranker)} there, {own} here. Cosines of "
-                "two rankers' embeddings mean nothing: use the index's ranker, or build an index with this one."
+                "two rankers' embeddings are not comparable: use the index's ranker, or build an index with this one."
             )
 
-    def search(self, queries: Embeddings, k: int) -> list[Hits]:
-        """The k nearest images of each query, ties by id.
+    def search(self, queries: Embeddings, k: int) -> list[SearchResult]:
+        """Finds the k nearest images of each query, ties by id.
 
-        Each query's answer is the same in any company; of a `Flat` index also to the last digit, however it was made.
+        Results do not depend on the other queries; for a `Flat` index they are bit-identical however it was built.
 
         Raises:
-            ValueError: The queries are another ranker's or not unit vectors, or the index has not k images.
+            ValueError: The queries belong to another ranker or are not unit vectors, or the index has fewer than k
+                images.
         """
         self._check_ranker(queries.ranker, "The queries' ranker")
         if queries.vectors.shape[1] != self.contents.engine.dimension:
@@ -123,10 +124,10 @@ class Index:
             )
         if not 1 <= k <= len(self):
             raise ValueError(f"k must lie between 1 and the {len(self)} images of the index; given {k}.")
-        vectors = checked(queries.vectors)
+        vectors = unit_vectors(queries.vectors)
         engine, count = self.contents.engine, self._first_count(k)
         if engine.is_exact and len(vectors):
-            # Together, which is faster; the scores are measured again, so that no digit depends on it.
+            # Batched, which is faster; scores are recomputed below, so no digit depends on the batch.
             firsts: list[Any] = list(zip(*engine.search(vectors, count), strict=True))
         else:
             firsts = [None] * len(vectors)
@@ -134,14 +135,14 @@ class Index:
 
     def _first_count(self, k: int) -> int:
         total = len(self.contents.engine)
-        dead = total - len(self)
-        return min(total, k + _MARGIN + min(dead, k))
+        deleted = total - len(self)
+        return min(total, k + _MARGIN + min(deleted, k))
 
-    def _find(self, query: NDArray[np.float32], k: int, count: int, first: Any) -> Hits:
-        """Looks for more and looks harder until k images are found, and all that may tie with the last of them."""
+    def _find(self, query: NDArray[np.float32], k: int, count: int, first: Any) -> SearchResult:
+        """Searches with increasing count and effort until k images are found, and all that may tie with the last."""
         engine, effort = self.contents.engine, 1
         total, most = len(engine), engine.most_effort()
-        # The float32 inner products of two unit vectors are off by less than this.
+        # Bound on the error of float32 inner products of unit vectors.
         slack = 2 * (engine.dimension + 2) * 2.0**-24 if engine.is_exact else 0.0
         while True:
             scores, keys = (
@@ -150,81 +151,83 @@ class Index:
             first, filled = None, bool((keys[0] >= 0).all())
             places = np.minimum(np.searchsorted(self._keys, keys[0]), len(self) - 1)
             alive = (keys[0] >= 0) & (self._keys[places] == keys[0])
-            result, places = scores[0][alive].astype(np.float64), places[alive]
-            order = np.argsort(-result, kind="stable")
-            result, places = result[order], places[order]
-            settled = len(result) >= k and (not filled or count == total or result[-1] < result[k - 1] - slack)
+            similarities, places = scores[0][alive].astype(np.float64), places[alive]
+            order = np.argsort(-similarities, kind="stable")
+            similarities, places = similarities[order], places[order]
+            enough = len(similarities) >= k
+            settled = enough and (not filled or count == total or similarities[-1] < similarities[k - 1] - slack)
             if settled:
                 break
             if filled and count < total:
                 count = min(2 * count, total)
             else:
-                assert effort < most, "every vector was looked at"
+                assert effort < most, "the search was exhaustive"
                 effort = min(2 * effort, most)
         if engine.is_exact:
-            result = cosines(engine.vectors(self._keys[places]), query)
+            similarities = cosines(engine.vectors(self._keys[places]), query)
         rows = self.contents.rows.take(places)
         images = np.asarray(rows[IMAGE].to_pylist())
-        first_k = np.lexsort((images, -result))[:k]
+        first_k = np.lexsort((images, -similarities))[:k]
         chosen = rows.take(first_k).drop_columns([KEY])
-        return Hits(tuple(chosen[IMAGE].to_pylist()), result[first_k], chosen)
+        return SearchResult(tuple(chosen[IMAGE].to_pylist()), similarities[first_k], chosen)
 
     def add(self, rows: pa.Table, embeddings: Embeddings, source: Any = None) -> tuple[str, ...]:
         """Adds images; see `rows_of`.
 
         Args:
-            rows: One row an image.
-            embeddings: Theirs, in the same order.
-            source: Identity of what they come from, for the record.
+            rows: Catalog of the images, one row each.
+            embeddings: Their embeddings, in the same order.
+            source: Identity of the data set they come from, recorded only.
 
         Returns:
-            The ids that were left out because they had been taken down; `restore` them first to add them.
+            Ids that were skipped because they had been removed; `restore` them first to add them.
 
         Raises:
-            ValueError: They are another ranker's, an image is there already, or an embedding is no unit vector.
-            StorageError: It could not be written, and is as it was.
+            ValueError: The embeddings belong to another ranker, an image is already in the index, or an embedding is
+                not a unit vector.
+            StorageError: The index could not be written; it is unchanged.
         """
         self._check_ranker(embeddings.ranker, "The embeddings' ranker")
         return self._change(lambda contents: contents.add(rows, embeddings.vectors, source))
 
     def remove(self, ids: Iterable[str]) -> tuple[str, ...]:
-        """Takes images down, at once and for all later batches and shards.
+        """Removes images, now and from all later batches and shards.
 
-        Types that cannot give up a vector (HNSW, refined ones) keep it in their file, unseen and without its row, until
-        they are built again.
+        Types that cannot delete a vector (HNSW, refined ones) keep it in their file, hidden and without its row, until
+        they are rebuilt.
 
         Returns:
-            The ids that the index did not hold: they are kept out from now on too, but may be misspelt.
+            Ids that the index did not hold: they are excluded from now on too, but may be misspelt.
 
         Raises:
-            StorageError: It could not be written, and is as it was.
+            StorageError: The index could not be written; it is unchanged.
         """
         given = [ids] if isinstance(ids, str) else list(ids)
         return self._change(lambda contents: contents.remove(given))
 
     def restore(self, ids: Iterable[str]) -> None:
-        """Lets images that were taken down be added again; they come back when they are.
+        """Allows removed images to be added again; they return with the next `add`.
 
         Raises:
-            ValueError: One was not taken down.
-            StorageError: It could not be written, and is as it was.
+            ValueError: An image was not removed.
+            StorageError: The index could not be written; it is unchanged.
         """
         given = {ids} if isinstance(ids, str) else set(ids)
 
         def change(contents: Contents) -> None:
-            strangers = sorted(given - contents.removed)
-            if strangers:
-                raise ValueError(f"{strangers[0]!r} was not taken down from {self.folder}, so it cannot be restored.")
+            unknown = sorted(given - contents.removed)
+            if unknown:
+                raise ValueError(f"{unknown[0]!r} was not removed from {self.folder}, so it cannot be restored.")
             contents.removed -= given
 
         self._change(change)
 
     def merge(self, *others: Path) -> None:
-        """Adds all images of other indexes, which stay as they are.
+        """Adds all images of other indexes, which are unchanged.
 
         Raises:
-            ValueError: One is another ranker's, another type's or trained apart, or two hold the same image.
-            StorageError: It could not be written, and is as it was.
+            ValueError: An index has another ranker, type or training, or two hold the same image.
+            StorageError: The index could not be written; it is unchanged.
         """
 
         def change(contents: Contents) -> None:
@@ -247,11 +250,11 @@ class Index:
         self._change(change)
 
     def _change(self, change: Callable[[Contents], Result]) -> Result:
-        """Changes the newest state and makes it count by one replaced file, the manifest."""
+        """Applies a change to the latest state and commits it by atomically replacing the manifest."""
         with FileLock(self.folder.with_name(self.folder.name + ".lock"), is_singleton=True):
             manifest = read_manifest(self.folder)
             contents = Contents.read(self.folder, manifest)
-            result = change(contents)
+            returned = change(contents)
             state = contents.write(self.folder, manifest[STATE]["change"] + 1)
             write_manifest(self.folder, manifest["identity"], **{STATE: state})
             self._load()
@@ -259,4 +262,4 @@ class Index:
                 for path in self.folder.glob(f"{kind}-*"):
                     if path.name not in state["files"]:
                         path.unlink()
-        return result
+        return returned

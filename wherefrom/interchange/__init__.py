@@ -1,4 +1,4 @@
-"""Files of other projects of this field, read into and written from what is used here."""
+"""Reading and writing file formats of related projects."""
 
 from wherefrom.interchange.fastgda import read_fastgda_ranker, read_fastgda_teacher, write_fastgda_ranker
 from wherefrom.interchange.safe_pickle import read_pickle

@@ -1,11 +1,11 @@
-"""Embeddings in clip-retrieval's layout: what its tools read, and what they wrote, back into an index.
+"""Embeddings in clip-retrieval's layout: export for its tools, and import of its output into an index.
 
-A folder holds parts of equally numbered files, zero-padded so that they sort by name:
+A folder holds parts in equally numbered files, zero-padded so that they sort by name:
 
-- `img_emb/img_emb_0.npy`: unit vectors, float16 or float32, one row an image;
-- `metadata/metadata_0.parquet`: `image_path`, `caption`, and ours: `id`, `captions` and further columns.
+- `img_emb/img_emb_0.npy`: unit vectors, float16 or float32, one row per image;
+- `metadata/metadata_0.parquet`: `image_path`, `caption`, and added columns: `id`, `captions` and others.
 
-Ours also has a `manifest.json`, which says whose embeddings they are.
+Exported folders also have a `manifest.json` with the identity of the encoder.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from wherefrom.index.catalog import CAPTIONS, IMAGE, KEY, checked_rows
-from wherefrom.index.embeddings import Embeddings, checked
+from wherefrom.index.catalog import CAPTIONS, IMAGE, KEY, validate_rows
+from wherefrom.index.embeddings import Embeddings, unit_vectors
 from wherefrom.runtime.artifacts import MANIFEST, check_identity, hash_file, read_manifest, replacing, write_manifest
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.mapped_arrays import write_array
@@ -43,27 +43,27 @@ def write_clip_retrieval(
     dtype: Literal["float16", "float32"] = "float16",
     progress: Progress | None = None,
 ) -> None:
-    """Writes embeddings for clip-retrieval; what an interrupted run has written is kept.
+    """Writes embeddings for clip-retrieval; an interrupted run is resumed.
 
     Args:
-        folder: Where they go.
-        rows: One row an image, as for an index. A column `file_name` becomes `image_path`, else the id does.
-        embeddings: Theirs, in the same order.
+        folder: Output folder.
+        rows: Catalog of the images, as for an index. `image_path` is the column `file_name`, or else the id.
+        embeddings: Their embeddings, in the same order.
         training: Identity of the training set.
-        part: Images in a part.
+        part: Images per part.
         dtype: Precision of the vectors.
         progress: Called with (done, total) images.
 
     Raises:
         ArtifactMismatchError: The folder holds other embeddings.
-        ValueError: The numbers of rows and embeddings differ, or an embedding is no unit vector.
+        ValueError: The numbers of rows and embeddings differ, or an embedding is not a unit vector.
         StorageError: A file could not be written; finished parts are kept.
     """
-    checked_rows(rows)
+    validate_rows(rows)
     if len(rows) != len(embeddings) or not len(rows) or part < 1:
         raise ValueError(
-            f"{len(rows)} images, {len(embeddings)} embeddings and parts of {part}: as many of both are needed, at "
-            "least one, and parts that hold some."
+            f"{len(rows)} images, {len(embeddings)} embeddings and parts of {part}: images and embeddings must be "
+            "equally many, at least one, and parts must hold at least one."
         )
     identity = {
         "clip_retrieval": 1,
@@ -85,9 +85,9 @@ def write_clip_retrieval(
         stop = min(start + part, len(rows))
         name = str(number).zfill(digits)
         vectors, table = _paths(folder, name)
-        if not vectors.exists() or not table.exists():  # each is whole or absent
+        if not vectors.exists() or not table.exists():  # each is complete or absent
             blocks = (
-                checked(embeddings.vectors[first : min(first + _BLOCK, stop)], first)
+                unit_vectors(embeddings.vectors[first : min(first + _BLOCK, stop)], first)
                 for first in range(start, stop, _BLOCK)
             )
             write_array(vectors, (stop - start, embeddings.vectors.shape[1]), blocks, dtype)
@@ -100,23 +100,23 @@ def write_clip_retrieval(
 
 
 def read_clip_retrieval(folder: Path, ranker: Mapping[str, Any] | None = None) -> tuple[pa.Table, Embeddings]:
-    """Reads embeddings in clip-retrieval's layout, as `build_index` takes them.
+    """Reads embeddings in clip-retrieval's layout, for `build_index`.
 
     Args:
-        folder: Where they are.
-        ranker: What made the vectors, where another tool wrote the folder; it becomes the index's ranker.
+        folder: Folder of the embeddings.
+        ranker: Identity of the encoder, for folders written by another tool; it becomes the index's ranker.
 
     Raises:
-        ValueError: A part or column is missing or damaged, numbers of rows differ, or nobody says whose they are.
+        ValueError: A part or column is missing or damaged, numbers of rows differ, or the encoder is unknown.
     """
     named = {kind: _numbered(folder / kind, end) for kind, end in ((VECTORS, "npy"), (METADATA, "parquet"))}
     if not named[VECTORS] or named[VECTORS].keys() != named[METADATA].keys():
-        result = {kind: sorted(files) for kind, files in named.items()}
+        numbers = {kind: sorted(files) for kind, files in named.items()}
         raise ValueError(
             f"{folder} must hold {VECTORS}/{VECTORS}_0.npy … and {METADATA}/{METADATA}_0.parquet … with the same "
-            f"numbers; their numbers are {result}."
+            f"numbers; their numbers are {numbers}."
         )
-    whose = _whose(folder, ranker)
+    encoder = _encoder_identity(folder, ranker)
     vectors, tables = [], []
     for number in sorted(named[VECTORS]):
         one, table = named[VECTORS][number], named[METADATA][number]
@@ -130,8 +130,8 @@ def read_clip_retrieval(folder: Path, ranker: Mapping[str, Any] | None = None) -
             raise ValueError(
                 f"{one} has vectors of {vectors[-1].shape[1]} numbers, the parts before {vectors[0].shape[1]}."
             )
-    rows = checked_rows(pa.concat_tables(tables, promote_options="default"))
-    return rows, Embeddings(vectors[0] if len(vectors) == 1 else np.concatenate(vectors), whose)
+    rows = validate_rows(pa.concat_tables(tables, promote_options="default"))
+    return rows, Embeddings(vectors[0] if len(vectors) == 1 else np.concatenate(vectors), encoder)
 
 
 def _paths(folder: Path, name: str) -> tuple[Path, Path]:
@@ -139,10 +139,10 @@ def _paths(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def _metadata(rows: pa.Table) -> pa.Table:
-    """clip-retrieval's columns, and ours after them."""
-    taken = sorted({ID, PATH, CAPTION} & set(rows.column_names))
-    if taken:
-        raise ValueError(f"A column may not be called {taken[0]!r}: clip-retrieval's layout has its own; rename it.")
+    """Builds the metadata table: clip-retrieval's columns, then the catalog's."""
+    reserved = sorted({ID, PATH, CAPTION} & set(rows.column_names))
+    if reserved:
+        raise ValueError(f"A column may not be called {reserved[0]!r}: clip-retrieval's layout reserves it; rename it.")
     captions = rows[CAPTIONS].combine_chunks()
     first = pa.array([several[0] if several else "" for several in captions.to_pylist()], pa.string())
     path = rows["file_name"] if "file_name" in rows.column_names else rows[IMAGE]
@@ -156,26 +156,24 @@ def _numbered(folder: Path, end: str) -> dict[int, Path]:
     return {int(match[1]): path for match, path in files}
 
 
-def _whose(folder: Path, ranker: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _encoder_identity(folder: Path, ranker: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if not (folder / MANIFEST).exists():
         if ranker is None:
             raise ValueError(
-                f"{folder} was not written here, and does not say which encoder made its vectors: say it with "
-                "`ranker`, such as {'encoder': 'ViT-B/32'}; queries must say the same."
+                f"{folder} was written by another tool, and does not say which encoder computed its vectors: give it "
+                "as `ranker`, such as {'encoder': 'ViT-B/32'}; queries must give the same."
             )
         return ranker
     manifest = read_manifest(folder)
     if not manifest.get("complete"):
-        raise ValueError(f"{folder} is not complete: write it again, it goes on where it stopped.")
+        raise ValueError(f"{folder} is not complete: write it again, it resumes where it stopped.")
     own: Mapping[str, Any] = manifest["identity"]["ranker"]
     if ranker is not None and dict(ranker) != dict(own):
         raise ValueError(f"{folder} holds embeddings of {own}, not of {dict(ranker)}.")
     for name, expected in manifest["parts"].items():
         for path, key in zip(_paths(folder, name), ("vectors", "metadata"), strict=True):
             if not path.exists() or hash_file(path) != expected[key]:
-                raise ValueError(
-                    f"{path} is missing or not the file that {folder / MANIFEST} speaks of: copy it again."
-                )
+                raise ValueError(f"{path} is missing or does not match {folder / MANIFEST}: copy it again.")
     return own
 
 
@@ -183,7 +181,7 @@ def _read_vectors(path: Path) -> NDArray[np.floating[Any]]:
     try:
         vectors: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a NumPy file that can be read: {error}") from error
+        raise ValueError(f"{path} is not a readable NumPy file: {error}") from error
     if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
         raise ValueError(
             f"{path} holds {vectors.dtype} of shape {vectors.shape}; embeddings are float16 or float32 matrices."
@@ -195,10 +193,10 @@ def _read_metadata(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a table that can be read: {error}") from error
+        raise ValueError(f"{path} is not a readable table: {error}") from error
     known = ID if ID in table.column_names else PATH
     if known not in table.column_names:
-        raise ValueError(f"{path} has neither {ID!r} nor {PATH!r}, so nobody knows its images.")
+        raise ValueError(f"{path} has neither {ID!r} nor {PATH!r}, so its images have no ids.")
     columns = {IMAGE: table[known].cast(pa.large_string()), CAPTIONS: _captions(table)}
     for name in table.column_names:
         if name not in (ID, CAPTION, CAPTIONS) and (name != PATH or known == PATH):

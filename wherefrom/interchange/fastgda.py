@@ -1,4 +1,4 @@
-"""FastGDA's files (Fast Data Attribution, arXiv 2511.10721): its teacher's rankings and its rankers.
+"""FastGDA's files (Fast Data Attribution, arXiv 2511.10721): teacher rankings and rankers.
 
 Its folder `data/coco` holds `influence_train.pkl`, `influence_test.pkl`, `query_train/nn_dino.pkl` and
 `feats/TYPE/{data,train_query,test_query}_feats.npy`, all in the training set's order and without any ids.
@@ -23,9 +23,9 @@ from wherefrom.interchange.safe_pickle import read_pickle
 from wherefrom.runtime.artifacts import hash_file, identity_hash, replacing
 
 Part = Literal["train", "test"]
-# What the rankers take by the width of their input; CLIP's images and its captions have the same width.
+# Features of the rankers by input width; CLIP's image and text features have the same width.
 FEATURES_BY_WIDTH = {768: ("dino",), 1280: ("dino+clip_text",)}
-_BLOCK = 256  # queries that are checked at a time
+_BLOCK = 256  # queries that are validated at a time
 _NEIGHBOURS = Path("query_train", "nn_dino.pkl")
 
 
@@ -36,17 +36,17 @@ def read_fastgda_teacher(
     image_set: Path | None = None,
     queries: Path | None = None,
 ) -> TeacherSet:
-    """The teacher's rankings and the features of both sides.
+    """Reads the teacher's rankings and the features of images and queries.
 
-    Scores are the teacher's, turned so that higher is more influential if they were not; `rank` says which end is.
+    Scores are the teacher's, negated if necessary so that higher is more influential; `rank` gives the direction.
 
     Args:
         folder: FastGDA's `data/coco`.
-        part: Its training queries, each with the images near it, or its test queries, with all images.
-        features: Types of features; None takes all that are there.
+        part: Training queries, each with its nearest images, or test queries, with all images.
+        features: Types of features; None reads all that are present.
         image_set: A Parquet table with columns `image` and `caption`, in the order of the training set; without it,
-            images are called by their rows and have no captions.
-        queries: The same for the queries: `query` and `prompt`.
+            images are named by row and have no captions.
+        queries: The same for the queries: columns `query` and `prompt`.
 
     Raises:
         ValueError: A key is missing, shapes do not fit, rank and influence contradict each other, an index is unknown
@@ -54,10 +54,10 @@ def read_fastgda_teacher(
         FileNotFoundError: A file is missing.
     """
     file = folder / f"influence_{part}.pkl"
-    result = _features(folder / "feats", part, features)
-    count = {len(both.training) for both in result.values()}
+    by_type = _features(folder / "feats", part, features)
+    count = {len(both.training) for both in by_type.values()}
     if len(count) > 1:
-        sizes = ", ".join(f"{name} {len(both.training)}" for name, both in result.items())
+        sizes = ", ".join(f"{name} {len(both.training)}" for name, both in by_type.items())
         raise ValueError(f"{folder / 'feats'} has features of different training sets: {sizes} images.")
     images, captions = _named(image_set, ("image", "caption"), count.pop(), "row {:06d}")
     content = read_pickle(file)
@@ -70,7 +70,9 @@ def read_fastgda_teacher(
         order = rank
     del content
     if not influence.shape == order.shape == rank.shape:
-        raise ValueError(f"{file}: influence {influence.shape} and ranks {order.shape}, {rank.shape} must be alike.")
+        raise ValueError(
+            f"{file}: influence {influence.shape} and ranks {order.shape}, {rank.shape} must have the same shape."
+        )
     rows, scores = _ordered(file, influence, order, rank, len(images))
     if part == "train" and (folder / _NEIGHBOURS).exists():
         _check_neighbours(folder / _NEIGHBOURS, rows)
@@ -80,23 +82,23 @@ def read_fastgda_teacher(
         "file": hash_file(file),
         "training_pictures": identity_hash({"ids": list(images)}),
         "queries": identity_hash({"ids": list(names)}),
-        "features": sorted(result),
+        "features": sorted(by_type),
     }
     try:
-        return TeacherSet(images, captions, names, prompts, rows, scores, result, identity)
+        return TeacherSet(images, captions, names, prompts, rows, scores, by_type, identity)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be used: {error}") from error
 
 
 def _features(folder: Path, part: Part, names: Sequence[str] | None) -> dict[str, Features]:
-    """Mapped from disk, so that they are never held whole."""
-    there = sorted(path.parent.name for path in folder.glob("*/data_feats.npy"))
-    wanted = there if names is None else list(names)
-    missing = [name for name in wanted if name not in there]
+    """Memory-maps the features of both sides."""
+    present = sorted(path.parent.name for path in folder.glob("*/data_feats.npy"))
+    wanted = present if names is None else list(names)
+    missing = [name for name in wanted if name not in present]
     if missing or not wanted:
         raise ValueError(
             f"{folder} has no features {missing[0] if missing else '(TYPE/data_feats.npy)'!r}; it has "
-            f"{', '.join(there) or 'none'}."
+            f"{', '.join(present) or 'none'}."
         )
     return {
         name: Features(_array(folder / name / "data_feats.npy"), _array(folder / name / f"{part}_query_feats.npy"))
@@ -117,7 +119,7 @@ def _array(path: Path) -> NDArray[np.float32]:
 def _named(
     table: Path | None, columns: tuple[str, str], count: int, pattern: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Ids and texts of all rows."""
+    """Reads ids and texts of all rows, or numbers the rows without a table."""
     if table is None:
         return tuple(pattern.format(row) for row in range(count)), ("",) * count
     content = pq.read_table(table)
@@ -151,7 +153,7 @@ def _ordered(
     rank: Int[NDArray[Any], "q m"],
     images: int,
 ) -> tuple[Int32[NDArray[np.int32], "q m"], Float[NDArray[np.float32], "q m"]]:
-    """Rows of images, the most influential first, and their scores, high where influential."""
+    """Sorts images by influence: rows, the most influential first, and scores, higher = more influential."""
     queries, width = rank.shape
     rows, scores = np.empty((queries, width), np.int32), np.empty((queries, width), np.float32)
     signs = np.zeros(queries, np.int8)
@@ -166,11 +168,11 @@ def _ordered(
             query, at = np.argwhere(~np.isfinite(influence[part]))[0]
             raise ValueError(f"{file}: query {start + query} has the influence {influence[start + query, at]}.")
         ordered = np.take_along_axis(influence[part], order[part].astype(np.int64), axis=1)
-        falls, loss_increases = (ordered[:, 1:] <= ordered[:, :-1]).all(1), (ordered[:, 1:] >= ordered[:, :-1]).all(1)
-        if not (falls | loss_increases).all():
-            bad = start + int(np.flatnonzero(~(falls | loss_increases))[0])
+        descending, ascending = (ordered[:, 1:] <= ordered[:, :-1]).all(1), (ordered[:, 1:] >= ordered[:, :-1]).all(1)
+        if not (descending | ascending).all():
+            bad = start + int(np.flatnonzero(~(descending | ascending))[0])
             raise ValueError(f"{file}: the ranks of query {bad} do not follow its influence, neither up nor down.")
-        signs[part] = falls.astype(np.int8) - loss_increases
+        signs[part] = descending.astype(np.int8) - ascending
         rows[part], scores[part] = rank[part], ordered
     if (signs > 0).any() and (signs < 0).any():
         one, other = int(np.flatnonzero(signs > 0)[0]), int(np.flatnonzero(signs < 0)[0])
@@ -179,9 +181,9 @@ def _ordered(
 
 
 def _check_permutations(file: Path, start: int, order: NDArray[Any]) -> None:
-    whole = (np.sort(order, axis=1) == np.arange(order.shape[1])).all(axis=1)
-    if not whole.all():
-        bad = int(np.flatnonzero(~whole)[0])
+    valid = (np.sort(order, axis=1) == np.arange(order.shape[1])).all(axis=1)
+    if not valid.all():
+        bad = int(np.flatnonzero(~valid)[0])
         values, counts = np.unique(order[bad], return_counts=True)
         twice = f" {values[counts > 1][0]} is named twice." if (counts > 1).any() else ""
         raise ValueError(
@@ -190,7 +192,7 @@ def _check_permutations(file: Path, start: int, order: NDArray[Any]) -> None:
 
 
 def _check_neighbours(file: Path, rows: Int32[NDArray[np.int32], "q m"]) -> None:
-    """The teacher scores what is near in DINO's space: other images mean that the files belong to other queries."""
+    """Checks that the scored images are DINO neighbours; otherwise the files belong to other queries."""
     content = read_pickle(file)
     try:
         near = content["fixed"]["rank"]
@@ -198,18 +200,18 @@ def _check_neighbours(file: Path, rows: Int32[NDArray[np.int32], "q m"]) -> None
         raise ValueError(f"{file} has no entry ['fixed']['rank'].") from error
     if len(near) != len(rows):
         raise ValueError(f"{file} has neighbours of {len(near)} queries, but {len(rows)} are ranked.")
-    for query, (result, ranked) in enumerate(zip(near, rows, strict=True)):
-        strange = ranked[~np.isin(ranked, np.asarray(result))]
-        if len(strange):
-            raise ValueError(f"{file}: image {strange[0]}, which query {query} ranks, is not among its neighbours.")
+    for query, (neighbours, ranked) in enumerate(zip(near, rows, strict=True)):
+        unknown = ranked[~np.isin(ranked, np.asarray(neighbours))]
+        if len(unknown):
+            raise ValueError(f"{file}: image {unknown[0]}, which query {query} ranks, is not among its neighbours.")
 
 
 def read_fastgda_ranker(path: Path, dropout: float = 0.1) -> Ranker:
-    """A ranker of FastGDA's: a state dict, read with `weights_only=True`.
+    """Reads a ranker of FastGDA: a state dict, loaded with `weights_only=True`.
 
     Args:
         path: The `.pth` file.
-        dropout: What it was trained with; the file does not say.
+        dropout: Dropout rate of its training, which the file does not record.
 
     Raises:
         ValueError: The file holds anything but tensors, lacks one, or has one too many or of another shape.
@@ -246,7 +248,7 @@ def read_fastgda_ranker(path: Path, dropout: float = 0.1) -> Ranker:
 
 
 def write_fastgda_ranker(path: Path, ranker: Ranker) -> None:
-    """Writes a ranker as FastGDA reads it: a state dict of the same names.
+    """Writes a ranker in FastGDA's format: a state dict with the same names.
 
     Raises:
         StorageError: The file could not be written.
@@ -256,10 +258,10 @@ def write_fastgda_ranker(path: Path, ranker: Ranker) -> None:
 
 
 def features_of_width(width: int) -> tuple[str, ...]:
-    """The features that FastGDA's rankers of this width take.
+    """Infers the input features of a FastGDA ranker from its input width.
 
     Raises:
-        ValueError: The width does not tell.
+        ValueError: The width is ambiguous.
     """
     if width not in FEATURES_BY_WIDTH:
         raise ValueError(f"A ranker of {width} inputs may take several features: name them with --features.")

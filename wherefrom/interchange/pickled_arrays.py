@@ -1,4 +1,4 @@
-"""How NumPy writes arrays into pickles, as data: names of its functions, their arguments, and the arrays these mean."""
+"""NumPy's pickle calls as inert data, and the arrays that they encode."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Refused(ValueError):  # noqa: N818  not an error of ours: what a file asked for
-    """What a file asked for that plain data does not need."""
+class Refused(ValueError):  # noqa: N818  raised about the file, not about this code
+    """Raised when a pickle uses a feature that plain data does not need."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A function or class that a pickle names; it is never called.
+    """Function or class named by a pickle; it is never called.
 
     Attributes:
-        name: One name for its homes in all versions.
+        name: Canonical name, the same for its modules in all versions.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Global:
 
 @dataclass
 class Call:
-    """A call that a pickle asks for, kept as data.
+    """Call in a pickle, recorded as data.
 
     Attributes:
-        name: Of what.
-        arguments: With what.
-        state: What was set afterwards.
+        name: Name of the function.
+        arguments: Arguments of the call.
+        state: State that the pickle sets on the result.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Call:
         return f"a {self.name}"  # the arguments may be hundreds of megabytes
 
     def array(self) -> Any:
-        """The array or the scalar that is meant.
+        """Decodes the array or scalar that the call encodes.
 
         Raises:
-            Refused: It is none, or not one of numbers or strings.
+            Refused: It encodes neither, or not one of numbers or strings.
         """
         if self.name == "_reconstruct":
             return _stated_array(self.state)
@@ -75,11 +75,11 @@ _CODE = re.compile(r"([a-zA-Z])(\d{1,9})")
 _LAST_CHARACTER = 0x10FFFF
 
 
-def called(function: Global, arguments: tuple[Any, ...]) -> Any:
-    """The call as data; text that stands for bytes, as in protocols 0 to 2, is turned into bytes at once.
+def record_call(function: Global, arguments: tuple[Any, ...]) -> Any:
+    """Records a call as data; text that encodes bytes (protocols 0 to 2) is converted to bytes at once.
 
     Raises:
-        Refused: The function is not called so for plain arrays.
+        Refused: Plain arrays do not use the function in this way.
     """
     if function.name == "bytes" and arguments == ():
         return b""
@@ -88,7 +88,7 @@ def called(function: Global, arguments: tuple[Any, ...]) -> Any:
             return arguments[0].encode("latin-1")
         raise Refused("_codecs.encode of something else than text, or to something else than latin1")
     if function.name == "_reconstruct":
-        # An empty array of bytes, whose state follows; any other shape would be allocated before it.
+        # An empty array of bytes, whose state follows; NumPy would allocate any other shape first.
         if len(arguments) != 3 or arguments[0] != NUMPY["numpy", "ndarray"] or arguments[1] != (0,):
             raise Refused("numpy's _reconstruct of something else than an empty ndarray")
         return Call("_reconstruct", ())
@@ -97,11 +97,11 @@ def called(function: Global, arguments: tuple[Any, ...]) -> Any:
     raise Refused(f"a call of {function.name}")
 
 
-def restored(call: Call, state: Any) -> None:
-    """Keeps the state of an array or of a dtype.
+def record_state(call: Call, state: Any) -> None:
+    """Records the state of an array or dtype.
 
     Raises:
-        Refused: It has one already, or has none.
+        Refused: Its state is already set, or the call takes none.
     """
     if call.name not in ("_reconstruct", "dtype") or type(state) is not tuple or call.state is not None:
         raise Refused(f"setting the state of {call!r}")
@@ -158,7 +158,7 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
 
 
 def _dtype(call: Any) -> np.dtype[Any]:
-    """The type of numbers or strings that is meant, made anew from its letter, size and byte order."""
+    """Decodes a dtype of numbers or strings from its letter, size and byte order."""
     if type(call) is not Call or call.name != "dtype" or not call.arguments or type(call.arguments[0]) is not str:
         raise Refused("an array of an unknown type")
     code, state = call.arguments[0], call.state
@@ -173,7 +173,7 @@ def _dtype(call: Any) -> np.dtype[Any]:
         raise Refused(f"an array of type {code[:20]!r}; only numbers and strings are read")
     if order not in ("<", ">", "|", "="):
         raise Refused(f"an array of the byte order {str(order)[:9]!r}")
-    made = np.dtype(f"{order}{letter}{size}")
-    if state is not None and len(state) > 5 and state[5] not in (-1, made.itemsize):
+    dtype = np.dtype(f"{order}{letter}{size}")
+    if state is not None and len(state) > 5 and state[5] not in (-1, dtype.itemsize):
         raise Refused(f"an array of type {code!r} with items of {str(state[5])[:20]} bytes")
-    return made
+    return dtype

@@ -1,11 +1,11 @@
-"""Reads arrays from pickle files of other projects without unpickling them.
+"""Safe reader of arrays in pickle files: decodes them without unpickling.
 
-A pickle is a program. Here it is decoded, never run: instructions are read one by one with the standard library's
-disassembler, those that plain data does not need are refused, and the few functions by which NumPy writes its arrays
-are only names, from which the arrays are built afterwards by `numpy.frombuffer`.
+A pickle is a program. Here it is decoded, never executed: opcodes are read one by one with the standard library's
+disassembler, those that plain data does not need are rejected, and the few functions with which NumPy encodes arrays
+are recorded as names, from which the arrays are built afterwards with `numpy.frombuffer`.
 
-Why not a `pickle.Unpickler` whose `find_class` admits these functions: extension codes that are already cached never
-ask it, a memo index of four billion allocates 64 GB before anything is asked, nested tuples as keys hash for ever, and
+Why not a `pickle.Unpickler` whose `find_class` allows these functions: cached extension codes bypass
+it, a memo index of four billion allocates 64 GB before it is called, nested tuples as keys hash for ever, and
 NumPy's own `dtype.__setstate__` changes a live array's item size, after which it reads memory that is not its own.
 """
 
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wherefrom.interchange.pickled_arrays import NUMPY, Call, Global, Refused, called, restored
+from wherefrom.interchange.pickled_arrays import NUMPY, Call, Global, Refused, record_call, record_state
 
 _DEEPEST = 64
 _REPEATED = 2**30
 _KEYS = (str, int, float)
-# Instructions that push their own argument. Not among them: what imports, calls classes or refers to outside.
+# Opcodes that push their own argument; none that imports, calls classes or refers to external objects.
 _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 _VALUES |= {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _VALUES |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
@@ -38,13 +38,14 @@ _MARK = object()
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What a pickle file holds: arrays of numbers or strings, dictionaries, lists, tuples, numbers and strings.
+    """Reads a pickle file of arrays of numbers or strings, dictionaries, lists, tuples, numbers and strings.
 
     Arrays are read-only. Pickles of protocol 0 to 5 are read, those of Python 2 as well (but for protocol 0, whose
     bytes the disassembler cannot read).
 
     Raises:
-        ValueError: The file asks for anything else, holds arrays of objects, claims more than it holds, or is damaged.
+        ValueError: The file contains anything else, such as arrays of objects, claims more bytes than it has, or is
+            damaged.
         FileNotFoundError: There is no such file.
     """
     path = Path(path)
@@ -69,10 +70,10 @@ def read_pickle(path: str | Path) -> Any:
 
 @dataclass
 class _Machine:
-    """The stack and the memo of a pickle that is being decoded.
+    """Stack machine that decodes a pickle.
 
     Attributes:
-        room: Bytes that may still be made from text: together no more than the file has.
+        room: Remaining bytes that may be decoded from text: in total no more than the file size.
     """
 
     room: int
@@ -80,10 +81,10 @@ class _Machine:
     memo: dict[int, Any] = field(default_factory=dict)
 
     def run(self, program: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> Any:
-        """Decodes until the end.
+        """Decodes all opcodes and returns the result.
 
         Raises:
-            Refused: An instruction is not one of plain data.
+            Refused: An opcode is not needed for plain data.
         """
         for instruction, argument, _ in program:
             name = instruction.name
@@ -175,7 +176,7 @@ class _Machine:
         function, arguments = self._pop(2)
         if type(function) is not Global or type(arguments) is not tuple:
             raise Refused(f"a call of {_short(function)}")
-        value = called(function, arguments)
+        value = record_call(function, arguments)
         if type(value) is bytes:
             self.room = _spent(self.room, len(value))
         self.stack.append(value)
@@ -185,19 +186,19 @@ class _Machine:
         target = self._top()
         if type(target) is not Call:
             raise Refused(f"setting the state of {_short(target)}")
-        restored(target, state)
+        record_state(target, state)
 
 
 def _admitted(module: Any, name: Any) -> Global:
-    """The stand-in of a function by its exact names: nothing is imported and no attribute looked up.
+    """Looks up the stand-in of a function by its exact name: nothing is imported and no attribute accessed.
 
     Raises:
-        Refused: Plain arrays do not need it.
+        Refused: Plain arrays do not need the function.
     """
-    result = NUMPY.get((module, name)) if type(module) is str and type(name) is str else None
-    if result is None:
+    stand_in = NUMPY.get((module, name)) if type(module) is str and type(name) is str else None
+    if stand_in is None:
         raise Refused(f"{_short(module)}, {_short(name)}")
-    return result
+    return stand_in
 
 
 def _filled(target: dict[Any, Any], values: Sequence[Any]) -> dict[Any, Any]:
@@ -211,7 +212,7 @@ def _filled(target: dict[Any, Any], values: Sequence[Any]) -> dict[Any, Any]:
 
 
 def _short(value: Any) -> str:
-    """What it is, in few characters: a value may be huge, or contain itself."""
+    """Formats a value in few characters: it may be huge, or contain itself."""
     if isinstance(value, str | bytes | bytearray):
         return repr(value[:80])
     return (
@@ -220,10 +221,10 @@ def _short(value: Any) -> str:
 
 
 def _spent(room: int, size: int) -> int:
-    """What is left.
+    """Subtracts from the remaining bytes.
 
     Raises:
-        Refused: There is not enough.
+        Refused: Too few bytes remain.
     """
     if size > room:
         raise Refused("more bytes of arrays than it has")
@@ -231,7 +232,7 @@ def _spent(room: int, size: int) -> int:
 
 
 def _plain(value: Any, room: int) -> Any:
-    """The value with stand-ins replaced by arrays; what is shared stays shared, so the work is linear in the file."""
+    """Replaces stand-ins by arrays; shared objects stay shared, so the time is linear in the file size."""
     finished: dict[int, Any] = {}
     open_: set[int] = set()
 
@@ -253,29 +254,29 @@ def _plain(value: Any, room: int) -> Any:
         if depth > _DEEPEST:
             raise Refused(f"containers in containers, more than {_DEEPEST} deep")
         open_.add(key)
-        made: Any
+        plain: Any
         if type(each) is dict:
-            made = {name: visit(inner, depth + 1) for name, inner in each.items()}
+            plain = {name: visit(inner, depth + 1) for name, inner in each.items()}
         else:
-            made = type(each)(visit(inner, depth + 1) for inner in each)
+            plain = type(each)(visit(inner, depth + 1) for inner in each)
         open_.discard(key)
-        finished[key] = made
-        return made
+        finished[key] = plain
+        return plain
 
     return visit(value, 0)
 
 
 def flattened(value: Any, most: int = 10_000) -> dict[str, NDArray[Any]]:
-    """What a pickle held as arrays by path, such as `random/rank`; numbers and strings become arrays without axes.
+    """Flattens the content of a pickle to arrays by path, such as `random/rank`; scalars become 0-d arrays.
 
-    A list or tuple of numbers or of strings is one array. A small file may name the same thing very often, so both the
-    number of paths and the bytes that they repeat are bounded.
+    A list or tuple of numbers or of strings is one array. A small file may refer to the same object very often, so both
+    the number of paths and the repeated bytes are bounded.
 
     Raises:
         ValueError: There are too many paths, two are the same, or a key would lead out of a folder.
     """
-    result: dict[str, NDArray[Any]] = {}
-    made: dict[int, NDArray[Any]] = {}
+    by_path: dict[str, NDArray[Any]] = {}
+    converted: dict[int, NDArray[Any]] = {}
     visited = 0
 
     def visit(each: Any, path: str) -> None:
@@ -291,17 +292,17 @@ def flattened(value: Any, most: int = 10_000) -> dict[str, NDArray[Any]]:
                     raise ValueError(f"The key {str(name)[:80]!r} cannot be part of a path.")
                 visit(inner, f"{path}/{name}" if path else str(name))
             return
-        if path in result:
+        if path in by_path:
             raise ValueError(f"Two arrays have the path {path!r}: they cannot be told apart.")
-        result[path] = made.setdefault(id(each), np.asarray(each))
-        if result[path].dtype == object:
+        by_path[path] = converted.setdefault(id(each), np.asarray(each))
+        if by_path[path].dtype == object:
             raise ValueError(f"The numbers of {path!r} are too large for an array.")
 
     visit(value, "")
-    repeated = sum(array.nbytes for array in result.values()) - sum(array.nbytes for array in made.values())
+    repeated = sum(array.nbytes for array in by_path.values()) - sum(array.nbytes for array in converted.values())
     if repeated > _REPEATED:
         raise ValueError(f"It names the same arrays again and again: {repeated:,} bytes more than it has.")
-    return result
+    return by_path
 
 
 def _is_flat(values: Sequence[Any]) -> bool:

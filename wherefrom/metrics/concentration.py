@@ -1,4 +1,4 @@
-"""How concentrated a query's influence is: on one image, on ten, or on all of them a little."""
+"""Concentration of a query's influence: top-k shares and the effective number of images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Concentration:
-    """How a query's positive influence is spread over images.
+    """Distribution of a query's positive influence over images.
 
     Attributes:
-        shares: k -> share of it that the k most influential images hold; NaN where no image has any.
-        effective: (Σw)² / Σw², the number of images that would hold it if they were alike (the inverse participation
-            ratio); 0 where no image has any.
+        shares: k -> share held by the k most influential images; NaN if no image has positive influence.
+        effective: (Σw)² / Σw², the effective number of images (inverse participation ratio); 0 if no image has
+            positive influence.
     """
 
     shares: Mapping[int, float]
@@ -25,7 +25,7 @@ class Concentration:
 
 
 def concentration(scores: Float[NDArray[np.floating], " n"], tops: Sequence[int] = (1, 10, 100)) -> Concentration:
-    """The concentration of what is above 0: of a teacher's scores, or of a calibration's estimates of them.
+    """Computes the concentration of the positive scores: a teacher's, or a calibration's estimates of them.
 
     Scores must be in the teacher's unit, where 0 is no influence; cosines are not.
 

@@ -1,4 +1,4 @@
-"""Which group (author, style, licence) holds which share of a query's influence."""
+"""Shares of groups (authors, styles, licences) in a query's influence, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 _FEWEST_RESAMPLES = 100
-_BLOCK = 1 << 18  # images drawn at a time; bounds the memory, whatever the size of the training set
+_BLOCK = 1 << 18  # images resampled at a time; bounds the memory, whatever the size of the training set
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Share:
         share: Its share, 0 to 1.
         low: Lower end of the interval around the share.
         high: Upper end of the interval.
-        expected: The group's share of the images in the training set (what a blind guess would give it), if known.
+        expected: The group's share of the images in the training set (the chance level), if known.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Share:
 
 def _check(scores: NDArray[np.float64], groups: Sequence[str], top: int, resamples: int, confidence: float) -> None:
     if scores.ndim != 1 or len(scores) != len(groups) or not len(groups):
-        raise ValueError(f"Group shares need one score and one group an image; got {scores.shape} and {len(groups)}.")
+        raise ValueError(f"Group shares need one score and one group per image; got {scores.shape} and {len(groups)}.")
     if not np.isfinite(scores).all():
         where = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ValueError(f"The score at position {where} is {scores[where]}; group shares need finite scores.")
@@ -50,19 +50,20 @@ def _check(scores: NDArray[np.float64], groups: Sequence[str], top: int, resampl
 def _top_masses(
     ordered: Float[NDArray[np.float64], " n"], copies: Int64[NDArray[np.int64], "b n"], top: int
 ) -> Float[NDArray[np.float64], "b m"]:
-    """Influence mass in each of B multisets of the N images, for the first M ≤ N of them; the others have none.
+    """Computes the influence mass in each of B multisets of the N images, for the first M ≤ N of them.
 
-    Images that tie at the edge of the top share the places that are left, so no order of input decides between them.
+    Images that tie at the edge of the top share the remaining places evenly, so the input order does not matter. Images
+    after the first M have no mass.
 
     Args:
-        ordered: Scores in falling order.
-        copies: How often each image occurs in each multiset.
-        top: How many images count.
+        ordered: Scores in descending order.
+        copies: Multiplicity of each image in each multiset.
+        top: Number of images that count.
     """
     count = len(ordered)
     places = [(count - 1) // 2, count // 2, top - 1]
-    result = ordered[[np.searchsorted(reached, places, side="right") for reached in copies.cumsum(axis=1)]]
-    median, edge = result[:, :2].mean(axis=1, keepdims=True), result[:, 2:]
+    levels = ordered[[np.searchsorted(reached, places, side="right") for reached in copies.cumsum(axis=1)]]
+    median, edge = levels[:, :2].mean(axis=1, keepdims=True), levels[:, 2:]
     reach = np.searchsorted(-ordered, -edge.min(), side="right")
     ordered, copies = ordered[:reach], copies[:, :reach]
     above, tied = (ordered > edge) * copies, (ordered == edge) * copies
@@ -80,37 +81,37 @@ def group_shares(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> list[Share]:
-    """The share of each group in the influence of the `top` highest scores.
+    """Computes the share of each group in the influence of the `top` highest scores.
 
     *Mass*: an image among the `top` highest scores has the mass max(score - median, 0), the median taken over all N
     images (the level of an image that has nothing to do with the query, as long as most have nothing to do with it);
-    every other image has mass 0. Images that tie at the edge of the top share the places left there evenly.
+    every other image has mass 0. Images that tie at the edge of the top share the remaining places evenly.
 
-    *Share*: the group's mass over the mass of all groups. So the shares add up to 1, and stay when all scores are
-    shifted, or multiplied by a positive number. They divide what the method measured among the images that it ranks
-    highest; they are not fractions of the generated image that the groups "made".
+    *Share*: the group's mass over the mass of all groups. So the shares add up to 1, and are invariant to
+    shifting all scores or multiplying them by a positive number. They divide the measured influence among the images
+    ranked highest; they are not fractions of the generated image that the groups "made".
 
-    *Interval*: percentile bootstrap. All N images are drawn with replacement, then median, top and shares are taken
-    anew. It says how far the share depends on which images happen to be in the training set; noise in the scores
-    themselves is not in it. A draw in which nothing exceeds the median has no shares and is left out. As with any
-    percentile interval, the share itself need not lie inside, above all when `top` is very small.
+    *Interval*: percentile bootstrap. All N images are resampled with replacement, then median, top and shares are
+    recomputed. It measures how far the share depends on which images happen to be in the training set; noise in the
+    scores themselves is not included. A resample in which nothing exceeds the median has no shares and is left out.
+    As with any percentile interval, the share itself need not lie inside, above all when `top` is very small.
 
     *Expected*: the group's share of the N images, whatever their scores.
 
     Args:
-        scores: Score of each training image, higher = more influential; all of them, not only the best.
+        scores: Score of each training image, higher = more influential; all of them, not only the highest.
         groups: The group of each image.
-        top: How many of the highest scores count.
+        top: Number of highest scores that count.
         seed: Seed of the resampling; the same seed gives the same intervals.
-        resamples: How many times the images are drawn anew.
-        confidence: Probability content of the interval.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level of the interval.
 
     Returns:
-        Every group that occurs, by falling share; groups of equal share by falling `expected`, then by name.
+        Every group that occurs, by descending share; ties by descending `expected`, then by name.
 
     Raises:
         ValueError: Lengths that differ, a score that is not finite, `top`, `resamples` or `confidence` out of range, or
-            no score among the top above the median (all equal), so that there is nothing to divide.
+            no score above the median (all equal), so that there is nothing to divide.
     """
     scores = np.asarray(scores, dtype=np.float64)
     _check(scores, groups, top, resamples, confidence)
@@ -150,8 +151,8 @@ def group_shares(
     low, high = np.zeros(len(names)), np.zeros(len(names))
     low[columns], high[columns] = np.quantile(table, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     expected = np.bincount(group, minlength=len(names)) / count
-    result = [
+    shares = [
         Share(str(name), float(s), float(lo), float(hi), float(e))
         for name, s, lo, hi, e in zip(names, whole[0], low, high, expected, strict=True)
     ]
-    return sorted(result, key=lambda each: (-each.share, -(each.expected or 0.0), each.name))
+    return sorted(shares, key=lambda each: (-each.share, -(each.expected or 0.0), each.name))

@@ -1,4 +1,4 @@
-"""The linear datamodeling score: do sums of scores predict the losses of models trained on random subsets?"""
+"""Linear datamodeling score (LDS): correlation of summed scores with losses of models trained on random subsets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from wherefrom.metrics.retrieval import QueryMean
 class LinearDatamodelingScore(QueryMean):
     """Spearman correlation between predicted and measured losses of models trained on random subsets (TRAK, section 2).
 
-    An image's score says how much the query's loss falls because of it, so the sum of the scores over a subset is
-    compared with *minus* the loss of the model that was trained on it. It assumes that scores add up, which unlearning
-    and feature methods do not promise.
+    An image's score estimates how much it lowers the query's loss, so the sum of the scores over a subset is compared
+    with *minus* the loss of the model trained on it. This assumes that scores are additive, which unlearning and
+    feature methods do not guarantee.
     """
 
     def update(  # type: ignore[override]
@@ -24,9 +24,9 @@ class LinearDatamodelingScore(QueryMean):
         """Adds some queries.
 
         Args:
-            scores: One score a query and training image.
-            subsets: The images that each model was trained on.
-            losses: The queries' losses under each model.
+            scores: One score per query and training image.
+            subsets: Images that each model was trained on.
+            losses: Losses of the queries under each model.
 
         Raises:
             ValueError: Shapes do not fit, fewer than three subsets are given, or a number is not finite.

@@ -1,4 +1,4 @@
-"""The null: how high do images score that the model was never trained on?"""
+"""Null distribution of scores: p-values from images that the model was never trained on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-_TAIL = 0.1  # share of the null whose excesses the tail is fitted to
+_TAIL = 0.1  # share of the null to which the exponential tail is fitted
 
 
 def p_values(
     scores: Float[NDArray[np.float64], " n"], null: Float[NDArray[np.float64], " m"]
 ) -> Float[NDArray[np.float64], " n"]:
-    """(1 + #{null ≥ score}) / (1 + m): one-sided, valid at any m, never below 1 / (1 + m).
+    """Computes one-sided p-values (1 + #{null ≥ score}) / (1 + m): valid at any m, never below 1 / (1 + m).
 
     Raises:
         ValueError: The null is empty.
@@ -23,12 +23,12 @@ def p_values(
     return np.asarray((1.0 + at_least) / (1.0 + len(null)), dtype=np.float64)
 
 
-def standing_out(scores: Float[NDArray[np.float64], " n"], null: Float[NDArray[np.float64], " m"]) -> float:
-    """How surprising the highest score is among n images that were never trained on (a family-wise p-value).
+def family_wise_p_value(scores: Float[NDArray[np.float64], " n"], null: Float[NDArray[np.float64], " m"]) -> float:
+    """Approximates the family-wise p-value of the highest of n scores.
 
-    The null's upper tail is taken to be exponential above its 90th percentile (the Pareto-type tail of index 0), so
-    that the answer can go below 1 / (1 + m); with n images, p = 1 - (1 - tail)ⁿ. An approximation: it decides
-    whether the report says that nothing stands out, no more.
+    The upper tail of the null is modelled as exponential above its 90th percentile (a generalised Pareto tail of index
+    0), so the result can go below 1 / (1 + m); with n images, p = 1 - (1 - tail)ⁿ. Used only to decide whether the
+    report states that no image stands out.
 
     Raises:
         ValueError: The null has fewer than ten images.
@@ -38,9 +38,9 @@ def standing_out(scores: Float[NDArray[np.float64], " n"], null: Float[NDArray[n
             f"The tail of the null needs at least 10 images that were never trained on; there are {len(null)}."
         )
     threshold = float(np.quantile(null, 1.0 - _TAIL))
-    excess = float(np.mean(null[null > threshold] - threshold)) if (null > threshold).any() else 0.0
+    scale = float(np.mean(null[null > threshold] - threshold)) if (null > threshold).any() else 0.0
     best = float(np.max(scores))
     if best <= threshold:
         return 1.0
-    tail = _TAIL * float(np.exp(-(best - threshold) / excess)) if excess > 0 else 0.0
+    tail = _TAIL * float(np.exp(-(best - threshold) / scale)) if scale > 0 else 0.0
     return float(-np.expm1(len(scores) * np.log1p(-tail)))

@@ -1,4 +1,4 @@
-"""How much of a ranking is signal: split-half reliability over the random draws that made it."""
+"""Split-half reliability of scores that are averaged over noise samples."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def split_half(
     seed: int,
     splits: int = 10,
 ) -> float:
-    """Reliability of scores that are means over draws, by Spearman-Brown from random halves.
+    """Estimates the reliability of scores averaged over noise samples, by Spearman-Brown from random halves.
 
     The Spearman correlation r between the scores of two halves, averaged over random splits, gives 2r / (1 + r) for
-    all draws together (Brown 1910; Spearman 1910).
+    all samples together (Brown 1910; Spearman 1910).
 
     Args:
-        score: Scores from some of the draws, given by index.
-        noise_samples: Number of draws.
+        score: Computes the scores from some of the noise samples, given by index.
+        noise_samples: Number of noise samples.
         seed: Seed of the splits.
         splits: Number of random splits.
 
     Returns:
-        The reliability, between -1 and 1; NaN where there are fewer than two draws.
+        The reliability, between -1 and 1; NaN with fewer than two noise samples.
     """
     if noise_samples < 2:
         return float("nan")
@@ -41,5 +41,5 @@ def split_half(
             return float("nan")
         correlations.append(float(spearmanr(*halves).statistic))
     mean = float(np.mean(correlations))
-    # Towards r = -1 the formula has no bound; below 0 it only says that the halves contradict each other.
+    # The formula is unbounded towards r = -1; below 0 it only means that the halves contradict each other.
     return max(2 * mean / (1 + mean), -1.0) if mean > -1 else -1.0

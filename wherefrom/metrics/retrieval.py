@@ -1,6 +1,6 @@
-"""What rankings and retrained models are judged by: one value a query, then their mean and its standard error.
+"""Retrieval metrics (mAP, Recall@k): one value per query, then their mean and standard error.
 
-All are torchmetrics: they are updated block by block, and reduce over devices.
+All are torchmetrics: updated batch by batch, and reduced over devices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 
 class QueryMean(Metric):
-    """Mean over queries, its standard error, and how many there were.
+    """Mean over queries, its standard error, and the number of queries.
 
     `compute` gives `mean`, `error` (NaN for a single query) and `count`.
     """
@@ -39,20 +39,20 @@ class QueryMean(Metric):
         self.values.append(values.double().flatten())
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean, standard error and count.
+        """Computes mean, standard error and count.
 
         Raises:
             ValueError: There were no queries.
         """
-        result = torch.cat([value.flatten() for value in self.values]) if len(self.values) else torch.empty(0)
-        if len(result) == 0:
+        values = torch.cat([value.flatten() for value in self.values]) if len(self.values) else torch.empty(0)
+        if len(values) == 0:
             raise ValueError(f"{type(self).__name__} has seen no query.")
-        error = result.std() / len(result) ** 0.5 if len(result) > 1 else torch.tensor(float("nan"))
-        return {"mean": result.mean(), "error": error, "count": torch.tensor(len(result))}
+        error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(float("nan"))
+        return {"mean": values.mean(), "error": error, "count": torch.tensor(len(values))}
 
 
 def top_of(teacher: Float[Tensor, "q n"], k: int) -> Bool[Tensor, "q n"]:
-    """The k images that a teacher ranks highest, ties by position.
+    """Marks the k images that a teacher ranks highest, ties by position.
 
     Raises:
         ValueError: There are not that many images.
@@ -64,30 +64,30 @@ def top_of(teacher: Float[Tensor, "q n"], k: int) -> Bool[Tensor, "q n"]:
 
 
 def _ranked(scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> Bool[Tensor, "q n"]:
-    """What is relevant, in the order of the scores."""
+    """Sorts the relevance mask by descending score."""
     if scores.shape != relevant.shape or scores.dim() != 2:
         raise ValueError(
-            f"Scores and what is relevant must be (queries, images) alike; they are {tuple(scores.shape)} and "
+            f"Scores and relevance must both be (queries, images); they are {tuple(scores.shape)} and "
             f"{tuple(relevant.shape)}."
         )
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("A score is not finite; rankings need finite scores.")
     if not bool(relevant.any(dim=1).all()):
-        raise ValueError("A query has nothing relevant, so nothing can be found; leave it out.")
+        raise ValueError("A query has no relevant image, so retrieval cannot be measured; leave it out.")
     return relevant.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
 
 
 class MeanAveragePrecision(QueryMean):
-    """Mean over queries of the average precision of a ranking of the whole set (Fast Data Attribution, section 4.1).
+    """Mean average precision of rankings of the whole set (Fast Data Attribution, section 4.1).
 
-    With `top_of(teacher, k)` as what is relevant it is the papers' mAP(k).
+    With `top_of(teacher, k)` as the relevant images it is the papers' mAP(k).
     """
 
     def update(self, scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> None:  # type: ignore[override]
         """Adds some queries.
 
         Raises:
-            ValueError: Shapes differ, a score is not finite, or a query has nothing relevant.
+            ValueError: Shapes differ, a score is not finite, or a query has no relevant image.
         """
         hits = _ranked(scores, relevant).double()
         precision = hits.cumsum(dim=1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)
@@ -95,10 +95,10 @@ class MeanAveragePrecision(QueryMean):
 
 
 class RecallAtK(QueryMean):
-    """Mean over queries of the share of what is relevant that is among the first k.
+    """Recall@k: mean over queries of the share of relevant images among the first k.
 
     Args:
-        k: How many places count.
+        k: Number of ranks that count.
 
     Raises:
         ValueError: `k` is not positive.
@@ -114,8 +114,7 @@ class RecallAtK(QueryMean):
         """Adds some queries.
 
         Raises:
-            ValueError: Shapes differ, a score is not finite, a query has nothing relevant, or `k` is larger than the
-                set.
+            ValueError: Shapes differ, a score is not finite, a query has no relevant image, or `k` exceeds the set.
         """
         if self.k > scores.shape[-1]:
             raise ValueError(f"k is {self.k}, but only {scores.shape[-1]} images are ranked.")
@@ -124,23 +123,23 @@ class RecallAtK(QueryMean):
 
 
 @dataclass(frozen=True)
-class Depth:
-    """How many of the teacher's images are to be found.
+class Cutoff:
+    """Cutoff k of a retrieval metric: the number of images that count as relevant.
 
     Attributes:
-        number: So many.
-        share: What was asked for, if it was a share of the training set.
+        number: Number of images.
+        share: The requested share of the training set, if k was given as one.
     """
 
     number: int
     share: float | None = None
 
     @classmethod
-    def of(cls, k: float, images: int) -> Depth:
-        """A number of images from 1 on, or a share of them below 1.
+    def of(cls, k: float, images: int) -> Cutoff:
+        """Parses k: a number of images from 1 on, or a share of them below 1.
 
         Raises:
-            ValueError: It is neither, or more than there are.
+            ValueError: It is neither, or exceeds the number of images.
         """
         if 0 < k < 1:
             return cls(max(1, round(k * images)), k)

@@ -1,4 +1,4 @@
-"""Mean and standard error of one value a query."""
+"""Mean and standard error of per-query values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 def estimate(values: Float[NDArray[np.float64], " q"]) -> tuple[float, float]:
-    """Mean and standard error of what is a number."""
+    """Computes mean and standard error of the finite values; NaN where there are too few."""
     known = values[np.isfinite(values)]
     if len(known) == 0:
         return float("nan"), float("nan")

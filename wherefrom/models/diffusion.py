@@ -1,7 +1,6 @@
 """The diffusion model: training loss per example, and sampling from keyed noise.
 
-Shape letters: B = batch, C = latent channels, H and W = latent height and width, L = tokens, D = width of a token
-state. Where a network is told more of a caption than token states, L counts the rows below them too (`denoisers`).
+Shape letters: B = batch, C = latent channels, H and W = latent height and width.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.encoders import LatentEncoder
-from wherefrom.models.families.registry import denoiser_of
+from wherefrom.models.families.registry import family_of
 from wherefrom.models.noise_schedule import NoiseSchedule as NoiseSchedule
 from wherefrom.models.noise_schedule import sampling_scheduler as sampling_scheduler
 from wherefrom.models.parameter_subsets import adapter_scales
@@ -32,7 +32,7 @@ class DiffusionModel:
 
     Args:
         denoiser: A diffusers U-Net or transformer, or any module called like `UNet2DConditionModel`.
-        process: The forward process that it was trained for.
+        noise_schedule: The forward process that it was trained for.
         encoder: Frozen autoencoder and text encoder.
 
     Attributes:
@@ -42,9 +42,11 @@ class DiffusionModel:
         compiled: The compiled network, which passes without gradients go through; None compiles nothing.
     """
 
-    def __init__(self, denoiser: nn.Module, process: NoiseSchedule, encoder: LatentEncoder | None = None) -> None:
-        self.denoiser, self.process, self.encoder = denoiser, process, encoder
-        self.call = denoiser_of(denoiser)
+    def __init__(
+        self, denoiser: nn.Module, noise_schedule: NoiseSchedule, encoder: LatentEncoder | None = None
+    ) -> None:
+        self.denoiser, self.noise_schedule, self.encoder = denoiser, noise_schedule, encoder
+        self.family = family_of(denoiser)
         self.bf16 = False
         self.compiled: Callable[..., Any] | None = None
 
@@ -70,11 +72,11 @@ class DiffusionModel:
             network.enable_gradient_checkpointing()
         return self
 
-    def run(self, noisy: Float[Tensor, "b c h w"], times: Tensor, states: Float[Tensor, "b l d"]) -> Tensor:
+    def run(self, noisy: Float[Tensor, "b c h w"], times: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output for x_t, told what the scheduler tells it of t."""
         network: Any = self.denoiser if self.compiled is None or torch.is_grad_enabled() else self.compiled
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.bf16 and torch.is_grad_enabled()):
-            output = self.call(network, noisy, times, states)
+            output = self.family(network, noisy, times, conditioning)
         return output.to(noisy.dtype)
 
     @property
@@ -97,37 +99,38 @@ class DiffusionModel:
 
     def fingerprint(self) -> str:
         """Hash of weights, forward process and precision: two models with the same one give the same losses."""
-        process = f"{self.process.prediction}/{identity_hash(self.process.identity())}{'/bf16' if self.bf16 else ''}"
+        process = identity_hash(self.noise_schedule.identity())
+        schedule = f"{self.noise_schedule.prediction}/{process}{'/bf16' if self.bf16 else ''}"
         scales = adapter_scales(self.denoiser)
         adapters = f"/{identity_hash(scales)}" if scales else ""
-        return f"{hash_tensors(self.denoiser.state_dict())}/{process}{adapters}"
+        return f"{hash_tensors(self.denoiser.state_dict())}/{schedule}{adapters}"
 
     def predict(
-        self, noisy: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, " b"], states: Float[Tensor, "b l d"]
+        self, noisy: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, " b"], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         """The network's output for x_t."""
-        return self.run(noisy, self.process.times(timesteps), states)
+        return self.run(noisy, self.noise_schedule.times(timesteps), conditioning)
 
-    def check(self, latent: Float[Tensor, "c h w"], states: Float[Tensor, "l d"]) -> None:
-        """Refuses latents and token states that are not the model's, before anything long.
+    def check(self, latent: Float[Tensor, "c h w"], conditioning: Conditioning) -> None:
+        """Refuses a latent and a caption's conditioning that are not the model's, before anything long.
 
         Raises:
-            ValueError: Their shapes are not what the network takes.
+            ValueError: Their names or shapes are not what the network takes.
         """
         channels, rows, columns = (int(side) for side in latent.shape)
-        self.call.check((channels, rows, columns), (int(states.shape[0]), int(states.shape[1])))
+        self.family.check((channels, rows, columns), conditioning)
 
     def losses(
         self,
         latents: Float[Tensor, "b c h w"],
-        states: Float[Tensor, "b l d"],
+        conditioning: Conditioning,
         timesteps: Int64[Tensor, " b"],
         noise: Float[Tensor, "b c h w"],
         weights: Float[Tensor, "h w"] | None = None,
     ) -> Float[Tensor, " b"]:
         """l(z; θ, t, ε) of each example: the mean over latent elements of (target - output)², weighted by region."""
-        output = self.predict(self.process.noisy(latents, timesteps, noise), timesteps, states)
-        return _mean((self.process.target(latents, timesteps, noise) - output).square(), weights)
+        output = self.predict(self.noise_schedule.noisy(latents, timesteps, noise), timesteps, conditioning)
+        return _mean((self.noise_schedule.target(latents, timesteps, noise) - output).square(), weights)
 
 
 def _mean(values: Float[Tensor, "b c h w"], weights: Float[Tensor, "h w"] | None) -> Float[Tensor, " b"]:
@@ -146,7 +149,7 @@ class SquareOutput(DiffusionModel):
     """
 
     def __init__(self, model: DiffusionModel) -> None:
-        super().__init__(model.denoiser, model.process, model.encoder)
+        super().__init__(model.denoiser, model.noise_schedule, model.encoder)
         self.bf16, self.compiled = model.bf16, model.compiled
 
     def fingerprint(self) -> str:
@@ -156,13 +159,13 @@ class SquareOutput(DiffusionModel):
     def losses(
         self,
         latents: Float[Tensor, "b c h w"],
-        states: Float[Tensor, "b l d"],
+        conditioning: Conditioning,
         timesteps: Int64[Tensor, " b"],
         noise: Float[Tensor, "b c h w"],
         weights: Float[Tensor, "h w"] | None = None,
     ) -> Float[Tensor, " b"]:
         """The mean over latent elements of output², of each example, weighted by region."""
-        output = self.predict(self.process.noisy(latents, timesteps, noise), timesteps, states)
+        output = self.predict(self.noise_schedule.noisy(latents, timesteps, noise), timesteps, conditioning)
         return _mean(output.square(), weights)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from wherefrom.models.conditioning import Conditioning, concatenated, prompt_embeddings
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime.tensor_hash import hash_tensors
@@ -36,7 +37,7 @@ def longer_than(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], len
 
 
 class CaptionEncoder:
-    """Turns captions into token states of a fixed length without a mask, as Stable Diffusion does.
+    """Turns captions into prompt embeddings of a fixed length without a mask, as Stable Diffusion does.
 
     Args:
         model: A transformers text model; its first output is used.
@@ -58,19 +59,23 @@ class CaptionEncoder:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str], batch_size: int = 64) -> Float[Tensor, "n l d"]:
-        """Token states of each caption, on the CPU."""
-        starts = range(0, len(captions), batch_size)
-        return torch.cat([self.states(captions[start : start + batch_size]).cpu() for start in starts])
+    def prepared(self, caption: str) -> str:
+        """The caption as the pipeline hands it to the tokenizer."""
+        return caption
 
-    def states(self, captions: Sequence[str]) -> Float[Tensor, "n l d"]:
-        """Token states of a few captions, where the model is; gradients reach what of it asks for them."""
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], batch_size: int = 64) -> Conditioning:
+        """What the network is told of each caption, on the CPU."""
+        texts = [self.prepared(caption) for caption in captions]
+        starts = range(0, len(texts), batch_size)
+        return concatenated([self.embed(texts[start : start + batch_size]).cpu() for start in starts])
+
+    def embed(self, captions: Sequence[str]) -> Conditioning:
+        """What the network is told of a few captions, where the model is; gradients reach what of it asks for them."""
         tokens = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        states: Tensor = self.model(tokens.input_ids.to(self.device))[0]
-        return states
+        return prompt_embeddings(self.model(tokens.input_ids.to(self.device))[0])
 
     def cut(self, captions: Sequence[str]) -> list[int]:
         """Positions of the captions that are longer than what the model reads, so that their ends are lost."""
@@ -80,7 +85,7 @@ class CaptionEncoder:
         """Nothing: the model is not told the images' (height, width)."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the states: weights, tokenizer and length."""
+        """What decides the embeddings: weights, tokenizer and length."""
         words = sorted(self.tokenizer.get_vocab().items())
         return {
             "text_encoder": hash_tensors(self.model.state_dict()),
@@ -90,7 +95,7 @@ class CaptionEncoder:
 
 
 class LatentEncoder:
-    """Turns images into scaled latents and captions into token states.
+    """Turns images into scaled latents and captions into conditioning.
 
     Args:
         vae: A diffusers autoencoder, or where to load one from.
@@ -139,7 +144,7 @@ class LatentEncoder:
         return decoded.clamp(-1, 1)
 
     def identity(self) -> dict[str, Any]:
-        """What decides latents and states; the decoder decides neither."""
+        """What decides latents and conditioning; the decoder decides neither."""
         weights = self.vae.state_dict().items()
         encoding = {name: value for name, value in weights if not name.startswith(_DECODING)}
         return {"vae": hash_tensors(encoding), "scale": list(self.scale), **self.text.identity()}

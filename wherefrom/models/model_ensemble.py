@@ -61,9 +61,12 @@ def _encoders(model: DiffusionModel, other: DiffusionModel) -> tuple[str, Any, A
 def _schedules(model: DiffusionModel, other: DiffusionModel) -> tuple[str, Any, Any]:
     mine, theirs = (
         {
-            "prediction type": each.process.prediction,
-            "number of timesteps": each.process.steps,
-            **{f"noise schedule (√ᾱ at timestep {t})": value for t, value in enumerate(each.process.signal.tolist())},
+            "prediction type": each.noise_schedule.prediction,
+            "number of timesteps": each.noise_schedule.steps,
+            **{
+                f"noise schedule (√ᾱ at timestep {t})": value
+                for t, value in enumerate(each.noise_schedule.signal.tolist())
+            },
         }
         for each in (model, other)
     )

@@ -195,13 +195,13 @@ class DDIM(Sampler):
     """DDIM (Song et al. 2021), by diffusers' scheduler.
 
     Args:
-        process: The forward process.
+        schedule: The forward process.
         steps: How many steps.
         eta: See `Sampler`.
     """
 
-    def __init__(self, process: NoiseSchedule, steps: int, eta: float) -> None:
-        self.eta, self._scheduler = eta, sampling_scheduler(process)
+    def __init__(self, schedule: NoiseSchedule, steps: int, eta: float) -> None:
+        self.eta, self._scheduler = eta, sampling_scheduler(schedule)
         self._scheduler.set_timesteps(steps)
         self.path = [Step(timestep, timestep) for timestep in self._scheduler.timesteps.tolist()]
 
@@ -219,15 +219,15 @@ class Euler(Sampler):
     """Euler's steps down the noise levels that diffusers' scheduler takes for this many steps.
 
     Args:
-        process: A process of flow matching.
+        schedule: A process of flow matching.
         steps: How many steps.
     """
 
-    def __init__(self, process: FlowSchedule, steps: int) -> None:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(process.config)
+    def __init__(self, schedule: FlowSchedule, steps: int) -> None:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule.config)
         scheduler.set_timesteps(steps)
         self.levels = scheduler.sigmas.tolist()
-        nearest = (process.spread[None] - scheduler.sigmas[:-1, None]).abs().argmin(dim=1).tolist()
+        nearest = (schedule.spread[None] - scheduler.sigmas[:-1, None]).abs().argmin(dim=1).tolist()
         self.path = [Step(*each) for each in zip(nearest, scheduler.timesteps.tolist(), strict=True)]
 
     def step(
@@ -249,17 +249,17 @@ def noise_schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
     return NoiseSchedule(scheduler)
 
 
-def sampling_scheduler(process: NoiseSchedule) -> DDIMScheduler:
+def sampling_scheduler(schedule: NoiseSchedule) -> DDIMScheduler:
     """The DDIM scheduler of a forward process: steps end at the last timestep, latents are not clipped to [-1, 1]."""
     scheduler: DDIMScheduler = DDIMScheduler.from_config(
-        process.config, clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"
+        schedule.config, clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"
     )
     return scheduler
 
 
-def pipeline_scheduler(process: NoiseSchedule) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+def pipeline_scheduler(schedule: NoiseSchedule) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """The scheduler that a pipeline of a forward process samples with."""
-    if isinstance(process, FlowSchedule):
-        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(process.config)
+    if isinstance(schedule, FlowSchedule):
+        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule.config)
         return scheduler
-    return sampling_scheduler(process)
+    return sampling_scheduler(schedule)

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from wherefrom.models.families.registry import family_class_of
+from wherefrom.models.families.stable_diffusion import StableDiffusion
+
 Subset = Literal["cross_attention_kv", "cross_attention", "attention", "all", "adapter"]
-
-
-def _of_adapter(name: str) -> bool:
-    """Whether a weight belongs to a LoRA adapter, by peft's names."""
-    return ".lora_" in name
-
-
-# Names as in diffusers' U-Nets and PixArt: attn1 is self-attention, attn2 the cross-attention to the text.
-_CROSS: Mapping[str, Callable[[str], bool]] = {
-    "cross_attention_kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
-    "cross_attention": lambda name: ".attn2." in name,
-    "attention": lambda name: ".attn1." in name or ".attn2." in name,
-    "all": lambda name: True,
-    "adapter": _of_adapter,
-}
-# Stable Diffusion 3 attends to image and text at once: `add_…` and `to_add_out` are the text's side. Its attn2 is
-# self-attention of the image (in version 3.5).
-_TEXT_SIDE = (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj.", ".attn.to_add_out.", ".attn.norm_added_")
-_JOINT: Mapping[str, Callable[[str], bool]] = {
-    "cross_attention_kv": lambda name: ".attn.add_k_proj." in name or ".attn.add_v_proj." in name,
-    "cross_attention": lambda name: any(part in name for part in _TEXT_SIDE),
-    "attention": lambda name: ".attn." in name or ".attn2." in name,
-    "all": lambda name: True,
-    "adapter": _of_adapter,
-}
 
 
 def select_weights(denoiser: nn.Module, subset: Subset) -> dict[str, nn.Parameter]:
@@ -47,9 +24,9 @@ def select_weights(denoiser: nn.Module, subset: Subset) -> dict[str, nn.Paramete
     Raises:
         ValueError: The subset is unknown, or the model has no such weights.
     """
-    if subset not in _CROSS:
-        raise ValueError(f"Unknown weights {subset!r}; choose from {', '.join(_CROSS)}.")
-    belongs = (_JOINT if isinstance(denoiser, SD3Transformer2DModel) else _CROSS)[subset]
+    if subset not in get_args(Subset):
+        raise ValueError(f"Unknown weights {subset!r}; choose from {', '.join(get_args(Subset))}.")
+    belongs = (family_class_of(denoiser) or StableDiffusion).subsets[subset]
     chosen = {name: parameter for name, parameter in denoiser.named_parameters() if belongs(f".{name}")}
     if not chosen:
         raise ValueError(f"{type(denoiser).__name__} has no weights of the subset {subset!r}; 'all' always has some.")

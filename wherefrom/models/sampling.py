@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from wherefrom.models.conditioning import Conditioning, concatenated
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.noise_schedule import NoiseSchedule as NoiseSchedule
 from wherefrom.models.noise_schedule import sampling_scheduler as sampling_scheduler
@@ -35,8 +36,8 @@ class Trajectory:
 def sample(
     model: DiffusionModel,
     *,
-    states: Float[Tensor, "b l d"],
-    null_states: Float[Tensor, "l d"],
+    conditioning: Conditioning,
+    empty: Conditioning,
     keys: Int64[Tensor, " b"],
     shape: tuple[int, int, int],
     steps: int = 50,
@@ -51,8 +52,8 @@ def sample(
 
     Args:
         model: The model to draw from.
-        states: Token states of the prompts.
-        null_states: Token states of the empty prompt.
+        conditioning: What the network is told of the prompts.
+        empty: What it is told of the empty prompt.
         keys: One key for each image.
         shape: (C, H, W) of a latent.
         steps: Sampling steps.
@@ -64,12 +65,12 @@ def sample(
     Raises:
         ValueError: `eta` is above 0 for a model of flow matching.
     """
-    sampler = model.process.sampler(steps, eta)
+    sampler = model.noise_schedule.sampler(steps, eta)
     device, dtype = model.device, model.dtype
     latents = keyed_random.normal(keyed_random.combine(_START, keys), shape, dtype).to(device)
-    conditions = states.to(device, dtype)
+    conditions = conditioning.to(device, dtype)
     if guidance != 1.0:
-        conditions = torch.cat([conditions, null_states.to(device, dtype).expand_as(conditions)])
+        conditions = concatenated([conditions, empty.to(device, dtype).expand(conditions.batch_size)])
     for index, (timestep, time) in enumerate(sampler.path):
         inputs = latents if guidance == 1.0 else torch.cat([latents, latents])
         output = model.run(inputs, torch.full((len(inputs),), time, device=device), conditions)

@@ -125,7 +125,7 @@ def generate(
         return []
     repeats = [list(prompts[:index]).count(prompt) for index, prompt in enumerate(prompts)]
     keys = keyed_random.combine(seed, keyed_random.hash_texts(list(prompts)), torch.tensor(repeats))
-    states, null = model.encoder.text.encode(prompts), model.encoder.text.encode([""])[0]
+    conditioning, empty = model.encoder.text.encode(prompts), model.encoder.text.encode([""]).at(0)
     seen: dict[int, Tensor] = {}
 
     def watch(timestep: int, predicted: Tensor) -> None:
@@ -133,8 +133,8 @@ def generate(
 
     latents = sample(
         model,
-        states=states,
-        null_states=null,
+        conditioning=conditioning,
+        empty=empty,
         keys=keys,
         shape=shape,
         steps=sampling_steps,

@@ -1,4 +1,4 @@
-"""Estimates of influence with intervals, as a calibration gives them."""
+"""Calibrated influence estimates with prediction intervals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Estimates:
-    """What is said of images' influence, in the teacher's unit.
+    """Estimated influence of images, in the teacher's unit.
 
     Attributes:
         values: The estimates.
-        low: Lower ends of their intervals; minus infinity where too few queries had such similar images.
-        high: Upper ends.
+        low: Lower bounds of their intervals; minus infinity where too few queries had such similar images.
+        high: Upper bounds.
     """
 
     values: Float[NDArray[np.float64], "..."]

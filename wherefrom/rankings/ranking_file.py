@@ -18,7 +18,7 @@ RANKING, PARTS = "ranking.parquet", "parts.parquet"
 
 
 def order_of(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> Int64[NDArray[np.int64], " n"]:
-    """Positions from the highest score to the lowest; ties are broken by id.
+    """Sorts positions from the highest score to the lowest; ties are broken by id.
 
     Raises:
         ValueError: A score is not finite.
@@ -30,21 +30,21 @@ def order_of(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> In
 
 
 def normalised_ranks(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> Float[NDArray[np.float64], " n"]:
-    """(rank - 1) / n of each image: 0 is the most influential."""
+    """Computes (rank - 1) / n of each image: 0 is the most influential."""
     ranks = np.empty(len(ids))
     ranks[order_of(ids, scores)] = np.arange(len(ids)) / len(ids)
     return ranks
 
 
 def flatness_of(scores: Float[NDArray[np.float64], " n"]) -> float:
-    """How evenly the influence above the median is spread over the images that have any.
+    """Computes how evenly the influence above the median is spread over the images that have any.
 
-    (Σw)² / (m Σw²), w the m positive excesses over the median: the effective number of influential images (the
-    inverse participation ratio) as a share of their number. 1 if all are alike, 3/4 for a uniform distribution,
+    (Σw)² / (m Σw²), w the m positive differences from the median: the effective number of influential images (the
+    inverse participation ratio) as a share of their number. 1 if all are equal, 3/4 for a uniform distribution,
     2/π for a normal one, near 0 where few images hold it all; 1 if no score is above the median.
     """
-    excess = scores - np.median(scores)
-    weights = excess[excess > 0]
+    above = scores - np.median(scores)
+    weights = above[above > 0]
     return float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum())) if len(weights) else 1.0
 
 
@@ -63,8 +63,8 @@ def write_parts(
     """
     tables = []
     for query in sorted(parts):
-        ids, result = parts[query]
-        for part, scores in result.items():
+        ids, by_part = parts[query]
+        for part, scores in by_part.items():
             columns = {
                 "query": pa.array([query] * len(ids), pa.string()),
                 "part": pa.array([part] * len(ids), pa.string()),
@@ -88,7 +88,7 @@ def write_ranking(
         folder: Where `ranking.parquet` goes.
         rankings: Query id -> (image ids, scores).
         p_values: Query id -> p-values in the same order, as a further column.
-        estimates: Query id -> (image ids, estimates of their influence), as the columns estimate, low and high.
+        estimates: Query id -> (image ids, calibrated estimates), as the columns estimate, low and high.
 
     Raises:
         StorageError: The file could not be written.
@@ -106,10 +106,10 @@ def write_ranking(
         if p_values is not None:
             columns["p_value"] = pa.array(p_values[query][order], pa.float64())
         if estimates is not None:
-            known, result = estimates[query]
+            known, estimated = estimates[query]
             place = {name: index for index, name in enumerate(known)}
             rows = [place[ids[index]] for index in order]
-            for name, values in (("estimate", result.values), ("low", result.low), ("high", result.high)):
+            for name, values in (("estimate", estimated.values), ("low", estimated.low), ("high", estimated.high)):
                 columns[name] = pa.array(values[rows], pa.float64())
         parts.append(pa.table(columns))
     with replacing(folder / RANKING) as temporary:
@@ -117,7 +117,7 @@ def write_ranking(
 
 
 def read_ranking(folder: Path) -> dict[str, tuple[list[str], Float[NDArray[np.float64], " n"]]]:
-    """Query id -> (image ids from the most influential, their scores)."""
+    """Reads rankings: query id -> (image ids from the most influential, their scores)."""
     table = pq.read_table(folder / RANKING).to_pydict()
     rankings: dict[str, tuple[list[str], list[float]]] = {}
     for query, image, score in zip(table["query"], table["image"], table["score"], strict=True):

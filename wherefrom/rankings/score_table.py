@@ -1,8 +1,8 @@
-"""Scores of very many images as parquet parts, and the highest of them found in bounded memory.
+"""Score table for very large training sets: Parquet parts, with top-k queries in bounded memory.
 
-A part holds a range of images: the column `image`, and for each query a column of scores named by its place among the
-queries, whose ids are in `queries.json`. Parts are written whole or not at all, in any order and by any process, so a
-table grows over nodes and interruptions; what is asked of it is read part by part and, within a part, in row groups.
+A part holds a range of images: the column `image`, and one column of scores per query, named by its position among
+the queries, whose ids are in `queries.json`. Parts are written atomically, in any order and by any process, so a table
+can be filled by several nodes and resumed; queries read it part by part and, within a part, by row groups.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ QUERIES, PART_ROWS, GROUP_ROWS = "queries.json", 2**20, 2**17
 
 
 class ScoreTable:
-    """A table of scores below a folder.
+    """Table of scores in a folder.
 
     Args:
-        folder: Where the parts are.
-        queries: Ids of the queries, in the order of the columns; None reads them.
+        folder: Folder of the parts.
+        queries: Ids of the queries, in the order of the columns; None reads them from the folder.
 
     Raises:
-        ValueError: There is no table to read, or the folder holds one of other queries.
+        ValueError: There is no table to read, or the folder holds a table of other queries.
         StorageError: The folder could not be written.
     """
 
     def __init__(self, folder: Path, queries: Sequence[str] | None = None) -> None:
-        self.folder, told = folder, folder / QUERIES
-        kept: Any = json.loads(told.read_text()) if told.exists() else None
+        self.folder, queries_file = folder, folder / QUERIES
+        kept: Any = json.loads(queries_file.read_text()) if queries_file.exists() else None
         if kept is None and queries is None:
             raise ValueError(f"{folder} holds no table of scores: it has no {QUERIES}.")
         if kept is not None and queries is not None and list(queries) != kept:
@@ -50,18 +50,18 @@ class ScoreTable:
         if kept is None:
             with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_json(told, self.queries)
+            write_json(queries_file, self.queries)
 
     def part(self, number: int) -> Path:
-        """Where a part is, or will be."""
+        """Returns the path of a part."""
         return self.folder / f"part-{number:08d}.parquet"
 
     def parts(self) -> list[Path]:
-        """The parts that are there, in order."""
+        """Lists the parts on disk, in order."""
         return sorted(self.folder.glob("part-*.parquet"))
 
     def write(self, number: int, ids: Sequence[str], scores: Float[NDArray[np.float64], "q n"]) -> None:
-        """Writes one part; a part of that number is replaced.
+        """Writes one part, replacing an earlier part of that number.
 
         Raises:
             ValueError: A score is not finite, or the numbers of scores and of ids or queries differ.
@@ -80,17 +80,17 @@ class ScoreTable:
             pq.write_table(pa.table(columns), temporary, row_group_size=GROUP_ROWS, use_dictionary=False)
 
     def __len__(self) -> int:
-        """How many images the parts hold together."""
+        """Number of images in all parts."""
         return sum(pq.read_metadata(path).num_rows for path in self.parts())
 
     def top(self, query: str, k: int) -> tuple[list[str], Float[NDArray[np.float64], " k"]]:
-        """The k highest scores of a query, highest first and ties by id, with their images.
+        """Finds the k highest scores of a query, highest first and ties by id, with their images.
 
         Memory is that of one row group and of k rows, however many parts there are.
 
         Args:
-            query: Its id.
-            k: How many; all, where there are fewer.
+            query: Id of the query.
+            k: Number of images; all if there are fewer.
 
         Raises:
             ValueError: The query is not in the table, or k is not positive.

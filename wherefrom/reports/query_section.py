@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_excess import FAR_OUT
 from wherefrom.metrics.group_shares import group_shares
-from wherefrom.metrics.null_distribution import p_values, standing_out
+from wherefrom.metrics.null_distribution import family_wise_p_value, p_values
 from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import flatness_of, order_of
 from wherefrom.reports.attribution_report import QueryReport, RankedImage
@@ -161,7 +161,7 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
             "The prompt is not known: the empty prompt was used, so what only the words brought in cannot be found."
         )
     if len(scores.null) >= 10:
-        family = standing_out(scores.scores, scores.null)
+        family = family_wise_p_value(scores.scores, scores.null)
         facts["Family-wise p of the first"] = f"{family:.2g}"
         if family > _NOTHING:
             notes.append(

@@ -77,7 +77,7 @@ background:linear-gradient(var(--ink),var(--ink)) center/100% 1.5px no-repeat}
 .bar .tick{top:-15%;height:130%;width:2px;margin-left:-1px;background:var(--tick)}
 footer{border-top:1px solid var(--line);padding-top:2rem;font-size:.9rem}
 footer p,footer dl{max-width:60rem;margin-top:1rem}
-footer dl div{display:grid;grid-template-columns:8rem 1fr;padding:.4rem 0}
+footer dl div{display:grid;grid-template-columns:11rem 1fr;padding:.4rem 0}
 @media(min-width:52.01rem) and (min-height:48rem){.query{position:sticky;top:1.5rem;align-self:start}}
 @media(max-width:52rem){section{grid-template-columns:minmax(0,1fr);gap:1.5rem}footer dl div{grid-template-columns:1fr}
 .cards{grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr))}}

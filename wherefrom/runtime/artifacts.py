@@ -1,7 +1,7 @@
-"""Artifacts: folders that are whole or absent, that say what they are, and that refuse to be taken for another.
+"""Artifacts: folders with a manifest, written atomically and reused only if their identity matches.
 
 Each artifact holds a `manifest.json` beside `.safetensors`, `.parquet` and `.npy` files. The manifest's *identity* is
-what must match for the artifact to be used again; its *provenance* is only recorded.
+what must match for the artifact to be reused; its *provenance* is only recorded.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ Identity = Mapping[str, Any]
 
 
 class ArtifactMismatchError(ValueError):
-    """What is on disk was made with other settings than those asked for."""
+    """Raised when an artifact on disk was built with other settings than those requested."""
 
 
 class StorageError(OSError):
-    """Writing failed (no space left, file too large, no permission); what was already complete is kept."""
+    """Raised when writing fails (no space left, file too large, no permission); completed parts are kept."""
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and exact floats: equal values give equal text."""
+    """Serialises to JSON with sorted keys and exact floats: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def identity_hash(identity: Identity) -> str:
-    """Sixteen hexadecimal digits that name an identity."""
+    """Hashes an identity to sixteen hexadecimal digits."""
     return hashlib.blake2b(canonical_json(identity).encode(), digest_size=8).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """BLAKE2b of a file's bytes (32 hexadecimal digits)."""
+    """Computes the BLAKE2b hash of a file's bytes (32 hexadecimal digits)."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -54,7 +54,7 @@ def hash_file(path: Path) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Git commit, library versions and hardware: recorded with each artifact, never compared."""
+    """Collects git commit, library versions and hardware: recorded with each artifact, never compared."""
     versions = {}
     for name in ("wherefrom", "torch", "diffusers", "transformers", "lightning", "numpy"):
         try:
@@ -77,7 +77,7 @@ def provenance() -> dict[str, Any]:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turns a failed write below `path` into a `StorageError` that names it and says what to do."""
+    """Converts a failed write below `path` into a `StorageError` that names it and says what to do."""
     try:
         yield
     except OSError as error:
@@ -100,7 +100,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path and renames it to `path` when the block ends well, so no reader sees half a file.
+    """Yields a temporary path and renames it to `path` if the block succeeds, so no reader sees a partial file.
 
     Raises:
         StorageError: The file could not be written.
@@ -118,7 +118,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, whole or not at all.
+    """Writes a value as JSON, atomically.
 
     Raises:
         StorageError: The file could not be written.
@@ -128,7 +128,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_manifest(folder: Path, identity: Identity, **extra: Any) -> None:
-    """Writes `manifest.json`: the identity, the provenance and anything else worth keeping.
+    """Writes `manifest.json`: the identity, the provenance and extra entries.
 
     Raises:
         StorageError: The file could not be written.
@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads `manifest.json` of an artifact.
 
     Raises:
-        FileNotFoundError: The folder holds no manifest, so it is not a whole artifact.
+        FileNotFoundError: The folder holds no manifest, so it is not a complete artifact.
         ValueError: The manifest is not valid JSON.
     """
     path = folder / MANIFEST
@@ -156,10 +156,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_identity(folder: Path, identity: Identity) -> None:
-    """Refuses an artifact that was made with another identity.
+    """Raises if an artifact was built with another identity.
 
     Raises:
-        ArtifactMismatchError: Names every field that differs, with both values.
+        ArtifactMismatchError: The identities differ; names every field that does, with both values.
     """
     stored = read_manifest(folder)["identity"]
     wanted = json.loads(canonical_json(dict(identity)))
@@ -174,13 +174,13 @@ def check_identity(folder: Path, identity: Identity) -> None:
 
 
 class Store:
-    """A folder of artifacts, each found again by its kind and the hash of its identity.
+    """Folder of artifacts, looked up by kind and hash of identity.
 
     Args:
-        root: Where the artifacts live; made if it is missing.
+        root: Where the artifacts live; created if missing.
 
     Attributes:
-        touched: Folders of the artifacts that were found or made so far -> whether they were made: a run's lineage.
+        touched: Folders of the artifacts that were found or built so far -> whether they were built: a run's lineage.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -188,11 +188,11 @@ class Store:
         self.touched: dict[Path, bool] = {}
 
     def path(self, kind: str, identity: Identity) -> Path:
-        """Where the artifact with this identity is or will be."""
+        """Returns the folder where the artifact with this identity is or will be."""
         return self.root / kind / identity_hash(identity)
 
     def find(self, kind: str, identity: Identity) -> Path | None:
-        """The artifact's folder if it is whole, else None."""
+        """Returns the artifact's folder if it is complete, else None."""
         folder = self.path(kind, identity)
         if not (folder / MANIFEST).exists():
             return None
@@ -201,15 +201,15 @@ class Store:
         return folder
 
     def partial(self, kind: str, identity: Identity) -> Path:
-        """Where unfinished work on an artifact is kept, so that an interrupted run goes on from it."""
+        """Returns the folder of an unfinished artifact, from which an interrupted run resumes."""
         folder = self.path(kind, identity)
         return folder.with_name(folder.name + ".partial")
 
     @contextmanager
     def lock(self, kind: str, identity: Identity) -> Iterator[None]:
-        """Held by the one run that makes an artifact; another run that wants the same one waits, then finds it.
+        """Locks an artifact while one run builds it; another run that needs it waits, then finds it.
 
-        A lock dies with its process. The same process may take it again.
+        A lock is released when its process ends. It is reentrant within a process.
 
         Raises:
             StorageError: The lock file could not be written.
@@ -227,8 +227,8 @@ class Store:
     def make(self, kind: str, identity: Identity, build: Callable[[Path], Mapping[str, Any] | None]) -> Path:
         """Returns the artifact's folder, building it first if it is missing.
 
-        `build` receives the partial folder (which may hold what an interrupted run left) and may return extra manifest
-        entries. The folder is renamed when it is whole.
+        `build` receives the partial folder (which may hold files of an interrupted run) and may return extra manifest
+        entries. The folder is renamed when complete.
 
         Raises:
             StorageError: The artifact could not be written; the partial folder stays for the next run.

@@ -1,7 +1,7 @@
-"""A pass over the training set: losses, curvature, gradients or embeddings, in chunks that are never done twice.
+"""Resumable passes over the training set: losses, curvature, gradients or embeddings, computed chunk by chunk.
 
-The images are cut into chunks of fixed ranges. A process takes every `world_size`-th unfinished chunk and writes its
-state from time to time, always between chunks; whoever goes on reads what is finished. So neither batch size, nor the
+The images are divided into chunks of fixed ranges. Each process takes every `world_size`-th unfinished chunk and saves
+its state periodically, always between chunks; a resumed run loads the finished chunks. So neither batch size, nor the
 number of processes, nor an interruption changes the result beyond the order of floating-point summation.
 """
 
@@ -28,14 +28,14 @@ _SAVE_EVERY_S = 20.0
 
 
 class TrainingPass(Protocol):
-    """What a pass computes: an accumulated state that can be merged with that of another process."""
+    """Accumulator of a pass: its state can be merged with that of another process."""
 
     def step(self, positions: range) -> None:
-        """Adds the images at these positions."""
+        """Accumulates the images at these positions."""
         ...
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Adds the state of another process or of an earlier run."""
+        """Merges the state of another process or of an earlier run."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -50,13 +50,13 @@ def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous().cpu() for name, tensor in state.items()}
 
 
-def _write_state(path: Path, work: TrainingPass, chunks: list[int]) -> None:
+def _write_state(path: Path, accumulator: TrainingPass, chunks: list[int]) -> None:
     with replacing(path) as temporary:
-        save_file({**_contiguous(work.state_dict()), CHUNKS: torch.tensor(chunks, dtype=torch.int64)}, temporary)
+        save_file({**_contiguous(accumulator.state_dict()), CHUNKS: torch.tensor(chunks, dtype=torch.int64)}, temporary)
 
 
-def _merge_files(work: TrainingPass, folder: Path) -> list[int]:
-    """Merges every state file into `work`; returns the finished chunks."""
+def _merge_files(accumulator: TrainingPass, folder: Path) -> list[int]:
+    """Merges every state file into `accumulator`; returns the finished chunks."""
     finished: list[int] = []
     # `merged` first: a rank's file whose chunks it already holds was left behind by an interruption between writing
     # and deleting.
@@ -64,7 +64,7 @@ def _merge_files(work: TrainingPass, folder: Path) -> list[int]:
         state = load_file(path)
         chunks: list[int] = state.pop(CHUNKS).tolist()
         if not set(chunks) <= set(finished):
-            work.merge(state)
+            accumulator.merge(state)
             finished += chunks
     return finished
 
@@ -80,22 +80,22 @@ def run_pass(
     chunk_size: int = 128,
     progress: Progress | None = None,
 ) -> Pass:
-    """Runs a pass over `count` images, or reads its result from the store; every process gets the whole of it.
+    """Runs a pass over `count` images, or loads its result from the store; every process gets the complete result.
 
     Args:
-        make: Makes an empty pass.
+        make: Creates an empty pass.
         count: Number of images.
-        store: Where the result is kept, and unfinished work until then; shared by all processes.
+        store: Where the result and the checkpoints are kept; shared by all processes.
         kind: Kind of artifact.
-        identity: What must match for the result to be used again.
-        runner: This process's place.
-        chunk_size: Images in a chunk.
+        identity: What must match for the result to be reused.
+        runner: Device and rank of this process.
+        chunk_size: Images per chunk.
         progress: Called with (done, total) chunks of this process.
 
     Raises:
         StorageError: A file could not be written; finished chunks are kept.
     """
-    make_together(
+    build_across_processes(
         lambda: _run_chunks(
             make,
             count=count,
@@ -110,12 +110,12 @@ def run_pass(
         identity=identity,
         runner=runner,
     )
-    whole = make()
-    whole.merge(load_file(store.path(kind, identity) / RESULT))
-    return whole
+    complete = make()
+    complete.merge(load_file(store.path(kind, identity) / RESULT))
+    return complete
 
 
-def make_together(
+def build_across_processes(
     work: Callable[[], None],
     *,
     finish: Callable[[], object],
@@ -124,19 +124,19 @@ def make_together(
     identity: Identity,
     runner: Runner,
 ) -> None:
-    """Makes an artifact by all processes, if the store does not have it.
+    """Builds an artifact with all processes, unless the store already has it.
 
     Args:
-        work: This process's share, kept in the store's partial folder.
-        finish: Makes the artifact of all shares; the main process does.
+        work: Computes this process's share into the store's partial folder.
+        finish: Combines all shares into the artifact; called by the main process.
         store: Shared by all processes.
         kind: Kind of artifact.
         identity: Its identity.
-        runner: This process's place.
+        runner: Device and rank of this process.
     """
-    result = store.find(kind, identity)
-    # Another run may be at the same pass in the same store: the main process waits for it, and takes what it made.
-    with store.lock(kind, identity) if runner.is_main and result is None else nullcontext():
+    existing = store.find(kind, identity)
+    # Another run may be at the same pass in the same store: the main process waits for it and uses its result.
+    with store.lock(kind, identity) if runner.is_main and existing is None else nullcontext():
         missing = runner.is_main and store.find(kind, identity) is None
         if runner.sum(torch.tensor(float(missing), device=runner.device)) > 0:
             work()
@@ -146,14 +146,14 @@ def make_together(
     runner.barrier()
 
 
-def _finish(whole: TrainingPass, *, count: int, store: Store, kind: str, identity: Identity, chunk_size: int) -> None:
-    """Makes the artifact of the state files of all processes."""
-    finished = _merge_files(whole, store.partial(kind, identity))
-    assert sorted(finished) == list(range(-(-count // chunk_size))), "a chunk was lost or done twice"
+def _finish(total: TrainingPass, *, count: int, store: Store, kind: str, identity: Identity, chunk_size: int) -> None:
+    """Builds the artifact from the state files of all processes."""
+    finished = _merge_files(total, store.partial(kind, identity))
+    assert sorted(finished) == list(range(-(-count // chunk_size))), "a chunk is missing or was processed twice"
 
     def build(partial: Path) -> None:
         with replacing(partial / RESULT) as temporary:
-            save_file(_contiguous(whole.state_dict()), temporary)
+            save_file(_contiguous(total.state_dict()), temporary)
         for path in partial.glob(STATE_FILES):
             path.unlink()
 
@@ -161,7 +161,7 @@ def _finish(whole: TrainingPass, *, count: int, store: Store, kind: str, identit
 
 
 def _merge_earlier(earlier: TrainingPass, folder: Path) -> None:
-    """Makes one state file of those that an interrupted run left."""
+    """Merges the state files of an interrupted run into one."""
     finished = _merge_files(earlier, folder)
     if finished:
         _write_state(folder / MERGED, earlier, finished)
@@ -181,12 +181,12 @@ def _run_chunks(
     runner.barrier()
     done = set(load_file(merged)[CHUNKS].tolist()) if merged.exists() else set()
     mine = [chunk for chunk in range(len(ranges)) if chunk not in done][runner.rank :: runner.world_size]
-    work, finished_here, saved = make(), [], time.monotonic()
+    accumulator, finished_here, saved = make(), [], time.monotonic()
     for index, chunk in enumerate(mine):
-        work.step(ranges[chunk])
+        accumulator.step(ranges[chunk])
         finished_here.append(chunk)
         if time.monotonic() - saved > _SAVE_EVERY_S or index + 1 == len(mine):
-            _write_state(folder / f"rank{runner.rank:05d}.state.safetensors", work, finished_here)
+            _write_state(folder / f"rank{runner.rank:05d}.state.safetensors", accumulator, finished_here)
             saved = time.monotonic()
         if progress is not None:
             progress(index + 1, len(mine))

@@ -1,4 +1,4 @@
-"""Where a sweep's models are trained: in this process, or by workers on one or many machines through Ray."""
+"""Executors of a sweep: this process, or Ray workers on one or several machines."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _RETRIES = 3
 
 @dataclass(frozen=True)
 class Workers:
-    """Who does the work of a sweep: trains its models, or scores its queries.
+    """Workers of a sweep, which train its models or score its queries.
 
-    With Ray each worker is a process that stays alive from one piece of work to the next. A worker that is killed is
-    started anew, and its model is gone on with from its last checkpoint where the store is shared.
+    With Ray each worker is a process that stays alive from one task to the next. A worker that is killed is restarted,
+    and its model is resumed from the last checkpoint if the store is shared.
 
     Attributes:
         engine: `local` (this process) or `ray` (`pip install 'wherefrom[ray]'`).
-        count: Ray: how many workers.
-        cpus: Ray: processor cores of each, which are also the threads that it computes with.
-        gpus: Ray: GPUs of each.
-        address: Ray: of a cluster that is running, such as `auto`; without it one is started on this machine. All its
-            machines need this checkout at the same place, for example by `ray job submit --working-dir .`.
+        count: Ray: number of workers.
+        cpus: Ray: processor cores per worker, which is also its number of threads.
+        gpus: Ray: GPUs per worker.
+        address: Ray: address of a running cluster, such as `auto`; without it one is started on this machine. All its
+            machines need this checkout at the same path, for example by `ray job submit --working-dir .`.
     """
 
     engine: Literal["local", "ray"] = "local"
@@ -43,7 +43,7 @@ class Workers:
             )
 
     def get(self) -> Engine[Any, Any]:
-        """The engine."""
+        """Returns the executor: a function that runs a task for each item."""
         return in_process if self.engine == "local" else self._with_ray
 
     def _with_ray(
@@ -60,7 +60,7 @@ class Workers:
         if started:
             settings: dict[str, Any] = {"address": self.address, "logging_level": logging.WARNING}
             if self.address is None:
-                # By default Ray gives its workers the lowest priority: beside other work they would hardly run.
+                # By default Ray gives its workers the lowest priority: beside other processes they would hardly run.
                 os.environ.setdefault("RAY_worker_niceness", "0")
                 settings |= {"num_cpus": max(1, math.ceil(self.count * self.cpus)), "include_dashboard": False}
             ray.init(**settings)
@@ -71,12 +71,12 @@ class Workers:
             shared, folder = ray.put(work), str(Path.cwd())
             workers = [make.remote() for _ in range(min(self.count, len(wanted)))]
             pool: Any = ActorPool(workers)
-            # In a list the reference stays one: a worker fetches the work once, not with each model.
+            # Inside a list the reference is not resolved: a worker fetches the task once, not with each model.
             yield from pool.map_unordered(lambda worker, item: worker.run.remote([shared], folder, item), wanted)
         except ray.exceptions.RayActorError as error:
             raise ValueError(
-                f"A worker died {_RETRIES + 1} times over one piece of work, for example for want of memory; see Ray's "
-                f"logs. What was finished is kept. Ray says: {error}"
+                f"A worker died {_RETRIES + 1} times on one task, for example out of memory; see Ray's logs. Finished "
+                f"results are kept. Ray reports: {error}"
             ) from error
         finally:
             if started:
@@ -84,13 +84,13 @@ class Workers:
 
 
 class _Worker:
-    """A process that does one piece of work after another."""
+    """Ray actor that runs one task after another."""
 
     def __init__(self) -> None:
         self.work: Callable[[Any], Any] | None = None
 
     def run(self, shared: Sequence[Any], folder: str, item: Any) -> tuple[Any, Any]:
-        """Does the work for one item."""
+        """Runs the task for one item."""
         if self.work is None:
             import ray
 
@@ -105,12 +105,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-# Does the work for each item, in any order; one whose work failed comes back with what went wrong.
+# Runs a task for each item, in any order; a failed item is returned with its exception.
 Engine = Callable[[Callable[[Item], Result], Sequence[Item]], Iterator[tuple[Item, Result | Exception]]]
 
 
 def in_process(work: Callable[[Item], Result], wanted: Sequence[Item]) -> Iterator[tuple[Item, Result | Exception]]:
-    """One item after the other, in this process."""
+    """Runs the task for one item after another, in this process."""
     for item in wanted:
         try:
             yield item, work(item)

@@ -1,8 +1,8 @@
-"""Counter-based random numbers: every draw is a function of its key, never of who draws it or when.
+"""Counter-based random numbers: every sample is a function of its key, not of generator state.
 
-A key is a 64-bit integer made by hashing what the draw belongs to (seed, image id, flip, caption, timestep, draw
+A key is a 64-bit integer hashed from what the sample belongs to (seed, image id, flip, caption, timestep, sample
 index). Two runs that differ in batch size, order, worker, rank, device count or resume therefore see the same noise,
-so a difference of losses is a difference of models ("common random numbers").
+so differences of losses are differences of models ("common random numbers").
 
 The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)
 run from the key as its state, and Box-Muller in float64 for the normals.
@@ -23,17 +23,17 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def hash_text(text: str) -> int:
-    """A stable signed 64-bit hash of a string (BLAKE2b), the same on every machine and run."""
+    """Hashes a string to a signed 64-bit integer (BLAKE2b), the same on every machine and run."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def hash_texts(texts: Sequence[str]) -> Int64[Tensor, " n"]:
-    """`hash_text` of each string, as a tensor of keys."""
+    """Hashes each string with `hash_text`; returns a tensor of keys."""
     return torch.tensor([hash_text(text) for text in texts], dtype=torch.int64)
 
 
 def _logical_shift_right(x: Tensor, bits: int) -> Tensor:
-    # torch's >> copies the sign bit; the mask makes it the unsigned shift that the algorithm asks for.
+    # torch's >> copies the sign bit; the mask makes it the unsigned shift that the algorithm requires.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -44,7 +44,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def combine(*parts: int | Tensor) -> Int64[Tensor, "..."]:
-    """Folds integers and int64 tensors (broadcast together) into one key each; the order of the parts matters."""
+    """Combines integers and int64 tensors (broadcast together) into keys; the order of the parts matters."""
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
         value = torch.as_tensor(part, dtype=torch.int64)
@@ -56,20 +56,20 @@ def combine(*parts: int | Tensor) -> Int64[Tensor, "..."]:
 
 
 def bits(keys: Int64[Tensor, "..."], count: int) -> Int64[Tensor, "... count"]:
-    """`count` pseudo-random 64-bit words for each key."""
+    """Generates `count` pseudo-random 64-bit words for each key."""
     steps = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * _GOLDEN
     return _mix(keys.unsqueeze(-1) + steps)
 
 
 def uniform(keys: Int64[Tensor, "..."], count: int = 1) -> Float[Tensor, "... count"]:
-    """`count` float64 numbers in [0, 1) for each key."""
+    """Generates `count` uniform float64 numbers in [0, 1) for each key."""
     return _logical_shift_right(bits(keys, count), 11).to(torch.float64) * 2.0**-53
 
 
 def normal(
     keys: Int64[Tensor, " n"], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "n ..."]:
-    """Standard normal noise of the given shape for each key.
+    """Generates standard normal noise of the given shape for each key.
 
     Computed in float64 and rounded once, so that float32 and float64 runs see the same noise.
     """

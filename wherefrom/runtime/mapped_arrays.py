@@ -1,4 +1,4 @@
-"""Arrays on disk that are written block by block and memory-mapped: neither side holds the whole."""
+"""Arrays on disk, written block by block and memory-mapped: never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wherefrom.runtime.artifacts import replacing, storage_errors, write_json
 
-_LAZY_FROM = 2**28  # bytes of a selection from which it is read where it is used, and no longer copied
+_LAZY_FROM = 2**28  # bytes from which a selection becomes a lazy view instead of a copy
 
 
 def write_array(path: Path, shape: tuple[int, ...], blocks: Iterable[Any], dtype: DTypeLike = np.float32) -> None:
@@ -32,26 +32,26 @@ def write_array(path: Path, shape: tuple[int, ...], blocks: Iterable[Any], dtype
 
 
 def _write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-    """The head of a `.npy` file; its length does not depend on the first extent."""
+    """Writes the header of a `.npy` file; its length does not depend on the first dimension."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_2_0(stream, header)
 
 
 def map_array(path: Path) -> Tensor:
-    """The array of a `.npy` file, read from disk where it is used."""
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch asks for writable memory
+    """Memory-maps the array of a `.npy` file."""
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch requires writable memory
 
 
 class GrowingArray:
-    """A `.npy` file that grows by rows, and after an interruption goes on from the last block that was safe.
+    """Append-only `.npy` file that resumes after an interruption from the last block written safely.
 
-    It grows under another name, beside a journal of what is safely on disk, and is renamed when it is whole: it takes
-    its own size on the disk and never twice that, as parts that are joined afterwards would.
+    It grows under a temporary name, beside a journal of what is safely on disk, and is renamed when complete. Unlike
+    parts that are joined afterwards, it never takes twice its size on disk.
 
     Args:
         path: The finished file.
         row: Shape of a row.
-        dtype: Type of its numbers.
+        dtype: Element type.
     """
 
     def __init__(self, path: Path, row: tuple[int, ...], dtype: DTypeLike) -> None:
@@ -64,7 +64,7 @@ class GrowingArray:
 
     @property
     def finished(self) -> bool:
-        """Whether the file is whole."""
+        """Whether the file is complete."""
         return self.path.exists()
 
     def __enter__(self) -> GrowingArray:
@@ -81,7 +81,7 @@ class GrowingArray:
                 self._stream = self._growing.open("w+b")
             self._stream.seek(0)
             _write_header(self._stream, (self.rows, *self.row), self.dtype)
-            # What is behind the last safe row was being written when the earlier run ended.
+            # Bytes after the last safe row were being written when the earlier run ended.
             self._stream.truncate(self._stream.tell() + self.rows * self._row_bytes)
             self._stream.seek(0, os.SEEK_END)
         return self
@@ -95,7 +95,7 @@ class GrowingArray:
         return int(np.prod(self.row, dtype=np.int64)) * self.dtype.itemsize
 
     def append(self, block: Any, **note: int) -> None:
-        """Adds rows, and what to remember with them; both are safe on disk when it returns.
+        """Appends rows and updates the note kept with them; both are synced to disk on return.
 
         Raises:
             StorageError: They could not be written; the next run adds them again.
@@ -112,7 +112,7 @@ class GrowingArray:
         write_json(self._journal, {"rows": self.rows, "row": list(self.row), "note": self.note})
 
     def finish(self) -> None:
-        """Gives the file its number of rows and its name.
+        """Writes the final number of rows into the header and renames the file.
 
         Raises:
             StorageError: The file could not be written.
@@ -129,13 +129,13 @@ class GrowingArray:
 
 
 class RowView:
-    """Some rows of a mapped array, read where they are used: a copy of them would not fit in memory.
+    """Lazy view of some rows of a mapped array, for selections that do not fit in memory.
 
-    It is indexed as the array itself; whole rows (`[:]`, `[:, 0]`) stay a view.
+    Indexed like the array itself; full slices (`[:]`, `[:, 0]`) stay a view.
 
     Args:
-        array: A tensor or a NumPy array.
-        rows: Which rows of it.
+        array: A tensor, a NumPy array or `JoinedRows`.
+        rows: Which rows of it; of several axes where rows stand in a grid (images × captions).
     """
 
     def __init__(self, array: Any, rows: NDArray[np.intp]) -> None:
@@ -144,11 +144,11 @@ class RowView:
     @property
     def shape(self) -> tuple[int, ...]:
         """As of an array that holds these rows alone."""
-        return (len(self.rows), *(int(extent) for extent in self.array.shape[1:]))
+        return (*self.rows.shape, *(int(extent) for extent in self.array.shape[1:]))
 
     @property
     def dtype(self) -> Any:
-        """Type of its numbers."""
+        """Element type."""
         return self.array.dtype
 
     @property
@@ -160,6 +160,8 @@ class RowView:
         return len(self.rows)
 
     def __getitem__(self, key: Any) -> Any:
+        if self.rows.ndim > 1:
+            return self._of_grid(key if isinstance(key, tuple) else (key,))
         first, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(first, slice) and first == slice(None):
             return RowView(self.array[(slice(None), *rest)], self.rows)
@@ -168,12 +170,21 @@ class RowView:
             return self.array[rows[first]][(slice(None), *rest)]
         return self.array[(rows[first], *rest)]
 
+    def _of_grid(self, key: tuple[Any, ...]) -> Any:
+        head, rest = key[: self.rows.ndim], key[self.rows.ndim :]
+        rows = np.asarray(self.rows[tuple(map(_as_index, head))])
+        if not rest and all(isinstance(each, slice) for each in head):
+            return RowView(self.array, rows)
+        return _read(self.array, rows)[(*(slice(None),) * rows.ndim, *rest)]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self.array[self.rows], dtype=dtype)
+        return np.asarray(_read(self.array, self.rows), dtype=dtype)
 
 
 def take_rows(array: Any, rows: NDArray[np.intp]) -> Any:
     """These rows: an unbroken stretch shares its memory, much else is a `RowView`, little is copied."""
+    if isinstance(array, RowView) and array.rows.ndim > 1:
+        return RowView(array.array, array.rows[rows])
     if len(rows) and rows[0] >= 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return array[int(rows[0]) : int(rows[0]) + len(rows)] if len(rows) < len(array) else array
     if isinstance(array, RowView):
@@ -184,9 +195,9 @@ def take_rows(array: Any, rows: NDArray[np.intp]) -> Any:
 
 
 class JoinedRows:
-    """Rows of one array and then of another, read where they are used, as the first's type of number.
+    """Lazy concatenation of two arrays along the rows, with the element type of the first.
 
-    It is indexed as one array of both; whole rows (`[:]`, `[:, 0]`) stay joined.
+    Indexed like one array; full slices (`[:]`, `[:, 0]`) stay lazy.
 
     Args:
         first: A tensor, a NumPy array, or a view of some rows of one.
@@ -198,22 +209,22 @@ class JoinedRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As of an array that holds all these rows."""
+        """Shape of the concatenated array."""
         return (len(self), *(int(extent) for extent in self.first.shape[1:]))
 
     @property
     def dtype(self) -> Any:
-        """Type of its numbers."""
+        """Element type."""
         return self.first.dtype
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Bytes per element."""
         return int(self.first[:1].nbytes) // max(int(np.prod(self.shape[1:], dtype=np.int64)), 1)
 
     @property
     def nbytes(self) -> int:
-        """Size of these rows."""
+        """Size of these rows in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
 
     def __len__(self) -> int:
@@ -228,20 +239,20 @@ class JoinedRows:
         rows = np.asarray(head)
         if rows.ndim == 0:
             row, before = range(len(self))[int(rows)], len(self.first)
-            return self.first[(row, *rest)] if row < before else self._alike(self.second[(row - before, *rest)])
+            return self.first[(row, *rest)] if row < before else self._cast(self.second[(row - before, *rest)])
         rows = np.where(rows < 0, rows + len(self), rows)
-        result, places = [], []
+        chunks, places = [], []
         for side, start, mine in (
             (self.first, 0, rows < len(self.first)),
             (self.second, len(self.first), rows >= len(self.first)),
         ):
             others = [each[mine] if isinstance(each, np.ndarray) else each for each in map(_as_index, rest)]
-            result.append(self._alike(side[(rows[mine] - start, *others)]))
+            chunks.append(self._cast(side[(rows[mine] - start, *others)]))
             places.append(np.flatnonzero(mine))
         back = np.argsort(np.concatenate(places))
-        return torch.cat(result)[back] if isinstance(result[0], Tensor) else np.concatenate(result)[back]
+        return torch.cat(chunks)[back] if isinstance(chunks[0], Tensor) else np.concatenate(chunks)[back]
 
-    def _alike(self, values: Any) -> Any:
+    def _cast(self, values: Any) -> Any:
         return values.to(self.dtype) if isinstance(values, Tensor) else np.asarray(values, dtype=self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -249,12 +260,12 @@ class JoinedRows:
 
 
 def _as_index(index: Any) -> Any:
-    """Index arrays as NumPy's; numbers and slices as they are."""
+    """Converts index arrays to NumPy; numbers and slices are unchanged."""
     return np.asarray(index) if isinstance(index, Tensor | np.ndarray) and index.ndim else index
 
 
 def join_rows(first: Any, second: Any) -> Any:
-    """The rows of both: copied where they are few, else read from where they are."""
+    """Concatenates rows: copies small arrays, joins large ones lazily."""
     if len(first) * first[:1].nbytes >= _LAZY_FROM:
         return JoinedRows(first, second)
     if isinstance(first, Tensor):
@@ -262,11 +273,29 @@ def join_rows(first: Any, second: Any) -> Any:
     return np.concatenate([np.asarray(first), np.asarray(second, dtype=first.dtype)])
 
 
+def _read(array: Any, rows: NDArray[np.intp]) -> Any:
+    """A copy of the rows, with their axes."""
+    flat = rows.reshape(-1)
+    values = array[torch.from_numpy(flat) if isinstance(array, Tensor) else flat]
+    return values.reshape(*rows.shape, *(int(extent) for extent in array.shape[1:]))
+
+
+def gather_rows(array: Any, rows: NDArray[np.intp]) -> Any:
+    """Rows of an array, with the axes of `rows`: an unbroken stretch is a view, little is copied, else a `RowView`."""
+    flat = rows.reshape(-1)
+    if isinstance(array, Tensor) and len(flat) and np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat))):
+        stretch = array[int(flat[0]) : int(flat[0]) + len(flat)]
+        return stretch.reshape(*rows.shape, *array.shape[1:]) if rows.ndim > 1 else stretch
+    if rows.size * int(np.prod(array.shape[1:], dtype=np.int64)) * int(array.itemsize) >= _LAZY_FROM:
+        return RowView(array, rows)
+    return _read(array, rows)
+
+
 def announce_size(log: Callable[[str], None], what: str, size: int, folder: Path) -> None:
-    """Says how much something will take on disk before it is made, and how much is free."""
+    """Logs the disk space that something will need before it is built, and how much is free."""
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    log(f"{what}: {_bytes(size)} in {folder}; {_bytes(free)} of disk are free")
+    log(f"{what}: {_bytes(size)} in {folder}; {_bytes(free)} of disk space are free")
 
 
 def _bytes(size: int) -> str:

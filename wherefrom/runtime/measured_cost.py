@@ -1,4 +1,4 @@
-"""What a method took for its queries, measured while it ran."""
+"""Measured time, memory and storage of a method."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ _SAMPLE_EVERY_S = 0.1
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method took for these queries, on the machine that ran it.
+    """Measured cost of a method for some queries, on the machine that ran it.
 
     Attributes:
-        seconds: Mean seconds a query, without what is made once. Not the median: a method that serves many queries by
-            one pass has all its seconds before the first of them.
-        memory: Largest resident memory of the process while it ran, in bytes.
-        stored: Bytes that answer these queries together: the run folder, and what the method made or found in the
-            store, whichever method made it.
+        seconds: Mean seconds per query, without `fit`. Not the median: a method that scores many queries in one pass
+            spends all its seconds before the first of them.
+        memory: Peak resident memory of the process while it ran, in bytes.
+        stored: Bytes on disk: the run folder, and all artifacts that the method built or reused from the store.
     """
 
     seconds: float
@@ -30,8 +29,8 @@ class Cost:
 
 
 @contextmanager
-def watched_memory() -> Iterator[list[int]]:
-    """Yields a list whose one number is the largest resident memory seen while the block runs, in bytes."""
+def peak_memory() -> Iterator[list[int]]:
+    """Yields a list whose only element is the peak resident memory while the block runs, in bytes."""
     process, done = psutil.Process(), threading.Event()
     largest = [process.memory_info().rss]
 

@@ -1,4 +1,4 @@
-"""Optional parts of the installation that one function needs and the rest does not."""
+"""Imports of optional dependencies, with errors that name the extra to install."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _CHOICE = "pip install 'wherefrom[cpu]' or pip install 'wherefrom[gpu]', exactly
 
 
 def require_faiss() -> ModuleType:
-    """The module `faiss`, which comes with exactly one of the extras `cpu` and `gpu`.
+    """Imports `faiss`, which comes with exactly one of the extras `cpu` and `gpu`.
 
     Raises:
-        ImportError: FAISS is not installed, or its CPU and GPU distributions lie over each other.
+        ImportError: FAISS is not installed, or its CPU and GPU distributions overwrite each other.
     """
     names = (distribution.name.lower().replace("_", "-") for distribution in distributions())
-    result = sorted({name for name in names if name.startswith(("faiss-cpu", "faiss-gpu"))})
-    if len(result) > 1:
+    installed = sorted({name for name in names if name.startswith(("faiss-cpu", "faiss-gpu"))})
+    if len(installed) > 1:
         raise ImportError(
-            f"{' and '.join(result)} are installed together and overwrite each other's module faiss. "
-            f"Run pip uninstall {' '.join(result)}, then {_CHOICE}."
+            f"{' and '.join(installed)} are installed together and overwrite each other's module faiss. "
+            f"Run pip uninstall {' '.join(installed)}, then {_CHOICE}."
         )
     try:
         return importlib.import_module("faiss")
@@ -31,10 +31,10 @@ def require_faiss() -> ModuleType:
 
 
 def require_peft(why: str) -> ModuleType:
-    """The module `peft`, which wraps layers with adapters.
+    """Imports `peft`, which wraps layers with adapters.
 
     Args:
-        why: What needs it.
+        why: What needs it, for the error message.
 
     Raises:
         ImportError: peft is not installed.

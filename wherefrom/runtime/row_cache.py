@@ -1,7 +1,7 @@
-"""One row of numbers for each image, computed in chunks that are never done twice, kept by id and memory-mapped.
+"""Resumable cache of one row of numbers per image, computed in chunks and memory-mapped.
 
-Unlike the state of a pass (`wherefrom.runtime.dataset_pass`), rows are never held together: each chunk is a file as
-soon as it is finished, and the chunks are joined on disk.
+Unlike the state of a pass (`wherefrom.runtime.dataset_pass`), the rows are never in memory together: each finished
+chunk is a file, and the chunks are joined on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wherefrom.runtime.artifacts import ArtifactMismatchError, Identity, Store, storage_errors, write_json
 from wherefrom.runtime.console import Progress
-from wherefrom.runtime.dataset_pass import make_together
+from wherefrom.runtime.dataset_pass import build_across_processes
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.mapped_arrays import map_array, write_array
 
@@ -25,11 +25,11 @@ VALUES, IDS, CHUNK_FILES = "rows.npy", "ids.json", "chunk-*.npy"
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of numbers by image.
+    """Rows of numbers, one per image.
 
     Attributes:
         ids: The images' ids.
-        values: One row an image, in the order of the ids; memory-mapped.
+        values: One row per image, in the order of the ids; memory-mapped.
     """
 
     ids: tuple[str, ...]
@@ -37,7 +37,7 @@ class Rows:
 
 
 def read_rows(folder: Path) -> Rows:
-    """The rows that an artifact holds.
+    """Loads the rows of an artifact.
 
     Raises:
         FileNotFoundError: The folder holds no rows.
@@ -60,20 +60,20 @@ def make_rows(
     chunk_size: int = 128,
     progress: Progress | None = None,
 ) -> Rows:
-    """Computes a row for each image, or finds them in the store.
+    """Computes a row for each image, or loads the rows from the store.
 
     Args:
-        compute: The rows of the images at some positions, in float32 or float64.
+        compute: Returns the rows of the images at some positions, in float32 or float64.
         ids: Ids of all images.
         store: Where the rows are kept, and finished chunks until then; shared by all processes.
         kind: Kind of artifact.
-        identity: What must match for the rows to be used again.
-        runner: This process's place.
-        chunk_size: Images in a chunk, which is what an interruption can cost.
+        identity: What must match for the rows to be reused.
+        runner: Device and rank of this process.
+        chunk_size: Images per chunk: the most that an interruption loses.
         progress: Called with (done, total) chunks of this process.
 
     Raises:
-        ArtifactMismatchError: The rows in the store are of other images.
+        ArtifactMismatchError: The rows in the store belong to other images.
         StorageError: A file could not be written; finished chunks are kept.
     """
     chunks = [range(start, min(start + chunk_size, len(ids))) for start in range(0, len(ids), chunk_size)]
@@ -86,7 +86,7 @@ def make_rows(
         runner.barrier()
         joined = (folder / VALUES).exists()  # by a run that was interrupted after that
         missing = [] if joined else [chunk for chunk in chunks if not _chunk_file(folder, chunk).exists()]
-        runner.barrier()  # all have seen the same files missing before the first one appears
+        runner.barrier()  # every process must list the missing files before the first one appears
         mine = missing[runner.rank :: runner.world_size]
         for index, chunk in enumerate(mine):
             rows = compute(chunk).cpu().numpy()
@@ -105,7 +105,7 @@ def make_rows(
 
         store.make(kind, identity, build)
 
-    make_together(work, finish=finish, store=store, kind=kind, identity=identity, runner=runner)
+    build_across_processes(work, finish=finish, store=store, kind=kind, identity=identity, runner=runner)
     rows = read_rows(store.path(kind, identity))
     if rows.ids != tuple(ids):
         raise ArtifactMismatchError(

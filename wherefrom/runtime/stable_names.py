@@ -21,7 +21,7 @@ CLASSES: Mapping[str, str] = {
     "wherefrom.parts.autoencoder_from_config": "wherefrom.models.factories.autoencoder_from_config",
     "wherefrom.parts.LatentEncoder": "wherefrom.models.encoders.LatentEncoder",
     "wherefrom.pipeline.encoder_of_pipeline": "wherefrom.models.pipeline.encoder_of_pipeline",
-    "wherefrom.prompts.masked_captions": "wherefrom.models.prompt_encoders.masked_captions",
+    "wherefrom.prompts.masked_captions": "wherefrom.models.families.pixart.masked_captions",
     "wherefrom.features.EfficientNetLite0Encoder": "wherefrom.features.base.EfficientNetLite0Encoder",
     "wherefrom.features.MiniLMEncoder": "wherefrom.features.base.MiniLMEncoder",
     "wherefrom.features.MiniLMEncoder.from_pretrained": "wherefrom.features.base.MiniLMEncoder.from_pretrained",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def hash_tensors(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of named tensors (names, types, shapes, bytes), the same on every device."""
+    """Hashes named tensors (names, types, shapes, bytes); the hash is the same on every device."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(dict(tensors).items()):
         array = tensor.detach().to("cpu").contiguous()

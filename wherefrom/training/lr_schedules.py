@@ -7,17 +7,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class WarmupStableDecay(LambdaLR):
-    """Linear warm-up, a constant rate, then a decay to zero as 1 - √progress.
+    """Warmup-stable-decay schedule: linear warm-up, a constant rate, then a decay to zero as 1 - √progress.
 
-    Until the decay begins the run does not depend on its length, so a run can be made longer from a checkpoint and
+    Until the decay begins the run does not depend on its length, so a run can be extended from a checkpoint and
     still be the run that its configuration describes (Hägele et al., "Scaling laws and compute-optimal training beyond
     fixed training durations", 2024).
 
     Args:
-        optimizer: The optimizer; its learning rate is the constant one.
-        total_steps: Length of the run.
-        warmup_steps: Length of the warm-up.
-        decay_steps: Length of the decay.
+        optimizer: The optimizer; its learning rate is the peak rate.
+        total_steps: Length of the run in steps.
+        warmup_steps: Length of the warm-up in steps.
+        decay_steps: Length of the decay in steps.
 
     Raises:
         ValueError: Warm-up and decay do not fit into the run.

@@ -1,4 +1,4 @@
-"""Muon for a whole network: orthogonalised momentum for its matrices and kernels, AdamW for everything else."""
+"""Muon for a whole network: orthogonalised momentum for matrices and kernels, AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ SMALLEST_NORM = 1e-7
 
 
 class MuonAdamW(Optimizer):
-    """One optimizer of two, with one learning rate.
+    """Muon and AdamW combined, with one learning rate.
 
-    Weights of linear layers, and convolution kernels as matrices (out, in · height · width), are stepped by Muon
-    (Jordan et al. 2024; Nesterov's momentum) with steps as large as AdamW's (Liu et al. 2025, "Muon is scalable for LLM
-    training", section 2.2), so that a learning rate found for AdamW serves. Biases, norms and what has fewer than
-    `min_side` rows or columns are stepped by AdamW. Unlike `torch.optim.Muon`, which steps matrices one by one in
-    bfloat16, this orthogonalises all matrices of one shape together in float32.
+    Weights of linear layers, and convolution kernels as matrices (out, in · height · width), are updated by Muon
+    (Jordan et al. 2024; Nesterov momentum) with steps as large as AdamW's (Liu et al. 2025, "Muon is scalable for LLM
+    training", section 2.2), so that a learning rate tuned for AdamW carries over. Biases, norms and matrices with fewer
+    than `min_side` rows or columns are updated by AdamW. Unlike `torch.optim.Muon`, which updates matrices one by one
+    in bfloat16, this orthogonalises all matrices of one shape together in float32.
 
     Args:
         params: The parameters.
         lr: Learning rate.
-        momentum: Muon's.
-        betas: AdamW's.
-        weight_decay: Of all parameters.
+        momentum: Momentum of Muon.
+        betas: Betas of AdamW.
+        weight_decay: Weight decay of all parameters.
         min_side: Smallest side of a matrix that is orthogonalised.
 
     Raises:
@@ -68,7 +68,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step; what has no gradient stays."""
+        """Performs one step; parameters without a gradient are unchanged."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,15 +107,15 @@ class MuonAdamW(Optimizer):
                 view.add_(update, alpha=-step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of both, and of what schedules set."""
+        """State of both optimizers, with the learning rate that schedules set."""
         inner = None if self._adamw is None else self._adamw.state_dict()
         return {**super().state_dict(), "adamw": inner}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state.
+        """Restores a state.
 
         Raises:
-            ValueError: The state is not one of this optimizer, as of this release.
+            ValueError: The state was not written by this release of the optimizer.
         """
         if "adamw" not in state_dict:
             raise ValueError(
@@ -128,11 +128,11 @@ class MuonAdamW(Optimizer):
 
 
 def orthogonalise(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:
-    """Matrices with the same singular vectors and singular values near 1, by Newton-Schulz iterations (Muon).
+    """Orthogonalises matrices by Newton-Schulz iterations (Muon): same singular vectors, singular values near 1.
 
-    Iterates on the square side alone where matrices are wide: X ↦ aX + bXXᵀX + c(XXᵀ)²X multiplies X from the left by a
-    polynomial of its Gram matrix, and all these polynomials commute. That takes 4 rows² columns + 40 rows³ operations
-    in place of 20 rows² columns + 10 rows³.
+    For wide matrices it iterates on the smaller square side only: X ↦ aX + bXXᵀX + c(XXᵀ)²X multiplies X from the left
+    by a polynomial of its Gram matrix, and all these polynomials commute. That takes 4 rows² columns + 40 rows³
+    operations instead of 20 rows² columns + 10 rows³.
 
     Args:
         matrices: At most as many rows as columns.
@@ -155,7 +155,7 @@ def orthogonalise(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n
 
 
 def _as_matrix(weight: Tensor, like: Tensor | None = None) -> Tensor:
-    """(out, everything else) without a copy; the order of the columns does not matter to Muon, but must be one."""
+    """Reshapes to (out, everything else) without a copy; the order of columns is arbitrary but consistent."""
     layout = weight if like is None else like
     if layout.dim() == 4 and not layout.is_contiguous():
         weight = weight.permute(0, 2, 3, 1)  # channels last

@@ -7,35 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import spearmanr
 
-from tests.attributors.unlearning.test_attributor import HELD_OUT, QUERY, TRAIN
+from tests.support.attribution import FISHER, GRID, HELD_OUT, OTHER, QUERY, TRAIN, influence, run
 from tests.support.tiny import one_process, tiny_encoder, tiny_model
-from wherefrom.attributors import AttributionByUnlearning, Attributor, InfluenceFunction, Query, Scores, TrainingData
+from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
-from wherefrom.curvature import FisherSettings
-from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Store
-
-GRID, FISHER = LossGrid(timesteps=3), FisherSettings(1)
-OTHER = Query("other", "blue circle", QUERY.pixels, torch.ones(4, 4, 4, dtype=torch.float64))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
     return tiny_model(encoder=tiny_encoder(tmp_path_factory.mktemp("text") / "encoder"))
-
-
-def run(attributor: Attributor, model: DiffusionModel, root: Path, *queries: Query) -> list[Scores]:
-    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
-    attributor.fit(data, model, Store(root), one_process())
-    return list(attributor.score(queries or [QUERY]))
-
-
-def influence(**options: Any) -> InfluenceFunction:
-    return InfluenceFunction(**{"weights": "all", "noise_samples": 12, "grid": GRID, "fisher": FISHER, **options})
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "diagonal", "identity"])

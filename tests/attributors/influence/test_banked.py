@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.attributors.unlearning.test_attributor import HELD_OUT, QUERY, TRAIN
+from tests.support.attribution import FISHER, GRID, OTHER, QUERY, TRAIN, run
 from tests.support.tiny import one_process, tiny_encoder, tiny_model
-from wherefrom.attributors import InfluenceBank, InfluenceFunction, Query, Scores, TrainingData
+from wherefrom.attributors import InfluenceBank, InfluenceFunction, TrainingData
 from wherefrom.attributors.influence.gradient_bank import Compression, largest
 from wherefrom.attributors.influence.token_factors import TokenGradients
-from wherefrom.curvature import FisherSettings
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.gradients.query_loss import QueryLoss
@@ -22,8 +21,7 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights, trainable
 from wherefrom.runtime.artifacts import Store
 
-GRID, FISHER, WHOLE = LossGrid(timesteps=3), FisherSettings(1), Compression("eigenbasis")
-OTHER = Query("other", "blue circle", QUERY.pixels, torch.ones(4, 4, 4, dtype=torch.float64))
+WHOLE = Compression("eigenbasis")
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 def bank(**options: Any) -> InfluenceBank:
     settings = {"noise_samples": 12, "grid": GRID, "fisher": FISHER, "compression": WHOLE, "half": False, **options}
     return InfluenceBank(**{"weights": "cross_attention_kv", **settings})
-
-
-def run(attributor: Any, model: DiffusionModel | None, root: Path, *queries: Query) -> list[Scores]:
-    data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
-    attributor.fit(data, model, Store(root), one_process())
-    return list(attributor.score(queries or [QUERY]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attributors.unlearning.test_attributor import HELD_OUT, QUERY, TRAIN
+from tests.support.attribution import HELD_OUT, QUERY, TRAIN
 from tests.support.tiny import moved_copy, one_process, tiny_encoder, tiny_model, tiny_pipeline
 from wherefrom.attributors import TRAK, Scores, TrainingData
 from wherefrom.attributors.trak import base

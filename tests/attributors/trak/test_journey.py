@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from tests.attributors.unlearning.test_attributor import HELD_OUT, QUERY, TRAIN
+from tests.support.attribution import HELD_OUT, QUERY, TRAIN
 from tests.support.tiny import attribution_config, one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import JourneyTRAK, Query, Scores, TrainingData
 from wherefrom.attributors.trak import projected_features as module
@@ -71,7 +71,7 @@ def by_hand(model: DiffusionModel, timesteps: list[int], flip: str) -> tuple[tor
     """Scores of each step alone and of their sum, one loss at a time."""
     assert model.encoder is not None
     states = model.encoder.text.encode([QUERY.prompt])
-    latent = QueryLatent(QUERY.id, PREDICTED[0], states[0])
+    latent = QueryLatent(QUERY.id, PREDICTED[0], states.at(0))
     model.denoiser.requires_grad_(True)
     features = torch.zeros(len(TRAIN), 2, P.dimension, dtype=torch.float64)
     losses = DrawnLosses(model, TRAIN, DRAWS, 1)

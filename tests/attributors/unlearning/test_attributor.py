@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import moved_copy, one_process, tiny_encoder, tiny_latents, tiny_model
+from tests.support.attribution import HELD_OUT, QUERY, TRAIN
+from tests.support.tiny import moved_copy, one_process, tiny_encoder, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, Query, Scores, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
 from wherefrom.curvature import EKFAC, FisherSettings, Identity, save_ekfac
@@ -23,14 +24,7 @@ from wherefrom.models.parameter_subsets import moved_weights
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.runtime.artifacts import Store
 
-TRAIN, HELD_OUT = tiny_latents(9), tiny_latents(4, seed=1)
 GRID = LossGrid(timesteps=2)
-QUERY = Query(
-    "query",
-    "a big red square",
-    np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8),
-    torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
-)
 
 
 @pytest.fixture(scope="module")

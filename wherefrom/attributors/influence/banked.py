@@ -120,7 +120,7 @@ class InfluenceBank(PreconditionedAttributor):
         """Three forward passes for each sample of the curvature and of the training grid, once; then the gradients."""
         assert data.latents is not None
         samples = self.losses_of(data)
-        rows = samples // (data.latents.states.shape[1] * self.grid.timesteps * self.grid.noise_samples)
+        rows = samples // (data.latents.captions_per_image * self.grid.timesteps * self.grid.noise_samples)
         width = self.compression.dimension or 0  # else the model says how large rows are, and `fit` tells
         once = self.curvature_passes(data) + 3 * samples
         return Work(once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes)

@@ -22,6 +22,7 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.gradients.projection import Projection
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Identity, Store
 from wherefrom.runtime.console import Progress
@@ -269,7 +270,7 @@ class BankMaker:
         """Bytes of the bank of these images."""
         shapes = {name: parameter.shape for name, parameter in self.model.denoiser.named_parameters()}
         if self.compression.keep == "factors":
-            captions, tokens = data.states.shape[1:3]
+            captions, tokens = data.captions_per_image, data.empty[PROMPT].shape[0]
             width = 1 + captions * tokens * sum(shapes[name][0] for name in self.names)
         else:
             width = self.compression.dimension or sum(shapes[name].numel() for name in self.names)
@@ -284,7 +285,7 @@ class BankMaker:
         losses = LossPass(self.model, data, self.grid, self.batch_size)
         weights = self.timestep_weights
         if weights is not None:
-            weights = weights[torch.searchsorted(self.grid.steps(self.model.process.steps), losses.timestep)]
+            weights = weights[torch.searchsorted(self.grid.steps(self.model.noise_schedule.steps), losses.timestep)]
         if self.compress is None:
             rows = self._rows(TokenGradients(losses, self.names, weights, self.half).rows, data)
             return TokenBank(rows, data, tuple(self.names), self.curvature)

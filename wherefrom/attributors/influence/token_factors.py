@@ -18,6 +18,7 @@ from wherefrom.curvature.base import Curvature
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.runtime.row_cache import Rows
 
 _IMAGES_AT_A_TIME = 256
@@ -79,10 +80,10 @@ class TokenGradients:
                 if self.weights is not None:
                     each = each * self.weights[item].to(each)
                 result = tap.by_layer(each)
-            states = losses.data.states[image, losses.caption[item]]
+            embeddings = losses.data.conditioning_at(image, losses.caption[item])[PROMPT]
             for layer in self.layers:
                 ((inputs, gradients),) = result[layer]
-                self._check(layer, inputs, states)
+                self._check(layer, inputs, embeddings)
                 if layer not in sums:
                     shape = (len(positions) * flips * captions, *gradients.shape[1:])
                     sums[layer] = torch.zeros(shape, dtype=self.dtype, device=model.device)
@@ -135,7 +136,8 @@ class TokenBank:
         values, result = self.rows.values, []
         for start in range(0, len(values), _IMAGES_AT_A_TIME):
             block = values[start : start + _IMAGES_AT_A_TIME].to(step.dtype)
-            products = self.data.states[start : start + _IMAGES_AT_A_TIME].to(step.dtype) @ step.T
+            positions = torch.arange(start, start + len(block))
+            products = self.data.conditioning_at(positions, slice(None))[PROMPT].to(step.dtype) @ step.T
             factors = block[..., 1:].unflatten(2, products.shape[1:])
             result.append(torch.einsum("bfklo,bklo->bf", factors, products) * torch.exp2(block[..., 0]))
         return torch.cat(result).double()

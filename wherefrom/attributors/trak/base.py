@@ -124,7 +124,7 @@ class ProjectedGradients(Attributor):
         held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
         flips, models = (2 if self.grid.flips else 1), 1 + len(self.ensemble)
         rows = (len(data.latents) + held_out) * flips * models
-        samples = rows * self.grid.per_flip(data.latents.states.shape[1])
+        samples = rows * self.grid.per_flip(data.latents.captions_per_image)
         per_query = self.noise_samples * self.steps_at_most() * models
         features = 4 * rows * self.projection.dimension
         return Work(3 * samples, 3 * per_query, features, features + 8 * models * self.projection.dimension**2)
@@ -135,7 +135,7 @@ class ProjectedGradients(Attributor):
         """Projects the gradients of all images, once per model."""
         if model is None or data.latents is None:
             raise ValueError(f"{self.method} needs a model and the latents of its training images.")
-        model.check(data.latents.latents[0, 0], data.latents.null_states)
+        data.latents.check(model)
         members = [model, *load_ensemble(model, self.ensemble, self.weights)]
         self._ready = (data.latents, runner)
         self.models = [self.differentiated(each) for each in members]

@@ -1,85 +1,177 @@
-"""How each architecture is called: (noisy latents, time, conditioning) -> prediction.
+"""What a model family says of itself; everything else is common to all families.
 
-What a network is told of a caption travels as one tensor: its token states and, below them, whatever else it is told
-(pooled vectors, a mask, the image's size), laid out in rows of the same width and filled up with zeros. A network
-that is told nothing else gets the token states as they are. So a caption is one row of `EncodedImages.states` and of a
-query whatever the architecture, and can be dropped, expanded and mapped from disk as such.
+One family is one file: which networks it is, what they are told of a caption (`conditioning`) and by which text
+encoders, how latents are made from pixels, which way the output points, which parameters are keys and values of the
+text. `wherefrom.models.families.registry` finds a network's family.
 
-Shape letters: B = batch, L = tokens, D = width of a token state, E = what else there is, R = rows of both.
+Shape letters: B = batch, C = latent channels, H and W = latent height and width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from wherefrom.models.conditioning import Conditioning, Shape, check_declared
+from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
+from wherefrom.models.noise_schedule import NoiseSchedule, noise_schedule_of
 
-def pack(tokens: Float[Tensor, "b l d"], extra: Float[Tensor, "b e"]) -> Float[Tensor, "b r d"]:
-    """Token states and what else there is, as one tensor."""
-    width = tokens.shape[-1]
-    below = F.pad(extra.to(tokens), (0, -extra.shape[1] % width)).unflatten(1, (-1, width))
-    return torch.cat([tokens, below], dim=1)
-
-
-def unpack(packed: Float[Tensor, "b r d"], count: int) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b e"]]:
-    """Token states and `count` further numbers, from what `pack` made of them."""
-    tokens = packed.shape[1] - -(-count // packed.shape[2])
-    return packed[:, :tokens], packed[:, tokens:].flatten(1)[:, :count]
+Belongs = Callable[[str], bool]
 
 
-def unpack_masked(packed: Float[Tensor, "b r d"], count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token states, a mask of as many numbers as there are tokens, and `count` further numbers."""
-    rows, width = packed.shape[1:]
-    below = -(-(rows + count) // (width + 1))  # the rows that L mask values and the rest fill, where L = rows - below
-    tokens, extra = unpack(packed, rows - below + count)
-    return tokens, extra[:, : tokens.shape[1]], extra[:, tokens.shape[1] :]
+def of_adapter(name: str) -> bool:
+    """Whether a weight belongs to a LoRA adapter, by peft's names."""
+    return ".lora_" in name
 
 
-class Denoiser:
-    """A network that is told the caption's token states alone: Stable Diffusion 1 and 2, and ours.
+# Names as in diffusers' U-Nets and PixArt: attn1 is self-attention, attn2 the cross-attention to the text.
+CROSS_ATTENTION: Mapping[str, Belongs] = {
+    "cross_attention_kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    "cross_attention": lambda name: ".attn2." in name,
+    "attention": lambda name: ".attn1." in name or ".attn2." in name,
+    "all": lambda name: True,
+    "adapter": of_adapter,
+}
+
+
+@dataclass(frozen=True)
+class SavedAs:
+    """How a family's models are saved as a diffusers pipeline.
+
+    Attributes:
+        pipeline: The pipeline's class.
+        network: The network's name in it.
+        others: Further entries of its index: parts that it has no use for.
+    """
+
+    pipeline: str
+    network: str
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PipelineParts:
+    """The parts of a loaded pipeline, of which none that is asked for may be missing.
+
+    Args:
+        pipeline: The pipeline.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.pipeline = pipeline
+        self.components: Mapping[str, Any] = pipeline.components
+
+    @property
+    def network(self) -> Any:
+        """The part that denoises."""
+        return (
+            self.components["unet"] if self.components.get("unet") is not None else self.components.get("transformer")
+        )
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of a latent's side."""
+        return int(2 ** (len(self.components["vae"].config.block_out_channels) - 1))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the network was made for, until the images' own is known."""
+        side = int(self.network.config.sample_size) * self.reduction
+        return side, side
+
+    def text(self, suffixes: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """Text encoders and tokenizers.
+
+        Args:
+            suffixes: Of their names: `text_encoder` and `tokenizer` have none, others `_2`, `_3`.
+
+        Raises:
+            ValueError: One is missing.
+        """
+        names = [f"{part}{suffix}" for suffix in suffixes for part in ("text_encoder", "tokenizer")]
+        missing = [name for name in names if self.components.get(name) is None]
+        if missing:
+            raise self.unsupported(f"It is missing its {' and '.join(missing)}")
+        result = [self.components[name] for name in names]
+        return result[::2], result[1::2]
+
+    def unsupported(self, why: str) -> ValueError:
+        """The error that says why the pipeline is refused."""
+        there = ", ".join(name for name, part in self.components.items() if part is not None)
+        return ValueError(f"{type(self.pipeline).__name__} is not supported: {why}; it has {there}.")
+
+
+def token_limit(text: Any, tokenizer: Any) -> int:
+    """Tokens of a caption: as the tokenizer says, but no more than the text encoder has positions for."""
+    limit = int(tokenizer.model_max_length)  # a huge number where the tokenizer's files do not say
+    return min(limit, int(getattr(text.config, "max_position_embeddings", limit)))
+
+
+class ModelFamily:
+    """Base of the families: how a network is called, and what belongs to it.
 
     Args:
         network: The network.
 
+    Attributes:
+        networks: The classes of network that belong to the family.
+        description: Names them in messages.
+        subsets: Which parameters belong to each subset, by name; see `wherefrom.models.parameter_subsets`.
+        saved_as: How models are saved; None where they are only read.
+
     Raises:
-        ValueError: It is told something that is not supported.
+        ValueError: The network is told something that is not supported.
     """
+
+    networks: ClassVar[tuple[type[nn.Module], ...]] = ()
+    description: ClassVar[str] = ""
+    subsets: ClassVar[Mapping[str, Belongs]] = CROSS_ATTENTION
+    saved_as: ClassVar[SavedAs | None] = None
 
     def __init__(self, network: nn.Module) -> None:
         self.config: Any = getattr(network, "config", None)
+        self.kind = type(network).__name__
+
+    @classmethod
+    def accepts(cls, network: nn.Module) -> bool:
+        """Whether the network belongs to this family."""
+        return isinstance(network, cls.networks)
 
     def __call__(
-        self, network: nn.Module, noisy: Float[Tensor, "b c h w"], times: Tensor, packed: Float[Tensor, "b r d"]
+        self,
+        network: nn.Module,
+        noisy: Float[Tensor, "b c h w"],
+        times: Tensor,
+        conditioning: Conditioning,
     ) -> Float[Tensor, "b c h w"]:
-        """The network's output.
+        """The network's output, pointing as the noise schedule's prediction says.
 
         Args:
             network: The network, with whatever weights it has now.
             noisy: x_t.
             times: What it is told of t.
-            packed: What it is told of the caption.
+            conditioning: What it is told of the captions.
         """
-        output: Tensor = network(noisy, times, encoder_hidden_states=packed, return_dict=False)[0]
-        return output
+        raise TypeError(f"{type(self).__name__} does not say how its network is called.")
 
-    def width(self) -> int | None:
-        """D, where the configuration says it."""
-        width = getattr(self.config, "cross_attention_dim", None)
-        return width if isinstance(width, int) else None
+    def conditioning(self) -> Mapping[str, Shape]:
+        """Name -> shape of what the network is told of one caption; None is any length."""
+        raise TypeError(f"{type(self).__name__} does not say what its network is told.")
 
-    def check(self, latent: tuple[int, int, int], rows: tuple[int, int]) -> None:
+    def check(self, latent: tuple[int, int, int], conditioning: Conditioning) -> None:
         """Refuses latents and conditioning that the network cannot take, before anything long.
 
         Args:
             latent: (C, H, W).
-            rows: (R, D) of the conditioning.
+            conditioning: Of one caption.
 
         Raises:
-            ValueError: The number of channels, a side or the width of a token state is wrong.
+            ValueError: The number of channels, a side, a name or a shape is wrong.
         """
         channels = getattr(self.config, "in_channels", latent[0])
         if latent[0] != channels:
@@ -87,20 +179,39 @@ class Denoiser:
                 f"The latents have {latent[0]} channels, but the model takes {channels}: they were made by another "
                 "autoencoder than the model's. Encode the images with the model's own."
             )
-        width = self.width()
-        if width is not None and rows[1] != width:
-            raise ValueError(
-                f"The caption states are {rows[1]} wide, but the model takes {width}: they were made by another text "
-                "encoder than the model's. Encode the captions with the model's own."
-            )
+        check_declared(conditioning, self.conditioning(), self.kind)
+
+    def prompt_encoder(self, parts: PipelineParts) -> CaptionEncoder:
+        """What turns captions into what the network is told.
+
+        Raises:
+            ValueError: A text encoder is missing.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what reads its captions.")
+
+    def latent_encoder(self, parts: PipelineParts) -> LatentEncoder:
+        """What turns images into latents, and captions into what the network is told.
+
+        Raises:
+            ValueError: A text encoder is missing.
+        """
+        return LatentEncoder(parts.components["vae"], self.prompt_encoder(parts))
+
+    def noise_schedule(self, scheduler: SchedulerMixin) -> NoiseSchedule:
+        """The forward process, and which way the network's output points.
+
+        Raises:
+            ValueError: The scheduler is not supported.
+        """
+        return noise_schedule_of(scheduler)
 
 
-class TransformerDenoiser(Denoiser):
+class TransformerFamily(ModelFamily):
     """A transformer over patches of the latents."""
 
-    def check(self, latent: tuple[int, int, int], rows: tuple[int, int]) -> None:
-        """See `Denoiser`; the sides must be whole patches, and no more than the model has positions for."""
-        super().check(latent, rows)
+    def check(self, latent: tuple[int, int, int], conditioning: Conditioning) -> None:
+        """See `ModelFamily`; the sides must be whole patches, and no more than the model has positions for."""
+        super().check(latent, conditioning)
         patch, most = self.config.patch_size, getattr(self.config, "pos_embed_max_size", None)
         for side in latent[1:]:
             if side % patch or (most is not None and side > most * patch):

@@ -1,37 +1,64 @@
-"""Which family a network belongs to."""
+"""Which family a network belongs to; families from outside the package are added by `register_family`."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from wherefrom.models.families.base import Denoiser
-from wherefrom.models.families.pixart import PixArtDenoiser
-from wherefrom.models.families.stable_diffusion_3 import SD3Denoiser
-from wherefrom.models.families.stable_diffusion_xl import SDXLDenoiser
+from wherefrom.models.families.base import ModelFamily
+from wherefrom.models.families.pixart import PixArt
+from wherefrom.models.families.stable_diffusion import StableDiffusion
+from wherefrom.models.families.stable_diffusion_3 import StableDiffusion3
+from wherefrom.models.families.stable_diffusion_xl import StableDiffusionXL
+
+_FAMILIES: list[type[ModelFamily]] = [StableDiffusionXL, StableDiffusion, PixArt, StableDiffusion3]
 
 
-def denoiser_of(network: nn.Module) -> Denoiser:
-    """How a network is called, by its class; any other module is called like Stable Diffusion's U-Net.
+def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
+    """Adds a family, which is then asked before the others; may decorate its class.
+
+    Families are added by this call alone: no name that is found in data leads to one.
+
+    Args:
+        family: The family.
 
     Raises:
-        ValueError: A U-Net is told something else beside the caption.
+        ValueError: It is no family, or does not say which networks are its own.
     """
-    if isinstance(network, SD3Transformer2DModel):
-        return SD3Denoiser(network)
-    if isinstance(network, PixArtTransformer2DModel):
-        return PixArtDenoiser(network)
-    if not isinstance(network, UNet2DConditionModel):
-        return Denoiser(network)
-    config: Any = network.config
-    if config.addition_embed_type == "text_time":
-        return SDXLDenoiser(network)
-    for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"A U-Net with {name} {getattr(config, name)!r} is not supported: it is told more than the caption. "
-                "Those of Stable Diffusion 1, 2 and XL are."
-            )
-    return Denoiser(network)
+    given: object = family
+    if not (isinstance(given, type) and issubclass(given, ModelFamily)):
+        raise ValueError(f"{given!r} is not a model family: give a subclass of ModelFamily.")
+    if not family.networks or not family.description:
+        raise ValueError(
+            f"{family.__name__} does not say what it is: set its `networks`, the classes of network that belong to it, "
+            "and its `description`."
+        )
+    if family not in _FAMILIES:
+        _FAMILIES.insert(0, family)
+    return family
+
+
+def unregister_family(family: type[ModelFamily]) -> None:
+    """Takes an added family away again."""
+    if family in _FAMILIES:
+        _FAMILIES.remove(family)
+
+
+def families() -> tuple[type[ModelFamily], ...]:
+    """All families, in the order in which they are asked."""
+    return tuple(_FAMILIES)
+
+
+def family_class_of(network: object) -> type[ModelFamily] | None:
+    """The family that a network belongs to; None where there is none."""
+    if not isinstance(network, nn.Module):
+        return None
+    return next((family for family in _FAMILIES if family.accepts(network)), None)
+
+
+def family_of(network: nn.Module) -> ModelFamily:
+    """How a network is called; any module of no family is called like Stable Diffusion's U-Net.
+
+    Raises:
+        ValueError: The network is told something that is not supported.
+    """
+    return (family_class_of(network) or StableDiffusion)(network)

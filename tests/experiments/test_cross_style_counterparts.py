@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from experiments.twins import by_size, ranks, shares, twins
+from experiments.cross_style_counterparts import by_size, own_and_counterpart, ranks, shares
 
 
-def test_own_image_and_twin_are_found_by_caption() -> None:
+def test_own_image_and_counterpart_are_found_by_caption() -> None:
     captions = {
         "a": "fox, red style",
         "b": "fox, blue style",
         "c": "fox face, blue style",
         "d": "hen, up, red style",
     }
-    assert twins(captions, "fox, red style") == ("a", "b")
-    assert twins(captions, "fox face, red style") == (None, "c"), "held out"
-    assert twins(captions, "hen, up, red style") == ("d", None), "in one style only"
+    assert own_and_counterpart(captions, "fox, red style") == ("a", "b")
+    assert own_and_counterpart(captions, "fox face, red style") == (None, "c"), "held out"
+    assert own_and_counterpart(captions, "hen, up, red style") == ("d", None), "in one style only"
     assert ranks(["c", "b", "a"], ["a", None, "c"]) == [2, None, 0]
 
 

@@ -1,38 +1,48 @@
-"""Where do the judge's methods put the two images that retraining feels most?
+"""Where do the methods of a counterfactual evaluation put the two images that retraining feels most?
 
     python evaluate.py counterfactual -c configs/experiment/emoji_1k_judge.yaml
-    python -m experiments.twins
+    python -m experiments.cross_style_counterparts
     python evaluate.py lds -c configs/experiment/emoji_1k_tuning.yaml
-    python -m experiments.twins --run runs/emoji_1k_tuning --results results/emoji/twins_tuning.json
+    python -m experiments.cross_style_counterparts --run runs/emoji_1k_tuning --results results/emoji/twins_tuning.json
 
-Each query of emoji-1k was drawn with the caption of a training image, its *own*, or with a held-out one; its *twin*
-is the same thing in the other style. Prints for each method of the judge's run how often it ranks each of the two
+Each query of emoji-1k was drawn with the caption of a training image, its *own*, or with a held-out one; its
+*cross-style counterpart* is the same thing in the other style. Prints for each method of
+that run how often it ranks each of the two
 among the first `--k` and among the last `--k` of all training images, and among the first by the size of its
-scores, whatever their sign; the record names each query's ranks.
+scores, whatever their sign; the record names each query's ranks, and calls a counterpart a twin, as it always did.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from jaxtyping import Float
+from numpy.typing import NDArray
 
-from experiments.near_duplicates import data_module
+from experiments.support.arguments import script_parser
+from experiments.support.data import data_module
+from experiments.support.markdown import markdown_table
 from wherefrom.counterfactual.results_file import COUNTERFACTUAL, DATAMODELING, read_results
 from wherefrom.rankings.ranking_file import RANKING, order_of, read_ranking
 from wherefrom.runtime.artifacts import Store, write_json
 
 RESULT = Path("results/emoji/twins.json")
-KINDS = ("own", "twin", "own by size", "twin by size")
+# What is ranked -> what the record calls it.
+KINDS = {
+    "own": "own",
+    "counterpart": "twin",
+    "own by size": "own by size",
+    "counterpart by size": "twin by size",
+}
 ENDS = {kind: ("first",) if kind.endswith("size") else ("first", "last") for kind in KINDS}
 STYLE = ", "  # what stands between the thing and its style in a caption
 
 
-def twins(captions: Mapping[str, str], prompt: str) -> tuple[str | None, str | None]:
+def own_and_counterpart(captions: Mapping[str, str], prompt: str) -> tuple[str | None, str | None]:
     """Ids of a prompt's own image and of the same thing in another style, where there are any.
 
     Args:
@@ -50,7 +60,7 @@ def ranks(ranking: Sequence[str], wanted: Sequence[str | None]) -> list[int | No
     return [None if name is None else ranking.index(name) for name in wanted]
 
 
-def by_size(ids: Sequence[str], scores: Sequence[float]) -> list[str]:
+def by_size(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> list[str]:
     """The ids by the size of their scores, the largest first."""
     return [ids[place] for place in order_of(ids, np.abs(scores))]
 
@@ -63,8 +73,10 @@ def shares(places: Sequence[int | None], count: int, k: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints and writes the table."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--run", type=Path, default=Path("runs/emoji_1k_judge"), help="run folder of the judge or of lds")
+    made = script_parser(__doc__)
+    made.add_argument(
+        "--run", type=Path, default=Path("runs/emoji_1k_judge"), help="run folder of evaluate.py counterfactual or lds"
+    )
     made.add_argument("--data", type=Path, default=Path("configs/data/emoji_1k.yaml"))
     made.add_argument("--k", type=int, default=5)
     made.add_argument("--store", type=Path, default=Path("cache"))
@@ -81,21 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     collected: dict[str, Any] = {}
     queries: list[str] = []
     for folder in sorted(path.parent for path in asked.run.glob(f"*/{RANKING}")):
-        collected[folder.name] = {kind: [] for kind in KINDS}
+        collected[folder.name] = {recorded: [] for recorded in KINDS.values()}
         rankings = sorted(read_ranking(folder).items())
         queries = [prompts[query] for query, _ in rankings]  # the same of every method
         for query, (ids, scores) in rankings:
-            pair = twins(captions, prompts[query])
+            pair = own_and_counterpart(captions, prompts[query])
             places = (*ranks(ids, pair), *ranks(by_size(ids, scores), pair))
-            for kind, place in zip(KINDS, places, strict=True):
-                collected[folder.name][kind].append(place)
+            for recorded, place in zip(KINDS.values(), places, strict=True):
+                collected[folder.name][recorded].append(place)
     titles = [f"{kind}: {end} {asked.k}" for kind in KINDS for end in ENDS[kind]]
-    print(f"| method | {' | '.join(titles)} |")
-    print("|---" * (len(titles) + 1) + "|")
+    rows = []
     for method, each in collected.items():
-        cells = {kind: shares(places, len(captions), asked.k) for kind, places in each.items()}
-        texts = [f"{cells[kind][end]} of {cells[kind]['n']}" for kind in KINDS for end in ENDS[kind]]
-        print(f"| {method} | {' | '.join(texts)} |")
+        cells = {kind: shares(each[recorded], len(captions), asked.k) for kind, recorded in KINDS.items()}
+        rows.append([method, *(f"{cells[kind][end]} of {cells[kind]['n']}" for kind in KINDS for end in ENDS[kind])])
+    print(markdown_table(["method", *titles], rows))
     write_json(
         asked.results, {"k": asked.k, "training_pictures": len(captions), "queries": queries, "ranks": collected}
     )
