@@ -1,87 +1,243 @@
-"""The short way in: one image, one pipeline, one folder of captioned images."""
+"""The short way in: a model, a folder of captioned images, and the images that are asked about."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from diffusers import DiffusionPipeline
-
-from wherefrom.attributors import AttributionByUnlearning, Attributor, Scores, TrainingData
-from wherefrom.data.encoded_images import encode_image_set, report_cut
-from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
-from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.pipeline import model_from_pipeline
-from wherefrom.queries.sources import QueryImage, QueryRegion, read_query, read_regions, with_regions
-from wherefrom.runtime.artifacts import Store
+from wherefrom.attributors import AttributionByUnlearning
+from wherefrom.attributors.base import Attributor
+from wherefrom.commands import compare as comparison
+from wherefrom.commands.packaged_methods import DEFAULT_METHOD, QUICK_NOTE, load_packaged
+from wherefrom.commands.prepared_run import (
+    AttributionOptions,
+    PreparedRun,
+    QueryInput,
+    image_size,
+    open_model,
+    prepare_run,
+)
+from wherefrom.data.image_set import ImageSet
+from wherefrom.queries.sources import QueryRegion
+from wherefrom.reports.query_section import ReportOptions
+from wherefrom.reports.scores_view import ScoresView, save_report
+from wherefrom.runtime.cli_errors import option_names
 from wherefrom.runtime.console import Log, no_log
-from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.distributed import Runner, parse_device
+
+__all__ = ["AttributedImages", "AttributionOptions", "attribute_images", "compare", "image_size", "open_model"]
+
+Method = str | Path | Attributor
+# What the library calls an option -> how it is given here.
+WORDS: Mapping[str, str] = {
+    "queries.resize: true": "AttributionOptions(resize=True)",
+    "queries.regions": "AttributionOptions.regions",
+    "the option 'caption'": "AttributionOptions.caption",
+    "or set skip_unreadable": "or repair it",
+    "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
+    "--query": "queries",
+    "Ask for a smaller rise, or give alpha instead": "Give AttributionOptions(settings="
+    "{'unlearning.relative_loss_increase': 0.2}), or less",
+}
 
 
-def image_size(model: DiffusionModel) -> int:
-    """Side in pixels of the images that a model draws: its latents' side times the autoencoder's reduction.
+class AttributedImages(Sequence[ScoresView]):
+    """The scores of each query, computed when they are first asked for, and kept.
 
-    Raises:
-        ValueError: The model has no encoder.
+    Iterating yields each query's scores as they are ready; an index waits for those before it. A notebook shows the
+    queries with their ranked images.
     """
-    if model.encoder is None:
-        raise ValueError("The model has no encoder, so the size of its images is not known.")
-    config: Any = model.denoiser.config
-    reduction: int = 2 ** (len(model.encoder.vae.config.block_out_channels) - 1)
-    return int(config.sample_size) * reduction
+
+    def __init__(
+        self, run: PreparedRun, method: Attributor, *, notes: Sequence[str] = (), about: Mapping[str, str] | None = None
+    ) -> None:
+        self.method, self.data, self._notes, self._about = method, run.data, notes, about or {}
+        self._run, self._kept = run, list[ScoresView]()
+        self._coming: Iterator[ScoresView] | None = None
+
+    def __len__(self) -> int:
+        return len(self._run.queries)
+
+    def _scores(self) -> Iterator[ScoresView]:
+        """Fits the method and scores one query after the other."""
+        run = self._run
+        with option_names(WORDS):
+            self.method.progress = run.console.progress
+            self.method.fit(run.data, run.model, run.store, run.runner, run.console.log)
+            for scores in self.method.score(run.queries):
+                run.console.log(f"query {len(self._kept) + 1} of {len(self)} is done: {scores.query.prompt!r}")
+                yield ScoresView.of(scores, run.data, notes=self._notes, about=self._about)
+
+    def _until(self, count: int) -> None:
+        """Makes the first so many."""
+        if self._coming is None:
+            self._coming = self._scores()
+        while len(self._kept) < count:
+            try:
+                self._kept.append(next(self._coming))
+            except BaseException:
+                self._coming = None if not self._kept else self._coming
+                raise
+
+    def __iter__(self) -> Iterator[ScoresView]:
+        for index in range(len(self)):
+            self._until(index + 1)
+            yield self._kept[index]
+
+    @overload
+    def __getitem__(self, index: int) -> ScoresView: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ScoresView]: ...
+
+    def __getitem__(self, index: int | slice) -> ScoresView | list[ScoresView]:
+        """The scores of one query, or of several."""
+        places = range(len(self))[index]
+        self._until(max([*places, -1] if isinstance(places, range) else [places]) + 1)
+        return [self._kept[place] for place in places] if isinstance(places, range) else self._kept[places]
+
+    def __repr__(self) -> str:
+        return f"<scores of {len(self)} queries by {type(self.method).__name__}, {len(self._kept)} of them computed>"
+
+    def _repr_html_(self) -> str:
+        """Every query with its first images, as notebooks show them; computes what is missing."""
+        return "".join(scores._repr_html_() for scores in self)
+
+    def table(self, count: int | None = None) -> Any:
+        """The rankings of all queries as one pandas data frame; see `ScoresView.table`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from wherefrom.runtime.optional_dependencies import require_pandas
+
+        pandas = require_pandas()
+        tables = [scores.table(count).assign(query=scores.query.name, prompt=scores.query.prompt) for scores in self]
+        joined = pandas.concat(tables, ignore_index=True)
+        first = ["query", "prompt"]
+        return joined[first + [name for name in joined.columns if name not in first]]
+
+    def save_report(self, path: str | Path, options: ReportOptions = ReportOptions()) -> Path:
+        """Writes one page of all queries; see `ScoresView.save_report`."""
+        return save_report(path, list(self), options)
 
 
 def attribute_images(
-    pipeline: DiffusionPipeline,
+    model: Any,
+    images: str | Path | ImageSet,
+    queries: Sequence[QueryInput],
+    method: Method = DEFAULT_METHOD,
+    options: AttributionOptions = AttributionOptions(),
+) -> AttributedImages:
+    """Scores every training image for each query: which of them made it what it is?
+
+    Everything is checked, the model loaded and the images encoded when this is called; scores are computed when they
+    are asked for, one query at a time.
+
+    Args:
+        model: A loaded diffusers text-to-image pipeline, its folder or hub id, or a `DiffusionModel`.
+        images: The training images: a folder in Hugging Face's `imagefolder` layout, or an `ImageSet`. Images of its
+            validation split, which the model was never trained on, are the null of the p-values; without one there
+            are no p-values.
+        queries: (image, prompt) pairs, the image a file, a PIL image or a uint8 array (H, W, 3), and the prompt `""`
+            where it is not known; or prompts alone, whose images are drawn from the model.
+        method: A packaged method's name, a YAML file, or an attributor.
+        options: How; see `AttributionOptions`.
+
+    Raises:
+        ValueError: The model, the images, a query, the method or a setting cannot be used; the message says why.
+        OSError: There is no pipeline at that path.
+    """
+    with option_names(WORDS):
+        given, name = _attributor(method, options)
+        runner = Runner.current(parse_device(options.device))
+        run = prepare_run(model, images=images, queries=queries, methods=[given], options=options, runner=runner)
+        given.check(run.queries)
+    about = {"Method": name, "Model": run.model.fingerprint()}
+    return AttributedImages(run, given, notes=[QUICK_NOTE] if options.quick else [], about=about)
+
+
+def _attributor(method: Method, options: AttributionOptions) -> tuple[Attributor, str]:
+    """The method, and what it is called."""
+    if isinstance(method, Attributor):
+        if options.settings or options.quick:
+            raise ValueError(
+                "AttributionOptions: settings and quick change a method that is named; an attributor that is given "
+                "has its settings already."
+            )
+        return method, type(method).__name__
+    ((name, made),) = load_packaged([str(method)], options.settings, options.quick).items()
+    return made, name
+
+
+def compare(
+    model: Any,
+    images: str | Path | ImageSet,
+    queries: Sequence[QueryInput],
+    methods: Sequence[str | Path],
     *,
+    output: str | Path,
+    options: AttributionOptions = AttributionOptions(),
+    report: ReportOptions = ReportOptions(),
+) -> dict[str, list[ScoresView]]:
+    """Runs several methods on the same queries: their rankings, what each costs, and how far they agree.
+
+    Args:
+        model: See `attribute_images`.
+        images: See `attribute_images`.
+        queries: See `attribute_images`.
+        methods: Packaged methods' names, or YAML files.
+        output: The run folder: `report.html`, `methods.parquet`, `correlations.parquet` and a folder for each method.
+        options: How; see `AttributionOptions`.
+        report: What the pages show.
+
+    Returns:
+        Method -> scores of each query.
+
+    Raises:
+        ValueError: See `attribute_images`; or the folder holds a run with other settings.
+        OSError: There is no pipeline at that path, or the folder could not be written.
+    """
+    with option_names(WORDS):
+        named = load_packaged([str(method) for method in methods], options.settings, options.quick)
+        runner = Runner.current(parse_device(options.device))
+        run = prepare_run(model, images=images, queries=queries, methods=named.values(), options=options, runner=runner)
+        for each in named.values():
+            each.progress = run.console.progress
+        results = comparison.compare(
+            Path(output),
+            methods=named,
+            data=run.data,
+            model=run.model,
+            queries=run.queries,
+            store=run.store,
+            runner=run.runner,
+            options=report,
+            log=run.console.log,
+        )
+    return {name: [ScoresView.of(scores, run.data) for scores in result] for name, result in results.items()}
+
+
+def attribute_pictures(
+    pipeline: Any,
     folder: str | Path,
-    images: list[tuple[str, str]],
+    pictures: list[tuple[str, str]],
     attributor: Attributor | None = None,
+    *,
     store: str | Path = "cache",
     resize: bool = False,
     regions: Sequence[QueryRegion] = (),
-    log: Log = no_log,
-) -> Iterator[Scores]:
-    """Scores every image of a captioned folder for each (image file, prompt).
-
-    Args:
-        pipeline: A loaded diffusers text-to-image pipeline of a kind that `model_from_pipeline` reads.
-        folder: The training images, in Hugging Face's `imagefolder` layout. Images of its validation split,
-            which the model was never trained on, are the null of the p-values; a folder without one
-            has no null.
-        images: Image files and the prompts that made them ("" where a prompt is not known).
-        attributor: The method; attribution by unlearning with its defaults if None.
-        store: Folder for what is computed once.
-        resize: Bring the images to the model's size instead of refusing other sizes.
-        regions: Parts of the images (`of` names the file), each scored after its whole image.
-        log: Receives lines about what is being done.
-
-    Raises:
-        ValueError: The pipeline, the folder or an image cannot be used; the message says why.
-    """
-    runner, kept = Runner.current(), Store(store)
-    model = model_from_pipeline(pipeline).to(runner.device)
-    assert model.encoder is not None
-    report_cut(model.encoder.text, [prompt for _, prompt in images], "prompts")
-    size = image_size(model)
-    parts = read_regions(regions, [file for file, _ in images], (size, size))
-    queries = [
-        query
-        for file, prompt in images
-        for query in with_regions(file, read_query(QueryImage(file, prompt), (size, size), resize), parts)
-    ]
-    every = build_image_folder(kept, Path(folder), ImageFolderOptions(size=size))
-    split = "split" in every.columns
-    train = every.where("split", "train") if split else every
-    null = every.where("split", "validation") if split else None
-    data = TrainingData(
-        train,
-        encode_image_set(train, encoder=model.encoder, store=kept),
-        null,
-        None if null is None else encode_image_set(null, encoder=model.encoder, store=kept),
+    say: Log = no_log,
+) -> Iterator[ScoresView]:
+    """The name of `attribute_images` before version 0.2, with its default method; goes with the next release."""
+    warnings.warn(
+        "attribute_pictures is now attribute_images(model, images, queries), whose default is AbU+.",
+        DeprecationWarning,
+        stacklevel=2,
     )
+    say("attribute_pictures is now attribute_images")
     method = AttributionByUnlearning() if attributor is None else attributor
-    method.check(queries)
-    method.fit(data, model, kept, runner, log)
-    yield from method.score(queries)
+    options = AttributionOptions(store=store, resize=resize, regions=regions, progress=False)
+    return iter(attribute_images(pipeline, folder, pictures, method, options))

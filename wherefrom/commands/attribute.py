@@ -136,9 +136,7 @@ def attribute(
             log(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
     results = [finished[query.name] for query in queries]
     if runner.is_main:
-        _write_results(
-            folder, results=results, data=data, options=options, identity=identity, attributor=attributor, cut=cut
-        )
+        _write_results(folder, results=results, data=data, options=options, identity=identity, cut=cut)
     runner.barrier()
     return results
 
@@ -165,6 +163,10 @@ def _loss_excesses(
 
 def _scores_file(folder: Path, query: Query) -> Path:
     return folder / "scores" / f"{identity_hash({'query': query.name})}.safetensors"
+
+
+def _pixels_file(folder: Path, name: str) -> Path:
+    return folder / "queries" / f"{identity_hash({'query': name})}.png"
 
 
 def _write_scores(folder: Path, scores: Scores) -> None:
@@ -200,7 +202,6 @@ def _write_results(
     data: TrainingData,
     options: ReportOptions | None,
     identity: Mapping[str, Any],
-    attributor: Attributor,
     cut: int | None,
 ) -> None:
     rankings: dict[str, tuple[Sequence[str], Any]] = {each.query.name: (each.ids, each.scores) for each in results}
@@ -217,7 +218,7 @@ def _write_results(
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     if options is not None:
-        _write_page(folder, results=results, data=data, options=options, identity=identity, attributor=attributor)
+        _write_page(folder, results=results, data=data, options=options, identity=identity)
     write_manifest(
         folder,
         identity,
@@ -245,13 +246,12 @@ def _write_page(
     data: TrainingData,
     options: ReportOptions,
     identity: Mapping[str, Any],
-    attributor: Attributor,
 ) -> None:
     for scores in results:
-        with replacing(folder / "queries" / f"{_scores_file(folder, scores.query).stem}.png") as temporary:
+        with replacing(_pixels_file(folder, scores.query.name)) as temporary:
             Image.fromarray(scores.query.pixels).save(temporary, "PNG")
     pages = [page_of(scores, data, options) for scores in results]
-    method = str(attributor.identity()["method"])
+    method = str(identity["attributor"]["method"])
     write_report(
         folder / "report.html",
         title=options.title,
@@ -262,6 +262,7 @@ def _write_page(
             "Training images": f"{len(data.images):,}",
             "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
         },
+        notes=options.notes,
         methods_note="Shares of groups are of the influence above the median among the images shown; "
         "intervals are 95 % bootstrap.",
     )
@@ -277,3 +278,57 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not manifest.get("complete"):
         raise ValueError(f"{folder} is not complete: run the same command again, it goes on where it stopped.")
     return manifest
+
+
+def kept_queries(folder: Path) -> list[Query]:
+    """The queries of a finished run as it keeps them: name, prompt and pixels, with regions in the name only.
+
+    Raises:
+        ValueError: The run is not complete, or was made without a page.
+    """
+    queries = []
+    for name, prompt, *_ in read_run(folder)["identity"]["queries"]:
+        file = _pixels_file(folder, name)
+        if not file.is_file():
+            raise ValueError(f"{folder} keeps no image of query {name!r}: it was made without a page.")
+        with Image.open(file, formats=["PNG"]) as image:
+            queries.append(Query(name, prompt, np.asarray(image.convert("RGB"))))
+    return queries
+
+
+def kept_scores(folder: Path, queries: Sequence[Query], images: ImageSet) -> list[Scores]:
+    """The scores of a finished run.
+
+    Args:
+        folder: The run folder.
+        queries: Its queries, by their names.
+        images: The training images that it scored.
+
+    Raises:
+        ValueError: The run lacks a query's scores, or has those of other images.
+    """
+    results = []
+    for query in queries:
+        scores = _read_scores(folder, query, images)
+        if scores is None or len(scores.scores) != len(images):
+            raise ValueError(
+                f"{folder} does not hold scores of query {query.name!r} for these {len(images):,} images: they were "
+                "changed, or the run was not finished."
+            )
+        results.append(scores)
+    return results
+
+
+def rewrite_page(folder: Path, results: Sequence[Scores], data: TrainingData, options: ReportOptions) -> Path:
+    """Writes the page of a finished run once more.
+
+    Raises:
+        ValueError: The run is not complete, or is of other images.
+        StorageError: The page could not be written.
+    """
+    identity = read_run(folder)["identity"]
+    ids = identity_hash({"of": data.images.fingerprint, "ids": list(data.images.ids)})
+    if identity["training_pictures"] != ids:
+        raise ValueError(f"{folder} is a run over other training images than these: they were changed since.")
+    _write_page(folder, results=results, data=data, options=options, identity=identity)
+    return folder / "report.html"

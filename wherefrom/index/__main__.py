@@ -1,32 +1,50 @@
-"""Takes images down from an index on disk.
+"""`wherefrom index`: removes images from a search index on disk, restores them, and lists what was removed.
 
-python -m wherefrom.index remove FOLDER ID …                  # never found again, nor when they are added again
-python -m wherefrom.index remove FOLDER --file take_downs.txt # one id a line
-python -m wherefrom.index restore FOLDER ID …                 # may be added again
-python -m wherefrom.index removed FOLDER                      # what was taken down
+`python -m wherefrom.index` is its name of earlier releases.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from wherefrom.index.index import Index
 from wherefrom.runtime.cli_errors import mistakes_in_one_line
 
+EXAMPLES = """\
+examples:
 
-def parser() -> argparse.ArgumentParser:
+  {prog} remove INDEX ID ID
+
+  {prog} remove INDEX --file removed.txt
+
+  {prog} restore INDEX ID
+
+  {prog} removed INDEX
+"""
+
+
+def parser(prog: str = "wherefrom index") -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = root.add_subparsers(dest="command", required=True)
-    for name, what in (("remove", "takes images down"), ("restore", "lets them be added again")):
-        changing = commands.add_parser(name, help=what)
-        changing.add_argument("folder", type=Path, help="the index")
-        changing.add_argument("ids", nargs="*", help="ids of images")
+    root = argparse.ArgumentParser(
+        prog=prog,
+        description="Remove images from a search index, restore them, and list what was removed.",
+        epilog=EXAMPLES.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in (
+        ("remove", "images are never found again, nor when they are added again"),
+        ("restore", "removed images may be added again"),
+    ):
+        changing = commands.add_parser(name, help=what, description=what)
+        changing.add_argument("folder", type=Path, metavar="INDEX", help="the index")
+        changing.add_argument("ids", nargs="*", metavar="ID", help="ids of images")
         changing.add_argument("--file", type=Path, help="a file with one id a line, besides")
-    listing = commands.add_parser("removed", help="what was taken down")
-    listing.add_argument("folder", type=Path, help="the index")
+    listing = commands.add_parser("removed", help="list what was removed", description="list what was removed")
+    listing.add_argument("folder", type=Path, metavar="INDEX", help="the index")
     return root
 
 
@@ -34,7 +52,7 @@ def change(options: argparse.Namespace) -> None:
     """`remove` and `restore`.
 
     Raises:
-        ValueError: No image is named, or one to restore was not taken down.
+        ValueError: No image is named, or one to restore was not removed.
     """
     listed = [] if options.file is None else options.file.read_text().splitlines()
     ids = [name for name in (*options.ids, *listed) if name]
@@ -49,14 +67,25 @@ def change(options: argparse.Namespace) -> None:
     print(f"{len(index):,} images can be found; {len(index.removed):,} were taken down")
 
 
+def run(words: Sequence[str] | None, prog: str = "wherefrom index") -> None:
+    """Runs the command line.
+
+    Raises:
+        ValueError: See `change`.
+        FileNotFoundError: There is no such index or file.
+    """
+    options = parser(prog).parse_args(words)
+    if options.command == "removed":
+        print("\n".join(sorted(Index(options.folder).removed)))
+    else:
+        change(options)
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line; a user's mistake is one line, not a traceback."""
-    options = parser().parse_args(args)
+    """`python -m wherefrom.index`: a user's mistake is one line, not a traceback."""
+    print("python -m wherefrom.index is now: wherefrom index", file=sys.stderr)
     with mistakes_in_one_line(called_from_python=args is not None):
-        if options.command == "removed":
-            print("\n".join(sorted(Index(options.folder).removed)))
-        else:
-            change(options)
+        run(args)
 
 
 if __name__ == "__main__":

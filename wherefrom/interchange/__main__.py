@@ -1,14 +1,12 @@
-"""Turns files of other projects into what is used here, and back.
+"""`wherefrom convert`: turns files of other projects into what is used here, and back.
 
-python -m wherefrom.interchange fastgda-teacher data/coco teachers/coco      # rankings and features, for train.py fit
-python -m wherefrom.interchange fastgda-ranker weights/dino.pth rankers/dino # a ranker
-python -m wherefrom.interchange to-fastgda-ranker rankers/dino dino.pth      # and back
-python -m wherefrom.interchange pickle influence_0.pkl influence_0.npz       # arrays of a pickle, which is never run
+`python -m wherefrom.interchange` is its name of earlier releases.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,17 +27,40 @@ from wherefrom.interchange.safe_pickle import flattened, read_pickle
 from wherefrom.runtime.artifacts import MANIFEST, check_identity, hash_file, replacing
 from wherefrom.runtime.cli_errors import mistakes_in_one_line
 
+EXAMPLES = """\
+examples:
 
-def parser() -> argparse.ArgumentParser:
+  {prog} fastgda-teacher data/coco teachers/coco
+
+  {prog} fastgda-ranker weights/dino.pth rankers/dino
+
+  {prog} to-fastgda-ranker rankers/dino dino.pth
+
+  {prog} pickle influence_0.pkl influence_0.npz
+"""
+
+
+def parser(prog: str = "wherefrom convert") -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = root.add_subparsers(dest="command", required=True)
+    root = argparse.ArgumentParser(
+        prog=prog,
+        description="Turn files of other projects into what is used here, and back.",
+        epilog=EXAMPLES.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     teacher = commands.add_parser("fastgda-teacher", help="FastGDA's rankings and features into a teacher set")
     teacher.add_argument("folder", type=Path, help="FastGDA's data/coco")
     teacher.add_argument("output", type=Path, help="folder of the teacher set")
     teacher.add_argument("--part", choices=("train", "test"), default="train", help="which queries")
     teacher.add_argument("--features", nargs="+", help="types of features; without it all that are there")
-    teacher.add_argument("--images", type=Path, help="Parquet table: image, caption, in the training set's order")
+    teacher.add_argument(
+        "--images",
+        "--pictures",
+        dest="images",
+        type=Path,
+        help="Parquet table: image, caption, in the training set's order",
+    )
     teacher.add_argument("--queries", type=Path, help="Parquet table: query, prompt, in the queries' order")
     ranker = commands.add_parser("fastgda-ranker", help="a checkpoint of FastGDA's into a ranker")
     ranker.add_argument("file", type=Path, help="the .pth file")
@@ -111,17 +132,28 @@ def _write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line; a user's mistake is one line, not a traceback."""
-    options = parser().parse_args(args)
-    run = {
+def run(words: Sequence[str] | None, prog: str = "wherefrom convert") -> None:
+    """Runs the command line.
+
+    Raises:
+        ValueError: See the conversions.
+        OSError: A file could not be read or written.
+    """
+    options = parser(prog).parse_args(words)
+    convert = {
         "fastgda-teacher": convert_teacher,
         "fastgda-ranker": convert_ranker,
         "to-fastgda-ranker": convert_back,
         "pickle": convert_pickle,
     }[options.command]
+    convert(options)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """`python -m wherefrom.interchange`: a user's mistake is one line, not a traceback."""
+    print("python -m wherefrom.interchange is now: wherefrom convert", file=sys.stderr)
     with mistakes_in_one_line(called_from_python=args is not None):
-        run(options)
+        run(args)
 
 
 if __name__ == "__main__":

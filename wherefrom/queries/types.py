@@ -83,6 +83,12 @@ class Scores:
     parts: Mapping[str, Float[NDArray[np.float64], " n"]] = field(default_factory=dict)
     estimates: Estimates | None = None
 
+    def __repr__(self) -> str:
+        """One line: the query, how many images were scored, and the first."""
+        first = f", the first is {self.top(1)[0][0]!r}" if len(self.ids) else ""
+        said = f", {self.query.prompt!r}" if self.query.prompt else ""
+        return f"<{type(self).__name__} of {self.query.name!r}{said}: {len(self.ids):,} training images{first}>"
+
     def top(self, count: int) -> list[tuple[str, float]]:
         """The (id, score) pairs of the most influential images, the first first."""
         return [

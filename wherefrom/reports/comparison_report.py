@@ -17,6 +17,7 @@ from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.measured_cost import Cost
 
 _QUERY = 128
+_NOTE = 2000  # longest warning shown, in characters
 
 
 _STYLE = """
@@ -98,6 +99,7 @@ def write_comparison_report(
             "header",
             tag("h1", foreign(options.title)),
             tag("p", "The same generated images by several methods: the highest-ranked of each.", class_="lead"),
+            *(tag("p", foreign(note, _NOTE)) for note in options.notes),
         ),
         tag("h2", "What each costs"),
         _rows(cost_titles, table),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -30,11 +30,13 @@ class ReportOptions:
         top: Training images shown for each query, and counted in the shares of groups.
         groups: Columns of the data set whose shares are shown; None takes all with 2 to 50 values.
         title: Title of the page.
+        notes: Warnings for the whole page, such as that the scores are a quick look.
     """
 
     top: int = 20
     groups: list[str] | None = None
     title: str = "Where did these images come from?"
+    notes: list[str] = field(default_factory=list)
 
     def columns(self, images: ImageSet) -> list[str]:
         """The group columns.

@@ -1,10 +1,36 @@
-"""What command lines share."""
+"""Errors of command lines and of the library's short way in: one line each, in the words of the interface in use."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+
+def in_words_of(message: str, words: Mapping[str, str]) -> str:
+    """A message with the names of options replaced, the longest first, so that no name is cut."""
+    for name in sorted(words, key=len, reverse=True):
+        message = message.replace(name, words[name])
+    return message
+
+
+@contextmanager
+def option_names(words: Mapping[str, str]) -> Iterator[None]:
+    """Lets errors from inside the block name the options of the interface that the user is using.
+
+    Args:
+        words: What the library calls an option -> what this interface calls it.
+
+    Raises:
+        ValueError: The block's, with its message in the interface's words and the original one as its cause.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = in_words_of(str(error), words)
+        if message == str(error) or len(error.args) != 1:
+            raise
+        raise type(error)(message) from error
 
 
 @contextmanager

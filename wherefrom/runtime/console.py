@@ -5,18 +5,14 @@ And an estimate before it starts.
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 from tqdm import tqdm
-
-if TYPE_CHECKING:  # attributors show their progress by this module
-    pass
 
 
 class Console:
@@ -59,6 +55,10 @@ def duration(seconds: float) -> str:
 
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which only Unix has
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -47,3 +47,19 @@ def require_peft(why: str) -> ModuleType:
         raise ImportError(
             f"{why} needs peft, which is not installed: pip install 'wherefrom[lora]'.", name="peft"
         ) from error
+
+
+def require_pandas() -> ModuleType:
+    """The module `pandas`, which notebooks have and nothing else here needs.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        return importlib.import_module("pandas")
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        raise ImportError(
+            "A table of scores needs pandas, which is not installed: pip install 'wherefrom[notebook]'.", name="pandas"
+        ) from error

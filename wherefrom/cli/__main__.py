@@ -1,0 +1,5 @@
+"""`python -m wherefrom.cli`, for `torchrun -m` and where scripts are not on the path."""
+
+from wherefrom.cli.entry import main
+
+main()

@@ -1,0 +1,86 @@
+"""Pages of run folders once more, from the scores that they keep."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from wherefrom.cli.attribution_commands import inputs_of, report_options
+from wherefrom.cli.run_file import RECORD, Request, read_request
+from wherefrom.commands.attribute import kept_queries, kept_scores, rewrite_page
+from wherefrom.commands.compare import COST, REPORT
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
+from wherefrom.queries.types import Query, TrainingData
+from wherefrom.reports.comparison_report import write_comparison_report
+from wherefrom.runtime.artifacts import MANIFEST, Store
+from wherefrom.runtime.measured_cost import Cost
+
+_COUNTERFACTUAL = "counterfactual.json"
+
+
+def rewrite(folder: Path, *, top: int | None, title: str | None, store: str) -> list[Path]:
+    """Writes the pages of a run folder.
+
+    Args:
+        folder: A run folder of `attribute`, `compare` or the counterfactual evaluation.
+        top: Training images of each query; None is as in the run.
+        title: Title of the page; None is as in the run.
+        store: Where the training images are kept.
+
+    Raises:
+        ValueError: The folder holds no finished run, or its training images are not there any more.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give a run folder.")
+    if (folder / _COUNTERFACTUAL).is_file():
+        from wherefrom.counterfactual.report import write_counterfactual_report
+
+        return list(write_counterfactual_report(folder))
+    if not (folder / RECORD).is_file():
+        raise ValueError(
+            f"{folder} holds no {RECORD}: it is not a run of wherefrom attribute or compare. A run of evaluate.py "
+            "writes its page when the same command is given again."
+        )
+    changes = {key: value for key, value in (("top", top), ("title", title)) if value is not None}
+    request = Request(**{**read_request(folder / RECORD), **changes})
+    if request.top < 1:
+        raise ValueError(f"--top must be at least 1; given {request.top}.")
+    single = (folder / MANIFEST).is_file()
+    runs = [folder] if single else [folder / Path(name).stem for name in request.method]
+    missing = [run for run in runs if not (run / MANIFEST).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} holds no finished run: give the run's command again, it goes on.")
+    queries = [_with_region(query, request) for query in kept_queries(runs[0])]
+    data = _training_images(request, queries[0].pixels.shape[0], store)
+    options = report_options(request)
+    results = {run.name: kept_scores(run, queries, data.images) for run in runs}
+    pages = [rewrite_page(run, results[run.name], data, options) for run in runs]
+    if single:
+        return pages
+    costs = {run.name: Cost(**json.loads((run / COST).read_text())) for run in runs}
+    write_comparison_report(folder / REPORT, results, costs, data.images, options)
+    return [folder / REPORT, *pages]
+
+
+def _with_region(query: Query, request: Request) -> Query:
+    """The query with the region that its name ends with."""
+    height, width = query.pixels.shape[:2]
+    for each in inputs_of(request)[1].regions:
+        region = each.read((height, width))
+        if query.id.endswith(f", {region.name}"):
+            return replace(query, id=query.id.removesuffix(f", {region.name}"), region=region)
+    return query
+
+
+def _training_images(request: Request, size: int, store: str) -> TrainingData:
+    """The images of the run's folder, from the store where they are there."""
+    folder = Path(request.images)
+    if not folder.is_dir():
+        raise ValueError(f"images: the run's folder {request.images!r} is not there any more.")
+    options = ImageFolderOptions(size=size, caption=request.caption)
+    every = build_image_folder(Store(store), folder, options)
+    if "split" not in every.columns:
+        return TrainingData(every)
+    held_out = every.where("split", "validation")
+    return TrainingData(every.where("split", "train"), held_out=held_out if len(held_out) else None)

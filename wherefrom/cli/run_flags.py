@@ -1,0 +1,117 @@
+"""The flags of `attribute` and `compare`, and the request that they make of a file and themselves."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wherefrom.cli.entry import Help
+from wherefrom.cli.run_file import DEFAULT_METHOD, Request, parse_settings, read_request
+
+DETAILS = """\
+queries:
+  --query FILE --prompt TEXT   an image and the prompt that made it
+  --query FILE                 an image whose prompt is not known
+  --prompt TEXT                no image: it is drawn from the model
+  Repeat them for several queries. A --prompt belongs to the --query just before it;
+  one that follows another --prompt, or stands first, is drawn.
+
+images:
+  A folder with images and metadata.jsonl, .csv or .parquet: a column file_name, a column text
+  (see --caption), and further ones such as license and author. Rows whose split is
+  validation were never trained on: p-values are measured against them.
+
+file:
+  -c FILE.yaml holds the same by these keys; flags win over it:
+    model: MODEL
+    images: FOLDER
+    queries: [{image: generated.png, prompt: a red bus}, {prompt: a fox}]
+    method: abu_plus
+    settings: {unlearning.noise_samples: 500}
+
+several devices:
+  torchrun --nproc-per-node 2 -m wherefrom.cli COMMAND ...
+"""
+
+
+class Asked(argparse.Action):
+    """Collects `--query` and `--prompt` in their order: a prompt belongs to the query just before it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Begins a query, or gives the last one its prompt."""
+        asked: list[dict[str, str]] = list(getattr(namespace, "asked", None) or [])
+        if option == "--query":
+            asked.append({"image": values})
+        elif asked and "image" in asked[-1] and "prompt" not in asked[-1]:
+            asked[-1] = {**asked[-1], "prompt": values}
+        elif not values.strip():
+            parser.error("--prompt: an image cannot be drawn from an empty prompt.")
+        else:
+            asked.append({"prompt": values})
+        namespace.asked = asked
+
+
+def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser:
+    """The flags of a command that asks a model about queries."""
+    made = argparse.ArgumentParser(
+        prog=f"wherefrom {command}",
+        description=f"{line[0].upper()}{line[1:]}.",
+        epilog=f"example:\n\n  {example}\n\n{DETAILS}",
+        formatter_class=Help,
+        usage=f"wherefrom {command} --model MODEL --images FOLDER [--query FILE] [--prompt TEXT] [options]",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("-c", "--config", metavar="FILE", help="a YAML file; see below")
+    add("--model", metavar="MODEL", help="a diffusers pipeline: folder or hub id")
+    add("--images", metavar="FOLDER", help="the training images with their captions; see below")
+    add("--query", action=Asked, dest="asked", metavar="FILE", help="an image to attribute")
+    add("--prompt", action=Asked, dest="asked", metavar="TEXT", help="its prompt; or alone, to draw an image")
+    several = "; repeat it for each" if command == "compare" else ""
+    add(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help=f"a name of `wherefrom methods`, or a YAML file{several} (default: {DEFAULT_METHOD})",
+    )
+    add("--set", action="append", metavar="KEY=VALUE", help="change a setting, as unlearning.noise_samples=500")
+    add("--quick", action="store_true", help="a first look: few timesteps and noise samples")
+    add("--output", metavar="RUN", help="the run folder (default: one below wherefrom-runs)")
+    add("--store", metavar="FOLDER", help="where what is computed once is kept (default: cache)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--resize", action="store_true", help="bring query images to the model's size")
+    add("--caption", metavar="COLUMN", help="the metadata's caption column (default: text)")
+    add("--seed", type=int, metavar="N", help="seed of drawn images (default: 0)")
+    add("--sampling-steps", type=int, metavar="N", help="sampling steps of drawn images (default: 50)")
+    add("--guidance", type=float, metavar="X", help="classifier-free guidance of drawn images (default: 2)")
+    add("--eta", type=float, metavar="X", help="0 is DDIM, 1 with all timesteps DDPM (default: 0)")
+    add("--top", type=int, metavar="N", help="training images that the page shows (default: 20)")
+    add("--group", action="append", dest="groups", metavar="COLUMN", help="show shares of this column's groups")
+    add("--title", metavar="TEXT", help="title of the page")
+    return made
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """The file's values and the flags, which win.
+
+    Raises:
+        ValueError: The file or a setting cannot be used.
+    """
+    values: dict[str, Any] = read_request(Path(options.config)) if "config" in options else {}
+    given = {key: value for key, value in vars(options).items() if key not in ("config", "asked", "set")}
+    values |= {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if "asked" in options:
+        values["queries"] = tuple(options.asked)
+    if "set" in options:
+        values["settings"] = {**(values.get("settings") or {}), **parse_settings(options.set)}
+    return Request(**values)
+
+
+def request_from(command: str, line: str, example: str, words: Sequence[str]) -> Request:
+    """The request of a command's words."""
+    return request_of(run_parser(command, line, example).parse_args(list(words)))

@@ -1,0 +1,309 @@
+"""What a run over a folder of images works with: model, training images, queries; made without Lightning."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from wherefrom.attributors.base import Attributor
+from wherefrom.data.encoded_images import encode_image_set, report_cut
+from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, draw
+from wherefrom.data.image_set import ImageSet
+from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.pipeline import load_model, model_from_pipeline
+from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
+from wherefrom.queries.types import Query, TrainingData
+from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.console import Console
+from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.tensor_hash import hash_tensors
+
+QueryInput = str | tuple[Any, str]
+
+
+@dataclass(frozen=True)
+class AttributionOptions:
+    """How images are attributed.
+
+    Attributes:
+        settings: Values that replace the method's own, such as `{"unlearning.noise_samples": 500}`.
+        quick: A first look: few timesteps and noise samples.
+        store: Folder for what is computed once.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
+        resize: Bring query images to the model's size instead of refusing other sizes.
+        regions: Parts of the queries (`of` names the file or the prompt), each scored after its whole image.
+        caption: Name of the caption column of the folder's metadata.
+        seed: Seed of images that are drawn from prompts.
+        sampling_steps: Sampling steps of these.
+        guidance: Classifier-free guidance of these.
+        eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        progress: Show on stderr what is being done, and bars.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    quick: bool = False
+    store: str | Path = "cache"
+    device: str | None = None
+    resize: bool = False
+    regions: Sequence[QueryRegion] = ()
+    caption: str = "text"
+    seed: int = 0
+    sampling_steps: int = 50
+    guidance: float = 2.0
+    eta: float = 0.0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sampling_steps < 1:
+            raise ValueError(f"sampling_steps must be at least 1; given {self.sampling_steps}.")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance must be a number from 0 on; given {self.guidance}.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a run works with; see `prepare_run`."""
+
+    model: DiffusionModel
+    data: TrainingData
+    queries: list[Query]
+    store: Store
+    runner: Runner
+    console: Console
+
+
+def image_size(model: DiffusionModel) -> int:
+    """Side in pixels of the images that a model draws: its latents' side times the autoencoder's reduction.
+
+    Raises:
+        ValueError: The model has no encoder.
+    """
+    if model.encoder is None:
+        raise ValueError("The model has no encoder, so the size of its images is not known.")
+    config: Any = model.denoiser.config
+    reduction: int = 2 ** (len(model.encoder.vae.config.block_out_channels) - 1)
+    return int(config.sample_size) * reduction
+
+
+def latent_shape(model: DiffusionModel) -> tuple[int, int, int]:
+    """(C, H, W) of the model's latents."""
+    config: Any = model.denoiser.config
+    return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+
+
+def open_model(model: Any) -> DiffusionModel:
+    """A model, a loaded pipeline's model, or the model at a path or hub id.
+
+    Raises:
+        ValueError: It is none of these, or of a kind that is not supported.
+        OSError: There is no pipeline at that path.
+    """
+    if isinstance(model, DiffusionModel):
+        return model
+    if isinstance(model, str | Path):
+        # A name with a slash could be a hub id; what looks like a place on disk is not asked for there.
+        path = Path(model)
+        if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
+            raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
+        return load_model(str(model))
+    if not hasattr(model, "components"):
+        raise ValueError(
+            f"model: a {type(model).__name__} is no model; give a loaded diffusers pipeline, the folder or hub id of "
+            "one, or a DiffusionModel."
+        )
+    return model_from_pipeline(model)
+
+
+def read_training_data(
+    images: str | Path | ImageSet,
+    *,
+    model: DiffusionModel,
+    options: AttributionOptions,
+    store: Store,
+    encode: bool,
+    console: Console,
+) -> TrainingData:
+    """The training images at the model's size, and the images of the validation split: the null.
+
+    Args:
+        images: A folder in Hugging Face's `imagefolder` layout, or images.
+        model: The model that was trained on them.
+        options: Names the caption column.
+        store: Where images and latents are kept.
+        encode: Whether the method needs latents.
+        console: Shows what is being read and encoded.
+
+    Raises:
+        ValueError: The folder or an image cannot be used, or none of the images is for training.
+    """
+    size = image_size(model)
+    every = images
+    if not isinstance(every, ImageSet):
+        how = ImageFolderOptions(size=size, caption=options.caption)
+        every = build_image_folder(store, Path(every), how, console.progress)
+    if tuple(every.pixels.shape[1:3]) != (size, size):
+        height, width = every.pixels.shape[1:3]
+        raise ValueError(f"images: they are {width} × {height} pixels, the model's are {size} × {size}.")
+    split = "split" in every.columns
+    train = every.where("split", "train") if split else every
+    held_out = every.where("split", "validation") if split else None
+    if not len(train):
+        raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
+    held_out = held_out if held_out is not None and len(held_out) else None
+    if not encode:
+        return TrainingData(train, None, held_out, None)
+    assert model.encoder is not None
+    made = [
+        None
+        if each is None
+        else encode_image_set(each, encoder=model.encoder, store=store, progress=console.progress, log=console.log)
+        for each in (train, held_out)
+    ]
+    return TrainingData(train, made[0], held_out, made[1])
+
+
+def check_query_files(queries: Iterable[QueryInput]) -> None:
+    """Refuses queries that are of no use before anything long, such as loading a model.
+
+    Raises:
+        ValueError: There are none, one is of another form, or a file is missing.
+    """
+    listed = list(queries)
+    if not listed:
+        raise ValueError("queries: there are none; give image files with their prompts, or prompts to draw.")
+    for query in listed:
+        if isinstance(query, str):
+            continue
+        pair: Any = query
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str)):
+            raise ValueError(
+                f"queries: {query!r} is neither a prompt nor an (image, prompt) pair; an unknown prompt is ''."
+            )
+        if isinstance(query[0], str | Path) and not Path(query[0]).is_file():
+            raise ValueError(f"queries: there is no image file {str(query[0])!r}.")
+
+
+def _read(image: Any, prompt: str, size: int, resize: bool) -> Query:
+    """A query from a file, a PIL image or an array."""
+    if isinstance(image, str | Path):
+        return read_query(QueryImage(str(image), prompt), (size, size), resize)
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(
+                f"queries: an image is a file, a PIL image or a uint8 array (H, W, 3); given {array.dtype} of shape "
+                f"{array.shape}."
+            )
+        image = Image.fromarray(array)
+    stream = io.BytesIO()
+    try:
+        image.save(stream, "PNG")
+        stream.seek(0)
+        pixels = draw(stream, size if resize else None)
+    except UNREADABLE as error:
+        raise ValueError(f"queries: a PIL image of mode {image.mode} cannot be used: {error}.") from error
+    if pixels.shape[:2] != (size, size):
+        raise ValueError(
+            f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, the model's images are {size} × "
+            f"{size}. Resize it, or set queries.resize: true to use its largest centred square."
+        )
+    return Query(f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}", prompt, pixels)
+
+
+def make_query_list(
+    model: DiffusionModel,
+    queries: Sequence[QueryInput],
+    *,
+    options: AttributionOptions,
+    console: Console,
+    keep_trajectory: bool = False,
+) -> list[Query]:
+    """The queries in their order, each followed by its regions; files are read before anything is drawn.
+
+    Raises:
+        ValueError: An image or a region cannot be used, or an image is given twice.
+    """
+    size = image_size(model)
+    assert model.encoder is not None
+    report_cut(model.encoder.text, [each if isinstance(each, str) else each[1] for each in queries], "prompts")
+    read = {n: _read(*each, size, options.resize) for n, each in enumerate(queries) if not isinstance(each, str)}
+    names = [query.id for query in read.values()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"queries: the image {twice[0]} is given twice; results are told apart by it.")
+    sources = [each if isinstance(each, str) else str(each[0]) for each in queries]
+    regions = read_regions(options.regions, sources, (size, size))
+    places = [n for n, each in enumerate(queries) if isinstance(each, str)]
+    if places:
+        console.log("drawing the queries")
+    drawn = generate(
+        model,
+        prompts=[sources[n] for n in places],
+        seed=options.seed,
+        shape=latent_shape(model),
+        sampling_steps=options.sampling_steps,
+        guidance=options.guidance,
+        eta=options.eta,
+        progress=console.progress,
+        keep_trajectory=keep_trajectory,
+    )
+    whole = {**read, **dict(zip(places, drawn, strict=True))}
+    return [query for n, of in enumerate(sources) for query in with_regions(of, whole[n], regions)]
+
+
+def prepare_run(
+    model: Any,
+    *,
+    images: str | Path | ImageSet,
+    queries: Sequence[QueryInput],
+    methods: Iterable[Attributor],
+    options: AttributionOptions,
+    runner: Runner,
+) -> PreparedRun:
+    """Loads the model, reads and encodes the training images, and reads or draws the queries.
+
+    Args:
+        model: See `open_model`.
+        images: See `read_training_data`.
+        queries: (image, prompt) pairs, and prompts to draw; an image is a file, a PIL image or a uint8 array.
+        methods: Who will be asked; decides what is needed.
+        options: How.
+        runner: This process's place.
+
+    Raises:
+        ValueError: The model, the images or a query cannot be used; the message says why.
+        OSError: There is no pipeline at that path.
+    """
+    check_query_files(queries)
+    if not isinstance(images, ImageSet) and not Path(images).is_dir():
+        raise ValueError(f"images: there is no folder {str(images)!r}.")
+    needs = frozenset(need for method in methods for need in method.requires)
+    console, store = Console(options.progress and runner.is_main), Store(options.store)
+    console.log("loading the model")
+    opened = open_model(model).to(runner.device)
+    made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
+    console.log("reading the training images")
+    encode = bool(needs & {"model", "gradients", "trajectory"})
+
+    def read() -> TrainingData:
+        return read_training_data(images, model=opened, options=options, store=store, encode=encode, console=console)
+
+    if runner.is_main and runner.world_size > 1:
+        read()  # the others find it in the store
+    runner.barrier()
+    data = read()
+    return PreparedRun(opened, data, made, store, runner, console)
