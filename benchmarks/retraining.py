@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 
+import train
 from lightning_modules.launch.recipe import Recipe
 from wherefrom.counterfactual.retraining import Retrain
 from wherefrom.runtime.artifacts import write_json
@@ -73,8 +74,8 @@ def main() -> None:
         for place in (first, folder):
             place.mkdir()
         # A model of one step before: images, latents and libraries are then where a sweep's next model finds them.
-        Recipe(with_profiler(options.recipe, first, 1), options.store).train(Retrain((), 0), first)
-        recipe = Recipe(with_profiler(options.recipe, folder, options.steps), options.store)
+        Recipe(with_profiler(options.recipe, first, 1), options.store, train.main).train(Retrain((), 0), first)
+        recipe = Recipe(with_profiler(options.recipe, folder, options.steps), options.store, train.main)
         started = time.monotonic()
         recipe.train(Retrain((), 0), folder)
         wall = time.monotonic() - started

@@ -67,7 +67,9 @@ class Census:
 
 
 class ImageDataModule(LightningDataModule):
-    """Base of the data modules: subclasses say where the images come from (`load`).
+    """Training and held-out images with captions, and training batches of them.
+
+    A subclass says where the images come from (`load`).
 
     Without an encoder the batches are pixels (for the autoencoder); with one they are latents and caption states,
     computed once and kept in the store.

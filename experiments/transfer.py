@@ -22,6 +22,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 import evaluate
+import train
 from experiments.near_duplicates import data_module
 from experiments.ranker_table import BOTH, TRAIN, Variant, average_precisions, cosines_of, matrix_of, train_one
 from lightning_modules.launch.recipe import Recipe
@@ -37,7 +38,7 @@ BANK = "configs/attributor/influence_bank_quick.yaml"
 
 def second_model(seed: int, store: Store) -> Path:
     """The pipeline of another seed, trained now if the store has none."""
-    recipe = Recipe(RECIPE, store.root)
+    recipe = Recipe(RECIPE, store.root, train.main)
     latents = data_module(recipe.config["data"], store).train_latents
     retrains = Retrains(store, recipe.identity(), latents.ids, latents.fingerprint, recipe.train)
     retrains.model(Retrain((), seed))

@@ -68,7 +68,7 @@ class Sweep:
         module.prepare_data()
         module.setup()
         self.data = runs.training_data_of(module)
-        recipe, self.trained = Recipe(recipe_file, store), []
+        recipe, self.trained = Recipe(recipe_file, store, train.main), []
         assert self.data.latents is not None
 
         def train_one(retrain: Retrain, place: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import train
 from lightning_modules.launch.recipe import Recipe
 from tests.counterfactual.test_evaluate import SOURCE, Sweep
 from tests.support.tiny import training_config
@@ -220,7 +221,7 @@ class Killed:
                 log.write("killed\n")
             time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
-        Recipe(self.recipe_file, self.folder / "store").train(retrain, place)
+        Recipe(self.recipe_file, self.folder / "store", train.main).train(retrain, place)
 
 
 def test_workers_that_make_no_sense_are_refused() -> None:
