@@ -1,4 +1,4 @@
-"""A training experiment as a recipe: what decides its weights, and how to train it again on a part of the images."""
+"""A training experiment as a recipe: the identity of its weights, and retraining on a part of the images."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Recipe:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights, but for seed and images."""
+        """Settings that decide the weights, but for seed and images."""
         model = dict(self.config["model"]["init_args"])
         start = model.get("init_from")
         return {

@@ -28,6 +28,15 @@ KEYS: Mapping[tuple[str, str], str] = {
     ("fisher", "visits"): "samples_per_image",
     ("queries", "pictures"): "images",
 }
+# Of the counterfactual evaluation; they join `KEYS` together with the new names of `Protocol`'s fields.
+KEYS_OF_PROTOCOL: Mapping[tuple[str, str], str] = {
+    ("protocol", "pools"): "query_groups",
+    ("protocol", "ladder"): "random_removal_curve",
+    ("protocol", "ladder_draws"): "random_removal_samples",
+    ("protocol", "after"): "reattributed_queries",
+    ("protocol", "groups"): "additivity_groups",
+    ("protocol", "greedy"): "iterative_removal_rounds",
+}
 # Bare class names.
 CLASSES: Mapping[str, str] = {"Fast": "LearnedRanker", "AmongNearest": "Rerank", "BySize": "Magnitude"}
 # Modules that YAML named classes of.
