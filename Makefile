@@ -34,11 +34,11 @@ demo-table: setup ## the README's table, rebuilt from nothing (up to an hour, re
 	$(RUN) -m experiments.method_table --methods abu caption pixel random \
 		--output runs/demo_table --results runs/demo_table/table.json
 
-train: setup ## train the emoji world's autoencoder and diffusion model (hours)
-	$(RUN) train.py fit -c configs/experiment/emoji_autoencoder.yaml
-	$(RUN) train.py fit -c configs/experiment/emoji_decoder.yaml
-	$(RUN) train.py fit -c configs/experiment/emoji_decoder_noise.yaml
-	$(RUN) train.py fit -c configs/experiment/emoji_diffusion.yaml
+train: setup ## train the emoji world's autoencoder and diffusion model into weights/emoji (hours)
+	$(RUN) train.py fit -c configs/experiment/emoji_autoencoder.yaml --weights weights/emoji/vae
+	$(RUN) train.py fit -c configs/experiment/emoji_decoder.yaml --weights weights/emoji/vae
+	$(RUN) train.py fit -c configs/experiment/emoji_decoder_noise.yaml --weights weights/emoji/vae
+	$(RUN) train.py fit -c configs/experiment/emoji_diffusion.yaml --weights weights/emoji
 
 test: setup ## run the tests; the ten slowest come last
 	$(RUN) -m pytest -q -n auto --dist loadfile --durations=10

@@ -1,19 +1,53 @@
 """Trains any module of `lightning_modules` on any data set of `datamodules`.
 
 python train.py fit -c configs/experiment/emoji_diffusion.yaml
-python train.py fit -c configs/experiment/emoji_diffusion.yaml --ckpt_path runs/emoji_diffusion/last.ckpt  # go on
+python train.py fit -c configs/experiment/emoji_diffusion.yaml --ckpt_path runs/emoji_diffusion/checkpoints/last.ckpt
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import callbacks
 import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
+from lightning_modules.launch.committed import places_of_training, refuse_committed
+from wherefrom.runtime.cli_errors import mistakes_in_one_line
+from wherefrom.runtime.renamed_settings import accepting_old_names
+
+
+class CommandLine(LightningCLI):
+    """Lightning's command line, which accepts old names and writes committed weights only where `--weights` asks."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--weights`."""
+        parser.add_argument(
+            "--weights", type=str | None, help="save the trained model here instead of model.init_args.save_to"
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the words, and refuses to write to the checkout's weights/ or results/ unless they name it."""
+        words = sys.argv[1:] if args is None else args
+        if not isinstance(words, list):
+            super().parse_arguments(parser, args)
+            return
+        with mistakes_in_one_line(called_from_python=args is not None):
+            self._parse_words(parser, words)
+
+    def _parse_words(self, parser: LightningArgumentParser, words: list[str]) -> None:
+        with accepting_old_names(words) as current:
+            super().parse_arguments(parser, current)
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        weights = config.pop("weights", None)  # asks for this run only: the saved config.yaml does not hold it
+        if weights is not None:
+            config.model.init_args.save_to = weights
+        for name, place in places_of_training(config.as_dict()).items():
+            flags = [f"--{name}", "--model.save_to"] if " of " not in name else [f"--{name.split()[-1]}"]
+            refuse_committed(place, name, ["--weights", *flags] if name.endswith("save_to") else flags, current)
 
 
 def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
@@ -26,7 +60,7 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
     with warnings.catch_warnings():
         # Lightning suspects a mistake wherever a process with a command line of its own gives arguments, as sweeps do.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
-        return LightningCLI(
+        return CommandLine(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 
+import train
 from experiments.support.arguments import script_parser
 from lightning_modules.launch.recipe import Recipe
 from wherefrom.counterfactual.retraining import RetrainingJob
@@ -73,8 +74,8 @@ def main() -> None:
         for place in (first, folder):
             place.mkdir()
         # A model of one step before: images, latents and libraries are then where a sweep's next model finds them.
-        Recipe(with_profiler(options.recipe, first, 1), options.store).train(RetrainingJob((), 0), first)
-        recipe = Recipe(with_profiler(options.recipe, folder, options.steps), options.store)
+        Recipe(with_profiler(options.recipe, first, 1), options.store, train.main).train(RetrainingJob((), 0), first)
+        recipe = Recipe(with_profiler(options.recipe, folder, options.steps), options.store, train.main)
         started = time.monotonic()
         recipe.train(RetrainingJob((), 0), folder)
         wall = time.monotonic() - started

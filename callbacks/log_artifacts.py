@@ -1,4 +1,4 @@
-"""What a training made, and from what, as wandb's artifacts."""
+"""Lineage of trained models as W&B artifacts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LogArtifacts(Callback):
         self.upload = upload
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after the module has saved what it made."""
+        """Logs what the module saved, with its inputs."""
         saved = getattr(pl_module, "save_to", None)
         if saved is None or not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""How well a ranker finds what its teacher ranks first."""
+"""Retrieval metrics of a ranker against its teacher, after each validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's whole configuration, also for wandb."""
+"""Logging of a run's configuration to W&B."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 
 class LogConfig(SaveConfigCallback):
-    """Saves `config.yaml` as Lightning does, and gives wandb the same dictionary."""
+    """Saves `config.yaml` as Lightning does, and logs the same dictionary to W&B."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on rank 0 only."""

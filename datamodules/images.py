@@ -1,4 +1,4 @@
-"""What every data set of captioned images shares: keyed training batches of pixels or of cached latents."""
+"""Base of data modules of captioned images: keyed training batches of pixels or of cached latents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class KeyedLoader(DataLoader[Any]):
 
 @dataclass(frozen=True)
 class Census:
-    """What a data set will be, told before it is decoded.
+    """Sizes of a data set, counted before it is decoded.
 
     Attributes:
         training: Training images, before `exclude`.
@@ -67,7 +67,9 @@ class Census:
 
 
 class ImageDataModule(LightningDataModule):
-    """Base of the data modules: subclasses say where the images come from (`load`).
+    """Training and held-out images with captions, and training batches of them.
+
+    A subclass says where the images come from (`load`).
 
     Without an encoder the batches are pixels (for the autoencoder); with one they are latents and caption states,
     computed once and kept in the store.
@@ -130,7 +132,7 @@ class ImageDataModule(LightningDataModule):
                 self.latents_of(images, training)
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens what `prepare_data` left."""
+        """Opens the images and latents that `prepare_data` stored."""
         train, validation = self.load()
         kept = keep_indices(train.ids, read_ids(self.exclude))
         self.train_images, self.validation_images = train.subset(kept), validation

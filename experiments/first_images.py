@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
-from experiments.near_duplicates import data_module
+from experiments.support.data import data_module
 from wherefrom.counterfactual.datamodeling_experiment import RandomSubsets
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import Store, identity_hash, write_json
@@ -51,10 +51,12 @@ def beyond(
     return float(spearmanr(left, right).statistic)
 
 
-def cut(scores: Float[NDArray[np.float64], " n"], first: Sequence[int]) -> Float[NDArray[np.float64], " n"]:
+def cut(
+    scores: Float[NDArray[np.float64], " n"], first: Int[NDArray[np.int64], " k"]
+) -> Float[NDArray[np.float64], " n"]:
     """The scores of the named places; 0 elsewhere."""
     result = np.zeros_like(scores)
-    result[list(first)] = scores[list(first)]
+    result[first] = scores[first]
     return result
 
 
@@ -96,7 +98,7 @@ def of_method(
         leading: AbU+'s first images of each query.
     """
     found: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    seen = subsets.astype(np.float64)
+    seen: Any = subsets.astype(np.float64)
     for each, loss, theirs in zip(scores, losses, leading, strict=True):
         order = np.argsort(-each, kind="stable")
         found["all"].append(float(spearmanr(seen @ each, -loss).statistic))

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+import train
 from datamodules import Emoji
 from datamodules.images import ImageDataModule
 from experiments.known_answers import choose
@@ -132,7 +133,7 @@ def planted(
     Raises:
         ValueError: The experiment's data cannot have copies, or an original is not in its training set.
     """
-    config: dict[str, Any] = Recipe(file, store.root).config
+    config: dict[str, Any] = Recipe(file, store.root, train.main).config
     settings = config["data"]["init_args"]
     if "copies" not in settings:
         raise ValueError(f"{file} trains on {config['data']['class_path']}, which cannot plant copies; Emoji can.")
@@ -142,7 +143,7 @@ def planted(
     settings["copies"] = asdict(copies)
     with replacing(output / "recipe.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config))
-    return World(Recipe(output / "recipe.yaml", store.root), data_module(config["data"], store))
+    return World(Recipe(output / "recipe.yaml", store.root, train.main), data_module(config["data"], store))
 
 
 def judge_copies(

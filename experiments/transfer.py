@@ -19,6 +19,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 import evaluate
+import train
 from experiments.ranker_table import BOTH, TRAIN, Variant, average_precisions, cosines_of, matrix_of, train_one
 from experiments.support.arguments import script_parser
 from experiments.support.data import data_module
@@ -36,7 +37,7 @@ BANK = "configs/attributor/influence_bank_quick.yaml"
 
 def second_model(seed: int, store: Store) -> Path:
     """The pipeline of another seed, trained now if the store has none."""
-    recipe = Recipe(RECIPE, store.root)
+    recipe = Recipe(RECIPE, store.root, train.main)
     latents = data_module(recipe.config["data"], store).train_latents
     models = RetrainedModels(store, recipe.identity(), latents.ids, latents.fingerprint, recipe.train)
     models.model(RetrainingJob((), seed))

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import train
 from lightning_modules.launch.recipe import Recipe
 from wherefrom.commands.method_files import load_methods
 from wherefrom.models.diffusion import TRAINING_VERSION
@@ -27,7 +28,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("in_checkout")
 def test_the_recipe_of_the_committed_model_has_the_committed_identity(tmp_path: Path) -> None:
     kept = json.loads((ROOT / "weights" / "emoji_1k" / "manifest.json").read_text())["identity"]
-    assert Recipe("configs/experiment/emoji_1k.yaml", tmp_path).identity() == kept["recipe"]
+    assert Recipe("configs/experiment/emoji_1k.yaml", tmp_path, train.main).identity() == kept["recipe"]
     assert kept["training_version"] == TRAINING_VERSION
     assert identity_hash(kept) == "692fbe907d539f3b"
 
@@ -36,7 +37,7 @@ def test_the_recipe_of_the_committed_model_has_the_committed_identity(tmp_path: 
 def test_every_model_of_the_committed_table_is_of_this_recipe(tmp_path: Path) -> None:
     """The model of all images is in the table by the name that its identity has today."""
     kept = json.loads((ROOT / "weights" / "emoji_1k" / "manifest.json").read_text())["identity"]
-    today = {**kept, "recipe": Recipe("configs/experiment/emoji_1k.yaml", tmp_path).identity()}
+    today = {**kept, "recipe": Recipe("configs/experiment/emoji_1k.yaml", tmp_path, train.main).identity()}
     names = set(pq.read_table(RESULTS / "retrains.parquet", columns=["retrain"]).column("retrain").to_pylist())
     assert identity_hash(today) in names
 

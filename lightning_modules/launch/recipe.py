@@ -1,7 +1,8 @@
-"""A training experiment as a recipe: what decides its weights, and how to train it again on a part of the images."""
+"""A training experiment as a recipe: the identity of its weights, and retraining on a part of the images."""
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import logging
@@ -11,13 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import wandb
 import yaml
+from lightning.pytorch.cli import ArgsType, LightningCLI
 
-import train
 from wherefrom.counterfactual.retraining import PIPELINE, RetrainingJob
 from wherefrom.runtime.artifacts import hash_file
 from wherefrom.runtime.stable_names import stable
@@ -42,23 +43,33 @@ def _quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
+class TrainMain(Protocol):
+    """The `main` of train.py, which whoever makes a recipe hands over: this package does not import root scripts."""
+
+    def __call__(self, args: ArgsType = None, run: bool = True) -> LightningCLI:
+        """Runs a command line of Lightning's, or only makes what it names."""
+        ...
+
+
 class Recipe:
     """An experiment file of `train.py fit` for a latent diffusion model.
 
     Args:
         file: The file.
         store: Where the data module keeps images and latents.
+        train_main: `train.main`; a function at the top of a script, so that other processes find it too.
         every_n_steps: Steps between the checkpoints that an interrupted training goes on from.
 
     Raises:
         ValueError: The file does not train a latent diffusion model for a fixed number of steps.
     """
 
-    def __init__(self, file: str | Path, store: str | Path, every_n_steps: int = 500) -> None:
+    def __init__(self, file: str | Path, store: str | Path, train_main: TrainMain, every_n_steps: int = 500) -> None:
         self.file, self.store, self.every_n_steps = Path(file), Path(store), every_n_steps
+        self.train_main = train_main
         printed = io.StringIO()
         with redirect_stdout(printed), suppress(SystemExit):
-            train.main(["fit", "-c", str(self.file), "--print_config"])
+            train_main(["fit", "-c", str(self.file), "--print_config"])
         self.config: dict[str, Any] = yaml.safe_load(printed.getvalue())
         kind, steps = self.config["model"]["class_path"], self.config["trainer"]["max_steps"]
         if kind.rsplit(".", 1)[-1] != "LatentDiffusion" or steps < 1:
@@ -68,7 +79,7 @@ class Recipe:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights, but for seed and images."""
+        """Settings that decide the weights, but for seed and images."""
         model = dict(self.config["model"]["init_args"])
         start = model.get("init_from")
         return {
@@ -112,12 +123,13 @@ class Recipe:
         arguments = ["fit", "-c", str(self.file), *(word for pair in options for word in pair), *resume]
         if self._many_devices():
             # Lightning starts its other processes by this one's own command line, so it gets one of its own.
-            done = subprocess.run([sys.executable, train.__file__, *arguments], check=False)
+            script = inspect.getsourcefile(inspect.unwrap(self.train_main))
+            done = subprocess.run([sys.executable, str(script), *arguments], check=False)
             if done.returncode:
                 raise ValueError(f"Training in {folder} ended with exit status {done.returncode}; see above.")
         else:
             with _quiet():
-                train.main(arguments)
+                self.train_main(arguments)
             if wandb.run is not None:
                 wandb.finish()  # or the next training of this process would be logged as the same run
         shutil.rmtree(checkpoints, ignore_errors=True)

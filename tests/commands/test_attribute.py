@@ -171,10 +171,13 @@ def test_what_is_missing_of_a_run_is_made_again(run: Path, folder: Path) -> None
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
-        (["--attributor.init_args.grid.timesteps", "3"], ["'timesteps': 2", "'timesteps': 3", "attributor: on disk"]),
-        (["--attributor.init_args.unlearning.steps", "2"], ["'steps': 1", "'steps': 2"]),
-        (["--queries.prompts", "[dark stripe]"], ["blue circle", "dark stripe", "queries: on disk"]),
-        (["--data.init_args.exclude", "[train/train-003.png]"], ["training_pictures: on disk"]),
+        (["--attributor.init_args.grid.timesteps", "3"], ["attributor.grid.timesteps: on disk 2, asked for 3"]),
+        (["--attributor.init_args.unlearning.steps", "2"], ["attributor.unlearning.steps: on disk 1, asked for 2"]),
+        (["--queries.prompts", "[dark stripe]"], ["blue circle", "dark stripe", "queries.prompts.0: on disk"]),
+        (
+            ["--data.init_args.exclude", "[train/train-003.png]"],
+            ["data.init_args.exclude: on disk None, asked for ['train/train-003.png']"],
+        ),
     ],
 )
 def test_a_folder_made_with_other_settings_is_refused(

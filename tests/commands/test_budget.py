@@ -12,7 +12,8 @@ import torch
 
 import evaluate
 from datamodules import LAION, MSCOCO, ImageFolder
-from lightning_modules.launch.budget import _removals, sizes_of
+from lightning_modules.launch.budget import removals
+from lightning_modules.launch.training_speed import sizes_of
 from tests.support.tiny import attribution_config, tiny_folder, tiny_model, tiny_pipeline, training_config
 from tests.support.worlds import make_coco, make_shards
 from wherefrom.attributors import AttributionByUnlearning, Magnitude, PixelSimilarity, RankEnsemble, TrainingData
@@ -115,7 +116,7 @@ def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> No
         for name, shift in (("one", 0), ("other", 5))
     }
     planned = {removal.ids for removal in plan_evaluation(rankings, protocol, ids)}
-    assert _removals(protocol, 2, 6) == (1 + len(planned)) * len(protocol.seeds)
+    assert removals(protocol, 2, 6) == (1 + len(planned)) * len(protocol.seeds)
 
 
 def test_the_rate_is_measured_with_few_passes_where_one_takes_long() -> None:

@@ -8,6 +8,8 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wherefrom.runtime.renamed_settings import accepting_old_names, current_names
+
 if TYPE_CHECKING:  # `available_methods` and `method_file` answer without loading PyTorch
     from jsonargparse import Namespace
 
@@ -80,16 +82,6 @@ def _warn_renamed(old: str, new: str) -> None:
     print(f"warning: the method {old!r} is now called {new!r}; the old name goes in the next release.", file=sys.stderr)
 
 
-def methods_of(config: Any) -> dict[str, Attributor]:
-    """The methods that a command's `methods`, `settings` and `variants` name.
-
-    Raises:
-        ValueError: As for `load_methods`, with every setting required to be some method's.
-    """
-    files = [Path(str(file.absolute)) for file in config.methods]
-    return load_methods(files, config.settings, config.variants, strict=True)
-
-
 def load_methods(
     files: Sequence[Path],
     settings: Mapping[str, Any] | None = None,
@@ -116,11 +108,12 @@ def load_methods(
     made = ArgumentParser(parser_mode="omegaconf")
     made.add_subclass_arguments(Attributor, "attributor", required=True)
     methods: dict[str, Attributor] = {}
-    settings, used = settings or {}, set[str]()
+    (settings, variants), used = current_names(settings or {}, variants or {}), set[str]()
 
     def load(file: Path, given: Mapping[str, Any]) -> tuple[Attributor, set[str]]:
         """A file's method, and the names of the settings that it has."""
-        config, had = made.parse_args(["--attributor", str(file)]), set()
+        with accepting_old_names([str(file)]):
+            config, had = made.parse_args(["--attributor", str(file)]), set()
         # The method's own come last and replace the general ones.
         meant = [(name, name) for name in given if "/" not in name]
         meant += [(name, name.removeprefix(f"{file.stem}/")) for name in given if name.startswith(f"{file.stem}/")]
@@ -137,13 +130,13 @@ def load_methods(
         methods[file.stem], had = load(file, settings)
         used |= had
     by_name = {file.stem: file for file in files}
-    for variant, changes in (variants or {}).items():
+    for variant, changes in variants.items():
         of = {name.partition("/")[0] for name in changes}
         named = variant not in methods and Path(variant).name == variant  # it becomes a folder's
         if not named or len(of) != 1 or not of <= set(by_name):
             raise ValueError(
                 f"variants: {variant!r} needs a name of its own, without slashes, and settings of one of the methods "
-                f"({', '.join(by_name)}), such as {next(iter(by_name), 'METHOD')}/draws; given {dict(changes)}."
+                f"({', '.join(by_name)}), such as {next(iter(by_name), 'METHOD')}/noise_samples; given {dict(changes)}."
             )
         methods[variant], had = load(by_name[of.pop()], {**settings, **changes})
         if strict and changes.keys() - had:

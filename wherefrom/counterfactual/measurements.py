@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,36 +36,26 @@ class MeasurementTable:
 
     Args:
         path: The file; it need not exist yet.
+        read_also: Tables of other sweeps, whose rows are found again. They are never written to.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, read_also: Sequence[Path] = ()) -> None:
+        self.path, self.read_also = path, [table for table in read_also if table != path]
 
     def read(self, panel: str) -> dict[str, ModelMeasurements]:
-        """Model -> what this panel measured on it; empty without a file.
+        """Model -> what this panel measured on it; empty without a table.
 
         Args:
             panel: The panel's name.
 
         Raises:
-            ValueError: The file is no such table.
+            ValueError: A file is no such table.
         """
-        if not self.path.exists():
-            return {}
-        try:
-            rows = pq.read_table(self.path, filters=[("panel", "=", panel)]).to_pylist()
-            measured: dict[str, dict[str, Measurement]] = {}
-            seconds: dict[str, float] = {}
-            for row in rows:
-                losses = np.array(row["losses"], dtype=np.float16)
-                result = Measurement(row["loss"], losses, row["mse"], row["similarity"])
-                measured.setdefault(row["retrain"], {})[row["query"]] = result
-                seconds[row["retrain"]] = row["seconds"]
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise ValueError(
-                f"{self.path} is not a table of measurements ({error}). Name another file, or delete it to start anew."
-            ) from error
-        return {name: ModelMeasurements(result, seconds[name]) for name, result in measured.items()}
+        result: dict[str, ModelMeasurements] = {}
+        for table in (*self.read_also, self.path):
+            if table.exists():
+                result |= _read(table, panel)
+        return result
 
     def add(self, name: str, job: RetrainingJob, panel: str, finished: ModelMeasurements) -> None:
         """Adds a model's rows; several sweeps may write to one table.
@@ -100,3 +90,21 @@ class MeasurementTable:
                 kept = [pq.read_table(self.path)] if self.path.exists() else []
                 with replacing(self.path) as temporary:
                     pq.write_table(pa.concat_tables([*kept, rows]), temporary, compression="zstd")
+
+
+def _read(path: Path, panel: str) -> dict[str, ModelMeasurements]:
+    """Model -> what this panel measured on it, from one table."""
+    try:
+        rows = pq.read_table(path, filters=[("panel", "=", panel)]).to_pylist()
+        measured: dict[str, dict[str, Measurement]] = {}
+        seconds: dict[str, float] = {}
+        for row in rows:
+            losses = np.array(row["losses"], dtype=np.float16)
+            result = Measurement(row["loss"], losses, row["mse"], row["similarity"])
+            measured.setdefault(row["retrain"], {})[row["query"]] = result
+            seconds[row["retrain"]] = row["seconds"]
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a table of measurements ({error}). Name another file, or delete it to start anew."
+        ) from error
+    return {name: ModelMeasurements(result, seconds[name]) for name, result in measured.items()}

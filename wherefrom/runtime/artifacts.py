@@ -16,12 +16,15 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 MANIFEST = "manifest.json"
+# Of a message about settings that differ: levels of dotted keys, lines for one list, characters of a value.
+_DEPTH, _LINES, _LONG = 8, 5, 80
 _WRITE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 Identity = Mapping[str, Any]
 
@@ -159,18 +162,53 @@ def check_identity(folder: Path, identity: Identity) -> None:
     """Raises if an artifact was built with another identity.
 
     Raises:
-        ArtifactMismatchError: The identities differ; names every field that does, with both values.
+        ArtifactMismatchError: Names every setting that differs, with both values.
     """
-    stored = read_manifest(folder)["identity"]
-    wanted = json.loads(canonical_json(dict(identity)))
-    different = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
-    if different:
-        lines = [f"  {key}: on disk {stored.get(key)!r}, asked for {wanted.get(key)!r}" for key in different]
+    refuse_differences(folder, read_manifest(folder)["identity"], identity)
+
+
+def refuse_differences(folder: Path, stored: Identity, wanted: Identity) -> None:
+    """Refuses what is in a folder where it was made with other settings.
+
+    Raises:
+        ArtifactMismatchError: Names every setting that differs, with both values.
+    """
+    lines = differences(stored, json.loads(canonical_json(dict(wanted))))
+    if lines:
         raise ArtifactMismatchError(
             f"{folder} was made with other settings:\n"
-            + "\n".join(lines)
+            + "\n".join(f"  {line}" for line in lines)
             + "\nChoose another folder or restore the settings."
         )
+
+
+def differences(stored: Any, wanted: Any, key: str = "") -> list[str]:
+    """One line for each setting that differs, by its dotted key; long values are shortened.
+
+    Args:
+        stored: JSON values on disk.
+        wanted: JSON values that are asked for.
+        key: Dotted key of both.
+    """
+    if stored == wanted:
+        return []
+    if isinstance(stored, dict) and isinstance(wanted, dict) and key.count(".") < _DEPTH:
+        return [
+            line
+            for name in sorted(stored.keys() | wanted.keys())
+            for line in differences(stored.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+        ]
+    if isinstance(stored, list) and isinstance(wanted, list):
+        pairs = list(zip_longest(stored, wanted))
+        lines = [line for place, (a, b) in enumerate(pairs) for line in differences(a, b, f"{key}.{place}")]
+        more = len(lines) - _LINES
+        return lines if more <= 0 else [*lines[:_LINES], f"{key}: and {more} more"]
+    return [f"{key}: on disk {_shortened(stored)}, asked for {_shortened(wanted)}"]
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[: _LONG // 2]} … {text[-_LONG // 4 :]}"
 
 
 class Store:
