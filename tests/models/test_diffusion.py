@@ -46,7 +46,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 def test_the_loss_is_the_formula(prediction: str) -> None:
     model = tiny_model(prediction=prediction)
     latents, noise, timesteps = randn(3, *SHAPE, seed=2), randn(3, *SHAPE, seed=3), torch.tensor([0, 500, 999])
-    result = model.losses(latents, states_of(3), timesteps, noise)
+    result = model.losses(latents, prompt_embeddings(states_of(3)), timesteps, noise)
     betas = np.linspace(1e-4, 0.02, 1000)
     alphas = np.cumprod(1 - betas)
     assert result.shape == (3,)
