@@ -216,6 +216,15 @@ class TestSettings:
         made: Any = load_packaged([str(file)])["abu_plus"]
         assert made.unlearning.relative_loss_increase == 0.2
 
+    def test_a_file_that_describes_no_method_is_refused_in_one_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "mine.yaml"
+        file.write_text("class_path: Nonsense\n")
+        with pytest.raises(ValueError, match=r"mine\.yaml does not describe a method: .*Nonsense\.$"):
+            load_packaged([str(file)])
+        assert capsys.readouterr().err == ""
+
     def test_quick_never_takes_more_than_the_method_has_and_settings_win(self, tmp_path: Path) -> None:
         file = tmp_path / "mine.yaml"
         file.write_text("class_path: AttributionByUnlearning\ninit_args: {grid: {timesteps: 2}}\n")

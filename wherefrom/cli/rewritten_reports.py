@@ -46,8 +46,9 @@ def rewrite(folder: Path, *, top: int | None, title: str | None, store: str) -> 
     request = Request(**{**read_request(folder / RECORD), **changes})
     if request.top < 1:
         raise ValueError(f"--top must be at least 1; given {request.top}.")
-    single = (folder / MANIFEST).is_file()
-    runs = [folder] if single else [folder / Path(name).stem for name in request.method]
+    below = [folder / Path(name).stem for name in request.method]  # where `compare` leaves each method's run
+    single = len(below) == 1 and not below[0].is_dir()
+    runs = [folder] if single else below
     missing = [run for run in runs if not (run / MANIFEST).is_file()]
     if missing:
         raise ValueError(f"{missing[0]} holds no finished run: give the run's command again, it goes on.")

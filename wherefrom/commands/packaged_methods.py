@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,9 +94,10 @@ def load_packaged(
 
 def _load(files: Sequence[Path], settings: Mapping[str, Any], strict: bool) -> dict[str, Attributor]:
     """The files' methods with the settings that they have."""
-    named = ", ".join(file.stem for file in files)
+    named, said = ", ".join(file.stem for file in files), io.StringIO()
     try:
-        return load_methods(files, settings, strict=strict)
+        with redirect_stderr(said):  # jsonargparse prints its usage, which is not that of any command here
+            made = load_methods(files, settings, strict=strict)
     except SystemExit as error:  # how jsonargparse ends where a file does not fit
         raise ValueError(
             f"method: {', '.join(map(str, files))} does not describe a method: {reason(error.__context__ or error)}"
@@ -102,6 +106,8 @@ def _load(files: Sequence[Path], settings: Mapping[str, Any], strict: bool) -> d
         if str(error).startswith("settings:"):
             raise
         raise ValueError(f"method: {named} cannot be set up so: {reason(error)}") from error
+    sys.stderr.write(said.getvalue())  # warnings, such as of a setting's earlier name
+    return made
 
 
 def reason(error: BaseException) -> str:
