@@ -45,7 +45,7 @@ from wherefrom.runtime.artifacts import Store, write_json
 from wherefrom.runtime.console import Console, duration, peak_memory
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.keyed_random import hash_text
-from wherefrom.runtime.measured_cost import peak_memory as watched_memory
+from wherefrom.runtime.measured_cost import track_peak_memory
 
 ONCE = {"curvature": "curvature", "losses": "losses before unlearning", "features": "features and all else"}
 EACH = {
@@ -122,15 +122,15 @@ def measure(
     """Fits the method and scores the queries; the store must be empty."""
     runner, console = Runner.current(), Console()
     method.progress = console.progress
-    with watched_memory() as memory:
+    with track_peak_memory() as memory:
         pass
     before = memory[0]
     started = time.monotonic()
-    with watched_memory() as memory:
+    with track_peak_memory() as memory:
         method.fit(data, model, store, runner, console.log)
     fit, once = memory[0], once_of(method.fit_s, time.monotonic() - started)
     started = time.monotonic()
-    with watched_memory() as memory:
+    with track_peak_memory() as memory:
         split = [parts(scores.facts) for scores in method.score(queries)]
     query = query_of(split, time.monotonic() - started)
     stored = sum(path.stat().st_size for path in store.root.rglob("*") if path.is_file())

@@ -21,6 +21,7 @@ from wherefrom.commands.estimate import Stage, forward_rate
 from wherefrom.counterfactual.protocol import Protocol
 from wherefrom.counterfactual.removal_plan import plan_evaluation
 from wherefrom.data.encoded_images import encode_image_set
+from wherefrom.models.conditioning import PROMPT, prompt_embeddings
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store
 
@@ -39,11 +40,11 @@ def test_disk_is_what_encoding_writes(tmp_path: Path) -> None:
         for images in (training, held_out)
     ]
     assert stages[0].disk == training.pixels.nbytes + held_out.pixels.nbytes
-    assert stages[1].disk == sum(each.latents.nbytes for each in made)
-    assert stages[2].disk == sum(each.states.nbytes for each in made)
+    assert stages[1].disk == sum(each.groups[0].latents.nbytes for each in made)
+    assert stages[2].disk == sum(each.groups[0].conditioning.nbytes for each in made)
     assert blank.latents is not None
-    assert blank.latents.latents.shape == made[0].latents.shape
-    assert blank.latents.states.shape == made[0].states.shape
+    assert blank.latents.latent_shape == made[0].latent_shape
+    assert blank.latents.groups[0].conditioning[PROMPT].shape == made[0].groups[0].conditioning[PROMPT].shape
 
 
 def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> No
 
 def test_the_rate_is_measured_with_few_passes_where_one_takes_long() -> None:
     model = tiny_model()
-    data = blank_latents(blank_images(4, (8, 8), 1), torch.zeros(4, 4, 4), torch.zeros(5, 12))
+    data = blank_latents(blank_images(4, (8, 8), 1), torch.zeros(4, 4, 4), prompt_embeddings(torch.zeros(5, 12)))
     sizes: list[int] = []
     losses = model.losses
 
@@ -145,7 +146,7 @@ def test_the_command_line_says_what_an_attribution_takes_and_makes_nothing(
     assert names == [
         "read 20 images of 8 × 8",
         "latents of 20 images and their mirror images",
-        "states of 20 captions",
+        "prompt embeddings of 20 captions",
         "draw the queries",
         "AttributionByUnlearning: once for this model",
         "AttributionByUnlearning: queries",
@@ -203,6 +204,6 @@ def test_blank_data_take_no_memory() -> None:
     images = blank_images(1000, (512, 512), 5)
     assert images.pixels.shape == (1000, 512, 512, 3)
     assert np.asarray(images.pixels).base is not None
-    latents = blank_latents(images, torch.zeros(4, 64, 64), torch.zeros(77, 1024))
-    assert latents.states.shape == (1000, 5, 77, 1024)
-    assert latents.states.untyped_storage().nbytes() == 4  # type: ignore[union-attr]
+    latents = blank_latents(images, torch.zeros(4, 64, 64), prompt_embeddings(torch.zeros(77, 1024)))
+    assert latents.groups[0].conditioning[PROMPT].shape == (1000, 5, 77, 1024)
+    assert latents.groups[0].conditioning[PROMPT].untyped_storage().nbytes() == 4  # type: ignore[union-attr]

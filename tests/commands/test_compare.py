@@ -29,7 +29,7 @@ from wherefrom.commands.method_files import load_methods
 from wherefrom.rankings.ranking_file import read_ranking
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.distributed import Runner
-from wherefrom.runtime.measured_cost import peak_memory
+from wherefrom.runtime.measured_cost import track_peak_memory
 
 ROOT = Path(__file__).parents[2]
 NAMES = tuple(f"id {index}" for index in range(6))
@@ -41,7 +41,7 @@ def scores(values: list[float]) -> Scores:
 
 def test_memory_is_watched() -> None:
     gc.collect()  # what earlier tests left would be given back meanwhile
-    with peak_memory() as largest:
+    with track_peak_memory() as largest:
         before = largest[0]
         kept = np.ones(50_000_000)
         assert kept.sum() > 0

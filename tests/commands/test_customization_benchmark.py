@@ -21,9 +21,9 @@ from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.commands.customization_benchmark import (
     ROWS,
     ExemplarRetrieval,
+    add_exemplars,
     benchmark,
     exemplar_images,
-    hide,
     summarise,
     without_new_words,
 )
@@ -138,7 +138,7 @@ def test_lists_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> No
     refused("leads out of", [{**entries[0], "synth_image_path": "../secret.png"}])
     refused("leads out of", [{**entries[0], "model_path": "/etc"}])
     refused("leads out of", [{**entries[0], "test_case": "../../x"}])
-    refused("no file in", [{**entries[0], "synth_image_path": "synth/nothing.png"}], FileNotFoundError)
+    refused("not a file in", [{**entries[0], "synth_image_path": "synth/nothing.png"}], FileNotFoundError)
     refused("two values of 'model_path'", [entries[0], {**entries[1], "model_path": "models/b"}])
     cases: list[dict[str, Any]] = json.loads((root / "json" / "test_styles.json").read_text())
     refused("entry 0 should have 'exemplar', a list of paths", [{**cases[0], "exemplar": []}], read=read_abc)
@@ -242,15 +242,15 @@ def test_exemplars_are_hidden_once(root: Path, tmp_path: Path) -> None:
     task = read_tasks(root / "tasks.json", root)[0]
     data = background(root, Store(tmp_path))
     exemplars = exemplar_images(task, 8, data.images.columns)
-    together = hide(data.images, exemplars)
+    together = add_exemplars(data.images, exemplars)
     assert together.ids[-1] == "exemplar/test_objects/0/2"
     assert together.captions[-1] == ("<new1> square",)
     np.testing.assert_array_equal(np.asarray(together.pixels)[:12], data.images.pixels)
     np.testing.assert_array_equal(np.asarray(together.pixels)[12:], exemplars.pixels)
     with pytest.raises(ValueError, match="occur more than once"):
-        hide(together, exemplars)
+        add_exemplars(together, exemplars)
     with pytest.raises(ValueError, match="cannot be one set"):
-        hide(data.images, exemplar_images(task, 4, data.images.columns))
+        add_exemplars(data.images, exemplar_images(task, 4, data.images.columns))
 
 
 def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tmp_path: Path) -> None:

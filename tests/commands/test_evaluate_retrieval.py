@@ -196,13 +196,13 @@ def repeat(columns: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (manifest(complete=False), "is not complete: run the same evaluate.py attribute command again"),
+        (manifest(complete=False), "is not complete: run the same command again"),
         (manifest(cut=100), "is truncated: it keeps only the first 100 images"),
         (manifest(model="n"), "are of other models: n and m"),
         (manifest(training_pictures="u"), "are of other training images: u and t"),
         (
             manifest(queries=[["first", "else"]]),
-            "other queries by 'first': its prompts are 'else' and 'prompt of first'",
+            "different queries named 'first': the prompts are 'else' and 'prompt of first'",
         ),
         (rewritten(cut), "not at all for query 'second'"),
         (rewritten(repeat), r"ranking.parquet ranks 'image \d\d' (twice|not at all) for query 'first'"),

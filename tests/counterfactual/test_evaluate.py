@@ -125,13 +125,13 @@ def test_a_measurement_is_the_mean_of_single_losses(base: DiffusionModel, panel:
     query = panel.queries[1]
     assert base.encoder is not None
     assert query.latent is not None
-    states, losses = base.encoder.text.encode([query.prompt]), []
+    told, losses = base.encoder.text.encode([query.prompt]), []
     for index, timestep in enumerate(range(0, 1000, 100)):
         keys = keyed_random.combine(
             keyed_random.hash_texts([query.id]), keyed_random.combine(201, 0, 0, 0, timestep, 0)
         )
         noise = keyed_random.normal(keys, query.latent.shape, torch.float32)
-        loss = base.losses(query.latent[None], states, torch.tensor([timestep]), noise)
+        loss = base.losses(query.latent[None], told, torch.tensor([timestep]), noise)
         assert measured[query.id].losses[index] == pytest.approx(float(loss), rel=1e-3), "kept in half precision"
         losses.append(float(loss))
     assert measured[query.id].loss == pytest.approx(float(np.mean(losses)), rel=1e-5)

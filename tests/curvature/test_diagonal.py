@@ -13,6 +13,7 @@ from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
 from wherefrom.curvature import Diagonal, FisherSettings, fit_diagonal, load_diagonal
 from wherefrom.curvature.diagonal import FisherPass
 from wherefrom.data.encoded_images import EncodedImages
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, select_weights
 from wherefrom.runtime import keyed_random
@@ -39,10 +40,10 @@ def brute_force(
             for visit in range(settings.samples_per_image):
                 key = (torch.tensor([value]) for value in (image, flip, visit))
                 timestep, caption, noise_key = noise_samples(*key)
-                latent, alpha = data.latents[image, flip], alphas[timestep[0]]
+                latent, alpha = data.latents_at(image, flip), alphas[timestep[0]]
                 noise = keyed_random.normal(noise_key, latent.shape, torch.float64)[0]
                 noisy = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
-                states = data.states[image, caption]
+                states = data.conditioning_at(image, caption)[PROMPT]
                 output = model.denoiser(noisy[None], timestep, encoder_hidden_states=states).sample[0]
                 loss = (alpha.sqrt() * noise - (1 - alpha).sqrt() * latent - output).square().mean()
                 for total, gradient in zip(

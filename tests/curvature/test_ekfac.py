@@ -87,9 +87,9 @@ class Loop:
             for flip in range(2):
                 for visit in range(SETTINGS.samples_per_image):
                     timestep, caption, key = noise_samples(*(torch.tensor([value]) for value in (image, flip, visit)))
-                    latent = DATA.latents[image, flip][None]
+                    latent = DATA.groups[0].latents[image, flip][None]
                     noise = keyed_random.normal(key, latent.shape[1:], torch.float64)
-                    loss = self.model.losses(latent, DATA.states[image, caption], timestep, noise).sum()
+                    loss = self.model.losses(latent, DATA.conditioning_at(image, caption), timestep, noise).sum()
                     targets = [*self.outputs.values(), *self.parameters.values()]
                     result = torch.autograd.grad(loss, targets)
                     yield (

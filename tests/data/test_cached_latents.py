@@ -53,7 +53,7 @@ def read(tmp_path: Path, arrays: dict[str, Any]) -> Callable[..., EncodedImages]
 def test_mirror_images_come_after_the_images(read: Callable[..., EncodedImages], arrays: dict[str, Any]) -> None:
     made = read()
     assert made.ids == tuple(IDS)
-    assert made.latents.shape == (COUNT, 2, 4, 4, 4)
+    assert made.groups[0].latents.shape == (COUNT, 2, 4, 4, 4)
     for row in range(COUNT):
         for flip in range(2):
             assert np.array_equal(made.groups[0].latents[row, flip], arrays["latents"][row + flip * COUNT])
@@ -137,9 +137,8 @@ def test_ready_made_arrays_give_the_ranking_of_encoded_images(tmp_path: Path) ->
     assert encoder is not None
     assert encoder.text.length == LENGTH
     made = encode_image_set(images, encoder=encoder, store=Store(tmp_path / "store"))
-    np.save(
-        tmp_path / "l.npy", np.concatenate([made.groups[0].latents[:, 0].numpy(), made.groups[0].latents[:, 1].numpy()])
-    )
+    own = made.groups[0].latents.numpy()
+    np.save(tmp_path / "l.npy", np.concatenate([own[:, 0], own[:, 1]]))
     np.save(tmp_path / "s.npy", made.groups[0].conditioning[PROMPT].numpy())
     data["init_args"]["ready_made"] = {"latents": str(tmp_path / "l.npy"), "states": str(tmp_path / "s.npy")}
     ready = scores("ready")

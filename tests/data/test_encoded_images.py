@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import tiny_encoder
-from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
+from tests.support.tiny import tiny_encoder, tiny_latents
+from wherefrom.data.encoded_images import EncodedImages, LatentGroup, LatentVisits, encode_image_set
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.stream import Visit
-from wherefrom.models.conditioning import PROMPT
+from wherefrom.models.conditioning import PROMPT, Conditioning
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import mapped_arrays
@@ -152,4 +155,91 @@ def test_left_out_images_are_not_copied(
     assert torch.equal(embeddings(lazy)[:, :1][2, 0], embeddings(copied)[2, 0])
     # Encoding what is a view gives the same again.
     again = encode_image_set(lazy.images, encoder=encoder, store=Store(tmp_path))
-    torch.testing.assert_close(again.groups[0].latents[:], copied.groups[0].latents)
+    rows = torch.arange(COUNT - 2)
+    for flip in (0, 1):
+        torch.testing.assert_close(again.latents_at(rows, flip), copied.latents_at(rows, flip))
+
+
+def encode_counted(
+    encoder: LatentEncoder, images: ImageSet, store: Store, **options: Any
+) -> tuple[EncodedImages, int, list[str]]:
+    """The encoded set, images and mirror images that were encoded for it, and captions."""
+    pixels, captions = [0], list[str]()
+
+    class Text:
+        def encode(self, several: Sequence[str]) -> Conditioning:
+            captions.extend(several)
+            return encoder.text.encode(several)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(encoder.text, name)
+
+    class Whole:
+        text, identity = Text(), encoder.identity
+
+        def encode_pixels(self, given: torch.Tensor) -> torch.Tensor:
+            pixels[0] += len(given)
+            return encoder.encode_pixels(given)
+
+    made = encode_image_set(images, encoder=Whole(), store=store, **options)  # type: ignore[arg-type]
+    return made, pixels[0], captions
+
+
+def test_a_larger_set_encodes_what_is_new_and_a_smaller_one_nothing(
+    tmp_path: Path, encoder: LatentEncoder, images: ImageSet
+) -> None:
+    store = Store(tmp_path)
+    first, latents, captions = encode_counted(encoder, images.subset(range(9)), store)
+    assert latents == 2 * 9 + 2  # one more to see how large a row is
+    assert sorted(set(captions)) == sorted({caption for several in images.captions[:9] for caption in several})
+    shuffled = images.subset([10, 3, 9, 0, 1, 2, 4, 5, 6, 7, 8])
+    whole, latents, captions = encode_counted(encoder, shuffled, store)
+    assert latents == 2 * 2
+    assert sorted(captions) == sorted(caption for row in (9, 10) for caption in images.captions[row] if caption)
+    for part in (images, images.subset([4, 10, 2]), images.subset(range(9))):
+        again, latents, captions = encode_counted(encoder, part, store)
+        assert (latents, captions) == (0, [])
+        places = torch.tensor([shuffled.ids.index(name) for name in part.ids])
+        ours, every = torch.arange(len(part)), whole.conditioning_at(places, slice(None))
+        assert torch.equal(again.latents_at(ours, 1), whole.latents_at(places, 1))
+        assert torch.equal(again.conditioning_at(ours, slice(None))[PROMPT], every[PROMPT])
+    assert torch.equal(embeddings(first), embeddings(again))
+
+
+def test_rows_that_were_deleted_are_made_again(tmp_path: Path, encoder: LatentEncoder, images: ImageSet) -> None:
+    store = Store(tmp_path)
+    whole, _, _ = encode_counted(encoder, images, store)
+    before = whole.groups[0].latents.clone()
+    shutil.rmtree(tmp_path / "latents")
+    again, latents, captions = encode_counted(encoder, images, store)
+    assert latents == 2 * COUNT + 2
+    assert not captions
+    assert torch.equal(again.groups[0].latents, before)
+
+
+def two_shapes(first: EncodedImages, second: EncodedImages, images: ImageSet) -> EncodedImages:
+    """Images that stand in turn in the one and the other set."""
+    members = (torch.arange(0, len(images), 2), torch.arange(1, len(images), 2))
+    return EncodedImages(images, (first.groups[0], second.groups[0]), first.empty, "two shapes", members=members)
+
+
+def test_two_shapes_are_found_by_position() -> None:
+    square, wide, images = tiny_latents(6, 2), tiny_latents(6, 2, seed=1), tiny_latents(12, 2).images
+    group = LatentGroup(torch.cat([wide.groups[0].latents] * 2, dim=-1), wide.groups[0].conditioning)
+    mixed = two_shapes(square, replace(wide, groups=(group,)), images)
+    assert [part.tolist() for part in mixed.by_shape(range(3, 8))] == [[4, 6], [3, 5, 7]]
+    for positions in mixed.by_shape(range(12)):
+        own = group if positions[0] == 1 else square.groups[0]
+        assert torch.equal(mixed.latents_at(positions, 1), own.latents[positions // 2, 1])
+        assert torch.equal(mixed.conditioning_at(positions, 1)[PROMPT], own.conditioning[PROMPT][positions // 2, 1])
+    every, caption = torch.arange(12), torch.arange(12) % 2
+    alone = [mixed.conditioning_at(every[[row]], caption[[row]])[PROMPT] for row in range(12)]
+    assert torch.equal(mixed.conditioning_at(every, caption)[PROMPT], torch.cat(alone))
+    part = mixed.subset([7, 2, 3])
+    assert torch.equal(part.latents_at(torch.tensor([2, 0]), 0), mixed.latents_at(torch.tensor([3, 7]), 0))
+    assert torch.equal(part.latents_at(torch.tensor([1]), 0), mixed.latents_at(torch.tensor([2]), 0))
+    assert len(mixed.subset([2, 4]).groups) == 1
+    with pytest.raises(ValueError, match=r"several shapes \(4×4×4, 4×4×8\), but one is needed"):
+        mixed.latents_at(torch.arange(2), 0)
+    with pytest.raises(ValueError, match="not the positions of all images, each once"):
+        replace(mixed, members=(torch.arange(6), torch.arange(6)))

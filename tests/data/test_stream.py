@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.tiny import one_shape
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.stream import KeyedBatches, LatentBatch, PixelVisits, Visit, flips, visit_keys, visit_times
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import keyed_random
 
@@ -134,11 +136,11 @@ def test_pixel_visits_mirror_by_key() -> None:
 
 @pytest.fixture
 def latents() -> EncodedImages:
-    """Latents are position + 0.5 for the mirror image; states are 100 * position + caption, or -1 for none."""
+    """Latents are position + 0.5 for the mirror image; embeddings are 100 * position + caption, or -1 for none."""
     count, captions = len(IDS), 3
     number = torch.arange(count, dtype=torch.float32)
     mirror = torch.tensor([0.0, 0.5])
-    return EncodedImages(
+    return one_shape(
         ImageSet(IDS, tuple(("a", "b", "c") for _ in IDS), np.zeros((count, 1, 1, 3), np.uint8)),
         (number[:, None] + mirror)[..., None, None, None].expand(count, 2, 2, 3, 3),
         (100 * number[:, None] + torch.arange(captions))[..., None, None].expand(count, captions, 4, 5),
@@ -149,8 +151,8 @@ def latents() -> EncodedImages:
 
 def rows(batch: LatentBatch) -> list[tuple[float, ...]]:
     return [
-        (*(part.item() for part in (key, time)), *latent.flatten().tolist(), *state.flatten().tolist())
-        for key, time, latent, state in zip(*batch, strict=True)
+        (*(part.item() for part in (key, time)), *latent.flatten().tolist(), *told.flatten().tolist())
+        for key, time, latent, told in zip(*batch[:3], batch.conditioning[PROMPT], strict=True)
     ]
 
 
@@ -179,8 +181,8 @@ def test_visits_mix_mirror_images_and_captions_in_their_shares(latents: EncodedI
     batch = data.__getitems__(visits)
     index = torch.tensor([visit.position for visit in visits])
     mirrored = (batch.latents[:, 0, 0, 0] - index) == 0.5
-    dropped = batch.states[:, 0, 0] == -1
-    caption = batch.states[~dropped][:, 0, 0] - 100 * index[~dropped]
+    dropped = batch.conditioning[PROMPT][:, 0, 0] == -1
+    caption = batch.conditioning[PROMPT][~dropped][:, 0, 0] - 100 * index[~dropped]
     assert torch.equal(batch.latents[:, 0, 0, 0].floor().long(), index)
     assert set(caption.tolist()) == {0, 1, 2}
     count = len(visits)
@@ -197,7 +199,7 @@ def test_without_flips_and_dropout_visits_are_plain(latents: EncodedImages) -> N
     data = LatentVisits(latents, seed=4, flip_share=0.0, caption_dropout=0.0)
     batch = data.__getitems__([Visit(5, visit) for visit in range(99)])
     assert (batch.latents == 5).all()
-    assert (batch.states != -1).all()
+    assert (batch.conditioning[PROMPT] != -1).all()
 
 
 def test_seeds_draw_differently(latents: EncodedImages) -> None:

@@ -10,10 +10,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
-from wherefrom.data.encoded_images import EncodedImages
+from tests.support.tiny import moved_copy, one_process, one_shape, tiny_latents, tiny_model
+from wherefrom.data.encoded_images import EncodedImages, LatentGroup
 from wherefrom.gradients.loss_grid import LossGrid, LossPass, measure_losses
 from wherefrom.gradients.score_reduction import Flip, reduce_losses
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.runtime import keyed_random
@@ -21,6 +22,8 @@ from wherefrom.runtime.artifacts import Store
 
 LOSS = 201  # the salt of the draws is part of the contract
 DATA = tiny_latents(5, captions=2)
+LATENTS, EMBEDDINGS = DATA.groups[0].latents, DATA.groups[0].conditioning[PROMPT]
+NULL = DATA.empty[PROMPT]
 GRID = LossGrid(timesteps=3, noise_samples=2, seed=4)
 
 
@@ -58,11 +61,11 @@ def test_losses_equal_a_loop_over_single_evaluations(prediction: str) -> None:
                         item = keyed_random.combine(LOSS, 4, flip, caption, timestep, draw)
                         key = keyed_random.combine(keyed_random.hash_text(name), item)
                         noise = keyed_random.normal(key[None], (4, 4, 4), torch.float64)[0]
-                        latent, states = DATA.latents[n, flip], DATA.states[n, caption]
+                        latent, told = LATENTS[n, flip], EMBEDDINGS[n, caption]
                         signal, spread = model.noise_schedule.signal[timestep], model.noise_schedule.spread[timestep]
                         with torch.no_grad():
                             output = model.denoiser(
-                                (signal * latent + spread * noise)[None], timestep, encoder_hidden_states=states[None]
+                                (signal * latent + spread * noise)[None], timestep, encoder_hidden_states=told[None]
                             ).sample[0]
                         target = noise if prediction == "epsilon" else signal * noise - spread * latent
                         expected = (target - output).square().mean()
@@ -99,9 +102,9 @@ def test_seeds_ids_and_flips_have_noise_of_their_own() -> None:
     base = losses(model, DATA)
     assert not torch.isclose(losses(model, DATA, LossGrid(3, 2, seed=5)), base, rtol=1e-4).any()
     images = DATA.images.subset([1, 2, 3, 4, 0])  # the same latents under other ids
-    renamed = EncodedImages(images, DATA.latents, DATA.states, DATA.null_states, "renamed")
+    renamed = one_shape(images, LATENTS, EMBEDDINGS, NULL, "renamed")
     assert not torch.isclose(losses(model, renamed), base, rtol=1e-4).any()
-    symmetric = EncodedImages(DATA.images, DATA.latents[:, [0, 0]], DATA.states, DATA.null_states, "symmetric")
+    symmetric = one_shape(DATA.images, LATENTS[:, [0, 0]], EMBEDDINGS, NULL, "symmetric")
     both = losses(model, symmetric)
     assert torch.equal(both[:, 0], base[:, 0])
     assert not torch.isclose(both[:, 0], both[:, 1], rtol=1e-4).any()
@@ -111,7 +114,7 @@ def test_seeds_ids_and_flips_have_noise_of_their_own() -> None:
 def test_it_does_not_matter_which_of_the_two_mirror_images_is_stored_first(flip: Flip) -> None:
     model = tiny_model()
     moved = moved_copy(model)
-    swapped = EncodedImages(DATA.images, DATA.latents.flip(1), DATA.states, DATA.null_states, "swapped")
+    swapped = one_shape(DATA.images, LATENTS.flip(1), EMBEDDINGS, NULL, "swapped")
 
     def swapped_losses(which: DiffusionModel) -> Tensor:
         work = LossPass(which, swapped, GRID, 64)
@@ -156,9 +159,9 @@ def test_flips_are_reduced_after_captions_timesteps_and_draws() -> None:
 
 
 def test_a_loss_that_is_no_number_names_the_image() -> None:
-    latents = DATA.latents.clone()
+    latents = LATENTS.clone()
     latents[3, 1, 0, 0, 0] = float("inf")
-    broken = EncodedImages(DATA.images, latents, DATA.states, DATA.null_states, "broken")
+    broken = one_shape(DATA.images, latents, EMBEDDINGS, NULL, "broken")
     with pytest.raises(ValueError, match=r"The loss of image 'picture/003' is not finite"):
         losses(tiny_model(), broken)
 
@@ -211,3 +214,19 @@ def test_losses_are_kept_and_found_again(tmp_path: Path) -> None:
     ):
         other()
         assert chunks, "taken for what was measured before"
+
+
+def test_images_of_two_shapes_have_the_losses_that_each_shape_has_alone() -> None:
+    model, other, images = tiny_model(), tiny_latents(5, 2, seed=9), tiny_latents(10, 2).images
+    wide = LatentGroup(torch.cat([other.groups[0].latents] * 2, dim=-1), other.groups[0].conditioning)
+    members = (torch.tensor([8, 0, 3, 4, 9]), torch.tensor([1, 7, 2, 5, 6]))
+    mixed = EncodedImages(images, (DATA.groups[0], wide), DATA.empty, "mixed", members=members)
+    for batch_size in (3, 256):
+        result = losses(model, mixed, batch_size=batch_size)
+        for group, positions in zip(mixed.groups, members, strict=True):
+            of_group = images.subset(positions.tolist())
+            alone = EncodedImages(of_group, (group,), DATA.empty, "alone")
+            torch.testing.assert_close(result[positions], losses(model, alone), rtol=1e-9, atol=0)
+    scores = change(model, moved_copy(model), mixed, LossGrid(timesteps=2), 7)
+    assert scores.shape == (10,)
+    assert np.isfinite(scores).all()

@@ -105,7 +105,7 @@ def test_every_weight_of_the_unet_gets_the_gradients_of_a_loop_over_single_sampl
     noise = inputs_of((4, 4, 4))
 
     def losses(rows: slice) -> Tensor:
-        return model.losses(data.latents[rows, 0], data.states[rows, 0], timesteps[rows], noise[rows])
+        return model.losses(data.latents_at(rows, 0), data.conditioning_at(rows, 0), timesteps[rows], noise[rows])
 
     expected = loop(model.denoiser, losses)
     assert {type(layer) for layer in model.denoiser.modules() if list(layer.parameters(recurse=False))} == {

@@ -133,16 +133,16 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     vectors, metadata = tmp_path / "img_emb" / "img_emb_1.npy", tmp_path / "metadata" / "metadata_1.parquet"
     whole, rows = vectors.read_bytes(), metadata.read_bytes()
     vectors.write_bytes(whole[:-1] + b"?")
-    refused("img_emb_1.npy is missing or not the file")
+    refused("img_emb_1.npy is missing or does not match")
     vectors.unlink()
     refused("with the same numbers")
     vectors.write_bytes(whole)
     (tmp_path / "manifest.json").unlink()  # now it is as another tool's
     own = {"ranker": RANKER}
     vectors.write_bytes(b"nonsense")
-    refused("img_emb_1.npy is not a NumPy file", **own)
+    refused("img_emb_1.npy is not a readable NumPy file", **own)
     np.save(vectors, np.array([{}], dtype=object))
-    refused("img_emb_1.npy is not a NumPy file", **own)
+    refused("img_emb_1.npy is not a readable NumPy file", **own)
     np.save(vectors, np.zeros((100, 16), np.int64))
     refused("int64 of shape", **own)
     np.save(vectors, VECTORS[100:199])
@@ -151,7 +151,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     refused("vectors of 5 numbers, the parts before 16", **own)
     vectors.write_bytes(whole)
     metadata.write_bytes(b"nonsense")
-    refused("metadata_1.parquet is not a table", **own)
+    refused("metadata_1.parquet is not a readable table", **own)
     pq.write_table(pa.table({"caption": ["x"] * 100}), metadata)
     refused("neither 'id' nor 'image_path'", **own)
     metadata.write_bytes((tmp_path / "metadata" / "metadata_0.parquet").read_bytes())

@@ -403,7 +403,7 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
     query = generate(model, prompts=["a red square"], seed=0, shape=(4, 4, 4))[0]
     assert model.encoder is not None
     assert query.latent is not None
-    latent = QueryLatent(query.id, query.latent, model.encoder.text.encode(["a red square"])[0])
+    latent = QueryLatent(query.id, query.latent, model.encoder.text.encode(["a red square"]).at(0))
     expected = unlearn(
         model,
         query=latent,

@@ -269,7 +269,7 @@ def test_splits_are_by_query_and_nested(folder: Path) -> None:
     np.testing.assert_array_equal(first.device_pairs.rows, whole.device_pairs.rows[:, :9])
     assert (first.device_pairs.used, first.device_pairs.outside) == (9, 71)
     assert first.validation_pairs.used == 80  # what is measured against stays whole
-    with pytest.raises(ValueError, match="scored 80 images a query; its first 81 were asked for"):
+    with pytest.raises(ValueError, match="scored 80 images per query; the first 81 were requested"):
         made(first=81)
     for queries in (0, 271):
         with pytest.raises(ValueError, match=f"queries is {queries}, but .*whole leaves 270 to train on"):

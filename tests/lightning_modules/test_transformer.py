@@ -13,9 +13,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 import train
 from tests.support.tiny import LENGTH, text_folder, training_config
 from wherefrom.data.stream import NOISE, LatentBatch
+from wherefrom.models.conditioning import MASK, PROMPT, Conditioning
+from wherefrom.models.families.pixart import PixArtPrompts
+from wherefrom.models.families.stable_diffusion_xl import SDXLPrompts
 from wherefrom.models.noise_schedule import FlowSchedule
 from wherefrom.models.pipeline import load_model, save_pipeline
-from wherefrom.models.prompt_encoders import PixArtPrompts, SDXLPrompts
 from wherefrom.runtime import keyed_random
 
 pytestmark = [
@@ -77,7 +79,7 @@ def test_what_is_saved_is_what_was_trained(done: tuple[Path, object]) -> None:
     assert model.encoder is not None
     text = model.encoder.text
     assert isinstance(text, PixArtPrompts)
-    states = text.encode(["a red circle", "a red circle with more words"])
+    states = text.encode(["a red circle", "a red circle with more words"])[PROMPT]
     assert not torch.equal(states[0], states[1])
     index = json.loads((folder / "run model" / "model_index.json").read_text())
     assert (index["_class_name"], index["scheduler"][1]) == ("PixArtAlphaPipeline", "FlowMatchEulerDiscreteScheduler")
@@ -87,16 +89,16 @@ def test_the_loss_is_that_of_flow_matching(done: tuple[Path, object]) -> None:
     _, module = done
     random = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 4, 4, 4, generator=random)
-    states = torch.randn(3, LENGTH + 1, 12, generator=random)
-    states[:, LENGTH:] = 1  # the mask: all tokens count
+    states = torch.randn(3, LENGTH + 1, 12, generator=random)[:, :LENGTH]
+    told = Conditioning({PROMPT: states, MASK: torch.ones(3, LENGTH)})  # all tokens count
     keys, times = torch.arange(3), torch.tensor([0.1, 0.5, 0.9])
-    result = module.losses(module.ema, LatentBatch(keys, times, latents, states))  # type: ignore[attr-defined]
+    result = module.losses(module.ema, LatentBatch(keys, times, latents, told))  # type: ignore[attr-defined]
     noise = keyed_random.normal(keyed_random.combine(NOISE, keys), latents.shape[1:])
     sigmas = FlowMatchEulerDiscreteScheduler().sigmas.flip(0)[(times * 1000).long()]
     level = sigmas[:, None, None, None]
     output = module.ema(  # type: ignore[attr-defined]
         (1 - level) * latents + level * noise,
-        encoder_hidden_states=states[:, :LENGTH],
+        encoder_hidden_states=states,
         timestep=sigmas * 1000,
         encoder_attention_mask=torch.ones(3, LENGTH),
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},

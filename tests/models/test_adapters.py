@@ -96,7 +96,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(model: DiffusionMod
     for row in range(3):
         rows = slice(row, row + 1)
         with trainable(model.denoiser, parameters):
-            loss = model.losses(latents[rows], states[rows], steps[rows], noise[rows])
+            loss = model.losses(latents[rows], states.at(rows), steps[rows], noise[rows])
             alone = torch.autograd.grad(loss.sum(), list(parameters.values()))
         for name, gradient in zip(parameters, alone, strict=True):
             torch.testing.assert_close(result[name][row], gradient, rtol=1e-7, atol=1e-14)

@@ -19,6 +19,7 @@ from lightning_modules import CustomDiffusion
 from tests.support.pipelines import stable_diffusion, stable_diffusion_xl
 from tests.support.tiny import LENGTH, attribution_config, text_folder, tiny_folder, tiny_pipeline
 from wherefrom.data.stream import NOISE
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.customization import WEIGHTS, read_customization, save_customized
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
@@ -66,7 +67,7 @@ def write(folder: Path, weights: dict[str, Any] | None, words: dict[str, Any] | 
 
 def states(model: DiffusionModel, caption: str) -> torch.Tensor:
     assert model.encoder is not None
-    return model.encoder.text.encode([caption])[0]
+    return model.encoder.text.encode([caption])[PROMPT][0]
 
 
 @pytest.mark.parametrize("layout", ["papers", "diffusers", "safetensors"])
@@ -289,7 +290,7 @@ def test_gradients_are_those_of_the_written_out_loss(world: Path) -> None:
     table = text.get_input_embeddings().weight.requires_grad_(True)
     loss = torch.zeros(())
     for name, batch in batches.items():
-        told = module.text[0].states(batch.captions) if name == "exemplars" else batch.states
+        told = module.text[0].embed(batch.captions) if name == "exemplars" else batch.conditioning
         noise = keyed_random.normal(
             keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
         )

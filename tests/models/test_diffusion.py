@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from tests.support.tiny import LENGTH, moved_copy, text_folder, tiny_encoder, tiny_model, tiny_pipeline, tiny_schedule
+from wherefrom.models.conditioning import prompt_embeddings
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.noise_schedule import FlowSchedule, NoiseSchedule
 from wherefrom.models.pipeline import load_model, load_pipeline, model_from_pipeline, save_pipeline
@@ -34,6 +35,7 @@ def states_of(count: int, seed: int = 0) -> Tensor:
 
 
 NULL = states_of(1, seed=1)[0]
+EMPTY = prompt_embeddings(NULL)
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -94,7 +96,16 @@ def by_hand(model: DiffusionModel, states: Tensor, steps: int, guidance: float, 
 @torch.no_grad()
 def test_sampling_is_ddim(prediction: str, guidance: float, eta: float) -> None:
     model, states = tiny_model(prediction=prediction), states_of(3)
-    result = sample(model, states=states, null_states=NULL, keys=KEYS, shape=SHAPE, steps=4, guidance=guidance, eta=eta)
+    result = sample(
+        model,
+        conditioning=prompt_embeddings(states),
+        empty=EMPTY,
+        keys=KEYS,
+        shape=SHAPE,
+        steps=4,
+        guidance=guidance,
+        eta=eta,
+    )
     expected = by_hand(model, states, 4, guidance, eta)
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
@@ -108,7 +119,14 @@ def test_an_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: 
     def draw(rows: list[int], seed: int = 0) -> Tensor:
         keys = keyed_random.combine(seed, KEYS[rows])
         return sample(
-            model, states=states[rows], null_states=NULL, keys=keys, shape=SHAPE, steps=3, guidance=guidance, eta=eta
+            model,
+            conditioning=prompt_embeddings(states[rows]),
+            empty=EMPTY,
+            keys=keys,
+            shape=SHAPE,
+            steps=3,
+            guidance=guidance,
+            eta=eta,
         )
 
     whole = draw([0, 1, 2])
@@ -122,7 +140,13 @@ def test_an_image_depends_on_its_key_and_not_on_its_batch(eta: float, guidance: 
 def test_without_guidance_the_empty_prompt_is_not_asked() -> None:
     broken = torch.full_like(NULL, float("nan"))
     result = sample(
-        tiny_model(), states=states_of(2), null_states=broken, keys=KEYS[:2], shape=SHAPE, steps=2, guidance=1.0
+        tiny_model(),
+        conditioning=prompt_embeddings(states_of(2)),
+        empty=prompt_embeddings(broken),
+        keys=KEYS[:2],
+        shape=SHAPE,
+        steps=2,
+        guidance=1.0,
     )
     assert torch.isfinite(result).all()
 
@@ -131,8 +155,8 @@ def test_progress_counts_the_steps() -> None:
     calls: list[tuple[int, int]] = []
     sample(
         tiny_model(),
-        states=states_of(1),
-        null_states=NULL,
+        conditioning=prompt_embeddings(states_of(1)),
+        empty=EMPTY,
         keys=KEYS[:1],
         shape=SHAPE,
         steps=3,
@@ -200,8 +224,8 @@ def test_diffusers_own_pipeline_draws_the_same_image(tmp_path: Path, guidance: f
     text = model.encoder.text
     latents = sample(
         model,
-        states=text.encode([prompt]),
-        null_states=text.encode([""])[0],
+        conditioning=text.encode([prompt]),
+        empty=text.encode([""]).at(0),
         keys=KEYS[:1],
         shape=SHAPE,
         steps=5,

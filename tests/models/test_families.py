@@ -23,8 +23,8 @@ from tests.support.pipelines import (
 )
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_set import ImageSet
+from wherefrom.models.conditioning import POOLED, PROMPT, Conditioning, prompt_embeddings
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.families.base import pack, unpack, unpack_masked
 from wherefrom.models.noise_schedule import FlowSchedule, noise_schedule_of
 from wherefrom.models.pipeline import load_model, load_pipeline, model_from_pipeline, save_pipeline
 from wherefrom.models.sampling import sample
@@ -147,29 +147,14 @@ def test_stable_diffusion_3(tmp_path: Path, t5: bool) -> None:
         torch.testing.assert_close(result[index], expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("tokens", "width", "count"), [(5, 3, 0), (5, 3, 3), (5, 3, 7), (4, 10, 16), (1, 1, 1)])
-def test_what_is_packed_comes_back(tokens: int, width: int, count: int) -> None:
-    states, extra, mask = randn(2, tokens, width, seed=1), randn(2, count, seed=2), randn(2, tokens, seed=3)
-    packed = pack(states, extra)
-    assert packed.shape == (2, tokens + -(-count // width), width)
-    assert all(map(torch.equal, unpack(packed, count), (states, extra)))
-    masked = unpack_masked(pack(states, torch.cat([mask, extra], dim=1)), count)
-    assert all(map(torch.equal, masked, (states, mask, extra)))
-
-
-def test_without_anything_beside_them_states_are_packed_as_they_are() -> None:
-    states = randn(2, 5, 3, seed=1)
-    assert torch.equal(pack(states, states.new_zeros(2, 0)), states)
-
-
 @pytest.mark.parametrize("save", [stable_diffusion_xl, pixart, stable_diffusion_3])
 def test_each_loss_is_its_own_examples(tmp_path: Path, save: Callable[[Path], Path]) -> None:
     model = load_model(str(save(tmp_path)), torch.float64)
     assert model.encoder is not None
-    states = model.encoder.text.encode(PROMPTS)
-    alone = [model.losses(LATENTS[row], states[row], TIMES[row], NOISE[row]) for row in ([0], [1])]
+    told = model.encoder.text.encode(PROMPTS)
+    alone = [model.losses(LATENTS[row], told.at(row), TIMES[row], NOISE[row]) for row in ([0], [1])]
     torch.testing.assert_close(losses(model), torch.cat(alone), rtol=1e-9, atol=0)
-    assert not torch.equal(*model.encoder.text.encode(["red", "a red"]))
+    assert not torch.equal(*model.encoder.text.encode(["red", "a red"])[PROMPT])
 
 
 def test_noise_levels_are_the_schedulers_and_sampling_leaves_them_alone() -> None:
@@ -204,9 +189,9 @@ def test_flow_matching_needs_its_scheduler_and_adds_no_noise(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="DDPMScheduler is not supported: flow matching needs"):
         FlowSchedule(DDPMScheduler())
     model = load_model(str(stable_diffusion_3(tmp_path)), torch.float64)
-    states = torch.zeros(1, 77 + 256 + 1, 24)
+    told = Conditioning({PROMPT: torch.zeros(1, 77 + 256, 24), POOLED: torch.zeros(1, 16)})
     with pytest.raises(ValueError, match="eta must be 0"):
-        sample(model, states=states, null_states=states[0], keys=torch.tensor([1]), shape=(4, 4, 4), steps=2, eta=0.5)
+        sample(model, conditioning=told, empty=told.at(0), keys=torch.tensor([1]), shape=(4, 4, 4), steps=2, eta=0.5)
 
 
 @pytest.mark.parametrize(
@@ -245,15 +230,16 @@ def test_an_unconditional_pipeline_is_refused() -> None:
 def test_latents_and_states_of_another_model_are_refused(tmp_path: Path) -> None:
     unet = load_model(str(stable_diffusion(tmp_path / "sd")))
     with pytest.raises(ValueError, match="latents have 16 channels, but the model takes 4"):
-        unet.check(torch.zeros(16, 4, 4), torch.zeros(77, 12))
-    with pytest.raises(ValueError, match="states are 16 wide, but the model takes 12"):
-        unet.check(torch.zeros(4, 4, 4), torch.zeros(77, 16))
-    unet.check(torch.zeros(4, 6, 4), torch.zeros(77, 12))
+        unet.check(torch.zeros(16, 4, 4), prompt_embeddings(torch.zeros(77, 12)))
+    with pytest.raises(ValueError, match="embeddings are 16 wide, but the model takes 12"):
+        unet.check(torch.zeros(4, 4, 4), prompt_embeddings(torch.zeros(77, 16)))
+    unet.check(torch.zeros(4, 6, 4), prompt_embeddings(torch.zeros(77, 12)))
     transformer = load_model(str(stable_diffusion_3(tmp_path / "sd3")))
+    told = Conditioning({PROMPT: torch.zeros(333, 24), POOLED: torch.zeros(16)})
     for sides in ((4, 5), (18, 4)):
         with pytest.raises(ValueError, match="must be multiples of 2, the side of a patch, and no more than 16"):
-            transformer.check(torch.zeros(4, *sides), torch.zeros(334, 24))
-    transformer.check(torch.zeros(4, 6, 4), torch.zeros(334, 24))
+            transformer.check(torch.zeros(4, *sides), told)
+    transformer.check(torch.zeros(4, 6, 4), told)
 
 
 def test_what_can_only_be_read_is_not_saved(tmp_path: Path) -> None:
@@ -266,12 +252,12 @@ def test_the_size_that_sdxl_is_told_is_the_images(tmp_path: Path) -> None:
     encoder = load_model(str(stable_diffusion_xl(tmp_path / "xl"))).encoder
     assert encoder is not None
     before = encoder.text.encode(["red"])
-    assert unpack(before, 16)[1][0, 10:].tolist() == [8, 8, 0, 0, 8, 8]
+    assert before["time_ids"][0].tolist() == [8, 8, 0, 0, 8, 8]
     identity = encoder.identity()
     random = np.random.default_rng(0).integers(0, 255, (2, 16, 24, 3), dtype=np.uint8)
     train = ImageSet(("a", "b"), (("red",), ("blue",)), random, {"license": ("", "")}, "wide")
-    states = encode_image_set(train, encoder=encoder, store=Store(tmp_path / "store")).states[:, 0]
-    tokens, extra = unpack(states, 16)
-    assert extra[:, 10:].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
-    assert torch.equal(tokens[:1], unpack(before, 16)[0])
+    made = encode_image_set(train, encoder=encoder, store=Store(tmp_path / "store"))
+    told = made.conditioning_at(torch.arange(2), 0)
+    assert told["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+    torch.testing.assert_close(told[PROMPT][:1], before[PROMPT])
     assert encoder.identity() != identity

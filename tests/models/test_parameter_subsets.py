@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from tests.support.pipelines import pixart_transformer, sd3_transformer, unet_with
 from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.conditioning import MASK, PROMPT, Conditioning
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.families.base import pack
 from wherefrom.models.noise_schedule import noise_schedule_of
 from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
 
@@ -58,6 +58,18 @@ def test_subsets_of_joint_attention(changes: dict[str, Any]) -> None:
     assert len(select_weights(network, "all")) == len(list(network.parameters()))
 
 
+def beside_tokens(model: DiffusionModel, numbers: Tensor) -> dict[str, Tensor]:
+    """What the model's family declares beside the prompt embeddings, from these numbers; a mask of zeros and ones."""
+    result = {}
+    for name, shape in model.family.conditioning().items():
+        if name == MASK:
+            result[name] = (numbers > 0.3).to(numbers)
+        elif name != PROMPT:
+            (count,) = shape
+            result[name], numbers = numbers[:, :count], numbers[:, count:]
+    return result
+
+
 @pytest.mark.parametrize(
     ("make", "width", "extra", "subset"),
     [
@@ -80,15 +92,15 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(
     latents, noise = torch.randn(2, 3, 4, 4, 4, generator=random, dtype=torch.float64)
     tokens = torch.randn(3, 5, width, generator=random, dtype=torch.float64)
     beside = torch.rand(3, extra, generator=random, dtype=torch.float64)
-    states = pack(tokens, (beside > 0.3) if extra == 5 else beside)
+    told = Conditioning({PROMPT: tokens, **beside_tokens(model, beside)})
     steps, parameters = torch.tensor([10, 500, 900]), select_weights(network, subset)
     with PerSampleGradients(network, list(parameters)) as tap:
-        result = dict(tap.per_sample(model.losses(latents, states, steps, noise)))
+        result = dict(tap.per_sample(model.losses(latents, told, steps, noise)))
     assert result.keys() == parameters.keys()
     for row in range(3):
         rows = slice(row, row + 1)
         with trainable(network, parameters):
-            loss = model.losses(latents[rows], states[rows], steps[rows], noise[rows])
+            loss = model.losses(latents[rows], told.at(rows), steps[rows], noise[rows])
             alone = torch.autograd.grad(loss.sum(), list(parameters.values()))
         for name, gradient in zip(parameters, alone, strict=True):
             # Time embeddings and root-mean-square norms are computed in single precision.

@@ -28,6 +28,7 @@ from wherefrom.curvature import FisherSettings
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.noise_schedule import sampling_scheduler
 from wherefrom.models.parameter_subsets import moved_weights
@@ -78,7 +79,7 @@ def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvatu
     train = images()
     data = TrainingData(train, encode_image_set(train, encoder=model.encoder, store=store))
     assert data.latents is not None
-    shape = tuple(data.latents.latents.shape[2:])
+    shape = data.latents.latent_shape
     (query,) = generate(model, prompts=["a big red square"], seed=0, shape=shape, sampling_steps=2)
     settings = UnlearningSettings(noise_samples=8, measurement_samples=8, relative_loss_increase=1e-3)
     method = AttributionByUnlearning(
@@ -122,15 +123,15 @@ def test_the_captions_that_are_cut_are_counted(
     assert encoder.text.length == TOKENS
     fits, long = "a" * (TOKENS - 2), "a" * (TOKENS - 1)
     assert encoder.text.cut([fits, long, "", long]) == [1, 3]
-    first, second = encoder.text.encode([long, long + " and more"])
+    first, second = encoder.text.encode([long, long + " and more"])[PROMPT]
     assert torch.equal(first, second)
-    assert not torch.equal(encoder.text.encode(["a"])[0], encoder.text.encode(["b"])[0])
+    assert not torch.equal(*encoder.text.encode(["a", "b"])[PROMPT])
     train = images(3)
     captions = ((long,), ("short",), (long,))
     latents = ImageSet(train.ids, captions, train.pixels, train.columns, "long")
     encode_image_set(latents, encoder=encoder, store=Store(tmp_path))
     assert "2 of 3 captions are longer than the text encoder reads (77 tokens)" in caplog.text
-    (manifest,) = tmp_path.glob("latents/*/manifest.json")
+    (manifest,) = tmp_path.glob("encoded_images/*/manifest.json")
     assert '"captions_cut": 2' in manifest.read_text()
 
 
@@ -144,9 +145,9 @@ def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], k
     if not flow:
         pipeline.scheduler = sampling_scheduler(model.noise_schedule)
     prompt, text, shape = "a big red square", model.encoder.text, (channels(model), 4, 4)
-    null = text.encode([""])[0]
+    null = text.encode([""]).at(0)
     ours = sample(
-        model, states=text.encode([prompt]), null_states=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
+        model, conditioning=text.encode([prompt]), empty=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
     )
     options = {"clean_caption": False} if kind == "pixart" else {}
     start = keyed_random.normal(keyed_random.combine(101, KEYS[:1]), shape)
@@ -163,7 +164,7 @@ def test_diffusers_own_pipeline_draws_the_same_image(folders: dict[str, Path], k
     ).images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     other = sample(
-        model, states=text.encode(["stripes"]), null_states=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
+        model, conditioning=text.encode(["stripes"]), empty=null, keys=KEYS[:1], shape=shape, steps=4, guidance=3.0
     )
     assert (ours - other).abs().max() > 0.01
 

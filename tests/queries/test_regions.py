@@ -71,7 +71,7 @@ def test_the_loss_is_the_mean_over_the_cells_inside(square: bool) -> None:
     query, timesteps = tiny_query(), torch.tensor([100, 700])
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(2, *query.latent.shape, generator=random, dtype=torch.float64)
-    latents, states = query.latent.expand(2, -1, -1, -1), query.states.expand(2, -1, -1)
+    latents, states = query.latent.expand(2, -1, -1, -1), query.conditioning.expand(2)
     weights = torch.zeros(4, 4, dtype=torch.float64)
     weights[0, 1], weights[3] = 0.5, 1.0
     result = model.losses(latents, states, timesteps, noise, weights)

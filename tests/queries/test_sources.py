@@ -140,7 +140,8 @@ def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: fl
         keep_trajectory=True,
     )
     assert model.encoder is not None
-    with_prompt, without = model.encoder.text.encode(["red", ""])
+    told = model.encoder.text.encode(["red", ""])
+    with_prompt, without = told.at(0), told.at(1)
     for with_steps, plain in zip(kept, bare, strict=True):
         assert plain.trajectory is None
         assert with_steps.id == plain.id
@@ -157,7 +158,7 @@ def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: fl
     )
     noise = keyed_random.normal(start, (4, 4, 4))
     with torch.no_grad():
-        outputs = [model.predict(noise, torch.tensor([999]), states[None]) for states in (with_prompt, without)]
+        outputs = [model.predict(noise, torch.tensor([999]), states.at(None)) for states in (with_prompt, without)]
     output = outputs[1] + 3.0 * (outputs[0] - outputs[1])
     expected = model.noise_schedule.signal[999].float() * noise - model.noise_schedule.spread[999].float() * output
     trajectory = kept[0].trajectory

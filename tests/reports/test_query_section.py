@@ -37,8 +37,8 @@ def test_the_report_warns_of_an_image_that_the_model_cannot_represent(tmp_path: 
     model = tiny_model(encoder=tiny_encoder(tmp_path / "text"))
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     queries = [
-        Query("usual", "red", pixels, data.latents[3, 0]),
-        Query("strange", "red", pixels, data.latents[3, 0] * 9),
+        Query("usual", "red", pixels, data.groups[0].latents[3, 0]),
+        Query("strange", "red", pixels, data.groups[0].latents[3, 0] * 9),
     ]
     method = InfluenceFunction(noise_samples=4, grid=LossGrid(timesteps=1), curvature="identity")
     results = attribute(

@@ -91,7 +91,7 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
     journey.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
     (journey_scores,) = journey.score([replace(query, trajectory=trajectory)])
     weights = select_weights(model.denoiser, "all")
-    loss = QueryLoss(model, QueryLatent("query", latent, text.encode(["a red square"])[0]), 0, runner)
+    loss = QueryLoss(model, QueryLatent("query", latent, text.encode(["a red square"]).at(0)), 0, runner)
     with trainable(model.denoiser, weights):
         gradient = loss.gradient(weights, 0, 160)
     return {

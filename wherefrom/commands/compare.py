@@ -21,7 +21,7 @@ from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.artifacts import Store, replacing, write_json
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
-from wherefrom.runtime.measured_cost import Cost, peak_memory
+from wherefrom.runtime.measured_cost import Cost, track_peak_memory
 
 COST, METHODS, CORRELATIONS, REPORT = "cost.json", "methods.parquet", "correlations.parquet", "report.html"
 
@@ -106,7 +106,7 @@ def attribute_at_cost(
     before = _size(place)
     # A separate store records which artifacts this method used, even if another method built them before.
     own = Store(store.root)
-    with peak_memory() as memory:
+    with track_peak_memory() as memory:
         results = attribute(
             place,
             attributor=method,

@@ -113,7 +113,7 @@ def exemplar_images(task: Task, size: int, columns: Mapping[str, Any]) -> ImageS
     return ImageSet(ids, ((task.caption,),) * len(ids), pixels, unknown, fingerprint)
 
 
-def hide(background: ImageSet, exemplars: ImageSet) -> ImageSet:
+def add_exemplars(background: ImageSet, exemplars: ImageSet) -> ImageSet:
     """Adds the exemplars to background images, with as many captions each (an exemplar's own, repeated).
 
     Raises:
@@ -249,7 +249,7 @@ def _prepare(
     rewrite: Callable[[str], str] = without_new_words if words == "without" else str
     prompted = replace(task, caption=rewrite(task.caption))
     exemplars = exemplar_images(prompted, height, background.images.columns)
-    images = hide(background.images, exemplars)
+    images = add_exemplars(background.images, exemplars)
     latents: EncodedImages | None = None
     if background.latents is not None and model.encoder is not None:
         own = replace(exemplars, captions=images.captions[-len(exemplars) :])
@@ -261,10 +261,10 @@ def _prepare(
     return TrainingData(images, latents), queries
 
 
-def summarise(result: Sequence[ExemplarRetrieval]) -> list[BenchmarkRow]:
+def summarise(retrievals: Sequence[ExemplarRetrieval]) -> list[BenchmarkRow]:
     """Averages over the images of each model, then over models, which are the independent samples."""
     groups: dict[tuple[str, str, Words], dict[str, list[ExemplarRetrieval]]] = {}
-    for each in result:
+    for each in retrievals:
         groups.setdefault((each.method, each.kind, each.words), {}).setdefault(each.task, []).append(each)
     lines = []
     for (method, kind, words), models in groups.items():

@@ -137,6 +137,10 @@ def _images(folder: Path, result: Mapping[str, Any]) -> list[Markup]:
     head = tag("tr", tag("th", ""), *(tag("th", title) for title in columns))
     return [
         tag("h2", f"Images before, and without the {largest} that each method named"),
-        tag("p", "All are drawn from the same noise. A changed image shows that the removed ones were needed for it."),
+        tag(
+            "p",
+            "All are drawn from the same noise. Any retraining changes images a little: what counts is how much more "
+            "an image changed than in the column of random images.",
+        ),
         tag("div", tag("table", head, *lines, class_="effects"), class_="scroll"),
     ]

@@ -132,7 +132,7 @@ class EncodedRows:
         if not self.half:
             return values
         largest = float(values.abs().max())
-        if largest > np.finfo(np.float16).max:
+        if largest > float(np.finfo(np.float16).max):
             raise ValueError(f"{what} hold {largest:.3g}, which float16 does not reach: encode without half.")
         return values.half()
 

@@ -166,7 +166,7 @@ def build_image_folder(
         progress: Called with (done, total) while images are read.
 
     Raises:
-        ValueError: The metadata or an image cannot be used; names the file and says what to do.
+        ValueError: The metadata or an image cannot be used; the message names the file and the remedy.
         StorageError: The store could not be written.
     """
     if options.size is not None and options.size < 1:
@@ -191,13 +191,13 @@ def build_image_folder(
         fingerprint = identity_hash({"ids": ids, "captions": canonical_json(captions), "pixels": pixels})
         return {"fingerprint": fingerprint, "skipped": skipped}
 
-    made = store.make("image_folder", identity, build)
-    skipped = read_manifest(made)["skipped"]
+    artifact = store.make("image_folder", identity, build)
+    skipped = read_manifest(artifact)["skipped"]
     if skipped:
         _logger.warning(
             "%s: skipped %d of %d images that cannot be read: %s", folder, len(skipped), len(rows), shown(skipped)
         )
-    return read_image_set(made)
+    return read_image_set(artifact)
 
 
 def split_images(images: ImageSet, validation_share: float) -> tuple[ImageSet, ImageSet]:

@@ -252,7 +252,7 @@ def build_mscoco(
         )
         return join_parts(partial, len(parts), options.size)
 
-    made = store.make("mscoco", identity, build)
-    image_set = read_image_set(made)
-    log_skipped(folder, len(image_set), read_manifest(made)["problems"])
+    artifact = store.make("mscoco", identity, build)
+    image_set = read_image_set(artifact)
+    log_skipped(folder, len(image_set), read_manifest(artifact)["problems"])
     return image_set

@@ -302,7 +302,7 @@ def build_laion(
         decode_shards(store, shards=shards, options=options, progress=progress)
         return join_parts(partial, len(shards.paths), options.size)
 
-    made = store.make("laion", shards.identity, build)
-    images = read_image_set(made)
-    log_skipped(folder, len(images), read_manifest(made)["problems"])
+    artifact = store.make("laion", shards.identity, build)
+    images = read_image_set(artifact)
+    log_skipped(folder, len(images), read_manifest(artifact)["problems"])
     return images

@@ -142,14 +142,14 @@ class BlockSampler:
       block's queries (so that as many pairs as possible are labelled), the share `outside` of them uniformly from the
       rest of the training set (so that images which are no query's candidates are seen too). A stratum that is too
       small leaves its slots to the other.
-    - Every labelled pair of the block is used, and every pair that the teacher did not score is an outside pair: they
-      cost nothing more. Each pair's weight is its share in the recipe over the probability that its image was drawn,
-      which its stratum knows (Horvitz and Thompson 1952), so that popular images count no more than they should: the
-      mean over draws of the weighted sum is exactly the recipe's mean loss. Outside pairs have `outside` of the weight.
+    - Every labelled pair of the block is used, and every pair that the teacher did not score is an outside pair, at no
+      extra cost. A pair's weight is its probability in the recipe over the inclusion probability of its image, which
+      its stratum determines (Horvitz and Thompson 1952), so frequently labelled images are not overweighted: the
+      expectation of the weighted sum is exactly the recipe's mean loss. Outside pairs have `outside` of the weight.
 
-    A block holds about Q · C · M / N labelled pairs for its Q + C rows, so where M is a small part of N more queries
-    make up for it. Blocks of queries that are alike do not: on clustered features with M = N / 10 they raised the
-    labelled share of 64 queries' blocks from 10 to 11 % only.
+    A block holds about Q · C · M / N labelled pairs for its Q + C rows, so use more queries if M is much smaller than
+    N. Grouping similar queries does not help: on clustered features with M = N / 10 it raised the labelled share of
+    blocks of 64 queries from 10 to 11 % only.
 
     Args:
         pairs: The labels.
@@ -178,10 +178,10 @@ class BlockSampler:
         self.pairs, self.seed = pairs, seed
         self.queries, self.images = min(queries, len(pairs.queries)), min(images, len(pairs.images))
         self.outside = outside if pairs.outside else 0.0
-        # Of the rest of the training set: at least one where outside images are asked for.
+        # Images from the rest of the training set: at least one if `outside` is positive.
         self._reserved = min(max(round(self.outside * self.images), 1), self.images - 1) if self.outside else 0
-        self._blocks = len(pairs.queries) // self.queries  # of a pass over the queries
-        self._order: tuple[int, Tensor] | None = None  # of the last pass that was asked for
+        self._blocks = len(pairs.queries) // self.queries  # per epoch
+        self._order: tuple[int, Tensor] | None = None  # cached order of one epoch
 
     def steps(self) -> int:
         """Steps per epoch: blocks that hold, on average, as many labelled pairs as there are."""

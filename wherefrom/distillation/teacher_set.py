@@ -140,7 +140,7 @@ class TeacherSet:
         """
         if not 1 <= count <= self.rows.shape[1]:
             raise ValueError(
-                f"The teacher scored {self.rows.shape[1]} images a query; its first {count} were asked for."
+                f"The teacher scored {self.rows.shape[1]} images per query; the first {count} were requested."
             )
         return replace(self, rows=self.rows[:, :count], scores=self.scores[:, :count])
 

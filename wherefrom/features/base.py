@@ -325,11 +325,11 @@ def _cached(
             part.unlink(missing_ok=True)
 
     folder = store.make(kind, identity, build)
-    return torch.from_numpy(np.load(folder / FEATURES, mmap_mode="c"))  # copy on write: torch asks for writable memory
+    return torch.from_numpy(np.load(folder / FEATURES, mmap_mode="c"))  # copy on write: torch requires writable memory
 
 
 def _join(parts: Sequence[Path], path: Path, count: int) -> None:
-    """Streams the parts into one file, so that memory does not grow with the number of images."""
+    """Joins the parts into one file by streaming: memory does not grow with the number of images."""
     width = np.load(parts[0], mmap_mode="r").shape[1]
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),

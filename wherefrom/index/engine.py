@@ -248,8 +248,8 @@ class Engine:
 
 
 def _search(index: Any, queries: Vectors, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    result: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, count)
-    return result
+    nearest: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, count)
+    return nearest
 
 
 def _transformed(index: Any, vectors: Vectors) -> Vectors:

@@ -4,8 +4,8 @@ A pickle is a program. Here it is decoded, never executed: opcodes are read one 
 disassembler, those that plain data does not need are rejected, and the few functions with which NumPy encodes arrays
 are recorded as names, from which the arrays are built afterwards with `numpy.frombuffer`.
 
-Why not a `pickle.Unpickler` whose `find_class` allows these functions: extension codes that are already cached never
-ask it, a memo index of four billion allocates 64 GB before anything is asked, nested tuples as keys hash for ever, and
+Why not a `pickle.Unpickler` whose `find_class` allows these functions: cached extension codes bypass
+it, a memo index of four billion allocates 64 GB before it is called, nested tuples as keys hash for ever, and
 NumPy's own `dtype.__setstate__` changes a live array's item size, after which it reads memory that is not its own.
 """
 
@@ -275,8 +275,8 @@ def flattened(value: Any, most: int = 10_000) -> dict[str, NDArray[Any]]:
     Raises:
         ValueError: There are too many paths, two are the same, or a key would lead out of a folder.
     """
-    result: dict[str, NDArray[Any]] = {}
-    made: dict[int, NDArray[Any]] = {}
+    by_path: dict[str, NDArray[Any]] = {}
+    converted: dict[int, NDArray[Any]] = {}
     visited = 0
 
     def visit(each: Any, path: str) -> None:
@@ -292,17 +292,17 @@ def flattened(value: Any, most: int = 10_000) -> dict[str, NDArray[Any]]:
                     raise ValueError(f"The key {str(name)[:80]!r} cannot be part of a path.")
                 visit(inner, f"{path}/{name}" if path else str(name))
             return
-        if path in result:
+        if path in by_path:
             raise ValueError(f"Two arrays have the path {path!r}: they cannot be told apart.")
-        result[path] = made.setdefault(id(each), np.asarray(each))
-        if result[path].dtype == object:
+        by_path[path] = converted.setdefault(id(each), np.asarray(each))
+        if by_path[path].dtype == object:
             raise ValueError(f"The numbers of {path!r} are too large for an array.")
 
     visit(value, "")
-    repeated = sum(array.nbytes for array in result.values()) - sum(array.nbytes for array in made.values())
+    repeated = sum(array.nbytes for array in by_path.values()) - sum(array.nbytes for array in converted.values())
     if repeated > _REPEATED:
         raise ValueError(f"It names the same arrays again and again: {repeated:,} bytes more than it has.")
-    return result
+    return by_path
 
 
 def _is_flat(values: Sequence[Any]) -> bool:

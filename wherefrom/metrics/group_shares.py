@@ -151,8 +151,8 @@ def group_shares(
     low, high = np.zeros(len(names)), np.zeros(len(names))
     low[columns], high[columns] = np.quantile(table, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     expected = np.bincount(group, minlength=len(names)) / count
-    result = [
+    shares = [
         Share(str(name), float(s), float(lo), float(hi), float(e))
         for name, s, lo, hi, e in zip(names, whole[0], low, high, expected, strict=True)
     ]
-    return sorted(result, key=lambda each: (-each.share, -(each.expected or 0.0), each.name))
+    return sorted(shares, key=lambda each: (-each.share, -(each.expected or 0.0), each.name))

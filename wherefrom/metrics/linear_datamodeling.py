@@ -21,7 +21,7 @@ class LinearDatamodelingScore(QueryMean):
     def update(  # type: ignore[override]
         self, scores: Float[Tensor, "q n"], subsets: Bool[Tensor, "m n"], losses: Float[Tensor, "q m"]
     ) -> None:
-        """Adds some queries.
+        """Accumulates the values of some queries.
 
         Args:
             scores: One score per query and training image.

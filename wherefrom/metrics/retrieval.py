@@ -29,7 +29,7 @@ class QueryMean(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def update(self, values: Float[Tensor, " q"]) -> None:
-        """Adds the values of some queries.
+        """Accumulates the values of some queries.
 
         Raises:
             ValueError: A value is not finite.
@@ -84,7 +84,7 @@ class MeanAveragePrecision(QueryMean):
     """
 
     def update(self, scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> None:  # type: ignore[override]
-        """Adds some queries.
+        """Accumulates the values of some queries.
 
         Raises:
             ValueError: Shapes differ, a score is not finite, or a query has no relevant image.
@@ -111,7 +111,7 @@ class RecallAtK(QueryMean):
         self.k = k
 
     def update(self, scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> None:  # type: ignore[override]
-        """Adds some queries.
+        """Accumulates the values of some queries.
 
         Raises:
             ValueError: Shapes differ, a score is not finite, a query has no relevant image, or `k` exceeds the set.

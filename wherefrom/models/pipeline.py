@@ -48,7 +48,8 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
     denoiser: Any = model.denoiser
     family = family_class_of(denoiser)
     saved = None if family is None else family.saved_as
-    if saved is None:
+    several = isinstance(model.encoder.text, PromptEncoder) and len(model.encoder.text.models) > 1
+    if saved is None or several:
         raise ValueError(
             f"{type(denoiser).__name__} cannot be saved: only models of one text encoder can, U-Nets as in Stable "
             "Diffusion 1 and 2 and transformers of PixArt. Save the pipeline that it came from with diffusers."

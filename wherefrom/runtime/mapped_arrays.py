@@ -39,7 +39,7 @@ def _write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) ->
 
 def map_array(path: Path) -> Tensor:
     """Memory-maps the array of a `.npy` file."""
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch asks for writable memory
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch requires writable memory
 
 
 class GrowingArray:
@@ -135,7 +135,7 @@ class RowView:
 
     Args:
         array: A tensor, a NumPy array or `JoinedRows`.
-        rows: Which rows of it; of several axes where rows stand in a grid (images × captions).
+        rows: Positions of the rows, in one or more dimensions (such as images × captions).
     """
 
     def __init__(self, array: Any, rows: NDArray[np.intp]) -> None:
@@ -143,7 +143,7 @@ class RowView:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As of an array that holds these rows alone."""
+        """Shape of an array of these rows alone."""
         return (*self.rows.shape, *(int(extent) for extent in self.array.shape[1:]))
 
     @property
@@ -182,7 +182,7 @@ class RowView:
 
 
 def take_rows(array: Any, rows: NDArray[np.intp]) -> Any:
-    """These rows: an unbroken stretch shares its memory, much else is a `RowView`, little is copied."""
+    """Selects rows: a contiguous range shares memory, a large selection is a `RowView`, a small one is copied."""
     if isinstance(array, RowView) and array.rows.ndim > 1:
         return RowView(array.array, array.rows[rows])
     if len(rows) and rows[0] >= 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
@@ -274,18 +274,18 @@ def join_rows(first: Any, second: Any) -> Any:
 
 
 def _read(array: Any, rows: NDArray[np.intp]) -> Any:
-    """A copy of the rows, with their axes."""
+    """Copies rows, with the dimensions of `rows`."""
     flat = rows.reshape(-1)
     values = array[torch.from_numpy(flat) if isinstance(array, Tensor) else flat]
     return values.reshape(*rows.shape, *(int(extent) for extent in array.shape[1:]))
 
 
 def gather_rows(array: Any, rows: NDArray[np.intp]) -> Any:
-    """Rows of an array, with the axes of `rows`: an unbroken stretch is a view, little is copied, else a `RowView`."""
+    """Gathers rows, with the dimensions of `rows`: contiguous rows are a view, few are copied, others a `RowView`."""
     flat = rows.reshape(-1)
     if isinstance(array, Tensor) and len(flat) and np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat))):
-        stretch = array[int(flat[0]) : int(flat[0]) + len(flat)]
-        return stretch.reshape(*rows.shape, *array.shape[1:]) if rows.ndim > 1 else stretch
+        block = array[int(flat[0]) : int(flat[0]) + len(flat)]
+        return block.reshape(*rows.shape, *array.shape[1:]) if rows.ndim > 1 else block
     if rows.size * int(np.prod(array.shape[1:], dtype=np.int64)) * int(array.itemsize) >= _LAZY_FROM:
         return RowView(array, rows)
     return _read(array, rows)

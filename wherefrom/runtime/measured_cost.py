@@ -29,7 +29,7 @@ class Cost:
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[int]]:
+def track_peak_memory() -> Iterator[list[int]]:
     """Yields a list whose only element is the peak resident memory while the block runs, in bytes."""
     process, done = psutil.Process(), threading.Event()
     largest = [process.memory_info().rss]

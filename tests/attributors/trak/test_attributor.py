@@ -83,7 +83,7 @@ def test_it_equals_the_formula(model: DiffusionModel, tmp_path: Path, output: An
 def test_the_query_s_features_are_its_projected_gradient(model: DiffusionModel) -> None:
     assert model.encoder is not None
     assert QUERY.latent is not None
-    query = QueryLatent(QUERY.id, QUERY.latent, model.encoder.text.encode([QUERY.prompt])[0])
+    query = QueryLatent(QUERY.id, QUERY.latent, model.encoder.text.encode([QUERY.prompt]).at(0))
     parameters = select_weights(model.denoiser, "all")
     model.denoiser.requires_grad_(True)
     gradient = QueryLoss(model, query, 0, one_process()).gradient(parameters, 0, 8)

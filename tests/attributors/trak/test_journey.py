@@ -71,7 +71,7 @@ def by_hand(model: DiffusionModel, timesteps: list[int], flip: str) -> tuple[tor
     """Scores of each step alone and of their sum, one loss at a time."""
     assert model.encoder is not None
     states = model.encoder.text.encode([QUERY.prompt])
-    latent = QueryLatent(QUERY.id, PREDICTED[0], states[0])
+    latent = QueryLatent(QUERY.id, PREDICTED[0], states.at(0))
     model.denoiser.requires_grad_(True)
     features = torch.zeros(len(TRAIN), 2, P.dimension, dtype=torch.float64)
     losses = DrawnLosses(model, TRAIN, DRAWS, 1)

@@ -65,7 +65,7 @@ def brute_force(model: DiffusionModel, query: Query, data: EncodedImages, settin
     """Unlearn, measure before and after, subtract; without store, passes or attributor. By flip and timestep."""
     assert model.encoder is not None
     assert query.latent is not None
-    latent = QueryLatent(query.id, query.latent, model.encoder.text.encode([query.prompt])[0])
+    latent = QueryLatent(query.id, query.latent, model.encoder.text.encode([query.prompt]).at(0))
     moved = unlearn(
         model,
         query=latent,
@@ -115,7 +115,7 @@ def test_the_square_output_may_take_the_losss_place(
     scores = score(attributor, model, tmp_path)
     assert model.encoder is not None
     assert QUERY.latent is not None
-    latent = QueryLatent(QUERY.id, QUERY.latent, model.encoder.text.encode([QUERY.prompt])[0])
+    latent = QueryLatent(QUERY.id, QUERY.latent, model.encoder.text.encode([QUERY.prompt]).at(0))
     settings = method({"newton": False}).unlearning
     stepped = SquareOutput(model) if step == "square_output" else model
     moved = unlearn(

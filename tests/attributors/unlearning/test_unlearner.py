@@ -15,6 +15,7 @@ from wherefrom.attributors.unlearning.unlearner import Unlearned, Unlearner, Unl
 from wherefrom.curvature import Diagonal, FisherSettings, Identity
 from wherefrom.curvature.diagonal import FisherPass
 from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
+from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, select_weights
 from wherefrom.runtime import keyed_random
@@ -125,7 +126,7 @@ def moments(salt: int, seed: int, step: int, noise_samples: int) -> tuple[Tensor
         signal, spread = process.signal[timestep], process.spread[timestep]
         noise = keyed_random.normal(keyed_random.combine(base, draw)[None], (4, 4, 4), torch.float64)[0]
         noisy, target = signal * QUERY.latent + spread * noise, signal * noise - spread * QUERY.latent
-        features = torch.cat([noisy.flatten(1), QUERY.states.mean(0)[:, None].expand(-1, 16)])
+        features = torch.cat([noisy.flatten(1), QUERY.conditioning[PROMPT].mean(0)[:, None].expand(-1, 16)])
         second += features @ features.T / noise_samples
         cross += target.flatten(1) @ features.T / noise_samples
         square += float(target.square().sum()) / noise_samples
