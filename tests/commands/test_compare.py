@@ -104,11 +104,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     changed = load_methods(files, {"grid.timesteps": 3, "noise_samples": 7}, strict=True)["influence"]
     assert isinstance(changed, InfluenceFunction)
     assert (changed.grid.timesteps, changed.noise_samples) == (3, 7)
-    asking = [ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("abu_plus_rerank_bank", "abu_plus_magnitude")]
+    asking = [
+        ROOT / "configs" / "attributor" / f"{name}.yaml" for name in ("abu_plus_rerank_bank", "abu_plus_magnitude")
+    ]
     nested = load_methods(asking, {"grid.timesteps": 3, "unlearning.noise_samples": 7}, strict=True)
     assert isinstance(nested["abu_plus_rerank_bank"], Rerank)
     assert isinstance(nested["abu_plus_magnitude"], Magnitude)
-    for each in (nested["abu_plus_rerank_bank"].method, nested["abu_plus_rerank_bank"].nearest, nested["abu_plus_magnitude"].method):
+    for each in (
+        nested["abu_plus_rerank_bank"].method,
+        nested["abu_plus_rerank_bank"].nearest,
+        nested["abu_plus_magnitude"].method,
+    ):
         assert isinstance(each, AttributionByUnlearning | InfluenceBank)
         assert each.grid.timesteps == 3
         assert not isinstance(each, AttributionByUnlearning) or each.unlearning.noise_samples == 7

@@ -1,15 +1,83 @@
-"""Methods from the files that describe them."""
+"""Method files: the packaged ones by name, and the attributors that method files describe."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wherefrom.attributors import Attributor
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `available_methods` and `method_file` answer without loading PyTorch
     from jsonargparse import Namespace
+
+    from wherefrom.attributors.base import Attributor
+
+# Packaged files that were renamed: earlier name -> name now.
+RENAMED_METHODS: Mapping[str, str] = {
+    "abu_plus_bank": "abu_plus_rerank_bank",
+    "abu_plus_by_size": "abu_plus_magnitude",
+    "abu_plus_nearest": "abu_plus_rerank",
+    "abu_plus_two_noises": "abu_plus_two_seeds",
+    "fast": "learned_ranker_emoji_1k",
+    "fast_trained": "learned_ranker",
+    "influence_by_size": "influence_magnitude",
+}
+
+
+def methods_folder() -> Path:
+    """The folder of the packaged method files."""
+    return Path(str(package_files("wherefrom"))) / "methods"
+
+
+def available_methods() -> Mapping[str, str]:
+    """The packaged methods with a line about each, in alphabetical order.
+
+    Returns:
+        Name of the method -> the first comment line of its file.
+    """
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+        for path in sorted(methods_folder().glob("*.yaml"))
+    }
+
+
+def method_file(name_or_path: str | Path) -> Path:
+    """The file of a method: a packaged method's by its name, any other by its path.
+
+    The name that a packaged file had before it was renamed is accepted too, with a line of warning on stderr.
+
+    Args:
+        name_or_path: Such as `abu_plus`, or `my/method.yaml`. Where both a packaged method and a path are meant, the
+            path is given with its suffix.
+
+    Raises:
+        ValueError: There is neither a packaged method nor a file of that name; the packaged methods are listed.
+    """
+    path = Path(name_or_path)
+    packaged = methods_folder()
+    if path.suffix in (".yaml", ".yml", ".json"):
+        if path.exists():
+            return path
+        renamed = path.with_stem(RENAMED_METHODS.get(path.stem, path.stem))
+        if renamed != path and renamed.exists():
+            _warn_renamed(path.stem, renamed.stem)
+            return renamed
+        raise ValueError(f"There is no method file {path}; the packaged methods are {', '.join(available_methods())}.")
+    name = str(name_or_path)
+    if name in RENAMED_METHODS:
+        _warn_renamed(name, RENAMED_METHODS[name])
+        name = RENAMED_METHODS[name]
+    if name in available_methods():
+        return packaged / f"{name}.yaml"
+    raise ValueError(
+        f"There is no method {name!r}. Give the path of a method file (.yaml), or one of the packaged methods: "
+        f"{', '.join(available_methods())}."
+    )
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    print(f"warning: the method {old!r} is now called {new!r}; the old name goes in the next release.", file=sys.stderr)
 
 
 def methods_of(config: Any) -> dict[str, Attributor]:
@@ -42,6 +110,8 @@ def load_methods(
         ValueError: Two methods have the same name, no method has a setting, or a variant is not of one of the methods.
     """
     from jsonargparse import ArgumentParser  # comes with the command line; the library does without it
+
+    from wherefrom.attributors import Attributor
 
     made = ArgumentParser(parser_mode="omegaconf")
     made.add_subclass_arguments(Attributor, "attributor", required=True)
