@@ -36,6 +36,7 @@ from wherefrom.commands.attribute import attribute
 from wherefrom.commands.budget import as_table
 from wherefrom.commands.compare import compare
 from wherefrom.commands.curate import Captions, curate
+from wherefrom.commands.curvature_settings import accept_old_curvature
 from wherefrom.commands.estimate import announce
 from wherefrom.commands.method_files import methods_of
 from wherefrom.commands.tracking import Tracking, track
@@ -150,6 +151,7 @@ def parser() -> ArgumentParser:
 
 def run_parser(description: str | None, with_model: bool = True, required: bool = True) -> ArgumentParser:
     """What all runs over queries are told; the judge trains its model itself, and kept rankings need neither."""
+    accept_old_curvature()
     made = ArgumentParser(description=description, parser_mode="omegaconf")
     made.add_argument("-c", "--config", action="config", help="an experiment file")
     if with_model:

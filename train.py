@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 import callbacks
 import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
+from wherefrom.commands.curvature_settings import accept_old_curvature
 
 
 def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
@@ -23,6 +24,7 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         args: Words of the command line; None takes the program's.
         run: False makes trainer, model and data only; the words then begin after the subcommand.
     """
+    accept_old_curvature()
     with warnings.catch_warnings():
         # Lightning suspects a mistake wherever a process with a command line of its own gives arguments, as sweeps do.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from benchmarks.scoring import random_set
-from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac
+from wherefrom.curvature import EKFACMatrix, FisherSettings, fit_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 from wherefrom.curvature.kronecker import plan_layers
 from wherefrom.data.encoded_images import EncodedImages
@@ -156,7 +156,7 @@ class Case:
 
         return run
 
-    def ours(self) -> EKFAC:
+    def ours(self) -> EKFACMatrix:
         """Our fit."""
         with tempfile.TemporaryDirectory() as folder:
             return fit_ekfac(

@@ -44,7 +44,7 @@ from wherefrom.attributors import (
 )
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.commands.attribute import attribute
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, FisherSettings
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 weights=options.weights,
                 noise_samples=options.draws,
                 grid=grid,
-                fisher=fisher,
+                curvature=EKFAC(fisher),
                 queries_per_pass=len(queries),
             ),
             queries,
@@ -268,8 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     noise_samples=options.draws, relative_loss_increase=options.rise, measurement_samples=200
                 ),
                 grid=grid,
-                curvature="ekfac",
-                fisher=fisher,
+                curvature=EKFAC(fisher),
             ),
             queries[:few],
         ),

@@ -39,7 +39,7 @@ from transformers import AutoModel
 
 from wherefrom.commands.attribute import attribute
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import DiagonalFisher, FisherSettings
 from wherefrom.data.image_folder import build_image_folder, split_pictures
 from wherefrom.data.encoded_images import encode_pictures
 from wherefrom.gradients.loss_grid import LossGrid
@@ -57,7 +57,7 @@ train, held_out = split_pictures(build_image_folder(store, Path(pictures_folder)
 latents = [encode_pictures(images, model.encoder, store) for images in (train, held_out)]
 data = TrainingData(train, latents[0], held_out, latents[1])
 settings = UnlearningSettings(draws=16, measure_draws=16, rise=0.01)
-method = AttributionByUnlearning("all", settings, LossGrid(timesteps=2), fisher=FisherSettings(samples_per_image=1))
+method = AttributionByUnlearning("all", settings, LossGrid(timesteps=2), curvature=DiagonalFisher(FisherSettings(1)))
 queries = generate(model, ["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)
 (scores,) = attribute(Path(out + "/run"), method, data, model, queries, store, runner)
 print(len(names), scores.ids[scores.scores.argmax()])

@@ -55,8 +55,8 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     real = TrainingData(module.train_images, module.train_latents, module.validation_images, module.validation_latents)
     _, blank = encoding(model, *sizes_of(module))
     attributor = AttributionByUnlearning()
-    work = attributor.work(real, 3)
-    assert attributor.work(blank, 3) == work
+    work = attributor.estimate(real, 3)
+    assert attributor.estimate(blank, 3) == work
     once, queries = method("abu", attributor=attributor, data=blank, queries=3, rate=10.0)
     assert once.seconds == work.once / 10
     assert queries.seconds == work.per_query / 10

@@ -13,7 +13,7 @@ from tests.support.tiny import training_config
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 PROMPTS = ["red square", "blue circle"]
-INFLUENCE = {"noise_samples": 2, "grid": {"timesteps": 1, "flips": False}, "curvature": "identity"}
+INFLUENCE = {"noise_samples": 2, "grid": {"timesteps": 1, "flips": False}, "curvature": {"class_path": "Identity"}}
 ASKED = {"ks": [2], "pools": [2], "random": 0, "timesteps": 4, "after": 2, "groups": True, "greedy": 2}
 
 

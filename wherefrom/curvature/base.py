@@ -1,4 +1,4 @@
-"""What every curvature can do: precondition a gradient."""
+"""A fitted curvature matrix, and how it preconditions a gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Curvature(ABC):
+class CurvatureMatrix(ABC):
     """A positive curvature matrix F of some weights, of which only the inverse's action is needed."""
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Curvature(ABC):
             )
 
 
-class Identity(Curvature):
+class IdentityMatrix(CurvatureMatrix):
     """F = I: the plain gradient."""
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

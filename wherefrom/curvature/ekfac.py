@@ -18,8 +18,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wherefrom.curvature.base import Curvature, finite_rows
-from wherefrom.curvature.diagonal import Diagonal
+from wherefrom.curvature.base import CurvatureMatrix, finite_rows
+from wherefrom.curvature.diagonal import DiagonalMatrix
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.fisher_samples import FisherSettings
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
@@ -74,7 +74,7 @@ class KroneckerFactors:
         return (left.T @ matrices @ right) / (values + damping * values.mean()).sqrt()
 
 
-class EKFAC(Curvature):
+class EKFACMatrix(CurvatureMatrix):
     """F⁻¹ of EK-FAC, layer by layer, with damping relative to each layer's mean eigenvalue.
 
     Args:
@@ -100,7 +100,7 @@ class EKFAC(Curvature):
                 raise ValueError(
                     f"The eigenvalues of layer {name!r} are negative or not finite; make the curvature again."
                 )
-        self.layers, self.diagonal = dict(layers), Diagonal(diagonal or {}, damping)
+        self.layers, self.diagonal = dict(layers), DiagonalMatrix(diagonal or {}, damping)
         self.damping, self.samples = damping, samples
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,7 +255,7 @@ def _fit_block(
     settings: FisherSettings,
     batch_size: int,
     progress: Progress | None,
-) -> EKFAC:
+) -> EKFACMatrix:
     """The curvature of some of the layers; what it was made from does not stay in memory."""
     vectors: dict[str, Tensor] = {}
     if block.layers:
@@ -292,7 +292,7 @@ def _fit_block(
         for layer in block.layers
     }
     diagonal = {name: (total / work.samples).to(model.dtype) for name, total in work.diagonal.items()}
-    return EKFAC(layers, diagonal, samples=work.samples)
+    return EKFACMatrix(layers, diagonal, samples=work.samples)
 
 
 def fit_ekfac(
@@ -307,7 +307,7 @@ def fit_ekfac(
     layers_per_pass: int | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
-) -> EKFAC:
+) -> EKFACMatrix:
     """EK-FAC of these weights over the training set: two passes, kept in the store and gone on with after a stop.
 
     Args:
@@ -344,10 +344,10 @@ def fit_ekfac(
             progress=progress,
         )
         layers, diagonal, samples = layers | part.layers, diagonal | part.diagonal.fisher, part.samples
-    return EKFAC(layers, diagonal, damping, samples)
+    return EKFACMatrix(layers, diagonal, damping, samples)
 
 
-def save_ekfac(folder: Path, curvature: EKFAC, model: DiffusionModel) -> None:
+def save_ekfac(folder: Path, curvature: EKFACMatrix, model: DiffusionModel) -> None:
     """Saves factors in kronfluence's layout: one file each for Q_A, Q_G, the *sums* of Λ and their counts.
 
     Beside them `diagonal.safetensors` for parameters without a Kronecker form and a manifest that names the model.
@@ -371,7 +371,9 @@ def save_ekfac(folder: Path, curvature: EKFAC, model: DiffusionModel) -> None:
     write_manifest(folder, {"model": model.fingerprint()})
 
 
-def load_ekfac(folder: Path, model: DiffusionModel, curvature_from: str | None = None, damping: float = 0.1) -> EKFAC:
+def load_ekfac(
+    folder: Path, model: DiffusionModel, curvature_from: str | None = None, damping: float = 0.1
+) -> EKFACMatrix:
     """Factors in kronfluence's layout, refused if they belong to another model.
 
     Args:
@@ -416,4 +418,4 @@ def load_ekfac(folder: Path, model: DiffusionModel, curvature_from: str | None =
         )
     diagonal = load_file(folder / DIAGONAL) if (folder / DIAGONAL).exists() else {}
     samples = int(next(iter(counts.values()))) if counts else 1
-    return EKFAC(layers, diagonal, damping, samples)
+    return EKFACMatrix(layers, diagonal, damping, samples)

@@ -94,7 +94,7 @@ class LossSamples:
 
     def __post_init__(self) -> None:
         if self.noise_samples < 1:
-            raise ValueError(f"draws must be at least 1; given {self.noise_samples}.")
+            raise ValueError(f"noise_samples must be at least 1; given {self.noise_samples}.")
 
     def per_flip(self, captions: int) -> int:
         """Losses of an image, and again of its mirror image."""

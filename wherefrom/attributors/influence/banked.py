@@ -12,11 +12,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.attributors.base import Work
+from wherefrom.attributors.compute_estimate import ComputeEstimate
 from wherefrom.attributors.influence.gradient_bank import Bank, BankMaker, Compression
 from wherefrom.attributors.influence.token_factors import TokenBank
-from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
-from wherefrom.curvature import FisherSettings
+from wherefrom.attributors.preconditioned import PreconditionedAttributor
+from wherefrom.curvature import EKFAC, Curvature
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.query_loss import QueryLoss
 from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights
@@ -44,12 +44,7 @@ class InfluenceBank(PreconditionedAttributor):
         grid: Where training losses are differentiated.
         compression: How the rows of the bank are kept.
         flip: How an image's score is made from its own and its mirror image's.
-        curvature: Form of F: diagonal, EK-FAC, or none.
-        fisher: How F is sampled.
-        damping: Its relative damping.
-        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
-        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
-        curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
+        curvature: Estimator of F: `EKFAC`, `DiagonalFisher`, or `Identity` (plain gradient similarity).
         half: Keep the rows in half precision.
         batch_size: Samples at a time; does not change the result.
         seed: Seed of the query's draws.
@@ -59,7 +54,7 @@ class InfluenceBank(PreconditionedAttributor):
             their root mean square length after whitening, over 256 training images.
 
     Raises:
-        ValueError: The form of curvature is unknown, or a number is not positive.
+        ValueError: The timesteps' weights are unknown, or a number is not positive.
     """
 
     def __init__(
@@ -70,12 +65,7 @@ class InfluenceBank(PreconditionedAttributor):
         grid: LossGrid = LossGrid(),
         compression: Compression = Compression(),
         flip: Flip = "max",
-        curvature: Form = "ekfac",
-        fisher: FisherSettings = FisherSettings(),
-        damping: float = 0.1,
-        layers_per_pass: int | None = None,
-        fisher_path: str | None = None,
-        curvature_from: str | None = None,
+        curvature: Curvature = EKFAC(),
         half: bool = True,
         batch_size: int = 64,
         seed: int = 0,
@@ -84,20 +74,15 @@ class InfluenceBank(PreconditionedAttributor):
     ) -> None:
         super().__init__(
             weights,
+            curvature=curvature,
             grid=grid,
             flip=flip,
-            curvature=curvature,
-            fisher=fisher,
-            damping=damping,
-            layers_per_pass=layers_per_pass,
-            fisher_path=fisher_path,
-            curvature_from=curvature_from,
             batch_size=batch_size,
             breakdown=Breakdown(),
             timestep_weights=timestep_weights,
         )
         if noise_samples < 1:
-            raise ValueError(f"draws must be at least 1; given {noise_samples}.")
+            raise ValueError(f"noise_samples must be at least 1; given {noise_samples}.")
         if not (math.isfinite(second_order) and second_order >= 0):
             raise ValueError(f"second_order must be at least 0 and finite; given {second_order}.")
         self.noise_samples, self.compression, self.half, self.seed = noise_samples, compression, half, seed
@@ -116,14 +101,16 @@ class InfluenceBank(PreconditionedAttributor):
             **super().identity(),
         }
 
-    def work(self, data: TrainingData, queries: int) -> Work:
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
         """Three forward passes for each sample of the curvature and of the training grid, once; then the gradients."""
         assert data.latents is not None
         samples = self.losses_of(data)
         rows = samples // (data.latents.states.shape[1] * self.grid.timesteps * self.grid.noise_samples)
         width = self.compression.dimension or 0  # else the model says how large rows are, and `fit` tells
         once = self.curvature_passes(data) + 3 * samples
-        return Work(once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes)
+        return ComputeEstimate(
+            once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes
+        )
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
@@ -131,11 +118,10 @@ class InfluenceBank(PreconditionedAttributor):
         """Makes the curvature and the banks of the training images and of the null, once per model."""
         model, latents = self.prepare(data, model, store, runner, log)
         started = time.monotonic()
+        settings = self.curvature.identity()
         curvature = {
-            "form": self.form,
-            "damping": self.damping,
-            "fisher": self.identity()["fisher"],
-            "fisher_path": self.fisher_path,
+            "form": settings["curvature"],
+            **{key: settings[key] for key in ("damping", "fisher", "fisher_path")},
             "of": latents.fingerprint,
         }
         maker = BankMaker(
@@ -143,7 +129,7 @@ class InfluenceBank(PreconditionedAttributor):
             training=latents,
             grid=self.grid,
             names=list(select_weights(model.denoiser, self.weights)),
-            curvature=self.curvature,
+            curvature=self.curvature_matrix,
             curvature_identity=curvature,
             compression=self.compression,
             spread=self.timestep_weights == "spread",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wherefrom.attributors.influence.token_factors import TokenBank, TokenGradients, layers_of
 from wherefrom.attributors.trak.projected_features import Compress, ImageFeatures
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import CurvatureMatrix
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
@@ -106,7 +106,7 @@ class SquaredPass(LossPass):
         grid: LossGrid,
         batch_size: int,
         names: Sequence[str],
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
     ) -> None:
         super().__init__(model, data, grid, batch_size)
         self.names, self.curvature = list(names), curvature
@@ -192,7 +192,7 @@ class BankMaker:
         training: EncodedImages,
         grid: LossGrid,
         names: Sequence[str],
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
         curvature_identity: Identity,
         compression: Compression,
         spread: bool,

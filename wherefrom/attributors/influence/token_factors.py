@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import CurvatureMatrix
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
@@ -122,7 +122,7 @@ class TokenBank:
     rows: Rows
     data: EncodedImages
     names: tuple[str, ...]
-    curvature: Curvature
+    curvature: CurvatureMatrix
 
     def influence(self, gradients: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "n f"]:
         """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every image and mirror image.

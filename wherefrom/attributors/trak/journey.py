@@ -1,4 +1,4 @@
-"""JourneyTRAK (Georgiev et al. 2023, "The Journey, Not the Destination"): TRAK of the steps that led to an image."""
+"""JourneyTRAK (Georgiev et al. 2023, "The Journey, Not the Destination"): TRAK along a sampling trajectory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wherefrom.attributors.base import Need
 from wherefrom.attributors.trak.base import ProjectedGradients
 from wherefrom.gradients.loss_grid import LossSamples
 from wherefrom.gradients.projection import Projection
-from wherefrom.gradients.query_loss import QueryLatent, QueryLoss, as_latent
+from wherefrom.gradients.query_loss import QueryLatent, QueryLoss, encode_query
 from wherefrom.gradients.score_reduction import Flip
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset
@@ -62,11 +62,12 @@ class JourneyLoss(QueryLoss):
 
 
 class JourneyTRAK(ProjectedGradients):
-    """Σ_t φ_t(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ_t the projected gradient at step t of the sampling that made the query.
+    """JourneyTRAK (Georgiev et al. 2023): Σ_t φ_t(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z).
 
-    The paper scores each step apart (`step_scores`); the score here is the sum over `timesteps`. The trajectory is that
-    of the model which drew the query, and is scored under all models of an ensemble. On the training side, each image
-    draws its timesteps with replacement, and one of its captions.
+    φ_t is the query's projected gradient at step t of its own sampling trajectory. The paper scores each step apart
+    (`step_scores`); the score here is the sum over `timesteps`. The trajectory is that of the model which generated the
+    query, and is scored under all models of an ensemble. On the training side, each image draws its timesteps with
+    replacement, and one of its captions.
 
     Args:
         weights: Which weights' gradients are projected; the paper takes all.
@@ -169,7 +170,7 @@ class JourneyTRAK(ProjectedGradients):
         each = -(
             -self.noise_samples // runner.world_size
         )  # few draws a step: one batch would leave the other processes idle
-        latent, trajectory = as_latent(model, query), self._trajectory(query)
+        latent, trajectory = encode_query(model, query), self._trajectory(query)
         return JourneyLoss(
             model, query=latent, trajectory=trajectory, seed=self.seed, runner=runner, batch_size=min(128, each)
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wherefrom.curvature.base import Curvature, Identity
+from wherefrom.curvature.base import CurvatureMatrix, IdentityMatrix
 
 
 class NewtonAscent(Optimizer):
@@ -30,7 +30,7 @@ class NewtonAscent(Optimizer):
     def __init__(
         self,
         named_params: Iterable[tuple[str, nn.Parameter]],
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
         lr: float = 0.01,
         dataset_size: int = 1,
         pull: bool = False,
@@ -103,4 +103,4 @@ class SGDAscent(NewtonAscent):
     """
 
     def __init__(self, named_params: Iterable[tuple[str, nn.Parameter]], lr: float = 0.01) -> None:
-        super().__init__(named_params, Identity(), lr)
+        super().__init__(named_params, IdentityMatrix(), lr)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wherefrom.attributors.unlearning.optimizers import NewtonAscent, SGDAscent
 from wherefrom.attributors.unlearning.step_size import alpha_for_increase
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import CurvatureMatrix
 from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, restored, select_weights, trainable
@@ -107,7 +107,7 @@ class Unlearner:
         *,
         query: QueryLatent,
         weights: Subset,
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
         dataset_size: int,
         settings: UnlearningSettings,
         runner: Runner,
@@ -178,7 +178,7 @@ def unlearn(
     *,
     query: QueryLatent,
     weights: Subset,
-    curvature: Curvature,
+    curvature: CurvatureMatrix,
     dataset_size: int,
     settings: UnlearningSettings,
     runner: Runner,
