@@ -72,13 +72,13 @@ class Attributor(ABC):
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Computes what the method needs once per training set and model, kept in the store and found again.
+        """Computes what the method needs once per training set and model, cached in the store.
 
         Args:
             data: Training images, and held-out images as the null.
             model: The model, for methods that require one.
             store: Where results are kept.
-            runner: This process's place.
+            runner: Rank and world size of this process.
             log: Receives lines about what is being computed.
 
         Raises:

@@ -124,7 +124,7 @@ class LearnedRanker(Attributor):
         self._ready = data.images, embeddings, index, null
 
     def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """What was taken down from the index of these images, where there is one."""
+        """Images that were removed from the index of this training set, where there is one."""
         training, dimension = self._training(data.images), int(self.ranker.sizes["outputs"])
         folder = store.find(
             KIND, index_identity(self.ranker_identity, training=training, factory=self.factory, dimension=dimension)

@@ -40,9 +40,9 @@ class PreconditionedAttributor(Attributor):
         weights: Which weights' gradients count.
         curvature: Estimator of F.
         grid: Where training losses are measured.
-        flip: How an image's score is made from its own and its mirror image's.
+        flip: How the scores of an image and of its mirror image are combined.
         batch_size: Forward passes at a time; does not change the result.
-        breakdown: Which parts of the scores are kept beside them.
+        breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
             timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
 
@@ -191,7 +191,7 @@ class PreconditionedAttributor(Attributor):
         return self.breakdown.parts(change, self.grid.steps(self.ready()[0].process.steps), self.flip)
 
     def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:
-        """Split-half reliability of the scores over the (t, ε) draws; NaN with a single draw."""
+        """Split-half reliability of the scores over the (t, ε) samples; NaN with a single sample."""
         noise_samples = change.double().mean(dim=2).flatten(2)
 
         def score(part: Int64[NDArray[np.int64], " h"]) -> Float[NDArray[np.float64], " n"]:

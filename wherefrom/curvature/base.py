@@ -35,7 +35,7 @@ class CurvatureMatrix(ABC):
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Parameters without which these gradients cannot be preconditioned: not in the curvature, or not among them.
 
-        What can be known before a gradient is there, so that nothing long is begun in vain.
+        It is checked before any gradient is computed.
         """
 
     def check(self, names: Sequence[str], where: str) -> None:
@@ -43,7 +43,7 @@ class CurvatureMatrix(ABC):
 
         Args:
             names: Parameters whose gradients will be preconditioned.
-            where: What holds the curvature.
+            where: The folder or object that holds the curvature, for the message.
 
         Raises:
             ValueError: It was made for other weights; the missing layers are named.

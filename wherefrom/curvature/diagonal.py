@@ -121,7 +121,7 @@ class FisherPass(SampledPass):
             self.sums[name] += finite(name, gradients.square().sum(dim=0))
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Adds sums made elsewhere."""
+        """Adds the sums of another process or of an earlier run."""
         for name, total in self.sums.items():
             total += state[name].to(total.device)
         self.samples += int(state[_COUNT])
@@ -154,7 +154,7 @@ def fit_diagonal(
         data: Its training images.
         names: Parameters.
         store: Where it is kept.
-        runner: This process's place.
+        runner: Rank and world size of this process.
         settings: How to sample.
         damping: Relative damping.
         batch_size: Samples at a time; does not change the result.

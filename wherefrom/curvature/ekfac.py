@@ -200,7 +200,7 @@ def eigenvectors_of(name: str, covariance: Float[Tensor, "d d"]) -> Float[Tensor
 
 
 def block_identity(model: DiffusionModel, data: EncodedImages, block: LayerPlan, settings: FisherSettings) -> Identity:
-    """What must match for a block's covariances, eigenvectors and eigenvalues to be used again."""
+    """Identity of a block's covariances, eigenvectors and eigenvalues in the store."""
     return {
         "model": model.fingerprint(),
         "data": data.fingerprint,
@@ -221,7 +221,7 @@ def _eigenvectors(
     batch_size: int,
     progress: Progress | None,
 ) -> dict[str, Tensor]:
-    """A block's eigenvectors, by a pass over the training set; nothing else of that pass stays in memory."""
+    """A block's eigenvectors, by a pass over the training set; its sums are freed."""
     identity = block_identity(model, data, block, settings)
     sums = run_pass(
         lambda: CovariancePass(model, data, block, settings, batch_size),
@@ -256,7 +256,7 @@ def _fit_block(
     batch_size: int,
     progress: Progress | None,
 ) -> EKFACMatrix:
-    """The curvature of some of the layers; what it was made from does not stay in memory."""
+    """The curvature of some of the layers; intermediate sums are freed."""
     vectors: dict[str, Tensor] = {}
     if block.layers:
         vectors = _eigenvectors(
@@ -308,14 +308,14 @@ def fit_ekfac(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> EKFACMatrix:
-    """EK-FAC of these weights over the training set: two passes, kept in the store and gone on with after a stop.
+    """EK-FAC of these weights over the training set: two passes, cached in the store and resumed after an interruption.
 
     Args:
         model: The pretrained model.
         data: Its training images.
         names: Parameters.
         store: Where it is kept.
-        runner: This process's place.
+        runner: Rank and world size of this process.
         settings: How to sample; both passes see the same samples.
         damping: Relative damping.
         layers_per_pass: Fit so many layers at a time, which bounds memory and costs two passes each; None is all.

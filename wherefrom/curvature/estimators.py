@@ -36,7 +36,7 @@ class FitContext:
         data: Its training images.
         names: The parameters whose gradients will be preconditioned.
         store: Where the fitted matrix is kept.
-        runner: This process's place.
+        runner: Rank and world size of this process.
         progress: Called with (done, total) chunks of each pass.
         log: Receives a line about what will be fitted.
     """
@@ -63,7 +63,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def fit(self, on: FitContext) -> CurvatureMatrix:
-        """Fits F by passes over the training set, kept in the store and found again.
+        """Fits F by passes over the training set, cached in the store.
 
         Raises:
             ValueError: A layer has no per-sample gradient, or a gradient is not finite.

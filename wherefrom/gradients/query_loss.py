@@ -13,8 +13,7 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.distributed import Runner
-
-_TIME, _GRADIENT, _MEASURE = 401, 402, 403
+from wherefrom.runtime.salts import Salt
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class QueryLoss:
         model: The model.
         query: The query.
         seed: Seed of the samples.
-        runner: This process's place; processes share the samples.
+        runner: Rank and world size of this process; processes share the samples.
         batch_size: Samples at a time.
     """
 
@@ -86,7 +85,7 @@ class QueryLoss:
     def at(self, salt: int, step: int, draw: Int64[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
         """The latent whose loss is taken, and the timesteps and noise keys of some samples, by their indices."""
         base = keyed_random.combine(salt, self.seed, self.query.key, step)
-        start = float(keyed_random.uniform(keyed_random.combine(_TIME, base))[0])
+        start = float(keyed_random.uniform(keyed_random.combine(Salt.QUERY_TIMESTEP, base))[0])
         time = torch.remainder(start + draw * 0.6180339887498949, 1.0)
         return self.query.latent, (time * self.model.process.steps).long(), keyed_random.combine(base, draw)
 
@@ -94,14 +93,14 @@ class QueryLoss:
     def value(self, noise_samples: int) -> float:
         """Mean loss over samples that are the same at every call, so that two sets of weights can be compared."""
         total = torch.zeros((), dtype=torch.float64)
-        for losses in self._batches(_MEASURE, 0, noise_samples):
+        for losses in self._batches(Salt.QUERY_VALUE_NOISE, 0, noise_samples):
             total += losses.double().sum().cpu()
         return float(self.runner.sum(total.to(self.model.device))) / noise_samples
 
     def gradient(self, parameters: Mapping[str, nn.Parameter], step: int, noise_samples: int) -> dict[str, Tensor]:
         """∇L(ẑ; θ) with respect to the parameters, over this step's samples."""
         totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        for losses in self._batches(_GRADIENT, step, noise_samples):
+        for losses in self._batches(Salt.QUERY_GRADIENT_NOISE, step, noise_samples):
             for total, gradient in zip(
                 totals.values(), torch.autograd.grad(losses.sum(), list(parameters.values())), strict=True
             ):

@@ -232,7 +232,9 @@ def test_only_the_chosen_weights_move(subset: Subset) -> None:
 
 def test_a_rise_out_of_reach_is_an_error() -> None:
     # Keys and values of text cross-attention alone cannot make this model as bad as that.
-    with pytest.raises(ValueError, match=r"No step size raises the query's loss by .*Ask for a smaller rise"):
+    with pytest.raises(
+        ValueError, match=r"No step size raises the query's loss by .*Ask for a smaller relative_loss_increase"
+    ):
         run(
             tiny_model(dtype=torch.float32),
             "cross_attention_kv",

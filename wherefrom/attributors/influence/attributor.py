@@ -28,20 +28,22 @@ from wherefrom.runtime.distributed import Runner
 
 
 class InfluenceFunction(PreconditionedAttributor):
-    """∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N: what attribution by unlearning becomes for an infinitesimal step (AbU, appendix A.3).
+    """Influence functions (Koh and Liang 2017) for diffusion models: ∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N.
+
+    It is the limit of attribution by unlearning for an infinitesimal step (AbU, appendix A.3).
 
     One pass over the training set serves a whole block of queries.
 
     Args:
         weights: Which weights' gradients count.
-        noise_samples: (t, ε) draws of which the query's gradient is the mean.
+        noise_samples: (t, ε) samples that the query's gradient is the mean of.
         grid: Where training losses are differentiated.
-        flip: How an image's score is made from its own and its mirror image's.
+        flip: How the scores of an image and of its mirror image are combined.
         curvature: Estimator of F: `EKFAC`, `DiagonalFisher`, or `Identity` (plain gradient similarity).
         queries_per_pass: Queries served by one pass over the training set; more take more memory.
         batch_size: Samples at a time; does not change the result.
-        seed: Seed of the query's draws.
-        breakdown: Which parts of the scores are kept beside them.
+        seed: Seed of the query's noise samples.
+        breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
             timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
 
@@ -96,7 +98,7 @@ class InfluenceFunction(PreconditionedAttributor):
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes the curvature, once per model."""
+        """Fits the curvature, once per model."""
         self.prepare(data, model, store, runner, log)
 
     def directions(self, queries: Sequence[Query]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Influence functions whose training side is paid once: see `wherefrom.attributors.influence.gradient_bank`."""
+"""Influence functions from a bank of training gradients; see `wherefrom.attributors.influence.gradient_bank`."""
 
 from __future__ import annotations
 
@@ -29,25 +29,28 @@ from wherefrom.runtime.distributed import Runner
 
 
 class InfluenceBank(PreconditionedAttributor):
-    """∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N from a bank of training gradients: a query costs its own gradient and a matrix product.
+    """Influence functions from a bank of training gradients: ∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N.
 
-    It is `InfluenceFunction` but for what the compression cuts off, and for timestep weights, which cannot depend on
-    the query. The first-order score misjudges the images that are nearest to a query, whose losses are most curved:
-    it often puts the query's own image last. Either let an exact method score the first and last images again
-    (`Rerank` with `tails: both`), or correct the score: a step δ changes an image's loss by gᵀδ + ½ δᵀHδ, and
-    where the model has learned an image its Hessian is about its own Fisher information, which makes the second term
-    grow as (gᵀδ)². Large scores of either sign then come first.
+    The whitened gradients F^(-1/2) ∇L(z) of all training images are computed once, compressed and stored; a query costs
+    its own gradient and one matrix product. The scores are those of `InfluenceFunction` but for the compression's loss,
+    and for timestep weights, which cannot depend on the query.
+
+    The first-order score misjudges the images that are nearest to a query, whose losses are most curved: it often puts
+    the query's own image last. Either let a slower method score the first and last images again (`Rerank` with
+    `tails: both`), or correct the score: a step δ changes an image's loss by gᵀδ + ½ δᵀHδ, and where the model has
+    learned an image its Hessian is about its own Fisher information, which makes the second term grow as (gᵀδ)². Large
+    scores of either sign then come first.
 
     Args:
         weights: Which weights' gradients count.
-        noise_samples: (t, ε) draws of which the query's gradient is the mean.
+        noise_samples: (t, ε) samples that the query's gradient is the mean of.
         grid: Where training losses are differentiated.
-        compression: How the rows of the bank are kept.
-        flip: How an image's score is made from its own and its mirror image's.
+        compression: How the rows of the bank are compressed.
+        flip: How the scores of an image and of its mirror image are combined.
         curvature: Estimator of F: `EKFAC`, `DiagonalFisher`, or `Identity` (plain gradient similarity).
         half: Keep the rows in half precision.
         batch_size: Samples at a time; does not change the result.
-        seed: Seed of the query's draws.
+        seed: Seed of the query's noise samples.
         second_order: c in the corrected score s + c · s² / σ, where σ is the standard deviation of the query's scores
             over the training set; 0 is the first order. How large c should be is not known beforehand: tune it.
         timestep_weights: `equal` takes the plain mean over timesteps; `spread` divides each timestep's gradients by
@@ -106,7 +109,7 @@ class InfluenceBank(PreconditionedAttributor):
         assert data.latents is not None
         samples = self.losses_of(data)
         rows = samples // (data.latents.states.shape[1] * self.grid.timesteps * self.grid.noise_samples)
-        width = self.compression.dimension or 0  # else the model says how large rows are, and `fit` tells
+        width = self.compression.dimension or 0  # of other compressions the model decides it, and `fit` logs it
         once = self.curvature_passes(data) + 3 * samples
         return ComputeEstimate(
             once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes
@@ -115,7 +118,7 @@ class InfluenceBank(PreconditionedAttributor):
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes the curvature and the banks of the training images and of the null, once per model."""
+        """Fits the curvature and computes the banks of training and held-out images, once per model."""
         model, latents = self.prepare(data, model, store, runner, log)
         started = time.monotonic()
         settings = self.curvature.identity()

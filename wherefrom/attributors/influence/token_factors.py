@@ -1,8 +1,8 @@
-"""Gradients of layers that are fed with caption states, kept as what is multiplied with these: exactly, and small.
+"""Gradients of cross-attention keys and values, stored exactly as factors of an outer product.
 
 A cross-attention key or value projection sees an image's caption states a at every timestep, so the mean of its
-gradient over timesteps and draws is Σ_tokens ḡ aᵀ, with ḡ the mean of the output gradients at a token. Keeping ḡ
-(tokens × outputs numbers) instead of the gradient (outputs × inputs) loses nothing.
+gradient over timesteps and noise samples is Σ_tokens ḡ aᵀ, with ḡ the mean of the output gradients at a token.
+Storing ḡ (tokens × outputs numbers) instead of the gradient (outputs × inputs) loses nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TokenGradients:
     """ḡ of images and their mirror images, for each caption, layer and token.
 
     Args:
-        losses: What is differentiated, and where.
+        losses: The losses that are differentiated, and their grid.
         names: Weights of linear layers that see caption states.
         weights: Of each item of the losses' grid in the mean; None weights all alike.
         half: Keep rows in half precision.
@@ -116,7 +116,7 @@ class TokenBank:
         rows: The rows.
         data: The images, whose caption states are the other factor.
         names: The weights, in the order of the rows.
-        curvature: F.
+        curvature: F, fitted.
     """
 
     rows: Rows

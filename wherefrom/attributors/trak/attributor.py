@@ -23,13 +23,13 @@ class TRAK(ProjectedGradients):
 
     Args:
         weights: Which weights' gradients are projected; the papers take all.
-        output: What is differentiated.
+        output: The output function that is differentiated: the loss, or the mean squared output.
         projection: P.
         grid: Where the training images' gradients are averaged.
         noise_samples: (t, ε) samples that the query's gradient is the mean of.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How an image's score is made from its own and its mirror image's.
+        flip: How the scores of an image and of its mirror image are combined.
         ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.

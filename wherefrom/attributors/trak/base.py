@@ -54,7 +54,7 @@ class ProjectedGradients(Attributor):
         noise_samples: (t, ε) samples that each of the query's gradients is the mean of.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How an image's score is made from its own and its mirror image's.
+        flip: How the scores of an image and of its mirror image are combined.
         ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.
@@ -173,7 +173,7 @@ class ProjectedGradients(Attributor):
     def query_features(
         self, model: DiffusionModel, queries: Sequence[Query], runner: Runner
     ) -> list[Float[Tensor, "s d"]]:
-        """φ_s(ẑ) of each query's steps. The matrix is made once for as many gradients as memory holds."""
+        """φ_s(ẑ) of each query's steps; the matrix is generated once for as many gradients as memory holds."""
         parameters = select_weights(model.denoiser, self.weights)
         steps = [self.query_steps(query) for query in queries]
 

@@ -37,11 +37,11 @@ class AttributionByUnlearning(PreconditionedAttributor):
         weights: Which weights unlearning moves.
         unlearning: How the query is unlearned.
         grid: Where training losses are measured.
-        flip: How an image's score is made from its own and its mirror image's.
+        flip: How the scores of an image and of its mirror image are combined.
         curvature: Estimator of F of the Newton step: `DiagonalFisher` is AbU, `EKFAC` is AbU+ (Fast Data Attribution,
             section 3). Not used where `unlearning.newton` is False.
         batch_size: Forward passes at a time; does not change the result.
-        breakdown: Which parts of the scores are kept beside them.
+        breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
             timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
         step_output: What unlearning raises: the query's loss, or the mean square of the model's output on it, as in
