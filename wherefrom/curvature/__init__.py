@@ -7,7 +7,8 @@ Two kinds of classes: a `Curvature` is a method's setting, the estimator that is
 
 from wherefrom.curvature.base import CurvatureMatrix, IdentityMatrix
 from wherefrom.curvature.diagonal import DiagonalMatrix, fit_diagonal, load_diagonal
-from wherefrom.curvature.ekfac import EKFACMatrix, fit_ekfac, load_ekfac, save_ekfac
+from wherefrom.curvature.ekfac import EKFACMatrix, fit_ekfac
+from wherefrom.curvature.ekfac_files import load_ekfac, save_ekfac
 from wherefrom.curvature.estimators import EKFAC, Curvature, DiagonalFisher, FitContext, Identity
 from wherefrom.curvature.fisher_samples import FisherSettings
 from wherefrom.curvature.planning import ekfac_plan

@@ -14,7 +14,8 @@ from typing import Any
 
 from wherefrom.curvature.base import CurvatureMatrix, IdentityMatrix
 from wherefrom.curvature.diagonal import DiagonalMatrix, fit_diagonal, load_diagonal
-from wherefrom.curvature.ekfac import EKFACMatrix, fit_ekfac, load_ekfac
+from wherefrom.curvature.ekfac import EKFACMatrix, fit_ekfac
+from wherefrom.curvature.ekfac_files import load_ekfac
 from wherefrom.curvature.fisher_samples import FisherSettings
 from wherefrom.curvature.planning import ekfac_plan
 from wherefrom.data.encoded_images import EncodedImages
