@@ -36,7 +36,7 @@ from wherefrom.commands.attribute import attribute
 from wherefrom.commands.budget import as_table
 from wherefrom.commands.compare import compare
 from wherefrom.commands.curate import Captions, curate
-from wherefrom.commands.curvature_settings import accept_old_curvature
+from wherefrom.commands.curvature_settings import accept_old_curvature, words_in_new_form
 from wherefrom.commands.estimate import announce
 from wherefrom.commands.method_files import methods_of
 from wherefrom.commands.tracking import Tracking, track
@@ -415,13 +415,13 @@ def run_budget(words: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one line, not a traceback."""
-    words = sys.argv[1:] if args is None else list(args)
+    words = words_in_new_form(sys.argv[1:] if args is None else args)
     if words[:1] == ["budget"]:
         with mistakes_in_one_line(called_from_python=args is not None):
             run_budget(words[1:])
         return
     root = parser()
-    config = root.parse_args(args)
+    config = root.parse_args(words)
     torch.set_float32_matmul_precision("high")
     initialised = root.instantiate(config)
     with mistakes_in_one_line(called_from_python=args is not None):

@@ -6,6 +6,7 @@ python train.py fit -c configs/experiment/emoji_diffusion.yaml --ckpt_path runs/
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from lightning import LightningDataModule, LightningModule
@@ -14,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 import callbacks
 import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
-from wherefrom.commands.curvature_settings import accept_old_curvature
+from wherefrom.commands.curvature_settings import accept_old_curvature, words_in_new_form
 
 
 def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
@@ -25,6 +26,8 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         run: False makes trainer, model and data only; the words then begin after the subcommand.
     """
     accept_old_curvature()
+    given = sys.argv[1:] if args is None else args
+    words = words_in_new_form(given) if isinstance(given, list) else given
     with warnings.catch_warnings():
         # Lightning suspects a mistake wherever a process with a command line of its own gives arguments, as sweeps do.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
@@ -37,7 +40,7 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
             auto_configure_optimizers=False,
             save_config_callback=callbacks.LogConfig,
             parser_kwargs={"parser_mode": "omegaconf"},
-            args=args,
+            args=words,
             run=run,
         )
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+import evaluate
 from wherefrom.attributors import AttributionByUnlearning, InfluenceFunction
 from wherefrom.commands import curvature_settings
-from wherefrom.commands.curvature_settings import curvature_in_new_form
-from wherefrom.commands.method_files import load_methods
+from wherefrom.commands.curvature_settings import curvature_in_new_form, words_in_new_form
+from wherefrom.commands.method_files import load_methods, method_file
 from wherefrom.curvature import EKFAC, DiagonalFisher, FisherSettings, Identity
 
 OLD: dict[str, dict[str, Any]] = {
@@ -105,3 +106,29 @@ def test_what_is_given_both_ways_or_unknown_is_refused() -> None:
         curvature_in_new_form(both)
     with pytest.raises(ValueError, match=r"unknown curvature 'kfac'.*DiagonalFisher, EKFAC or Identity"):
         curvature_in_new_form({"class_path": "InfluenceFunction", "init_args": {"curvature": "kfac"}})
+
+
+def test_flags_of_the_old_form_are_renamed() -> None:
+    inside = "curvature.init_args"
+    assert words_in_new_form(
+        ["attribute", "--attributor", "abu.yaml", "--attributor.init_args.fisher.samples_per_image", "2"]
+    ) == ["attribute", "--attributor", "abu.yaml", f"--attributor.init_args.{inside}.fisher.samples_per_image", "2"]
+    assert words_in_new_form(["--model.damping=0.2"]) == [f"--model.{inside}.damping=0.2"]
+    assert words_in_new_form(["--teacher.init_args.curvature", "ekfac"]) == ["--teacher.init_args.curvature", "EKFAC"]
+    assert words_in_new_form(["--teacher.curvature=diagonal"]) == ["--teacher.curvature=DiagonalFisher"]
+    same = ["--attributor.init_args.grid.timesteps", "4", "--data.fisher", "x", "diagonal", "--output=a=b"]
+    assert words_in_new_form(same) == same
+    new = [f"--attributor.init_args.{inside}.damping", "0.2"]
+    assert words_in_new_form(new) == new
+
+
+def test_flags_reach_the_curvature_of_a_file() -> None:
+    words = ["attribute", "--model", "m", "--data", "ImageFolder", "--data.init_args.folder", "f", "--output", "o"]
+    old = ["--attributor", str(method_file("abu_plus")), "--attributor.init_args.fisher", '{"samples_per_image": 1}']
+    parser = evaluate.parser()
+    config = parser.parse_args(words_in_new_form([*words, *old]))
+    method = parser.instantiate(config).attribute.attributor
+    assert (
+        method.identity()
+        == AttributionByUnlearning(unlearning=method.unlearning, curvature=EKFAC(FisherSettings(1))).identity()
+    )

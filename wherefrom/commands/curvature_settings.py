@@ -7,8 +7,9 @@ It was a word, `curvature: ekfac`, with the settings of the Fisher information b
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMS: Mapping[str, str] = {"diagonal": "DiagonalFisher", "ekfac": "EKFAC", "identity": "Identity"}
 SETTINGS = ("fisher", "damping", "layers_per_pass", "fisher_path", "curvature_from")
+_FLAG = re.compile(rf"(--(?:attributor|teacher|nearest|model)\.(?:init_args\.)?)({'|'.join(SETTINGS)})(?=\.|$)")
+_CURVATURE_FLAG = re.compile(r"--(?:attributor|teacher|nearest|model)\.(?:init_args\.)?curvature")
 # Classes with a curvature, and the form that each takes by default.
 DEFAULTS: Mapping[str, str] = {
     "AttributionByUnlearning": "diagonal",
@@ -77,6 +80,23 @@ def _object(word: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"class_path": FORMS[word], "init_args": recorded}
     known = {key: value for key, value in settings.items() if word == "ekfac" or key != "layers_per_pass"}
     return {"class_path": FORMS[word], "init_args": known}
+
+
+def words_in_new_form(words: Sequence[str]) -> list[str]:
+    """Words of a command line, with flags of the earlier form such as `--attributor.init_args.damping` renamed."""
+    result: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        renamed = _FLAG.sub(r"\g<1>curvature.init_args.\g<2>", flag)
+        if renamed != flag:
+            _warn()
+        names_a_form = _CURVATURE_FLAG.fullmatch(flag if equals else (result[-1] if result else ""))
+        if names_a_form and (value if equals else word) in FORMS:
+            _warn()
+            result.append(f"{flag}={FORMS[value]}" if equals else FORMS[word])
+        else:
+            result.append(renamed + equals + value)
+    return result
 
 
 def replace_curvature(init_args: Namespace, word: str) -> None:
