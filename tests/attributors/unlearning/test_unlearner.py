@@ -269,7 +269,7 @@ def test_the_model_is_left_bit_for_bit_as_it_was(settings: dict[str, Any]) -> No
     model = tiny_model()
     model.denoiser.conv_in.requires_grad_(True)  # type: ignore[union-attr]
     before = state_of(model)
-    if settings.get("rise") == 1e-2:
+    if settings.get("relative_loss_increase") == 1e-2:
         run(model, newton=False, **settings)
     else:
         with pytest.raises(ValueError, match=r"No step size raises|The loss of query 'query' is"):
