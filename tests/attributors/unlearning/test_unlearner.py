@@ -341,9 +341,12 @@ def test_the_unlearner_moves_the_model_step_by_step() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"relative_loss_increase": 0.1, "alpha": 0.1}, r"either rise or alpha.*rise=0\.1 and alpha=0\.1"),
-        ({"relative_loss_increase": None}, "either rise or alpha.*rise=None and alpha=None"),
-        ({"relative_loss_increase": -0.1}, r"rise must be positive.*given -0\.1"),
+        (
+            {"relative_loss_increase": 0.1, "alpha": 0.1},
+            r"either relative_loss_increase or alpha.*relative_loss_increase=0\.1 and alpha=0\.1",
+        ),
+        ({"relative_loss_increase": None}, "either relative_loss_increase or alpha.*increase=None and alpha=None"),
+        ({"relative_loss_increase": -0.1}, r"relative_loss_increase must be positive.*given -0\.1"),
         ({"relative_loss_increase": None, "alpha": -0.1}, r"alpha must not be negative.*given -0\.1"),
         ({"steps": 0}, "must be at least 1"),
         ({"noise_samples": 0}, "must be at least 1"),
