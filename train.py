@@ -16,6 +16,7 @@ import callbacks
 import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
 from lightning_modules.launch.committed import places_of_training, refuse_committed
+from wherefrom.commands.curvature_settings import accept_old_curvature, words_in_new_form
 from wherefrom.runtime.cli_errors import mistakes_in_one_line
 from wherefrom.runtime.renamed_settings import accepting_old_names
 
@@ -39,7 +40,8 @@ class CommandLine(LightningCLI):
             self._parse_words(parser, words)
 
     def _parse_words(self, parser: LightningArgumentParser, words: list[str]) -> None:
-        with accepting_old_names(words) as current:
+        accept_old_curvature()
+        with accepting_old_names(words_in_new_form(words)) as current:
             super().parse_arguments(parser, current)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         weights = config.pop("weights", None)  # asks for this run only: the saved config.yaml does not hold it

@@ -40,7 +40,7 @@ from torch.utils.data import Dataset
 
 from benchmarks.support import random_set
 from experiments.support.arguments import add_images, add_samples_per_image, script_parser
-from wherefrom.curvature import EKFAC, FisherSettings, fit_ekfac
+from wherefrom.curvature import EKFACMatrix, FisherSettings, fit_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 from wherefrom.curvature.kronecker import plan_layers
 from wherefrom.data.encoded_images import EncodedImages
@@ -158,7 +158,7 @@ class Case:
 
         return run
 
-    def ours(self) -> EKFAC:
+    def ours(self) -> EKFACMatrix:
         """Our fit."""
         with tempfile.TemporaryDirectory() as folder:
             return fit_ekfac(

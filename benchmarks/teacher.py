@@ -33,7 +33,7 @@ from lightning_modules.launch.runs import shapes, training_data
 from wherefrom.attributors import AttributionByUnlearning, ImageSimilarity, InfluenceBank, Scores, TrainingData
 from wherefrom.attributors.influence.gradient_bank import Compression
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, FisherSettings
 from wherefrom.features.base import EfficientNetLite0Encoder
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.metrics.retrieval import MeanAveragePrecision, top_of
@@ -92,14 +92,11 @@ def main() -> None:
         "bank": InfluenceBank(
             noise_samples=options.noise_samples,
             grid=grid,
-            fisher=fisher,
+            curvature=EKFAC(fisher),
             compression=Compression(options.keep, options.dimension),
         ),
         "abu_plus": AttributionByUnlearning(
-            unlearning=UnlearningSettings(noise_samples=options.noise_samples),
-            grid=grid,
-            curvature="ekfac",
-            fisher=fisher,
+            unlearning=UnlearningSettings(noise_samples=options.noise_samples), grid=grid, curvature=EKFAC(fisher)
         ),
     }
     results: dict[str, list[Scores]] = {}

@@ -15,8 +15,9 @@ from torch import Tensor
 from wherefrom.distillation.pair_blocks import BlockSampler, PairBlock, TeacherPairs
 from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.salts import Salt
 
-_SPLIT, _FEWER = 611, 612
+_SPLIT, _FEWER = Salt.TEACHER_SPLIT, Salt.TEACHER_SUBSET
 _QUERIES = 16  # of a validation batch: each is compared with the whole training set
 
 

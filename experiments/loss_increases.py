@@ -25,7 +25,7 @@ from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import AttributionByUnlearning, Scores
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.commands.attribute import attribute
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import DiagonalFisher, FisherSettings
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import generate
@@ -126,7 +126,7 @@ def main() -> None:
                 noise_samples=options.noise_samples, relative_loss_increase=relative_loss_increase
             ),
             grid=LossGrid(timesteps=options.timesteps),
-            fisher=FisherSettings(samples_per_image=2),
+            curvature=DiagonalFisher(FisherSettings(samples_per_image=2)),
         )
         abu.progress = console.progress
         result[relative_loss_increase] = attribute(

@@ -164,7 +164,7 @@ def ablation(
             assert isinstance(attributor, AttributionByUnlearning)
             attributor.progress = console.progress
             attributor.fit(part, model, store, runner, console.log)
-            attributor.curvature = whole.curvature
+            attributor.curvature_matrix = whole.curvature_matrix
             results[timesteps] = list(attributor.score(queries))
         most = results[max(results)]
         for timesteps, scored in results.items():

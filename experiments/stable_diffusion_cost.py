@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| method | passes once | once | passes a query | a query |")
     print("|---|--:|--:|--:|--:|")
     for name, method in load_methods([METHODS / f"{name}.yaml" for name in asked.methods], {}).items():
-        work = method.work(data, asked.queries)
+        work = method.estimate(data, asked.queries)
         times = [duration(count / asked.rate) for count in (work.once, work.per_query)]
         print(f"| {name} | {work.once:,} | {times[0]} | {work.per_query:,} | {times[1]} |")
 

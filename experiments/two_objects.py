@@ -50,7 +50,7 @@ from wherefrom.attributors import (
 )
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.commands.attribute import attribute
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, FisherSettings
 from wherefrom.data.emoji import EmojiOptions, build_emoji
 from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import EfficientNetLite0Encoder, MiniLMEncoder
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 weights=options.weights,
                 noise_samples=options.noise_samples,
                 grid=grid,
-                fisher=fisher,
+                curvature=EKFAC(fisher),
                 queries_per_pass=len(queries),
             ),
             queries,
@@ -274,8 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     measurement_samples=200,
                 ),
                 grid=grid,
-                curvature="ekfac",
-                fisher=fisher,
+                curvature=EKFAC(fisher),
             ),
             queries[:few],
         ),

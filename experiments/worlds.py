@@ -177,7 +177,12 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
         ),
         *("--attributor", "configs/attributor/abu_plus.yaml", "--attributor.init_args.unlearning", json.dumps(quick)),
         *("--attributor.init_args.grid", '{"timesteps": 3, "flips": false}'),
-        *("--attributor.init_args.fisher", '{"samples_per_image": 1}', "--trainer.accelerator", "cpu"),
+        *(
+            "--attributor.init_args.curvature.init_args.fisher",
+            '{"samples_per_image": 1}',
+            "--trainer.accelerator",
+            "cpu",
+        ),
     )
     printed = run(*attributed, *store, "--output", output / "one", "--trainer.devices", "1")
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--store", output / "cache of two")
@@ -202,7 +207,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
         *("--teacher.init_args.noise_samples", "100", "--teacher.init_args.grid", '{"timesteps": 3, "flips": false}'),
         *("--features", json.dumps(encoders), "--queries.guidance", "2"),
         *("--captions.count", "12", "--queries.sampling_steps", "20", "--output", output / "teacher"),
-        *("--teacher.init_args.fisher", '{"samples_per_image": 1}', "--trainer.accelerator", "cpu"),
+        *("--teacher.init_args.curvature.init_args.fisher", '{"samples_per_image": 1}', "--trainer.accelerator", "cpu"),
     )
     run(
         *(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.images import ImageDataModule
 from wherefrom.attributors.unlearning.unlearner import Unlearner, UnlearningSettings
-from wherefrom.curvature import Curvature, FisherSettings, Identity, fit_diagonal
+from wherefrom.curvature import Curvature, DiagonalFisher, FitContext, Identity
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.query_loss import QueryLatent
@@ -23,18 +23,17 @@ from wherefrom.runtime.distributed import Runner
 
 
 class Unlearning(LightningModule):
-    """Draws an image from the model and unlearns it; the data module's images are the training set.
+    """Generates an image by the model and unlearns it; the data module's images are the training set.
 
-    The data module's batches only count the steps: each step's draws are keyed by the step, not read from data. The
+    The data module's batches only count the steps: each step's noise is keyed by the step, not read from data. The
     trainer's `max_steps` must equal `settings.steps`.
 
     Args:
         model: The pretrained pipeline: folder or hub id.
-        prompt: The prompt of the image that is drawn and unlearned.
+        prompt: The prompt of the image that is generated and unlearned.
         weights: Which weights move.
         settings: How to unlearn.
-        fisher: How the Fisher information is sampled.
-        damping: Its relative damping.
+        curvature: Estimator of F of the Newton step; not used where `settings.newton` is False.
         grid: Where the losses of held-out images are measured.
         seed: Seed of the image.
         save_to: File for the moved weights.
@@ -47,8 +46,7 @@ class Unlearning(LightningModule):
         prompt: str,
         weights: Subset = "cross_attention_kv",
         settings: UnlearningSettings = UnlearningSettings(),
-        fisher: FisherSettings = FisherSettings(),
-        damping: float = 0.1,
+        curvature: Curvature = DiagonalFisher(),
         grid: LossGrid = LossGrid(timesteps=10),
         seed: int = 0,
         save_to: str | None = None,
@@ -58,10 +56,11 @@ class Unlearning(LightningModule):
         self.diffusion = load_model(model)
         self.unet = self.diffusion.denoiser.requires_grad_(True)
         self.prompt, self.weights, self.settings = prompt, weights, settings
-        self.fisher, self.damping, self.grid, self.seed, self.save_to = fisher, damping, grid, seed, save_to
+        self.curvature = curvature if settings.newton else Identity(recorded=curvature)
+        self.grid, self.seed, self.save_to = grid, seed, save_to
 
     def setup(self, stage: str) -> None:
-        """Gives the data module this model's encoder, so that latents and states are the model's own.
+        """Hands the data module this model's encoder, so that latents and prompt embeddings are the model's own.
 
         Raises:
             ValueError: There is no data module with images, or `max_steps` is not `settings.steps`.
@@ -81,7 +80,7 @@ class Unlearning(LightningModule):
         data.setup()
 
     def on_fit_start(self) -> None:
-        """Draws the image and makes the curvature."""
+        """Generates the image and fits the curvature."""
         encoder = self.diffusion.encoder
         assert encoder is not None
         encoder.vae.to(self.device)
@@ -90,24 +89,14 @@ class Unlearning(LightningModule):
         shape = train.latent_shape
         query = generate(self.diffusion, prompts=[self.prompt], seed=self.seed, shape=shape)[0]
         assert query.latent is not None
-        curvature: Curvature = Identity()
-        if self.settings.newton:
-            names = list(select_weights(self.unet, self.weights))
-            curvature = fit_diagonal(
-                self.diffusion,
-                data=train,
-                names=names,
-                store=self.images.store,
-                runner=runner,
-                settings=self.fisher,
-                damping=self.damping,
-            )
+        names = list(select_weights(self.unet, self.weights))
+        fitted = self.curvature.matrix(FitContext(self.diffusion, train, names, self.images.store, runner))
         latent = QueryLatent(query.id, query.latent, encoder.text.encode([self.prompt]).at(0))
         self.unlearner = Unlearner(
             self.diffusion,
             query=latent,
             weights=self.weights,
-            curvature=curvature,
+            curvature=fitted,
             dataset_size=len(train),
             settings=self.settings,
             runner=runner,

@@ -39,7 +39,7 @@ from transformers import AutoModel
 
 from wherefrom.commands.attribute import attribute
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import DiagonalFisher, FisherSettings
 from wherefrom.data.image_folder import build_image_folder, split_images
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.gradients.loss_grid import LossGrid
@@ -57,8 +57,8 @@ train, held_out = split_images(build_image_folder(store, Path(pictures_folder)),
 latents = [encode_image_set(images, encoder=model.encoder, store=store) for images in (train, held_out)]
 data = TrainingData(train, latents[0], held_out, latents[1])
 settings = UnlearningSettings(noise_samples=16, measurement_samples=16, relative_loss_increase=0.01)
-fisher = FisherSettings(samples_per_image=1)
-method = AttributionByUnlearning("all", unlearning=settings, grid=LossGrid(timesteps=2), fisher=fisher)
+curvature = DiagonalFisher(FisherSettings(samples_per_image=1))
+method = AttributionByUnlearning("all", unlearning=settings, grid=LossGrid(timesteps=2), curvature=curvature)
 queries = generate(model, prompts=["a big red square"], seed=0, shape=(4, 4, 4), sampling_steps=2)
 (scores,) = attribute(
     Path(out + "/run"), attributor=method, data=data, model=model, queries=queries, store=store, runner=runner

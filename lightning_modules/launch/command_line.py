@@ -11,6 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lightning_modules.launch.arguments import Formatter, command_parser
+from wherefrom.commands.curvature_settings import accept_old_curvature, words_in_new_form
 from wherefrom.runtime.renamed_settings import accepting_old_names
 
 PARSED = ("attribute", "compare", "retrieval", "counterfactual", "lds", "report", "curate", "calibrate", "customized")
@@ -45,7 +46,8 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, Any]:
     command = words[0]
     root, module = parser([command]), module_of(command)
     torch.set_float32_matmul_precision("high")
-    with accepting_old_names(words) as current:
+    accept_old_curvature()
+    with accepting_old_names(words_in_new_form(words)) as current:
         config = root.parse_args(current)
         made = root.instantiate(config)
         return module, module.Settings.of(made[command], config[command].as_dict())

@@ -24,7 +24,7 @@ from wherefrom.attributors import (
     TrainingData,
 )
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, DiagonalFisher, FisherSettings
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_folder import build_image_folder, split_images
 from wherefrom.features.base import ImageEncoder, TextEncoder
@@ -63,11 +63,11 @@ def methods(folder: Path) -> dict[str, Attributor]:
     projection = Projection(dimension=128)
     ranker = tiny_ranker(folder / "ranker", {"lengths": 2, "colours": 3})
     return {
-        "abu": AttributionByUnlearning(unlearning=step, grid=grid, fisher=fisher, curvature="diagonal"),
-        "abu_plus": AttributionByUnlearning(unlearning=step, grid=grid, fisher=fisher, curvature="ekfac"),
+        "abu": AttributionByUnlearning(unlearning=step, grid=grid, curvature=DiagonalFisher(fisher)),
+        "abu_plus": AttributionByUnlearning(unlearning=step, grid=grid, curvature=EKFAC(fisher)),
         "trak": TRAK(weights="all", projection=projection, grid=grid),
         "d_trak": TRAK(weights="all", projection=projection, grid=grid, output="square_output"),
-        "influence": InfluenceFunction(noise_samples=32, grid=grid, fisher=fisher, curvature="ekfac"),
+        "influence": InfluenceFunction(noise_samples=32, grid=grid, curvature=EKFAC(fisher)),
         "ranker": LearnedRanker(str(ranker), encoders={"colours": MeanColour(), "lengths": Lengths()}),
     }
 

@@ -297,7 +297,7 @@ def test_a_calibration_on_what_the_ranker_learned_from_is_refused(tmp_path: Path
     save_ranker(
         tmp_path / "taught", method.ranker, ["lengths", "colours"], training={"teacher": {"teacher": "planted"}}
     )
-    with pytest.raises(ValueError, match="on queries that it knows it would look too sure"):
+    with pytest.raises(ValueError, match="on its own training queries would be too narrow"):
         calibrate_ranker(tmp_path / "calibration", tmp_path / "taught", teacher)
     calibrate_ranker(tmp_path / "calibration", tmp_path / "ranker", teacher)
     with pytest.raises(ArtifactMismatchError, match="is the calibration of another ranker"):

@@ -14,9 +14,18 @@ import torch
 from tests.support.processes import exit_status_of
 from tests.support.tiny import one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, InfluenceFunction, Query, Scores, TrainingData
-from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
+from wherefrom.attributors.preconditioned import PreconditionedAttributor
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
-from wherefrom.curvature import EKFAC, FisherSettings, fit_diagonal, fit_ekfac, save_ekfac
+from wherefrom.curvature import (
+    EKFAC,
+    Curvature,
+    DiagonalFisher,
+    EKFACMatrix,
+    FisherSettings,
+    fit_diagonal,
+    fit_ekfac,
+    save_ekfac,
+)
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.fisher_samples import SampledPass
 from wherefrom.gradients.loss_grid import LossGrid
@@ -35,10 +44,10 @@ QUERY = Query(
 )
 
 
-def curvature_of_keys_and_values(root: Path, model: DiffusionModel, form: Form) -> Path:
+def curvature_of_keys_and_values(root: Path, model: DiffusionModel, form: type[Curvature]) -> Path:
     """The folder of a curvature of another choice of weights."""
     names, data = list(select_weights(model.denoiser, "cross_attention_kv")), tiny_latents(3)
-    if form == "ekfac":
+    if form is EKFAC:
         save_ekfac(
             root / "saved",
             fit_ekfac(model, data=data, names=names, store=Store(root), runner=one_process(), settings=FISHER),
@@ -50,19 +59,22 @@ def curvature_of_keys_and_values(root: Path, model: DiffusionModel, form: Form) 
     return folder
 
 
-@pytest.mark.parametrize("form", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("form", [DiagonalFisher, EKFAC])
 @pytest.mark.parametrize("method", [AttributionByUnlearning, InfluenceFunction])
 def test_a_curvature_of_other_weights_is_refused_before_anything_is_measured(
-    tmp_path: Path, form: Form, method: Callable[..., PreconditionedAttributor], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    form: type[DiagonalFisher],
+    method: Callable[..., PreconditionedAttributor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data = tiny_model(encoder=tiny_encoder(tmp_path / "text")), tiny_latents(3)
     folder = curvature_of_keys_and_values(tmp_path, model, form)
     training, fitted = TrainingData(data.images, data), tmp_path / "fitted"
-    method("cross_attention_kv", grid=GRID, curvature=form, fisher_path=str(folder)).fit(
+    method("cross_attention_kv", grid=GRID, curvature=form(fisher_path=str(folder))).fit(
         training, model, Store(fitted), one_process()
     )
     monkeypatch.setattr(model, "losses", None)  # whatever takes long needs them
-    wrong = method("cross_attention", grid=GRID, curvature=form, fisher_path=str(folder))
+    wrong = method("cross_attention", grid=GRID, curvature=form(fisher_path=str(folder)))
     message = rf"{folder} was made for other weights: .* lacks 21, in .*attn2\.to_q, .*attn2\.to_out\.0, .* and 9 more"
     with pytest.raises(ValueError, match=message):
         wrong.fit(training, model, Store(tmp_path / "never"), one_process())
@@ -76,8 +88,7 @@ def abu_plus(root: Path, store: Path) -> tuple[PreconditionedAttributor, Scores]
         "cross_attention",
         unlearning=UnlearningSettings(noise_samples=16, measurement_samples=16, relative_loss_increase=0.01),
         grid=GRID,
-        curvature="ekfac",
-        fisher=FISHER,
+        curvature=EKFAC(FISHER),
     )
     method.fit(TrainingData(data.images, data), model, Store(store), one_process())
     (scores,) = method.score([QUERY])
@@ -139,12 +150,12 @@ def test_abu_plus_goes_on_where_it_was_stopped_and_where_it_was_killed(
     monkeypatch.setattr(SampledPass, "step", counted)
     result, again = abu_plus(tmp_path, store)
     assert seen == [(EigenvaluePass, 128), (EigenvaluePass, 256)]
-    assert isinstance(result.curvature, EKFAC)
-    assert isinstance(expected.curvature, EKFAC)
-    assert result.curvature.samples == COUNT * FISHER.per_image
-    for name, factors in expected.curvature.layers.items():
+    assert isinstance(result.curvature_matrix, EKFACMatrix)
+    assert isinstance(expected.curvature_matrix, EKFACMatrix)
+    assert result.curvature_matrix.samples == COUNT * FISHER.per_image
+    for name, factors in expected.curvature_matrix.layers.items():
         torch.testing.assert_close(
-            result.curvature.layers[name].eigenvalues, factors.eigenvalues, rtol=1e-9, atol=1e-18
+            result.curvature_matrix.layers[name].eigenvalues, factors.eigenvalues, rtol=1e-9, atol=1e-18
         )
     assert float(scores.scores.std()) > 1e-5
     np.testing.assert_allclose(again.scores, scores.scores, rtol=1e-8, atol=1e-11)

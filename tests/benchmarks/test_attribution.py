@@ -20,7 +20,7 @@ from wherefrom.attributors import (
     TrainingData,
 )
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import DiagonalFisher, FisherSettings
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.projection import Projection
 from wherefrom.runtime.artifacts import Store
@@ -33,13 +33,13 @@ METHODS: dict[str, tuple[Attributor, set[str], set[str]]] = {
                 noise_samples=8, measurement_samples=8, relative_loss_increase=None, alpha=1.0
             ),
             grid=GRID,
-            fisher=FisherSettings(1),
+            curvature=DiagonalFisher(FisherSettings(1)),
         ),
         {"curvature", "losses", "features"},
         {"gradient", "step", "pass", "rest"},
     ),
     "influence": (
-        InfluenceFunction(noise_samples=8, grid=GRID, curvature="diagonal", fisher=FisherSettings(1)),
+        InfluenceFunction(noise_samples=8, grid=GRID, curvature=DiagonalFisher(FisherSettings(1))),
         {"curvature", "features"},
         {"gradient", "pass", "rest"},
     ),

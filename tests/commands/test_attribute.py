@@ -374,7 +374,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(tmp_path: Path) 
         "init_args": {
             "unlearning": {"noise_samples": 8, "measurement_samples": 8, "relative_loss_increase": None, "alpha": 1.0},
             "grid": {"timesteps": 2},
-            "fisher": {"samples_per_image": 1},
+            "curvature": {"class_path": "DiagonalFisher", "init_args": {"fisher": {"samples_per_image": 1}}},
         },
     }
     config = attribution_config(tmp_path, attributor=attributor)

@@ -14,9 +14,19 @@ import evaluate
 from datamodules import LAION, MSCOCO, ImageFolder
 from lightning_modules.launch.budget import removals
 from lightning_modules.launch.training_speed import sizes_of
-from tests.support.tiny import attribution_config, tiny_folder, tiny_model, tiny_pipeline, training_config
+from tests.attributors.test_fixed_rankings import Lengths, MeanColour
+from tests.support.tiny import attribution_config, tiny_folder, tiny_model, tiny_pipeline, tiny_ranker, training_config
 from tests.support.worlds import make_coco, make_shards
-from wherefrom.attributors import AttributionByUnlearning, Magnitude, PixelSimilarity, RankEnsemble, TrainingData
+from wherefrom.attributors import (
+    AttributionByUnlearning,
+    ImageSimilarity,
+    LearnedRanker,
+    Magnitude,
+    PixelSimilarity,
+    RankEnsemble,
+    Rerank,
+    TrainingData,
+)
 from wherefrom.commands.budget import Sizes, as_table, blank_images, blank_latents, encoding, method
 from wherefrom.commands.estimate import Stage, forward_rate
 from wherefrom.counterfactual.protocol import Protocol
@@ -57,8 +67,8 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     real = TrainingData(module.train_images, module.train_latents, module.validation_images, module.validation_latents)
     _, blank = encoding(model, *sizes_of(module))
     attributor = AttributionByUnlearning()
-    work = attributor.work(real, 3)
-    assert attributor.work(blank, 3) == work
+    work = attributor.estimate(real, 3)
+    assert attributor.estimate(blank, 3) == work
     once, queries = method("abu", attributor=attributor, data=blank, queries=3, rate=10.0)
     assert once.seconds == work.once / 10
     assert queries.seconds == work.per_query / 10
@@ -72,6 +82,30 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
     assert [stage.seconds for stage in both] == [few[0].seconds, few[1].seconds, 0, 0]
     losses = attributor.losses_of(blank)
     assert queries.seconds - few[1].seconds == pytest.approx(losses * (16 - 4) / (16 + 4) / 10)
+
+
+def test_methods_that_encode_or_rerank_state_their_own_stages(tmp_path: Path) -> None:
+    model = load_model(str(tiny_pipeline(tmp_path / "pipeline")))
+    _, blank = encoding(model, Sizes(16, 4, (8, 8), 1, False), 0.0)
+    exact, candidates = AttributionByUnlearning(), 4
+    reranked = Rerank(exact, ImageSimilarity(MeanColour()), k=candidates)
+    stages = method("ours", attributor=reranked, data=blank, queries=3, rate=10.0)
+    assert [stage.name for stage in stages] == [
+        "features of 32 images by MeanColour",
+        "ours, choosing: once for this model",
+        "ours, choosing: queries",
+        "ours: once for this model",
+        "ours: queries",
+    ]
+    assert stages[0].disk == 4 * 32 * 3
+    assert stages[0].seconds > 0
+    assert stages[3:] == method("ours", attributor=exact, data=blank, queries=3, rate=10.0, candidates=candidates)
+    encoders = {"colours": MeanColour(), "lengths": Lengths()}
+    ranker = LearnedRanker(str(tiny_ranker(tmp_path / "ranker", {"lengths": 2, "colours": 3})), encoders=encoders)
+    stages = method("fast", attributor=ranker, data=blank, queries=3, rate=10.0)
+    assert [stage.name for stage in stages[:2]] == [f"features of 16 images by {name}" for name in ranker.encoders]
+    assert [stage.disk for stage in stages[:2]] == [4 * 16 * {"colours": 3, "lengths": 2}[n] for n in ranker.encoders]
+    assert stages[2].disk == ranker.estimate(blank, 3).disk
 
 
 def test_totals() -> None:

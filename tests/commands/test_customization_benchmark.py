@@ -28,7 +28,7 @@ from wherefrom.commands.customization_benchmark import (
     without_new_words,
 )
 from wherefrom.commands.customization_tasks import Task, read_abc, read_all, read_tasks, tasks_by_kind
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import DiagonalFisher, FisherSettings
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.gradients.loss_grid import LossGrid
@@ -260,7 +260,7 @@ def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tm
     def made() -> AttributionByUnlearning:
         settings = UnlearningSettings(noise_samples=32, measurement_samples=32, relative_loss_increase=0.01)
         return AttributionByUnlearning(
-            "all", unlearning=settings, grid=LossGrid(timesteps=2), fisher=FisherSettings(samples_per_image=1)
+            "all", unlearning=settings, grid=LossGrid(timesteps=2), curvature=DiagonalFisher(FisherSettings(1))
         )
 
     method, seen = made(), []
@@ -268,7 +268,7 @@ def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tm
 
     def fit(data: TrainingData, model: Any, *rest: Any, **named: Any) -> None:
         real(data, model, *rest, **named)
-        seen.append((model.fingerprint(), method.curvature))
+        seen.append((model.fingerprint(), method.curvature_matrix))
 
     method.fit = fit  # type: ignore[method-assign]
     base = str(root / "pipeline")
@@ -305,10 +305,10 @@ def test_unlearning_uses_each_model_and_the_curvature_of_the_base(root: Path, tm
     own.fit(data, model, store, one_process())
     for _, curvature in seen:
         assert curvature is seen[0][1]
-        for name, value in own.curvature.fisher.items():  # type: ignore[attr-defined]
+        for name, value in own.curvature_matrix.fisher.items():  # type: ignore[attr-defined]
             torch.testing.assert_close(curvature.fisher[name], value)
     fitted = made()
-    fitted.take_curvature(model, data, store, one_process())
+    fitted.share_curvature(model, data, store, one_process())
     assert fitted.identity() != own.identity()
 
 

@@ -13,7 +13,7 @@ from tests.support.tiny import training_config
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 PROMPTS = ["red square", "blue circle"]
-INFLUENCE = {"noise_samples": 2, "grid": {"timesteps": 1, "flips": False}, "curvature": "identity"}
+INFLUENCE = {"noise_samples": 2, "grid": {"timesteps": 1, "flips": False}, "curvature": {"class_path": "Identity"}}
 ADDED = {"reattributed_queries": 2, "additivity_groups": True, "iterative_removal_rounds": 2}
 ASKED = {"ks": [2], "query_groups": [2], "random": 0, "timesteps": 4, **ADDED}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wherefrom.curvature import EKFAC, Curvature, Diagonal, Identity
+from wherefrom.curvature import CurvatureMatrix, DiagonalMatrix, EKFACMatrix, IdentityMatrix
 from wherefrom.curvature.ekfac import KroneckerFactors
 
 DAMPING = 0.5
@@ -20,22 +20,22 @@ def gradients() -> dict[str, Tensor]:
     return {"norm.weight": tensor(3, seed=1), "layer.weight": tensor(3, 4, seed=2), "layer.bias": tensor(3, seed=3)}
 
 
-def with_factors() -> EKFAC:
+def with_factors() -> EKFACMatrix:
     left, right = (torch.linalg.qr(tensor(side, side, seed=side)).Q for side in (3, 5))
     factors = KroneckerFactors(right, left, tensor(3, 5, seed=4).square(), bias=True)
-    return EKFAC({"layer": factors}, {"norm.weight": tensor(3, seed=5).square()}, DAMPING)
+    return EKFACMatrix({"layer": factors}, {"norm.weight": tensor(3, seed=5).square()}, DAMPING)
 
 
 FORMS = {
-    "identity": Identity(),
-    "diagonal": Diagonal({name: value.square() + 0.1 for name, value in gradients().items()}, DAMPING),
+    "identity": IdentityMatrix(),
+    "diagonal": DiagonalMatrix({name: value.square() + 0.1 for name, value in gradients().items()}, DAMPING),
     "ekfac": with_factors(),
 }
 forms = pytest.mark.parametrize("curvature", FORMS.values(), ids=list(FORMS))
 
 
 @forms
-def test_every_form_is_a_symmetric_positive_matrix(curvature: Curvature) -> None:
+def test_every_form_is_a_symmetric_positive_matrix(curvature: CurvatureMatrix) -> None:
     names = list(gradients())
     shapes = [value.shape for value in gradients().values()]
     size = sum(shape.numel() for shape in shapes)
@@ -57,14 +57,14 @@ def test_every_form_is_a_symmetric_positive_matrix(curvature: Curvature) -> None
 
 
 @forms
-def test_the_gradients_stay_as_they_are(curvature: Curvature) -> None:
+def test_the_gradients_stay_as_they_are(curvature: CurvatureMatrix) -> None:
     given = gradients()
     curvature.precondition(given)
     assert all(torch.equal(value, gradients()[name]) for name, value in given.items())
 
 
 @forms
-def test_what_it_has_it_does_not_lack(curvature: Curvature) -> None:
+def test_what_it_has_it_does_not_lack(curvature: CurvatureMatrix) -> None:
     assert curvature.lacks(list(gradients())) == []
     curvature.check(list(gradients()), "It")
 
@@ -88,5 +88,5 @@ def test_weight_and_bias_of_one_matrix_are_asked_for_together() -> None:
     assert FORMS["ekfac"].lacks(["layer.bias"]) == ["layer.weight"]
     assert FORMS["diagonal"].lacks(["layer.weight"]) == []
     without = KroneckerFactors(*(torch.eye(2, dtype=torch.float64) for _ in range(3)), bias=False)
-    assert EKFAC({"layer": without}).lacks(["layer.weight", "layer.bias"]) == ["layer.bias"]
-    assert EKFAC({"layer": without}, {"layer.bias": torch.ones(2)}).lacks(["layer.weight", "layer.bias"]) == []
+    assert EKFACMatrix({"layer": without}).lacks(["layer.weight", "layer.bias"]) == ["layer.bias"]
+    assert EKFACMatrix({"layer": without}, {"layer.bias": torch.ones(2)}).lacks(["layer.weight", "layer.bias"]) == []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny import moved_copy, one_process, tiny_latents, tiny_model
-from wherefrom.curvature import Diagonal, FisherSettings, fit_diagonal, load_diagonal
+from wherefrom.curvature import DiagonalMatrix, FisherSettings, fit_diagonal, load_diagonal
 from wherefrom.curvature.diagonal import FisherPass
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.conditioning import PROMPT
@@ -118,30 +118,32 @@ def test_the_batch_size_does_not_matter(batch_size: int) -> None:
 def test_damping_is_relative_to_each_tensors_mean() -> None:
     fisher = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([[10.0], [30.0]])}
     gradients = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[2.0], [-4.0]])}
-    steps = Diagonal(fisher, 0.5).precondition(gradients)
+    steps = DiagonalMatrix(fisher, 0.5).precondition(gradients)
     torch.testing.assert_close(steps["a"], torch.tensor([1 / 2, 1 / 4]))
     torch.testing.assert_close(steps["b"], torch.tensor([[2 / 20], [-4 / 40]]))
-    undamped = Diagonal(fisher, 0.0).precondition({"a": gradients["a"]})
+    undamped = DiagonalMatrix(fisher, 0.0).precondition({"a": gradients["a"]})
     torch.testing.assert_close(undamped["a"], torch.tensor([1.0, 1 / 3]))
 
 
 def test_a_zero_in_the_fisher_needs_damping() -> None:
     fisher, gradients = {"layer.weight": torch.tensor([0.0, 2.0])}, {"layer.weight": torch.ones(2)}
     with pytest.raises(ValueError, match=r"'layer\.weight' is not finite.*Set damping above 0"):
-        Diagonal(fisher, 0.0).precondition(gradients)
-    torch.testing.assert_close(Diagonal(fisher, 1.0).precondition(gradients)["layer.weight"], torch.tensor([1, 1 / 3]))
+        DiagonalMatrix(fisher, 0.0).precondition(gradients)
+    torch.testing.assert_close(
+        DiagonalMatrix(fisher, 1.0).precondition(gradients)["layer.weight"], torch.tensor([1, 1 / 3])
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_a_fisher_that_cannot_be_one_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match=r"'w' holds negative or non-finite values"):
-        Diagonal({"w": torch.tensor([1.0, bad])})
+        DiagonalMatrix({"w": torch.tensor([1.0, bad])})
 
 
 @pytest.mark.parametrize(("damping", "visits"), [(-0.1, 1), (0.1, 0)])
 def test_settings_that_make_no_sense_are_refused(damping: float, visits: int) -> None:
     with pytest.raises(ValueError, match=r"must not be negative; given -0\.1|must be at least 1; given 0"):
-        _ = Diagonal({}, damping), FisherSettings(visits)
+        _ = DiagonalMatrix({}, damping), FisherSettings(visits)
 
 
 def test_weights_that_are_not_numbers_are_found_in_the_gradient() -> None:
@@ -154,7 +156,7 @@ def test_weights_that_are_not_numbers_are_found_in_the_gradient() -> None:
         work.step(range(2))
 
 
-def fitted(root: Path, model: DiffusionModel, **options: Any) -> tuple[Diagonal, Path]:
+def fitted(root: Path, model: DiffusionModel, **options: Any) -> tuple[DiagonalMatrix, Path]:
     store = Store(root)
     fisher = fit_diagonal(
         model,

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from tests.support.curvature import DATA, SETTINGS, assert_close, names_of
 from tests.support.tiny import moved_copy, one_process, tiny_model
-from wherefrom.curvature import EKFAC, fit_ekfac, load_ekfac, save_ekfac
+from wherefrom.curvature import EKFACMatrix, fit_ekfac, load_ekfac, save_ekfac
 from wherefrom.curvature.ekfac import KroneckerFactors, eigenvectors_of
 from wherefrom.curvature.fisher_samples import SampledPass
 from wherefrom.curvature.kronecker import plan_layers
@@ -32,7 +32,7 @@ def fit(
     layers_per_pass: int | None = None,
     batch_size: int = 64,
     damping: float = 0.1,
-) -> EKFAC:
+) -> EKFACMatrix:
     model = tiny_model() if model is None else model
     names = names_of(model, subset)
     return fit_ekfac(
@@ -245,7 +245,7 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_preconditioned_is_refused(tmp_path: Path) -> None:
     eye = torch.eye(2, dtype=torch.float64)
     factors = KroneckerFactors(eye, eye, torch.ones(2, 2, dtype=torch.float64), bias=True)
-    curvature = EKFAC({"layer": factors})
+    curvature = EKFACMatrix({"layer": factors})
     weight, bias = torch.ones(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="'layer' is that of weight and bias together"):
         curvature.precondition({"layer.weight": weight})
@@ -257,11 +257,11 @@ def test_what_cannot_be_preconditioned_is_refused(tmp_path: Path) -> None:
         curvature.precondition({"other.weight": weight})
     flat = KroneckerFactors(eye, eye, torch.zeros(2, 2, dtype=torch.float64), bias=False)
     with pytest.raises(ValueError, match="not finite: some eigenvalues are 0"):
-        EKFAC({"layer": flat}, damping=0.0).precondition({"layer.weight": eye})
+        EKFACMatrix({"layer": flat}, damping=0.0).precondition({"layer.weight": eye})
     with pytest.raises(ValueError, match="eigenvalues of layer 'layer' are negative or not finite"):
-        EKFAC({"layer": KroneckerFactors(eye, eye, -eye, bias=False)})
+        EKFACMatrix({"layer": KroneckerFactors(eye, eye, -eye, bias=False)})
     with pytest.raises(ValueError, match="damping must not be negative"):
-        EKFAC({}, damping=-1.0)
+        EKFACMatrix({}, damping=-1.0)
     with pytest.raises(ValueError, match="The covariance 'A/layer' is not finite"):
         eigenvectors_of("A/layer", eye * float("nan"))
     with pytest.raises(ValueError, match="layers_per_pass must be at least 1"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.curvature import Case
 from tests.support.curvature import assert_close
 from tests.support.tiny import tiny_latents, tiny_model
-from wherefrom.curvature import EKFAC, FisherSettings, load_ekfac, save_ekfac
+from wherefrom.curvature import EKFACMatrix, FisherSettings, load_ekfac, save_ekfac
 from wherefrom.curvature.ekfac_passes import CovariancePass
 
 pytestmark = [
@@ -32,7 +32,7 @@ class Fits(NamedTuple):
     """Both fits of one model."""
 
     case: Case
-    ours: EKFAC
+    ours: EKFACMatrix
     theirs: Path
 
 

@@ -32,7 +32,7 @@ def test_the_benchmark_runs_on_a_tiny_recipe(tmp_path: Path, capsys: pytest.Capt
     settings["options"] = {"size": 8, "concepts": [0.0, 0.01]}
     config["data"]["class_path"] = "Emoji"
     recipe.write_text(json.dumps(config))
-    influence = {"noise_samples": 2, "grid": {"timesteps": 1, "flips": False}, "curvature": "identity"}
+    influence = {"noise_samples": 2, "grid": {"timesteps": 1, "flips": False}, "curvature": {"class_path": "Identity"}}
     methods = {"influence": {"class_path": "InfluenceFunction", "init_args": influence}}
     methods["pixel"] = {"class_path": "PixelSimilarity"}
     for name, content in methods.items():

@@ -373,7 +373,7 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
         "--model.init_args.prompt": "a red square",
         "--model.init_args.weights": "all",
         "--model.init_args.settings": str(settings),
-        "--model.init_args.fisher.samples_per_image": "1",
+        "--model.init_args.curvature.init_args.fisher.samples_per_image": "1",
         "--model.init_args.grid.timesteps": "2",
         "--model.init_args.save_to": str(tmp_path / "moved.safetensors"),
         "--data": "ImageFolder",
@@ -398,7 +398,12 @@ def test_unlearning_under_lightning_is_unlearning(folder: Path, tmp_path: Path) 
     names = list(select_weights(model.denoiser, "all"))
     runner = Runner(torch.device("cpu"))
     fisher = fit_diagonal(
-        model, data=train_set, names=names, store=Store(tmp_path / "store"), runner=runner, settings=done.model.fisher
+        model,
+        data=train_set,
+        names=names,
+        store=Store(tmp_path / "store"),
+        runner=runner,
+        settings=done.model.curvature.fisher,
     )
     query = generate(model, prompts=["a red square"], seed=0, shape=(4, 4, 4))[0]
     assert model.encoder is not None

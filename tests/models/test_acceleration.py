@@ -14,7 +14,7 @@ from datamodules import Emoji
 from tests.support.tiny import one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, Query, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, FisherSettings
 from wherefrom.data.emoji import EmojiOptions
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.diffusion import DiffusionModel, with_output
@@ -49,8 +49,7 @@ def scores(model: DiffusionModel, data: TrainingData, query: Query, folder: Path
     method = AttributionByUnlearning(
         unlearning=UnlearningSettings(noise_samples=128, measurement_samples=128, relative_loss_increase=increase),
         grid=LossGrid(timesteps=4, flips=False),
-        curvature="ekfac",
-        fisher=FisherSettings(samples_per_image=1),
+        curvature=EKFAC(FisherSettings(samples_per_image=1)),
         batch_size=BATCH,
     )
     method.fit(data, model, Store(folder), one_process())

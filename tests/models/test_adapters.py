@@ -15,7 +15,7 @@ from tests.support.pipelines import images, stable_diffusion
 from tests.support.tiny import one_process
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, DiagonalFisher, FisherSettings
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.per_sample import PerSampleGradients
@@ -102,7 +102,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(model: DiffusionMod
             torch.testing.assert_close(result[name][row], gradient, rtol=1e-7, atol=1e-14)
 
 
-@pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("curvature", [DiagonalFisher, EKFAC])
 def test_fit_unlearn_score_and_rank(model: DiffusionModel, curvature: Any, tmp_path: Path) -> None:
     train, store = images(4), Store(tmp_path)
     assert model.encoder is not None
@@ -112,8 +112,7 @@ def test_fit_unlearn_score_and_rank(model: DiffusionModel, curvature: Any, tmp_p
         "adapter",
         unlearning=settings,
         grid=LossGrid(timesteps=2),
-        curvature=curvature,
-        fisher=FisherSettings(1),
+        curvature=curvature(FisherSettings(1)),
         timestep_weights="equal",
     )
     method.fit(data, model, store, one_process())
@@ -126,7 +125,7 @@ def test_fit_unlearn_score_and_rank(model: DiffusionModel, curvature: Any, tmp_p
         model,
         query=method.query_latent(query),
         weights="adapter",
-        curvature=method.curvature,
+        curvature=method.curvature_matrix,
         dataset_size=len(train),
         settings=settings,
         runner=one_process(),

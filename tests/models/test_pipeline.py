@@ -24,7 +24,7 @@ from tests.support.pipelines import (
 from tests.support.tiny import attribution_config, one_process
 from wherefrom.attributors import AttributionByUnlearning, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, DiagonalFisher, FisherSettings
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_grid import LossGrid
@@ -71,7 +71,7 @@ def key_and_value(name: str, kind: str) -> bool:
     return parts[-3:-1] in (wanted if kind.startswith("sd3") else (["attn2", "to_k"], ["attn2", "to_v"]))
 
 
-@pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("curvature", [DiagonalFisher, EKFAC])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvature: Any, tmp_path: Path) -> None:
     model, store = load_model(str(folders[kind]), torch.float64), Store(tmp_path)
@@ -86,8 +86,7 @@ def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvatu
         "cross_attention_kv",
         unlearning=settings,
         grid=LossGrid(timesteps=2),
-        curvature=curvature,
-        fisher=FisherSettings(1),
+        curvature=curvature(FisherSettings(1)),
         timestep_weights="equal",
     )
     before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
@@ -101,7 +100,7 @@ def test_fit_unlearn_score_and_rank(folders: dict[str, Path], kind: str, curvatu
         model,
         query=method.query_latent(query),
         weights="cross_attention_kv",
-        curvature=method.curvature,
+        curvature=method.curvature_matrix,
         dataset_size=len(train),
         settings=settings,
         runner=one_process(),

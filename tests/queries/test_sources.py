@@ -12,9 +12,9 @@ from PIL import Image
 
 from tests.support.tiny import tiny_encoder, tiny_model
 from wherefrom.attributors import Query
-from wherefrom.models.sampling import _START
 from wherefrom.queries.sources import QueryImage, QueryRegion, QuerySource, generate, make_queries, read_query
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.salts import Salt
 
 
 def test_images_that_cannot_be_queries_are_named(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: fl
         torch.testing.assert_close(with_steps.trajectory.predicted[-1], with_steps.latent, rtol=1e-4, atol=1e-4)
     # The first is predicted from pure noise, which is keyed: x̂₀ = √ᾱ x - √(1 - ᾱ) v.
     start = keyed_random.combine(
-        _START, keyed_random.combine(0, keyed_random.hash_texts(["red"]), torch.zeros(1, dtype=torch.int64))
+        Salt.SAMPLER_START, keyed_random.combine(0, keyed_random.hash_texts(["red"]), torch.zeros(1, dtype=torch.int64))
     )
     noise = keyed_random.normal(start, (4, 4, 4))
     with torch.no_grad():

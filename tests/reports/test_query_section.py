@@ -9,6 +9,7 @@ import numpy as np
 from tests.support.tiny import one_process, tiny_encoder, tiny_latents, tiny_model
 from wherefrom.attributors import InfluenceFunction, Query, Random, TrainingData
 from wherefrom.commands.attribute import attribute
+from wherefrom.curvature import Identity
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.runtime.artifacts import Store
 
@@ -40,7 +41,7 @@ def test_the_report_warns_of_an_image_that_the_model_cannot_represent(tmp_path: 
         Query("usual", "red", pixels, data.groups[0].latents[3, 0]),
         Query("strange", "red", pixels, data.groups[0].latents[3, 0] * 9),
     ]
-    method = InfluenceFunction(noise_samples=4, grid=LossGrid(timesteps=1), curvature="identity")
+    method = InfluenceFunction(noise_samples=4, grid=LossGrid(timesteps=1), curvature=Identity())
     results = attribute(
         tmp_path / "run",
         attributor=method,

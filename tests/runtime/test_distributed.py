@@ -32,7 +32,7 @@ from tests.support.tiny import (
 )
 from wherefrom.attributors import AttributionByUnlearning, JourneyTRAK, Query, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
-from wherefrom.curvature import Diagonal, FisherSettings
+from wherefrom.curvature import EKFAC, DiagonalFisher, DiagonalMatrix, FisherSettings
 from wherefrom.gradients.loss_grid import LossGrid, LossSamples
 from wherefrom.gradients.projection import Projection
 from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
@@ -68,18 +68,17 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
         "all",
         unlearning=UnlearningSettings(steps=2, noise_samples=160, relative_loss_increase=0.05, measurement_samples=160),
         grid=LossGrid(timesteps=2),
-        fisher=FisherSettings(samples_per_image=1),
+        curvature=DiagonalFisher(FisherSettings(samples_per_image=1)),
     )
     held_out = tiny_latents(6, seed=1)
     training = TrainingData(data.images, data, held_out.images, held_out)
     attributor.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
-    assert isinstance(attributor.curvature, Diagonal)
+    assert isinstance(attributor.curvature_matrix, DiagonalMatrix)
     plus = AttributionByUnlearning(
         "cross_attention",
         unlearning=UnlearningSettings(noise_samples=160, relative_loss_increase=0.01, measurement_samples=160),
         grid=LossGrid(timesteps=2),
-        curvature="ekfac",
-        fisher=FisherSettings(samples_per_image=1),
+        curvature=EKFAC(FisherSettings(samples_per_image=1)),
     )
     plus.fit(training, model, Store(folder / f"store{runner.world_size}"), runner)
     latent = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -102,11 +101,11 @@ def numbers(folder: Path, runner: Runner) -> dict[str, Tensor]:
         "plus scores": torch.from_numpy(plus_scores.scores),
         **{
             f"ekfac/{name}": step.contiguous()
-            for name, step in plus.curvature.precondition(
+            for name, step in plus.curvature_matrix.precondition(
                 {name: gradient[name] for name in select_weights(model.denoiser, "cross_attention")}
             ).items()
         },
-        **{f"fisher/{name}": value for name, value in attributor.curvature.fisher.items()},
+        **{f"fisher/{name}": value for name, value in attributor.curvature_matrix.fisher.items()},
         **{f"gradient/{name}": value for name, value in gradient.items()},
     }
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.support.tiny import one_process, tiny_latents
 from wherefrom.attributors import Attributor, InfluenceFunction, Query, Scores, TrainingData
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import EKFAC, FisherSettings
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Store
@@ -35,4 +35,5 @@ def run(attributor: Attributor, model: DiffusionModel | None, root: Path, *queri
 
 def influence(**options: Any) -> InfluenceFunction:
     """A quick influence function of all weights."""
-    return InfluenceFunction(**{"weights": "all", "noise_samples": 12, "grid": GRID, "fisher": FISHER, **options})
+    settings = {"weights": "all", "noise_samples": 12, "grid": GRID, "curvature": EKFAC(FISHER), **options}
+    return InfluenceFunction(**settings)

@@ -17,6 +17,7 @@ from wherefrom.counterfactual.query_panel import Panel
 from wherefrom.counterfactual.reattribution import Reattribution
 from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
+from wherefrom.curvature import Identity
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder
@@ -30,7 +31,7 @@ SOURCE = QuerySource(prompts=["red square", "blue circle", "a big stripe"], samp
 
 def quick_influence() -> Attributor:
     """A method that asks a model, in moments."""
-    return InfluenceFunction(noise_samples=2, grid=LossGrid(timesteps=1, flips=False), curvature="identity")
+    return InfluenceFunction(noise_samples=2, grid=LossGrid(timesteps=1, flips=False), curvature=Identity())
 
 
 class TinyEvaluation:

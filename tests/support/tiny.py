@@ -306,7 +306,7 @@ def attribution_config(folder: Path, name: str = "run", count: int = 16, **setti
                 "weights": "all",
                 "unlearning": {"noise_samples": 32, "measurement_samples": 32, "relative_loss_increase": 0.01},
                 "grid": {"timesteps": 2},
-                "fisher": {"samples_per_image": 1},
+                "curvature": {"class_path": "DiagonalFisher", "init_args": {"fisher": {"samples_per_image": 1}}},
             },
         },
         "queries": {"prompts": ["a big red square"], "sampling_steps": 2},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from wherefrom.attributors.compute_estimate import ComputeEstimate, ComputeStage, first_images
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
@@ -14,56 +14,72 @@ from wherefrom.runtime.console import Log, Progress, no_log
 from wherefrom.runtime.distributed import Runner
 
 Need = Literal["model", "gradients", "features", "prompt", "trajectory"]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The size of a computation before it starts, counted in forward passes (a backward pass counts as two).
-
-    Attributes:
-        once: Forward passes once per model and training set.
-        per_query: Forward passes for each query.
-        disk: Bytes kept on disk.
-        memory: Bytes of tensors held in memory beside the model.
-    """
-
-    once: int = 0
-    per_query: int = 0
-    disk: int = 0
-    memory: int = 0
+ONCE = "once for this model"  # in the name of a stage that is computed once per model and training set
 
 
 class Attributor(ABC):
-    """A method of attribution: `fit` once, then `score` queries.
+    """A method of attribution: `fit` once per model and training set, then `score` queries.
 
     Attributes:
-        requires: What the method needs, so that nobody branches on its name.
-        takes_regions: Whether a part of a query can be attributed.
-        progress: Called with (done, total) while something long runs.
+        requires: What the method needs, so that no caller branches on its class.
+        takes_regions: Whether a region of a query can be attributed.
+        scores_loss_changes: Whether scores are changes of the training images' losses, which have a sign.
+        progress: Called with (done, total) during long computations.
         fit_s: Seconds that parts of the last `fit` took, by name; what was found in the store took little.
     """
 
     requires: frozenset[Need] = frozenset()
     takes_regions: bool = False
+    scores_loss_changes: bool = False
     progress: Progress | None = None
     fit_s: Mapping[str, float] = {}
 
-    def work(self, data: TrainingData, queries: int) -> Work:
-        """What the method will have to compute, in passes through the model and bytes on disk; nothing by default."""
-        return Work()
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
+        """Passes through the model, bytes on disk and in memory; nothing by default.
+
+        Args:
+            data: The training data, or blank data of the same shapes.
+            queries: How many queries will be scored.
+        """
+        return ComputeEstimate()
+
+    def stages(
+        self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
+    ) -> list[ComputeStage]:
+        """What the method computes once, and for each query, as rows of a budget.
+
+        Methods that use encoders add a stage for each; methods made of others compose their stages.
+
+        Args:
+            data: The training data, or blank data of the same shapes.
+            queries: How many queries will be scored.
+            name: What the method is called in the stages' names.
+            candidates: Each query is scored against so many images; None is all.
+        """
+        once = self.estimate(data, queries)
+        each = self.estimate(first_images(data, candidates), queries)
+        return [
+            ComputeStage(f"{name}: {ONCE}", once.once, once.disk, once.memory),
+            ComputeStage(f"{name}: queries", each.per_query, queries=queries),
+        ]
+
+    def share_curvature(  # noqa: B027  nothing to share is the usual case
+        self, model: DiffusionModel, data: TrainingData, store: Store, runner: Runner, log: Log = no_log
+    ) -> None:
+        """Fits the curvature on this model, to be used whatever model is attributed; methods without one do nothing."""
 
     @abstractmethod
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes what the method needs once per training set and model, keeps it in the store and finds it again.
+        """Computes what the method needs once per training set and model, cached in the store.
 
         Args:
-            data: Training images and the null.
+            data: Training images, and held-out images as the null.
             model: The model, for methods that require one.
-            store: Where what is made is kept.
-            runner: This process's place.
-            log: Receives lines about what is being made.
+            store: Where results are kept.
+            runner: Rank and world size of this process.
+            log: Receives lines about what is being computed.
 
         Raises:
             ValueError: Something that the method requires is missing.
@@ -81,12 +97,12 @@ class Attributor(ABC):
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
 
-    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """Ids of training images that were taken down, which no ranking may name first any more; none by default."""
+    def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """Ids of training images that were removed from the method's index and rank last; none by default."""
         return frozenset()
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses queries that the method cannot attribute, before anything long.
+        """Refuses queries that the method cannot attribute, before any long computation.
 
         Raises:
             ValueError: A query asks for a region, and the method knows only whole images.
@@ -100,7 +116,7 @@ class Attributor(ABC):
                 )
 
     def positions(self, ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:
-        """Where the candidates stand among the ids.
+        """Positions of the candidates among the ids; all positions where there are no candidates.
 
         Raises:
             ValueError: A candidate is unknown.

@@ -1,7 +1,7 @@
-"""Fast attribution: a learned ranker embeds query and training images, and the nearest are the most influential.
+"""Learned ranker (Fast Data Attribution, section 4): attribution as a cosine search in a learned embedding space.
 
-Fast Data Attribution, section 4: the ranker has learned the order of a slow method (see
-`wherefrom.distillation.teacher_set`), so that what took hours is a search by cosine.
+The ranker was trained on the rankings of an expensive method (see `wherefrom.distillation.teacher_set`); training
+images are embedded once, and the nearest to a query's embedding are the most influential.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.attributors.base import Attributor, Need, Work
+from wherefrom.attributors.base import Attributor, Need
+from wherefrom.attributors.compute_estimate import ComputeEstimate, ComputeStage, feature_stage
 from wherefrom.data.image_set import ImageSet
 from wherefrom.distillation.calibration import load_calibration
 from wherefrom.distillation.ranker import load_ranker
@@ -42,11 +43,11 @@ from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
-TAKEN_DOWN = -2.0  # below any cosine
+REMOVED = -2.0  # below any cosine
 
 
 class LearnedRanker(Attributor):
-    """Cosine of a learned ranker's embeddings; `search` finds the first images in an index.
+    """Learned ranker (Fast Data Attribution, section 4): cosine of learned embeddings; `search` uses an index.
 
     An image's features are those of its pixels and of its first caption, a query's those of its pixels and prompt.
 
@@ -98,14 +99,21 @@ class LearnedRanker(Attributor):
         encoders = {name: encoder.identity() for name, encoder in self.encoders.items()}
         return {"method": "fast attribution", "ranker": self.ranker_identity, "encoders": encoders, **self._calibrated}
 
-    def work(self, data: TrainingData, queries: int) -> Work:
-        """Bytes of embeddings and of an index that keeps them as they are; passes of a model it needs none."""
-        return Work(disk=2 * 4 * len(data.images) * int(self.ranker.sizes["outputs"]))
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
+        """Bytes of embeddings and of an uncompressed index; no passes of a model."""
+        return ComputeEstimate(disk=2 * 4 * len(data.images) * int(self.ranker.sizes["outputs"]))
+
+    def stages(
+        self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
+    ) -> list[ComputeStage]:
+        """The features of each encoder, then embeddings and index."""
+        features = [feature_stage(encoder, data, each) for each, encoder in self.encoders.items()]
+        return features + super().stages(data, queries=queries, name=name, candidates=candidates)
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes features, embeddings and index once, or finds them in the store."""
+        """Computes features, embeddings and index once, or finds them in the store."""
         log(f"embeddings of {len(data.images):,} training images by {' and '.join(self.names)}")
         self.ranker.to(runner.device)
         embeddings = self._embeddings(data.images, store, runner)
@@ -124,8 +132,8 @@ class LearnedRanker(Attributor):
         index = Index(folder, ranker=self.ranker_identity, search=self.settings, mmap=self.mmap, gpu=self.gpu)
         self._ready = data.images, embeddings, index, null
 
-    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """What was taken down from the index of these images, where there is one."""
+    def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """Images that were removed from the index of this training set, where there is one."""
         training, dimension = self._training(data.images), int(self.ranker.sizes["outputs"])
         folder = store.find(
             KIND, index_identity(self.ranker_identity, training=training, factory=self.factory, dimension=dimension)
@@ -134,7 +142,7 @@ class LearnedRanker(Attributor):
 
     @property
     def index(self) -> Index:
-        """The index, to add images to it or take them down.
+        """The index, to add images to it or remove them.
 
         Raises:
             ValueError: `fit` has not run.
@@ -170,7 +178,7 @@ class LearnedRanker(Attributor):
         )
 
     def embed_queries(self, queries: Sequence[Query]) -> Embeddings:
-        """Unit vectors of queries; each is made alone, so that none depends on its company."""
+        """Unit vectors of queries; each is embedded alone, so that none depends on its batch."""
         rows = [
             torch.cat([query_features(query.pixels[None], [query.prompt], each) for each in self.encoders.values()], 1)
             for query in queries
@@ -191,7 +199,7 @@ class LearnedRanker(Attributor):
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
         """One query at a time: exact cosines with all training images, whatever the index.
 
-        Images that were taken down from the index come after all others, at `TAKEN_DOWN`.
+        Images that were removed from the index come after all others, at `REMOVED`.
         """
         images, embeddings, index, null = self._fitted()
         chosen = self.positions(images.ids, candidates)
@@ -201,7 +209,7 @@ class LearnedRanker(Attributor):
         for query in queries:
             vector: NDArray[np.float32] = self.embed_queries([query]).vectors[0]
             scores = cosines(vectors, vector)
-            scores[gone] = TAKEN_DOWN
+            scores[gone] = REMOVED
             estimates = None if self.calibration is None else self.calibration.estimate(scores)
             yield Scores(
                 query,
@@ -214,7 +222,7 @@ class LearnedRanker(Attributor):
 
 
 def _concentration(estimates: Estimates) -> dict[str, float]:
-    """How concentrated a query's influence is, as facts of its scores."""
+    """Concentration of a query's influence, as facts of its scores."""
     result = concentration(estimates.values)
     shares = {f"influence_of_first_{count}": share for count, share in result.shares.items()}
     return {**shares, "effective_pictures": result.effective}

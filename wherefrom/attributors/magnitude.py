@@ -1,4 +1,4 @@
-"""The size of another method's scores, whatever their sign."""
+"""Ranking by the absolute value of another method's scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from wherefrom.attributors.base import Attributor, Work
+from wherefrom.attributors.base import Attributor
+from wherefrom.attributors.compute_estimate import ComputeEstimate, ComputeStage
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
@@ -17,13 +18,13 @@ from wherefrom.runtime.distributed import Runner
 
 
 def by_size(scores: Scores) -> Scores:
-    """Scores without their signs, parts and null alike."""
+    """Absolute scores; those of the parts and of the null too."""
     parts = {name: np.abs(part) for name, part in scores.parts.items()}
     return replace(scores, scores=np.abs(scores.scores), null=np.abs(scores.null), parts=parts)
 
 
 class Magnitude(Attributor):
-    """Ranks by |score|: images that a method says much about, for or against.
+    """Magnitude ranking: |score| of another method, so that strong effects of either sign come first.
 
     Scores that are changes of a loss have a sign. Images that share a caption or a new word are learned at each
     other's expense: what makes a model forget one of them can make it better at the others, which then come last.
@@ -42,26 +43,32 @@ class Magnitude(Attributor):
         method = self.method.identity()
         return {"method": f"{method['method']}, by size", "of": method}
 
-    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """The method's."""
-        return self.method.taken_down(data, store)
+    def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """Images that were removed from the method's index."""
+        return self.method.removed(data, store)
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses what the method refuses."""
+        """Refuses queries that the method refuses."""
         self.method.check(queries)
 
-    def work(self, data: TrainingData, queries: int) -> Work:
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
         """The method's."""
-        return self.method.work(data, queries)
+        return self.method.estimate(data, queries)
+
+    def stages(
+        self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
+    ) -> list[ComputeStage]:
+        """The method's."""
+        return self.method.stages(data, queries=queries, name=name, candidates=candidates)
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes what the method needs."""
+        """Computes what the method needs once."""
         self.method.progress = self.progress
         self.method.fit(data, model, store, runner, log)
         self.fit_s = self.method.fit_s
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """The method's scores without their signs."""
+        """The absolute values of the method's scores."""
         yield from map(by_size, self.method.score(queries, candidates))

@@ -1,4 +1,4 @@
-"""Several methods in one: their ranks averaged."""
+"""Rank ensemble: the mean of several methods' ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from wherefrom.attributors.base import Attributor, Work
+from wherefrom.attributors.base import Attributor
+from wherefrom.attributors.compute_estimate import ComputeEstimate, ComputeStage
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.ranking_file import normalised_ranks
@@ -19,7 +20,7 @@ from wherefrom.runtime.distributed import Runner
 
 
 class RankEnsemble(Attributor):
-    """Minus the mean of the methods' normalised ranks: from -1 (last by all) to 0 (first by all).
+    """Rank ensemble: minus the mean of the methods' normalised ranks, from -1 (last by all) to 0 (first by all).
 
     Scores of different methods cannot be added; their ranks can.
 
@@ -41,24 +42,39 @@ class RankEnsemble(Attributor):
         """The settings that decide the scores."""
         return {"method": "rank ensemble", "of": [method.identity() for method in self.methods]}
 
-    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """What was taken down from one of them."""
-        return frozenset().union(*(method.taken_down(data, store) for method in self.methods))
+    def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """Images that were removed from one method's index."""
+        return frozenset().union(*(method.removed(data, store) for method in self.methods))
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses what one of the methods refuses."""
+        """Refuses queries that one of the methods refuses."""
         for method in self.methods:
             method.check(queries)
 
-    def work(self, data: TrainingData, queries: int) -> Work:
-        """All methods'; they are in memory together."""
-        each = [method.work(data, queries) for method in self.methods]
-        return Work(*(sum(getattr(work, part) for work in each) for part in ("once", "per_query", "disk", "memory")))
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
+        """The sum of all methods'; they are in memory together."""
+        each = [method.estimate(data, queries) for method in self.methods]
+        return ComputeEstimate(
+            once=sum(estimate.once for estimate in each),
+            per_query=sum(estimate.per_query for estimate in each),
+            disk=sum(estimate.disk for estimate in each),
+            memory=sum(estimate.memory for estimate in each),
+        )
+
+    def stages(
+        self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
+    ) -> list[ComputeStage]:
+        """All methods', numbered."""
+        return [
+            stage
+            for number, method in enumerate(self.methods, start=1)
+            for stage in method.stages(data, queries=queries, name=f"{name}, {number}", candidates=candidates)
+        ]
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes what all methods need."""
+        """Computes what all methods need once."""
         for method in self.methods:
             method.progress = self.progress
             method.fit(data, model, store, runner, log)

@@ -1,4 +1,4 @@
-"""A dear method among the images that a cheap one chooses (Fast Data Attribution, section 4)."""
+"""Reranking: an expensive method scores only the candidates that a cheap one retrieves (Fast Data Attribution)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from wherefrom.attributors.base import Attributor, Work
+from wherefrom.attributors.base import Attributor
+from wherefrom.attributors.compute_estimate import ComputeEstimate, ComputeStage
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
@@ -18,14 +19,15 @@ from wherefrom.runtime.keyed_random import hash_text
 
 
 class Rerank(Attributor):
-    """Scores the images that are nearest to a query; all others come after them, the nearest first.
+    """Reranking of retrieved candidates (Fast Data Attribution, section 4: AbU+ among the nearest neighbours).
 
-    Images that influence a query without resembling it cannot be found, however good the method is.
+    A cheap method retrieves k candidates, an expensive one scores them; all other images follow in the cheap method's
+    order. Images that influence a query without being retrieved cannot be found, however good the expensive method is.
 
     Args:
-        method: Scores the nearest images.
-        nearest: Says which images are near, such as `ImageSimilarity`.
-        k: How many are scored.
+        method: Scores the candidates.
+        nearest: Retrieves the candidates, such as `ImageSimilarity`.
+        k: How many candidates are scored.
         tails: `first` chooses the k that are nearest; `both` half of them among the first and half among the last:
             first-order scores, such as those of `InfluenceBank`, can put the most influential images at either end.
         subsample: Of the k chosen, score only so many, drawn by hash for each query; None scores all.
@@ -65,23 +67,32 @@ class Rerank(Attributor):
             **({} if self.subsample is None else {"subsample": self.subsample}),
         }
 
-    def taken_down(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """What was taken down from either method."""
-        return self.method.taken_down(data, store) | self.nearest.taken_down(data, store)
+    def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
+        """Images that were removed from either method's index."""
+        return self.method.removed(data, store) | self.nearest.removed(data, store)
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses what either method refuses."""
+        """Refuses queries that either method refuses."""
         for each in (self.method, self.nearest):
             each.check(queries)
 
-    def work(self, data: TrainingData, queries: int) -> Work:
-        """The method's, as if it scored all images: what it makes once it makes of all."""
-        return self.method.work(data, queries)
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
+        """The expensive method's, as if it scored all images: what it computes once it computes of all."""
+        return self.method.estimate(data, queries)
+
+    def stages(
+        self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
+    ) -> list[ComputeStage]:
+        """Those of retrieval, then those of scoring k candidates."""
+        return [
+            *self.nearest.stages(data, queries=queries, name=f"{name}, choosing"),
+            *self.method.stages(data, queries=queries, name=name, candidates=self.k),
+        ]
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes what both methods need.
+        """Computes what both methods need once.
 
         Raises:
             ValueError: There are not `k` training images.
@@ -94,7 +105,7 @@ class Rerank(Attributor):
         self.fit_s = {**self.nearest.fit_s, **self.method.fit_s}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time: those near, then the method among them."""
+        """One query at a time: retrieval, then the scores of the candidates."""
         for query, near in zip(queries, self.nearest.score(queries, candidates), strict=True):
             order = [name for name, _ in near.top(len(near.ids))]
             last = self.k // 2 if self.tails == "both" else 0

@@ -1,4 +1,4 @@
-"""Attributors that need no model: random, pixel, caption and feature similarity."""
+"""Baselines that need no diffusion model: random scores, and similarity of pixels, image features and captions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wherefrom.attributors.base import Attributor, Need
+from wherefrom.attributors.compute_estimate import ComputeStage, feature_stage
 from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import ImageEncoder, MiniLMEncoder, TextEncoder, image_features
 from wherefrom.models.diffusion import DiffusionModel
@@ -26,7 +27,7 @@ from wherefrom.runtime.distributed import Runner
 
 
 class _NoModel(Attributor):
-    """What the three share: images and the null, both scored by `compare`."""
+    """Base of the baselines that compare a query with one image after the other (`compare`), held-out ones included."""
 
     data: TrainingData | None = None
 
@@ -38,10 +39,10 @@ class _NoModel(Attributor):
         self.prepare(data.images)
 
     def prepare(self, images: ImageSet) -> None:
-        """Makes what comparing with these images needs."""
+        """Computes what comparing with these images needs."""
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
-        """One score an image."""
+        """One score for each image."""
         raise TypeError(f"{type(self).__name__} does not compare.")
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
@@ -57,7 +58,7 @@ class _NoModel(Attributor):
 
 
 class Random(_NoModel):
-    """Uniform scores, keyed by (seed, query id, image id): the floor.
+    """Random baseline: uniform scores, keyed by (seed, query id, image id).
 
     Args:
         seed: Seed of the scores.
@@ -77,7 +78,7 @@ class Random(_NoModel):
 
 
 class PixelSimilarity(_NoModel):
-    """Cosine of flattened pixels in [-1, 1], the larger of image and mirror image.
+    """Pixel similarity: cosine of flattened pixels in [-1, 1], the larger of image and mirror image.
 
     Args:
         size: Side to which images are reduced before comparing; None compares them at their own size.
@@ -94,7 +95,7 @@ class PixelSimilarity(_NoModel):
         return {"method": "pixel similarity", "size": self.size}
 
     def prepare(self, images: ImageSet) -> None:
-        """Makes the images' vectors; those of an earlier `fit` go, but for parts that both sets have."""
+        """Computes the images' vectors; those of an earlier `fit` are dropped, but for parts that both sets have."""
         kept = {(part.fingerprint, part.ids) for part in images.parts}
         self._vectors = {key: vectors for key, vectors in self._vectors.items() if key in kept}
         self._of(images)
@@ -127,7 +128,7 @@ class PixelSimilarity(_NoModel):
 
 
 class ImageSimilarity(Attributor):
-    """Cosine of image features, the larger of image and mirror image.
+    """Image feature similarity (CLIP, DINO, AbC): cosine of features, the larger of image and mirror image.
 
     Args:
         encoder: Turns images into vectors.
@@ -148,6 +149,13 @@ class ImageSimilarity(Attributor):
             "encoder": self.encoder.identity(),
             "query_encoder": self.query_encoder.identity(),
         }
+
+    def stages(
+        self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
+    ) -> list[ComputeStage]:
+        """The features of all images and mirror images; comparing them costs next to nothing."""
+        features = feature_stage(self.encoder, data, type(self.encoder).__name__, flips=2)
+        return [features, *super().stages(data, queries=queries, name=name, candidates=candidates)]
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
@@ -191,7 +199,7 @@ class ImageSimilarity(Attributor):
 
 
 class CaptionSimilarity(_NoModel):
-    """Cosine of caption and prompt embeddings; the best of an image's captions.
+    """Caption similarity (CLIP text, MiniLM): cosine of caption and prompt embeddings, the best of an image's captions.
 
     Args:
         encoder: Turns captions into vectors.

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from wherefrom.attributors.base import Attributor
 from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_excess import excess, loss_of, typical_losses
-from wherefrom.gradients.query_loss import as_latent
+from wherefrom.gradients.query_loss import encode_query
 from wherefrom.metrics.null_distribution import p_values
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
@@ -47,7 +47,7 @@ def run_identity(
     attributor: Attributor, data: TrainingData, model: DiffusionModel | None, queries: Sequence[Query], store: Store
 ) -> dict[str, Any]:
     """Identity of a run: what must match for a run folder to be resumed."""
-    removed = attributor.taken_down(data, store)
+    removed = attributor.removed(data, store)
     return {
         "attributor": attributor.identity(),
         "model": None if model is None else model.fingerprint(),
@@ -156,7 +156,7 @@ def _loss_excesses(
     typical = typical_losses(model, data.latents, store, runner)
     result = {}
     for query in queries:
-        seen = as_latent(model, query)
+        seen = encode_query(model, query)
         result[query.name] = {"loss_excess": excess(loss_of(model, seen.latent, seen.conditioning), typical)}
     return result
 

@@ -1,7 +1,7 @@
-"""What a run will take, before anything long: passes, images and trainings, at rates that are measured here.
+"""Budget of a run before it starts: passes, images and trainings, at rates that are measured here.
 
-Nothing is read, encoded or trained but a few images and captions, a few passes and a few steps. Stages that an
-earlier run left in the store are counted all the same.
+Only a few images and captions are read and encoded, a few passes and training steps run. Stages that an earlier run
+left in the store are counted all the same.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wherefrom.attributors import Attributor, Magnitude, RankEnsemble, TrainingData
-from wherefrom.attributors.learned_ranker import LearnedRanker
-from wherefrom.attributors.rerank import Rerank
-from wherefrom.attributors.similarity import ImageSimilarity
-from wherefrom.commands.estimate import ONCE, Stage, timed
+from wherefrom.attributors.base import Attributor
+from wherefrom.attributors.compute_estimate import ComputeStage, feature_stage
+from wherefrom.commands.estimate import Stage, timed
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet
 from wherefrom.features.base import ImageEncoder, TextEncoder
 from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.queries.types import TrainingData
 from wherefrom.runtime.console import duration
 
-_SAMPLE = 16
 _CAPTION = "an image of several things in the words of a caption"
 
 
@@ -121,30 +119,15 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
     return stages, TrainingData(training, blank_latents(training, latent, one), held_out if null else None, null)
 
 
-def features(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str, flips: int = 1) -> Stage:
-    """Features of all images or of their first captions by an encoder."""
-    count = len(data.images) * flips
-    pixels = np.asarray(data.images.pixels[:1]).repeat(_SAMPLE, axis=0)
-    width = [0]
-
-    def encode() -> int:
-        made = (
-            encoder.encode_images(pixels)
-            if isinstance(encoder, ImageEncoder)
-            else encoder.encode_texts([_CAPTION] * _SAMPLE)
-        )
-        width[0] = int(made.shape[1])
-        return len(made)
-
-    encode()
-    seconds = timed(encode)
-    return Stage(f"features of {count:,} images by {name}", count * seconds, 4 * count * width[0])
+def features(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str) -> Stage:
+    """Features of all images or of their first captions by an encoder, at the rate measured on a few."""
+    return _timed_stage(feature_stage(encoder, data, name), rate=1.0)
 
 
 def method(
     name: str, *, attributor: Attributor, data: TrainingData, queries: int, rate: float, candidates: int | None = None
 ) -> list[Stage]:
-    """What a method does once, and for each query.
+    """What a method computes once, and for each query; see `Attributor.stages`.
 
     Args:
         name: Of the method.
@@ -154,39 +137,21 @@ def method(
         rate: Forward passes a second.
         candidates: Each query is scored against so many images; None is all.
     """
-    if isinstance(attributor, Rerank):
-        return [
-            *method(f"{name}, choosing", attributor=attributor.nearest, data=data, queries=queries, rate=rate),
-            *method(name, attributor=attributor.method, data=data, queries=queries, rate=rate, candidates=attributor.k),
-        ]
-    if isinstance(attributor, Magnitude):
-        return method(name, attributor=attributor.method, data=data, queries=queries, rate=rate, candidates=candidates)
-    if isinstance(attributor, RankEnsemble):
-        each = enumerate(attributor.methods, start=1)
-        return [
-            stage
-            for n, one in each
-            for stage in method(
-                f"{name}, {n}", attributor=one, data=data, queries=queries, rate=rate, candidates=candidates
-            )
-        ]
-    stages = []
-    if isinstance(attributor, ImageSimilarity):
-        stages.append(features(attributor.encoder, data, type(attributor.encoder).__name__, flips=2))
-    if isinstance(attributor, LearnedRanker):
-        stages += [features(encoder, data, each) for each, encoder in attributor.encoders.items()]
-    once, queried = attributor.work(data, queries), attributor.work(data, queries)
-    if candidates is not None and data.latents is not None:
-        few = TrainingData(
-            data.images.subset(range(candidates)),
-            data.latents.subset(range(candidates)),
-            data.held_out,
-            data.held_out_latents,
-        )
-        queried = attributor.work(few, queries)
-    stages.append(Stage(f"{name}: {ONCE}", once.once / rate, once.disk, once.memory))
-    stages.append(Stage(f"{name}: queries", queried.per_query / rate, each="a query", times=queries))
-    return stages
+    stages = attributor.stages(data, queries=queries, name=name, candidates=candidates)
+    return [_timed_stage(stage, rate) for stage in stages]
+
+
+def _timed_stage(stage: ComputeStage, rate: float) -> Stage:
+    """A method's stage in seconds: its passes at the measured rate, its encoder timed on a few samples."""
+    seconds, disk = stage.passes / rate, stage.disk
+    if stage.encode is not None:
+        _, width = stage.encode()  # the first also sets things up
+        encode = stage.encode
+        seconds += stage.encoded * timed(lambda: encode()[0])
+        disk += 4 * stage.encoded * width
+    if stage.queries is None:
+        return Stage(stage.name, seconds, disk, stage.memory)
+    return Stage(stage.name, seconds, disk, stage.memory, each="a query", times=stage.queries)
 
 
 def drawing(queries: int, steps: int, guidance: float, rate: float) -> Stage:

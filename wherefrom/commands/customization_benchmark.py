@@ -15,7 +15,6 @@ import torch
 
 from wherefrom.attributors.base import Attributor
 from wherefrom.attributors.magnitude import by_size
-from wherefrom.attributors.preconditioned import PreconditionedAttributor
 from wherefrom.commands.attribute import attribute
 from wherefrom.commands.customization_tasks import Task, tasks_by_kind
 from wherefrom.data.encoded_images import EncodedImages, encode_image_set, joined
@@ -201,10 +200,7 @@ def benchmark(
         if task.model is not None and not task.model.is_dir():
             raise ValueError(f"The task {task.name} names the model {task.model}, which is not a folder.")
     for name in needy:
-        method = methods[name]
-        if isinstance(method, PreconditionedAttributor):
-            log(f"{name}: curvature of the base model")
-            method.take_curvature(base_model, background, store, runner, log)
+        methods[name].share_curvature(base_model, background, store, runner, log)
     result: list[ExemplarRetrieval] = []
     for kind, chosen in tasks_by_kind(tasks, styles).items():
         for number, task in enumerate(chosen, start=1):
@@ -228,7 +224,7 @@ def benchmark(
                         log=log,
                     )
                     result += [find(scores, name=name, kind=kind, task=task, words=each, k=k) for scores in results]
-                    if isinstance(method, PreconditionedAttributor):
+                    if method.scores_loss_changes:
                         result += [
                             find(by_size(scores), name=f"{name}{BY_SIZE}", kind=kind, task=task, words=each, k=k)
                             for scores in results

@@ -1,4 +1,4 @@
-"""What a run takes, estimated before it starts at a rate measured on this machine."""
+"""Estimates of a run's time, memory and disk before it starts, at a rate measured on this machine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wherefrom.attributors import Attributor, TrainingData
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.console import Console, duration, peak_memory, room
 
-if TYPE_CHECKING:  # attributors show their progress by this module
+if TYPE_CHECKING:
     from wherefrom.attributors.base import Attributor
     from wherefrom.queries.types import TrainingData
 
@@ -59,33 +58,30 @@ def _time_batch(model: DiffusionModel, data: EncodedImages, size: int) -> float:
 def announce(
     console: Console, *, attributor: Attributor, data: TrainingData, model: DiffusionModel, queries: int, output: Path
 ) -> None:
-    """Prints time, memory and disk before anything long starts."""
-    work = attributor.work(data, queries)
-    if work.per_query == 0 or data.latents is None:
+    """Logs the estimated time, memory and disk of an attribution."""
+    estimate = attributor.estimate(data, queries)
+    if estimate.per_query == 0 or data.latents is None:
         return
     rate = forward_rate(model, data.latents)
     console.log(
-        f"estimate at {rate:,.0f} forward passes a second: {duration(work.once / rate)} once for this model, then "
-        f"{duration(work.per_query / rate)} for each of {queries} queries; {work.disk / 2**20:,.0f} MiB on disk, about "
-        f"{(work.memory + peak_memory()) / 2**30:.1f} GiB of memory; {room(output)}"
+        f"estimate at {rate:,.0f} forward passes a second: {duration(estimate.once / rate)} once for this model, then "
+        f"{duration(estimate.per_query / rate)} for each of {queries} queries; {estimate.disk / 2**20:,.0f} MiB on "
+        f"disk, about {(estimate.memory + peak_memory()) / 2**30:.1f} GiB of memory; {room(output)}"
     )
-
-
-ONCE = "once for this model"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run.
+    """A part of a run, as a row of a budget.
 
     Attributes:
-        name: What is done.
+        name: What is computed.
         seconds: How long it takes on one device.
         disk: Bytes that it leaves on disk.
         memory: Bytes that it holds in memory beside the model.
-        each: What `seconds` are per (a query, a training), where the stage is that often; "" is once.
-        times: How often.
-        at_once: How many of these are done at a time, by as many workers.
+        each: The unit that `seconds` are per (a query, a training) where the stage is repeated; "" is once.
+        times: Number of repetitions.
+        at_once: How many repetitions run at a time, by as many workers.
     """
 
     name: str
@@ -97,12 +93,12 @@ class Stage:
     at_once: int = 1
 
     def total(self, devices: int) -> float:
-        """Seconds of all of it, on devices that share each piece evenly."""
+        """Seconds of all repetitions, on devices that share each evenly."""
         return self.seconds / devices * self.times / self.at_once
 
 
 def timed(work: Callable[[], int]) -> float:
-    """Seconds of one of the things that `work` does; it says how many these were."""
+    """Seconds of one unit of what `work` does; `work` returns how many units it did."""
     started = time.perf_counter()
     count = work()
     return (time.perf_counter() - started) / max(count, 1)

@@ -8,6 +8,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wherefrom.commands.curvature_settings import accept_old_curvature, replace_curvature
 from wherefrom.runtime.renamed_settings import accepting_old_names, current_names
 
 if TYPE_CHECKING:  # `available_methods` and `method_file` answer without loading PyTorch
@@ -93,7 +94,9 @@ def load_methods(
     Args:
         files: Attributor files.
         settings: Values that replace those of the files, such as `grid.timesteps`, in every method that has them, also
-            in those that a method asks; `influence/noise_samples` is for the method of influence.yaml alone, and wins.
+            in the objects that a method is given: `fisher.samples_per_image` is found in its curvature, and
+            `unlearning.steps` in the method that `Rerank` is given. `influence/noise_samples` is for the method of
+            influence.yaml alone, and wins.
         variants: Name of a further method -> settings of one of the files' methods, as `influence/noise_samples`, which
             win over `settings`.
         strict: Refuse a setting that no method has.
@@ -105,6 +108,7 @@ def load_methods(
 
     from wherefrom.attributors import Attributor
 
+    accept_old_curvature()
     made = ArgumentParser(parser_mode="omegaconf")
     made.add_subclass_arguments(Attributor, "attributor", required=True)
     methods: dict[str, Attributor] = {}
@@ -119,9 +123,13 @@ def load_methods(
         meant += [(name, name.removeprefix(f"{file.stem}/")) for name in given if name.startswith(f"{file.stem}/")]
         for init_args in _arguments(config.attributor):
             for name, key in meant:
-                if init_args.get(key) is not None:
+                if init_args.get(key) is None:
+                    continue
+                had.add(name)
+                if key == "curvature" and isinstance(given[name], str):
+                    replace_curvature(init_args, given[name])
+                else:
                     init_args[key] = given[name]
-                    had.add(name)
         return made.instantiate(config).attributor, had
 
     for file in files:
@@ -150,7 +158,7 @@ def load_methods(
 
 
 def _arguments(parsed: Any) -> Iterator[Namespace]:
-    """The arguments of parsed classes, and of those that they are given."""
+    """The arguments of parsed classes, and of the objects that they are given."""
     from jsonargparse import Namespace
 
     for each in parsed if isinstance(parsed, list) else [parsed]:

@@ -1,4 +1,4 @@
-"""What every curvature can do: precondition a gradient."""
+"""A fitted curvature matrix, and how it preconditions a gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Curvature(ABC):
+class CurvatureMatrix(ABC):
     """A positive curvature matrix F of some weights, of which only the inverse's action is needed."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Curvature(ABC):
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Parameters without which these gradients cannot be preconditioned: not in the curvature, or not among them.
 
-        What can be known before a gradient is there, so that nothing long is begun in vain.
+        It is checked before any gradient is computed.
         """
 
     def check(self, names: Sequence[str], where: str) -> None:
@@ -43,7 +43,7 @@ class Curvature(ABC):
 
         Args:
             names: Parameters whose gradients will be preconditioned.
-            where: What holds the curvature.
+            where: The folder or object that holds the curvature, for the message.
 
         Raises:
             ValueError: It was made for other weights; the missing layers are named.
@@ -58,7 +58,7 @@ class Curvature(ABC):
             )
 
 
-class Identity(Curvature):
+class IdentityMatrix(CurvatureMatrix):
     """F = I: the plain gradient."""
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wherefrom.curvature.base import Curvature, finite_rows
+from wherefrom.curvature.base import CurvatureMatrix, finite_rows
 from wherefrom.curvature.fisher_samples import FisherSettings, SampledPass, finite, zeros_like_parameters
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
@@ -28,7 +28,7 @@ from wherefrom.runtime.stable_names import settings_identity
 _COUNT = "samples"
 
 
-class Diagonal(Curvature):
+class DiagonalMatrix(CurvatureMatrix):
     """F⁻¹ g = g / (f + δ), with δ = damping · mean(f) of each tensor.
 
     Args:
@@ -121,7 +121,7 @@ class FisherPass(SampledPass):
             self.sums[name] += finite(name, gradients.square().sum(dim=0))
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Adds sums made elsewhere."""
+        """Adds the sums of another process or of an earlier run."""
         for name, total in self.sums.items():
             total += state[name].to(total.device)
         self.samples += int(state[_COUNT])
@@ -146,7 +146,7 @@ def fit_diagonal(
     damping: float = 0.1,
     batch_size: int = 64,
     progress: Progress | None = None,
-) -> Diagonal:
+) -> DiagonalMatrix:
     """The diagonal Fisher information of these weights over the training set, kept in the store.
 
     Args:
@@ -154,7 +154,7 @@ def fit_diagonal(
         data: Its training images.
         names: Parameters.
         store: Where it is kept.
-        runner: This process's place.
+        runner: Rank and world size of this process.
         settings: How to sample.
         damping: Relative damping.
         batch_size: Samples at a time; does not change the result.
@@ -180,12 +180,12 @@ def fit_diagonal(
         runner=runner,
         progress=progress,
     )
-    return Diagonal(work.mean(), damping)
+    return DiagonalMatrix(work.mean(), damping)
 
 
 def load_diagonal(
     folder: Path, model: DiffusionModel, curvature_from: str | None = None, damping: float = 0.1
-) -> Diagonal:
+) -> DiagonalMatrix:
     """A Fisher diagonal that `fit_diagonal` left in a folder, refused if it belongs to another model.
 
     Args:
@@ -217,4 +217,4 @@ def load_diagonal(
                 f"{shapes.get(name)}: "
                 "it was made for a model of another kind."
             )
-    return Diagonal({name: (total / samples).to(model.dtype) for name, total in state.items()}, damping)
+    return DiagonalMatrix({name: (total / samples).to(model.dtype) for name, total in state.items()}, damping)

@@ -18,23 +18,19 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wherefrom.curvature.base import Curvature, finite_rows
-from wherefrom.curvature.diagonal import Diagonal
+from wherefrom.curvature.base import CurvatureMatrix, finite_rows
+from wherefrom.curvature.diagonal import DiagonalMatrix
 from wherefrom.curvature.ekfac_passes import CovariancePass, EigenvaluePass
 from wherefrom.curvature.fisher_samples import FisherSettings
 from wherefrom.curvature.kronecker import LayerPlan, plan_layers
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.runtime.artifacts import Identity, Store, read_manifest, replacing, write_manifest
+from wherefrom.runtime.artifacts import Identity, Store, replacing
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.stable_names import settings_identity
 
-# The file names are kronfluence's, so that factors made by either load in the other.
-ACTIVATION, GRADIENT = "activation_eigenvectors.safetensors", "gradient_eigenvectors.safetensors"
-EIGENVALUES, PROCESSED = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
-DIAGONAL = "diagonal.safetensors"
 VECTORS, EIGENVALUE_PASS = "eigenvectors.safetensors", "ekfac_eigenvalues"
 _SHAPES = (
     "The curvature of {!r} has shape {}, its gradient {}: it was made for other weights. "
@@ -74,7 +70,7 @@ class KroneckerFactors:
         return (left.T @ matrices @ right) / (values + damping * values.mean()).sqrt()
 
 
-class EKFAC(Curvature):
+class EKFACMatrix(CurvatureMatrix):
     """F⁻¹ of EK-FAC, layer by layer, with damping relative to each layer's mean eigenvalue.
 
     Args:
@@ -100,7 +96,7 @@ class EKFAC(Curvature):
                 raise ValueError(
                     f"The eigenvalues of layer {name!r} are negative or not finite; make the curvature again."
                 )
-        self.layers, self.diagonal = dict(layers), Diagonal(diagonal or {}, damping)
+        self.layers, self.diagonal = dict(layers), DiagonalMatrix(diagonal or {}, damping)
         self.damping, self.samples = damping, samples
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,7 +196,7 @@ def eigenvectors_of(name: str, covariance: Float[Tensor, "d d"]) -> Float[Tensor
 
 
 def block_identity(model: DiffusionModel, data: EncodedImages, block: LayerPlan, settings: FisherSettings) -> Identity:
-    """What must match for a block's covariances, eigenvectors and eigenvalues to be used again."""
+    """Identity of a block's covariances, eigenvectors and eigenvalues in the store."""
     return {
         "model": model.fingerprint(),
         "data": data.fingerprint,
@@ -221,7 +217,7 @@ def _eigenvectors(
     batch_size: int,
     progress: Progress | None,
 ) -> dict[str, Tensor]:
-    """A block's eigenvectors, by a pass over the training set; nothing else of that pass stays in memory."""
+    """A block's eigenvectors, by a pass over the training set; its sums are freed."""
     identity = block_identity(model, data, block, settings)
     sums = run_pass(
         lambda: CovariancePass(model, data, block, settings, batch_size),
@@ -255,8 +251,8 @@ def _fit_block(
     settings: FisherSettings,
     batch_size: int,
     progress: Progress | None,
-) -> EKFAC:
-    """The curvature of some of the layers; what it was made from does not stay in memory."""
+) -> EKFACMatrix:
+    """The curvature of some of the layers; intermediate sums are freed."""
     vectors: dict[str, Tensor] = {}
     if block.layers:
         vectors = _eigenvectors(
@@ -292,7 +288,7 @@ def _fit_block(
         for layer in block.layers
     }
     diagonal = {name: (total / work.samples).to(model.dtype) for name, total in work.diagonal.items()}
-    return EKFAC(layers, diagonal, samples=work.samples)
+    return EKFACMatrix(layers, diagonal, samples=work.samples)
 
 
 def fit_ekfac(
@@ -307,15 +303,15 @@ def fit_ekfac(
     layers_per_pass: int | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
-) -> EKFAC:
-    """EK-FAC of these weights over the training set: two passes, kept in the store and gone on with after a stop.
+) -> EKFACMatrix:
+    """EK-FAC of these weights over the training set: two passes, cached in the store and resumed after an interruption.
 
     Args:
         model: The pretrained model.
         data: Its training images.
         names: Parameters.
         store: Where it is kept.
-        runner: This process's place.
+        runner: Rank and world size of this process.
         settings: How to sample; both passes see the same samples.
         damping: Relative damping.
         layers_per_pass: Fit so many layers at a time, which bounds memory and costs two passes each; None is all.
@@ -344,76 +340,4 @@ def fit_ekfac(
             progress=progress,
         )
         layers, diagonal, samples = layers | part.layers, diagonal | part.diagonal.fisher, part.samples
-    return EKFAC(layers, diagonal, damping, samples)
-
-
-def save_ekfac(folder: Path, curvature: EKFAC, model: DiffusionModel) -> None:
-    """Saves factors in kronfluence's layout: one file each for Q_A, Q_G, the *sums* of Λ and their counts.
-
-    Beside them `diagonal.safetensors` for parameters without a Kronecker form and a manifest that names the model.
-
-    Raises:
-        StorageError: A file could not be written.
-    """
-    layers, samples = curvature.layers, curvature.samples
-    files: dict[str, dict[str, Tensor]] = {
-        ACTIVATION: {name: factors.activation for name, factors in layers.items()},
-        GRADIENT: {name: factors.gradient for name, factors in layers.items()},
-        EIGENVALUES: {name: factors.eigenvalues * samples for name, factors in layers.items()},
-        PROCESSED: {name: torch.tensor([samples]) for name in layers},
-        DIAGONAL: dict(curvature.diagonal.fisher),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, tensors in files.items():
-        # Layers with one input share Q_A in memory, which safetensors refuses.
-        with replacing(folder / file) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
-    write_manifest(folder, {"model": model.fingerprint()})
-
-
-def load_ekfac(folder: Path, model: DiffusionModel, curvature_from: str | None = None, damping: float = 0.1) -> EKFAC:
-    """Factors in kronfluence's layout, refused if they belong to another model.
-
-    Args:
-        folder: The files; see `save_ekfac`.
-        model: The model that will be unlearned.
-        curvature_from: Fingerprint of the model that the factors were made on, where that is on purpose another one, or
-            "undeclared" for files without a manifest, which only you can know the origin of.
-        damping: Relative damping.
-
-    Raises:
-        ValueError: They were made on another model, nothing says on which, or a layer's shape is not the model's.
-        FileNotFoundError: A file is missing.
-    """
-    wanted = model.fingerprint()
-    has_manifest = (folder / "manifest.json").exists()
-    made_on = str(read_manifest(folder)["identity"]["model"]) if has_manifest else "undeclared"
-    if made_on not in (wanted, curvature_from):
-        raise ValueError(
-            f"{folder} holds the curvature of model {made_on}, but the model to unlearn is {wanted} and "
-            f"curvature_from declares {'nothing' if curvature_from is None else repr(curvature_from)}. Fit it on this "
-            f"model, or, if you know that it belongs to this model or its base, set curvature_from: {made_on}."
-        )
-    parts = [load_file(folder / file) for file in (ACTIVATION, GRADIENT, EIGENVALUES, PROCESSED)]
-    activation, gradient, sums, counts = parts
-    shapes = {name: tuple(value.shape) for name, value in model.denoiser.named_parameters()}
-    layers = {}
-    for name, total in sums.items():
-        rows, columns = total.shape
-        shape = shapes.get(f"{name}.weight")
-        inputs = 0 if shape is None else torch.Size(shape[1:]).numel()
-        bias = columns == inputs + 1
-        if shape is None or rows != shape[0] or columns not in (inputs, inputs + 1):
-            raise ValueError(
-                f"{folder}: layer {name!r} has eigenvalues of shape {tuple(total.shape)}, its weight in the model to "
-                f"unlearn {shape}: they were made for a model of another kind."
-            )
-        layers[name] = KroneckerFactors(
-            activation[name].to(model.dtype),
-            gradient[name].to(model.dtype),
-            (total / counts[name]).to(model.dtype),
-            bias,
-        )
-    diagonal = load_file(folder / DIAGONAL) if (folder / DIAGONAL).exists() else {}
-    samples = int(next(iter(counts.values()))) if counts else 1
-    return EKFAC(layers, diagonal, damping, samples)
+    return EKFACMatrix(layers, diagonal, damping, samples)

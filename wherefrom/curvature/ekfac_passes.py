@@ -96,7 +96,7 @@ class CovariancePass(SampledPass):
         return whole
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Adds sums made elsewhere."""
+        """Adds the sums of another process or of an earlier run."""
         orders = {f"A/{layer.source}": layer.order() for layer in self.plan.layers if layer.places > 1}
         for name, total in self.sums.items():
             values = state[name]
@@ -198,7 +198,7 @@ class EigenvaluePass(SampledPass):
         return total
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Adds sums made elsewhere."""
+        """Adds the sums of another process or of an earlier run."""
         for part in (self.sums, self.diagonal):
             for name, total in part.items():
                 total += state[name].to(total.device)

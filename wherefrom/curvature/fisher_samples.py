@@ -1,4 +1,4 @@
-"""Keyed samples of the training loss: what every curvature is an average over."""
+"""Keyed per-sample training losses, which every form of the Fisher information averages over."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.salts import Salt
 
-_TIME, _CAPTION, _NOISE = 301, 302, 303
 _NOT_FINITE = "The gradient of {!r} is not finite: check the model's weights and latents."
 
 
@@ -24,7 +24,7 @@ class FisherSettings:
     """How the Fisher information is sampled.
 
     Attributes:
-        samples_per_image: Samples per image and flip, each with one timestep, one noise draw and one caption.
+        samples_per_image: Samples per image and flip, each with one timestep, one noise and one caption.
         seed: Seed of these.
         flips: Also pass the mirror images.
     """
@@ -73,7 +73,7 @@ def zeros_like_parameters(model: DiffusionModel, names: Sequence[str]) -> dict[s
 
 
 class SampledPass(ABC):
-    """A pass over keyed samples; subclasses say what is added up (`add`) and hold it (`merge`, `state_dict`).
+    """A pass over keyed samples; subclasses define the sums (`add`) and hold them (`merge`, `state_dict`).
 
     Args:
         model: The pretrained model.
@@ -109,10 +109,14 @@ class SampledPass(ABC):
         """Timestep, caption and noise key of each sample, keyed by (seed, id, flip, visit)."""
         keys = keyed_random.combine(self.settings.seed, self.id_keys[image], flip, visit)
         # One golden-ratio sequence over an image's visits and flips: its timesteps are spread evenly.
-        start = keyed_random.uniform(keyed_random.combine(_TIME, self.settings.seed, self.id_keys[image]))[:, 0]
+        start = keyed_random.uniform(
+            keyed_random.combine(Salt.FISHER_TIMESTEP, self.settings.seed, self.id_keys[image])
+        )[:, 0]
         time = torch.remainder(start + (2 * visit + flip) * 0.6180339887498949, 1.0)
-        caption = keyed_random.uniform(keyed_random.combine(_CAPTION, keys))[:, 0] * self.data.captions_per_image
-        return (time * self.model.noise_schedule.steps).long(), caption.long(), keyed_random.combine(_NOISE, keys)
+        share = keyed_random.uniform(keyed_random.combine(Salt.FISHER_CAPTION, keys))[:, 0]
+        caption = (share * self.data.captions_per_image).long()
+        noise_keys = keyed_random.combine(Salt.FISHER_NOISE, keys)
+        return (time * self.model.noise_schedule.steps).long(), caption, noise_keys
 
     def step(self, positions: range) -> None:
         """Adds the images at these positions."""

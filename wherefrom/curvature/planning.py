@@ -1,4 +1,4 @@
-"""What fitting EK-FAC will take, said before it begins: layers, passes, memory, and the time by a small batch."""
+"""Estimated cost of fitting EK-FAC: layers, passes, memory, and time measured on a small batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ekfac_plan(
     store: Store | None = None,
     world_size: int = 1,
 ) -> str:
-    """What fitting will take, in words: layers, passes, samples, memory and time, and what keeps a diagonal.
+    """A line for the log: layers, passes, samples, memory and time of a fit, and which parameters keep a diagonal.
 
     Args:
         model: The pretrained model.

@@ -32,9 +32,9 @@ from wherefrom.runtime.mapped_arrays import (
     take_rows,
     write_array,
 )
+from wherefrom.runtime.salts import Salt
 
 _logger = logging.getLogger(__name__)
-_SAMPLE = 301
 _KEYS = "image_keys.npy"
 
 
@@ -239,7 +239,7 @@ class EncodedImages:
 
     def sample(self, count: int) -> list[int]:
         """Positions of up to `count` images, in order, that are chosen by the hashes of their ids alone."""
-        return sorted(torch.argsort(keyed_random.combine(_SAMPLE, self.id_keys))[:count].tolist())
+        return sorted(torch.argsort(keyed_random.combine(Salt.TRAINING_SAMPLE, self.id_keys))[:count].tolist())
 
     def without(self, exclude: Sequence[str]) -> EncodedImages:
         """The set without these ids.

@@ -17,9 +17,11 @@ from torch.utils.data import Dataset, Sampler
 from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.salts import Salt
 
 # Salts that keep the draws of one (seed, id, visit) independent of each other.
-ORDER, FLIP, CAPTION, DROP, TIMESTEP, NOISE = range(1, 7)
+ORDER, FLIP, TIMESTEP = Salt.TRAINING_ORDER, Salt.TRAINING_FLIP, Salt.TRAINING_TIMESTEP
+CAPTION, DROP, NOISE = Salt.TRAINING_CAPTION, Salt.TRAINING_CAPTION_DROPOUT, Salt.TRAINING_NOISE
 
 
 class Visit(NamedTuple):

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from wherefrom.distillation.teacher_set import Features, TeacherSet
 from wherefrom.runtime import keyed_random
-
-_ORDER, _PICK, _SUBSAMPLE, _BLOCK = 601, 602, 603, 604
+from wherefrom.runtime.salts import Salt
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class TeacherPairs:
                 "many, at least 1, or leave it out to use all."
             )
         if used < rows.shape[1]:
-            keys = keyed_random.combine(_SUBSAMPLE, seed, query_keys[:, None], image_keys[rows.long()])
+            keys = keyed_random.combine(Salt.RANKER_SUBSAMPLE, seed, query_keys[:, None], image_keys[rows.long()])
             order = keyed_random.uniform(keys)[..., 0].argsort(dim=1)
             order = torch.cat([order[:, :used].sort(dim=1).values, order[:, used:]], dim=1)
             rows, scores = rows.gather(1, order), scores.gather(1, order)[:, :used]
@@ -203,7 +202,7 @@ class BlockSampler:
             share = share + (positions < 0) * (self.outside / (self.queries * pairs.outside))
         dtype = pairs.queries.dtype
         return PairBlock(
-            int(keyed_random.combine(_BLOCK, self.seed, step)),
+            int(keyed_random.combine(Salt.RANKER_BLOCK, self.seed, step)),
             queries,
             images,
             pairs.queries[queries],
@@ -218,7 +217,7 @@ class BlockSampler:
         """Selects the queries of a step's block: the next Q of the epoch's keyed random order."""
         turn, place = divmod(step, self._blocks)
         if self._order is None or self._order[0] != turn:
-            keys = keyed_random.combine(_ORDER, self.seed, turn, self.pairs.query_keys)
+            keys = keyed_random.combine(Salt.RANKER_QUERY_ORDER, self.seed, turn, self.pairs.query_keys)
             self._order = turn, keyed_random.uniform(keys)[:, 0].argsort()
         return self._order[1][place * self.queries : (place + 1) * self.queries]
 
@@ -237,7 +236,8 @@ class BlockSampler:
         """Samples the images of a step's block, with the inclusion probability of each."""
         size = union.sum()
         inside = self._inside(size)
-        luck = keyed_random.uniform(keyed_random.combine(_PICK, self.seed, step, self.pairs.image_keys))[:, 0]
+        keys = keyed_random.combine(Salt.RANKER_OUTSIDE_IMAGE, self.seed, step, self.pairs.image_keys)
+        luck = keyed_random.uniform(keys)[:, 0]
         # No device synchronisation: both strata are sampled in full, and slots filled from one or the other.
         from_union = torch.topk(luck + ~union, self.images, largest=False).indices
         from_rest = torch.topk(luck + union, self.images, largest=False).indices

@@ -1,7 +1,7 @@
-"""Can the model represent this image at all? Its loss beside those of training images.
+"""Loss of a query beside those of training images, to recognize images that the model cannot represent.
 
-What a model cannot represent it did not draw, and unlearning it moves the weights in directions that say little about
-the training images.
+Such an image is not the model's own, and unlearning it moves the weights in directions that are unrelated to the
+training images.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.salts import Salt
 
 FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey, Exploratory Data Analysis, 1977, section 2D)
 _GRID = LossGrid(timesteps=10, flips=False)
 _IMAGES, _DRAWS = 256, 20
-_DRAW = 702
 
 
 def typical_losses(
@@ -38,7 +38,7 @@ def typical_losses(
         model: The model.
         data: The training images.
         store: Where the losses are kept.
-        runner: This process's place.
+        runner: Rank and world size of this process.
         progress: Called with (done, total) chunks.
 
     Raises:
@@ -52,17 +52,17 @@ def typical_losses(
 
 @torch.no_grad()
 def loss_of(model: DiffusionModel, latent: Float[Tensor, "c h w"], conditioning: Conditioning, seed: int = 0) -> float:
-    """The image's loss with its prompt, the mean over the same timesteps and twenty draws of each.
+    """The image's loss with its prompt, the mean over the same timesteps and twenty noise samples of each.
 
     Args:
         model: The model.
         latent: The scaled latent.
-        conditioning: What the model is told of its prompt.
-        seed: Seed of the draws.
+        conditioning: Conditioning of its prompt.
+        seed: Seed of the noise samples.
     """
     device = model.device
     timesteps = _GRID.steps(model.noise_schedule.steps).repeat_interleave(_DRAWS)
-    keys = keyed_random.combine(_DRAW, seed, torch.arange(len(timesteps)))
+    keys = keyed_random.combine(Salt.LOSS_EXCESS_NOISE, seed, torch.arange(len(timesteps)))
     noise = keyed_random.normal(keys, latent.shape, model.dtype).to(device)
     latents = latent.to(device, model.dtype).expand_as(noise)
     conditions = conditioning.to(device, model.dtype).expand(len(noise))

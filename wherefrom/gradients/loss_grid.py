@@ -1,6 +1,6 @@
 """Losses of many images on a fixed grid of timesteps, with noise keyed by what it belongs to (common random numbers).
 
-Shape letters: N = images, F = flips (the image, its mirror image), K = captions, T = timesteps, R = noise draws.
+Shape letters: N = images, F = flips (the image, its mirror image), K = captions, T = timesteps, R = noise samples.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.salts import Salt
 from wherefrom.runtime.stable_names import settings_identity
-
-_LOSS, _DRAWN, _TIME, _CAPTION = 201, 202, 203, 204
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class LossGrid:
     Attributes:
         timesteps: Number of timesteps, spaced evenly from 0: with T = 1000, 20 of them are 0, 50, …, 950 (AbU,
             appendix B).
-        noise_samples: Noise draws at each timestep.
+        noise_samples: Noise samples at each timestep.
         seed: Seed of the noise.
         flips: Also measure the mirror images.
         offset: Where the first timestep lies, as a share of the distance between two. 0 is the papers' grid; with 0.5 a
@@ -76,11 +75,11 @@ class LossGrid:
 
 @dataclass(frozen=True)
 class LossSamples:
-    """Where losses are measured that each image draws for itself, instead of a grid for all.
+    """Timesteps and noise that each image samples for itself, instead of a grid for all (JourneyTRAK's training side).
 
     Attributes:
-        noise_samples: Draws of a timestep, with replacement, and of noise; all with one caption of the image's, drawn
-            too.
+        noise_samples: Samples of a timestep, with replacement, and of noise; all with one caption of the image's,
+            sampled too.
         seed: Seed of these.
         flips: Also measure the mirror images.
 
@@ -94,19 +93,19 @@ class LossSamples:
 
     def __post_init__(self) -> None:
         if self.noise_samples < 1:
-            raise ValueError(f"draws must be at least 1; given {self.noise_samples}.")
+            raise ValueError(f"noise_samples must be at least 1; given {self.noise_samples}.")
 
     def per_flip(self, captions: int) -> int:
         """Losses of an image, and again of its mirror image."""
         return self.noise_samples
 
     def of(self, model: DiffusionModel, data: EncodedImages, batch_size: int) -> DrawnLosses:
-        """The losses of a data set at its own draws, still to be measured."""
+        """The losses of a data set at its own samples, still to be measured."""
         return DrawnLosses(model, data, self, batch_size)
 
 
 class LossPass:
-    """Losses of every image, flip, caption, timestep and draw (a `TrainingPass`).
+    """Losses of every image, flip, caption, timestep and noise sample (a `TrainingPass`).
 
     Args:
         model: The model, with whatever weights it has now.
@@ -127,7 +126,7 @@ class LossPass:
             part.flatten() for part in torch.meshgrid(*map(torch.arange, shape), indexing="ij")
         )
         self.shape, self.flip, self.caption, self.timestep = shape, flip, caption, steps[step]
-        self.item_keys = keyed_random.combine(_LOSS, grid.seed, flip, caption, self.timestep, draw)
+        self.item_keys = keyed_random.combine(Salt.GRID_NOISE, grid.seed, flip, caption, self.timestep, draw)
         self.losses = torch.full((len(data), *shape), float("nan"), dtype=model.dtype)
 
     @torch.no_grad()
@@ -196,19 +195,21 @@ class LossPass:
 
 
 class DrawnLosses(LossPass):
-    """Losses of every image, flip and draw, at timesteps drawn for each by (seed, image's id, flip, draw).
+    """Losses of every image, flip and sample, at timesteps keyed by (seed, image's id, flip, sample).
 
     Args:
         model: The model.
         data: The images.
-        settings: How to draw.
+        settings: How to sample.
         batch_size: Forward passes at a time.
     """
 
     def __init__(self, model: DiffusionModel, data: EncodedImages, settings: LossSamples, batch_size: int) -> None:
         super().__init__(model, data, LossGrid(1, settings.noise_samples, settings.seed, settings.flips), batch_size)
-        self.item_keys = keyed_random.combine(_DRAWN, self.item_keys)
-        chosen = keyed_random.uniform(keyed_random.combine(_CAPTION, settings.seed, self.id_keys))[:, 0]
+        self.item_keys = keyed_random.combine(Salt.SAMPLED_LOSS_NOISE, self.item_keys)
+        chosen = keyed_random.uniform(keyed_random.combine(Salt.SAMPLED_LOSS_CAPTION, settings.seed, self.id_keys))[
+            :, 0
+        ]
         self.caption_of = (chosen * data.captions_per_image).long()
 
     def captions_measured(self) -> int:
@@ -221,7 +222,8 @@ class DrawnLosses(LossPass):
         """Caption, timestep and noise key of each pair."""
         keys = keyed_random.combine(self.id_keys[image], self.item_keys[item])
         timestep = (
-            keyed_random.uniform(keyed_random.combine(_TIME, keys))[:, 0] * self.model.noise_schedule.steps
+            keyed_random.uniform(keyed_random.combine(Salt.SAMPLED_LOSS_TIMESTEP, keys))[:, 0]
+            * self.model.noise_schedule.steps
         ).long()
         return self.caption_of[image], timestep, keys
 
@@ -237,14 +239,14 @@ def measure_losses(
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "n f k t r"]:
-    """Losses of all images, kept in the store and found again.
+    """Losses of all images, cached in the store.
 
     Args:
         model: The model with the weights to measure.
         data: The images.
         grid: Where to measure.
         store: Where the losses are kept.
-        runner: This process's place.
+        runner: Rank and world size of this process.
         batch_size: Forward passes at a time.
         weights: Names the weights when they are not the model's own (a hash of the moved tensors); default: hash of
             the model.

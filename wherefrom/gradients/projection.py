@@ -1,4 +1,4 @@
-"""Random projections of gradients whose matrix is never stored: its rows are keyed, and made when they are needed."""
+"""Random projections of gradients; the matrix is never stored, its keyed rows are generated when they are needed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.salts import Salt
 from wherefrom.runtime.stable_names import settings_identity
 
 # Another number is another matrix, and `construction` says so to the store.
-_ROW = 502
 _NUMBERS_AT_A_TIME = 2_000_000  # of the matrix: 8 MB in float32, which a processor's caches nearly hold
 _ON_A_GPU = 32  # times as many, since starting a kernel costs more there than memory
 _ONE, _SIGN = 0x3F800000, -(2**31)  # 1.0 and -0.0 in the bits of a float32
@@ -50,8 +50,8 @@ class Projection:
             raise ValueError(f"Unknown projection {self.kind!r}; choose 'rademacher', 'gaussian' or 'sparse'.")
 
     def identity(self) -> dict[str, Any]:
-        """What decides the matrix: the settings, and how it is made of them."""
-        return {**settings_identity(self), "construction": _ROW}
+        """The settings that decide the matrix, and the version of its construction."""
+        return {**settings_identity(self), "construction": int(Salt.PROJECTION_ROW)}
 
     def rows(
         self,
@@ -100,7 +100,7 @@ class Projection:
 
     def _keys(self, name: str, start: int, stop: int, device: torch.device) -> Int64[Tensor, " n"]:
         positions = torch.arange(start, stop, device=device)
-        return keyed_random.combine(_ROW, self.seed, keyed_random.hash_text(name), positions)
+        return keyed_random.combine(Salt.PROJECTION_ROW, self.seed, keyed_random.hash_text(name), positions)
 
     def _sparse_rows(
         self, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype

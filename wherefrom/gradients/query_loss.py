@@ -1,4 +1,4 @@
-"""A query's loss: its value and gradient over keyed draws of timestep and noise."""
+"""The loss of a query: its value and gradient over keyed samples of timestep and noise."""
 
 from __future__ import annotations
 
@@ -14,29 +14,12 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.distributed import Runner
-
-
-def as_latent(model: DiffusionModel, query: Query) -> QueryLatent:
-    """The query as the model sees it.
-
-    Raises:
-        ValueError: The model has no encoder.
-    """
-    encoder = model.encoder
-    if encoder is None:
-        raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
-    latent = query.latent if query.latent is not None else encoder.encode_image(query.pixels)
-    rows, columns = (int(side) for side in latent.shape[1:])
-    weights = None if query.region is None else query.region.weights((rows, columns))
-    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt]).at(0), weights)
-
-
-_TIME, _GRADIENT, _MEASURE = 401, 402, 403
+from wherefrom.runtime.salts import Salt
 
 
 @dataclass(frozen=True)
 class QueryLatent:
-    """A query as the diffusion model sees it.
+    """A query encoded by the diffusion model.
 
     Attributes:
         id: Its id.
@@ -56,18 +39,33 @@ class QueryLatent:
         return keyed_random.hash_text(self.id)
 
 
-class QueryLoss:
-    """L(ẑ; θ) over keyed draws of timestep and noise: its value and its gradient.
+def encode_query(model: DiffusionModel, query: Query) -> QueryLatent:
+    """Encodes a query by the model: its latent, the token states of its prompt and the weights of its region.
 
-    Draws are keyed by (seed, query id, step, draw index), and a step's timesteps follow a golden-ratio sequence, so
+    Raises:
+        ValueError: The model has no encoder.
+    """
+    encoder = model.encoder
+    if encoder is None:
+        raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
+    latent = query.latent if query.latent is not None else encoder.encode_image(query.pixels)
+    rows, columns = (int(side) for side in latent.shape[1:])
+    weights = None if query.region is None else query.region.weights((rows, columns))
+    return QueryLatent(query.id, latent, encoder.text.encode([query.prompt]).at(0), weights)
+
+
+class QueryLoss:
+    """L(ẑ; θ), the loss of a query over keyed (t, ε) samples: its value and its gradient.
+
+    Samples are keyed by (seed, query id, step, draw index), and a step's timesteps follow a golden-ratio sequence, so
     they cover the schedule evenly without ever being the same in two steps.
 
     Args:
         model: The model.
         query: The query.
-        seed: Seed of the draws.
-        runner: This process's place; processes share the draws.
-        batch_size: Draws at a time.
+        seed: Seed of the samples.
+        runner: Rank and world size of this process; processes share the samples.
+        batch_size: Samples at a time.
     """
 
     def __init__(
@@ -86,24 +84,24 @@ class QueryLoss:
             yield model.losses(latents, conditioning, timesteps.to(device), noise, self.query.weights)
 
     def at(self, salt: int, step: int, draw: Int64[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The latent whose loss is taken, and the timesteps and noise keys of some draws."""
+        """The latent whose loss is taken, and the timesteps and noise keys of some samples, by their indices."""
         base = keyed_random.combine(salt, self.seed, self.query.key, step)
-        start = float(keyed_random.uniform(keyed_random.combine(_TIME, base))[0])
+        start = float(keyed_random.uniform(keyed_random.combine(Salt.QUERY_TIMESTEP, base))[0])
         time = torch.remainder(start + draw * 0.6180339887498949, 1.0)
         return self.query.latent, (time * self.model.noise_schedule.steps).long(), keyed_random.combine(base, draw)
 
     @torch.no_grad()
     def value(self, noise_samples: int) -> float:
-        """Mean loss over draws that are the same at every call, so that two weights can be compared."""
+        """Mean loss over samples that are the same at every call, so that two sets of weights can be compared."""
         total = torch.zeros((), dtype=torch.float64)
-        for losses in self._batches(_MEASURE, 0, noise_samples):
+        for losses in self._batches(Salt.QUERY_VALUE_NOISE, 0, noise_samples):
             total += losses.double().sum().cpu()
         return float(self.runner.sum(total.to(self.model.device))) / noise_samples
 
     def gradient(self, parameters: Mapping[str, nn.Parameter], step: int, noise_samples: int) -> dict[str, Tensor]:
-        """∇L(ẑ; θ) with respect to the parameters, over this step's draws."""
+        """∇L(ẑ; θ) with respect to the parameters, over this step's samples."""
         totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        for losses in self._batches(_GRADIENT, step, noise_samples):
+        for losses in self._batches(Salt.QUERY_GRADIENT_NOISE, step, noise_samples):
             for total, gradient in zip(
                 totals.values(), torch.autograd.grad(losses.sum(), list(parameters.values())), strict=True
             ):

@@ -1,6 +1,6 @@
-"""From changes of losses on a grid to scores: one for each image and, where asked for, for each part of the grid.
+"""Reduction of loss changes on a grid to scores: one for each image and, where asked for, for each part of the grid.
 
-Shape letters: N = images, F = flips (the image, its mirror image), K = captions, T = timesteps, R = noise draws.
+Shape letters: N = images, F = flips (the image, its mirror image), K = captions, T = timesteps, R = noise samples.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ TimestepWeights = Literal["equal", "spread"]
 
 
 def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Float[Tensor, " n"]:
-    """τ: the mean change of the losses over captions, timesteps and draws.
-
-    Then the larger (or the mean) of image and mirror image.
-    """
+    """τ: the mean loss change over captions, timesteps and noise samples; the larger (or mean) of image and mirror."""
     by_flip = change.double().flatten(2).mean(dim=2)
     return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
 
 
 def spread_weights(change: Float[Tensor, "n f k t r"]) -> Float[Tensor, " t"]:
-    """Weights of mean 1 that let no timestep drown the others: 1 / (spread of the images' changes at that timestep).
+    """Timestep weights of mean 1 that let none dominate: 1 / (spread of the images' changes at that timestep).
 
     Ours. Near t = 0 a model can hardly tell the noise from the image, so losses there are large and change by chance:
     in a plain mean they outweigh the timesteps at which images differ. The spread is the median absolute deviation
@@ -49,11 +46,11 @@ def spread_weights(change: Float[Tensor, "n f k t r"]) -> Float[Tensor, " t"]:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Which parts of a score are kept beside it.
+    """Which parts of a score are reported beside it.
 
     Attributes:
         timestep_bands: Number of bands of neighbouring timesteps, low ones (detail) to high ones (layout); 0 is none.
-        captions: Whether an image's captions are told apart.
+        captions: Whether each of an image's captions has a score.
 
     Raises:
         ValueError: The number of bands is negative.

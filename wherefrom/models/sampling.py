@@ -14,9 +14,9 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.noise_schedule import NoiseSchedule as NoiseSchedule
 from wherefrom.models.noise_schedule import sampling_scheduler as sampling_scheduler
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.salts import Salt
 
 # Salts of the sampler's draws.
-_START, _STEP = 101, 102
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def sample(
     """
     sampler = model.noise_schedule.sampler(steps, eta)
     device, dtype = model.device, model.dtype
-    latents = keyed_random.normal(keyed_random.combine(_START, keys), shape, dtype).to(device)
+    latents = keyed_random.normal(keyed_random.combine(Salt.SAMPLER_START, keys), shape, dtype).to(device)
     conditions = conditioning.to(device, dtype)
     if guidance != 1.0:
         conditions = concatenated([conditions, empty.to(device, dtype).expand(conditions.batch_size)])
@@ -78,7 +78,9 @@ def sample(
             with_prompt, without = output.chunk(2)
             output = without + guidance * (with_prompt - without)
         noise = (
-            keyed_random.normal(keyed_random.combine(_STEP, keys, index), shape, dtype).to(device) if eta > 0 else None
+            keyed_random.normal(keyed_random.combine(Salt.SAMPLER_STEP, keys, index), shape, dtype).to(device)
+            if eta > 0
+            else None
         )
         latents, predicted = sampler.step(index, output, latents, noise)
         if watch is not None:

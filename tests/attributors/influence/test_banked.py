@@ -14,6 +14,7 @@ from tests.support.tiny import one_process, tiny_encoder, tiny_model
 from wherefrom.attributors import InfluenceBank, InfluenceFunction, TrainingData
 from wherefrom.attributors.influence.gradient_bank import Compression, largest
 from wherefrom.attributors.influence.token_factors import TokenGradients
+from wherefrom.curvature import EKFAC, DiagonalFisher, Identity
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.gradients.query_loss import QueryLoss
@@ -30,7 +31,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 def bank(**options: Any) -> InfluenceBank:
-    settings = {"noise_samples": 12, "grid": GRID, "fisher": FISHER, "compression": WHOLE, "half": False, **options}
+    settings = {
+        "noise_samples": 12,
+        "grid": GRID,
+        "curvature": EKFAC(FISHER),
+        "compression": WHOLE,
+        "half": False,
+        **options,
+    }
     return InfluenceBank(**{"weights": "cross_attention_kv", **settings})
 
 
@@ -38,24 +46,22 @@ def bank(**options: Any) -> InfluenceBank:
     ("weights", "keep"),
     [("cross_attention_kv", "factors"), ("cross_attention_kv", "eigenbasis"), ("all", "eigenbasis")],
 )
-@pytest.mark.parametrize("curvature", ["ekfac", "diagonal", "identity"])
+@pytest.mark.parametrize("curvature", [EKFAC(FISHER), DiagonalFisher(FISHER), Identity()])
 def test_a_whole_bank_is_the_influence_function(
     model: DiffusionModel, tmp_path: Path, curvature: Any, weights: Any, keep: Any
 ) -> None:
     settings: dict[str, Any] = {"curvature": curvature, "weights": weights, "timestep_weights": "equal"}
     result = run(bank(**settings, compression=Compression(keep)), model, tmp_path, QUERY, OTHER)
-    exact = run(
-        InfluenceFunction(noise_samples=12, grid=GRID, fisher=FISHER, **settings), model, tmp_path, QUERY, OTHER
-    )
+    exact = run(InfluenceFunction(noise_samples=12, grid=GRID, **settings), model, tmp_path, QUERY, OTHER)
     for mine, theirs in zip(result, exact, strict=True):
         np.testing.assert_allclose(mine.scores, theirs.scores, rtol=1e-7, atol=1e-9 * np.abs(theirs.scores).max())
         np.testing.assert_allclose(mine.null, theirs.null, rtol=1e-7, atol=1e-9 * np.abs(theirs.null).max())
 
 
 def test_each_timestep_is_divided_by_its_gradients_length(model: DiffusionModel, tmp_path: Path) -> None:
-    attributor = bank(curvature="identity")
+    attributor = bank(curvature=Identity())
     (result,) = run(attributor, model, tmp_path)
-    (plain,) = run(bank(curvature="identity", timestep_weights="equal"), model, tmp_path)
+    (plain,) = run(bank(curvature=Identity(), timestep_weights="equal"), model, tmp_path)
     parameters = select_weights(model.denoiser, "cross_attention_kv")
     losses, rows = LossPass(model, TRAIN, GRID, 64), []
     items = len(losses.flip)
@@ -150,7 +156,7 @@ def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
         run(bank(), None, tmp_path)
     with pytest.raises(ValueError, match="fit must run before score"):
         next(iter(bank().score([QUERY])))
-    with pytest.raises(ValueError, match="draws must be at least 1; given 0"):
+    with pytest.raises(ValueError, match="noise_samples must be at least 1; given 0"):
         bank(noise_samples=0)
     with pytest.raises(ValueError, match="second_order must be at least 0 and finite; given -1"):
         bank(second_order=-1.0)

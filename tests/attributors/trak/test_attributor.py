@@ -151,7 +151,7 @@ def test_what_it_refuses(model: DiffusionModel, tmp_path: Path) -> None:
         trak(relative_lambda=-1.0)
     with pytest.raises(ValueError, match="Unknown output 'noise'"):
         trak(output="noise")
-    with pytest.raises(ValueError, match="draws must be at least 1"):
+    with pytest.raises(ValueError, match="noise_samples must be at least 1"):
         trak(noise_samples=0)
     with pytest.raises(ValueError, match=r"to 99 numbers is too small: it adds noise of 10%.*at least 100"):
         trak(projection=Projection(99))

@@ -145,7 +145,7 @@ def test_what_it_refuses() -> None:
         journey(resamplings=0)
     with pytest.raises(ValueError, match="to 20 numbers is too small"):
         journey(projection=Projection(20))
-    with pytest.raises(ValueError, match="draws must be at least 1; given 0"):
+    with pytest.raises(ValueError, match="noise_samples must be at least 1; given 0"):
         LossSamples(noise_samples=0)
 
 

@@ -13,7 +13,7 @@ from tests.support.attribution import HELD_OUT, QUERY, TRAIN
 from tests.support.tiny import moved_copy, one_process, tiny_encoder, tiny_model
 from wherefrom.attributors import AttributionByUnlearning, Query, Scores, TrainingData
 from wherefrom.attributors.unlearning.unlearner import UnlearningSettings, unlearn
-from wherefrom.curvature import EKFAC, FisherSettings, Identity, save_ekfac
+from wherefrom.curvature import EKFAC, DiagonalFisher, EKFACMatrix, FisherSettings, IdentityMatrix, save_ekfac
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.query_loss import QueryLatent
@@ -24,7 +24,7 @@ from wherefrom.models.parameter_subsets import moved_weights
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.runtime.artifacts import Store
 
-GRID = LossGrid(timesteps=2)
+GRID, FISHER = LossGrid(timesteps=2), FisherSettings(1)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def method(settings: dict[str, Any] | None = None, **options: Any) -> Attributio
         **{"noise_samples": 24, "measurement_samples": 24, "relative_loss_increase": 1e-2, **(settings or {})}
     )
     return AttributionByUnlearning(
-        **{"weights": "all", "unlearning": chosen, "grid": GRID, "fisher": FisherSettings(1), **options}
+        **{"weights": "all", "unlearning": chosen, "grid": GRID, "curvature": DiagonalFisher(FISHER), **options}
     )
 
 
@@ -70,7 +70,7 @@ def brute_force(model: DiffusionModel, query: Query, data: EncodedImages, settin
         model,
         query=latent,
         weights="all",
-        curvature=Identity(),
+        curvature=IdentityMatrix(),
         dataset_size=len(TRAIN),
         settings=settings,
         runner=one_process(),
@@ -122,7 +122,7 @@ def test_the_square_output_may_take_the_losss_place(
         stepped,
         query=latent,
         weights="all",
-        curvature=Identity(),
+        curvature=IdentityMatrix(),
         dataset_size=len(TRAIN),
         settings=settings,
         runner=one_process(),
@@ -232,16 +232,17 @@ def test_reliability_is_that_of_the_draws(model: DiffusionModel) -> None:
 def test_a_fisher_from_another_model_must_be_declared(model: DiffusionModel, tmp_path: Path) -> None:
     scores = score(method(), model, tmp_path)
     (fisher,) = (tmp_path / "fisher").iterdir()
-    same = score(method(fisher_path=str(fisher)), model, tmp_path / "other")
+    same = score(method(curvature=DiagonalFisher(FISHER, fisher_path=str(fisher))), model, tmp_path / "other")
     assert np.array_equal(same.scores, scores.scores)
     assert not (tmp_path / "other" / "fisher").exists()
     custom = moved_copy(model)
     with pytest.raises(ValueError, match="curvature_from declares nothing"):
-        score(method(fisher_path=str(fisher)), custom, tmp_path)
-    declared = method(fisher_path=str(fisher), curvature_from=model.fingerprint())
+        score(method(curvature=DiagonalFisher(FISHER, fisher_path=str(fisher))), custom, tmp_path)
+    declared = method(curvature=DiagonalFisher(FISHER, fisher_path=str(fisher), curvature_from=model.fingerprint()))
     assert np.isfinite(score(declared, custom, tmp_path).scores).all()
+    kept = DiagonalFisher(FISHER, fisher_path=str(kv_fisher(model, tmp_path)))
     with pytest.raises(ValueError, match="made for other weights"):
-        score(method({"newton": True}, fisher_path=str(kv_fisher(model, tmp_path))), model, tmp_path)
+        score(method({"newton": True}, curvature=kept), model, tmp_path)
 
 
 def kv_fisher(model: DiffusionModel, tmp_path: Path) -> Path:
@@ -264,19 +265,19 @@ def test_what_is_missing_is_named(model: DiffusionModel, tmp_path: Path) -> None
 
 def test_the_work_is_counted(model: DiffusionModel, tmp_path: Path) -> None:
     data = TrainingData(TRAIN.images, TRAIN, HELD_OUT.images, HELD_OUT)
-    work = method({"noise_samples": 10, "measurement_samples": 4, "steps": 2}).work(data, queries=3)
+    work = method({"noise_samples": 10, "measurement_samples": 4, "steps": 2}).estimate(data, queries=3)
     losses = (9 + 4) * 2 * 2  # images, flips, timesteps
     assert work.once == losses + 3 * 9 * 2
     assert work.per_query == losses + 2 * (3 * 10 + 6 * 4)
     assert work.disk == 4 * losses * 4
-    assert method({"newton": False}).work(data, 1).once == losses
+    assert method({"newton": False}).estimate(data, 1).once == losses
 
 
 def test_ekfac_takes_the_place_of_the_diagonal(model: DiffusionModel, tmp_path: Path) -> None:
     said: list[str] = []
-    plus = method(curvature="ekfac", layers_per_pass=6)
+    plus = method(curvature=EKFAC(FISHER, layers_per_pass=6))
     plus.fit(TrainingData(TRAIN.images, TRAIN), model, Store(tmp_path), one_process(), said.append)
-    assert isinstance(plus.curvature, EKFAC)
+    assert isinstance(plus.curvature_matrix, EKFACMatrix)
     assert said[0].startswith("EK-FAC of ")
     assert "the diagonal for" in said[0]
     (result,) = plus.score([QUERY])
@@ -285,10 +286,10 @@ def test_ekfac_takes_the_place_of_the_diagonal(model: DiffusionModel, tmp_path: 
     diagonal = score(method(), model, tmp_path)
     assert result.facts["alpha"] != diagonal.facts["alpha"]
     assert not np.allclose(result.scores, diagonal.scores, rtol=1e-3)
-    save_ekfac(tmp_path / "saved", plus.curvature, model)
-    loaded = score(method(curvature="ekfac", fisher_path=str(tmp_path / "saved")), model, tmp_path)
+    save_ekfac(tmp_path / "saved", plus.curvature_matrix, model)
+    loaded = score(method(curvature=EKFAC(FISHER, fisher_path=str(tmp_path / "saved"))), model, tmp_path)
     np.testing.assert_allclose(loaded.scores, result.scores, rtol=1e-9)
-    with pytest.raises(ValueError, match="Unknown curvature 'kfac'"):
+    with pytest.raises(ValueError, match=r"curvature must be DiagonalFisher.*; given 'kfac'"):
         method(curvature="kfac")
 
 

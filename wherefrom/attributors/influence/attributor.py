@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wherefrom.attributors.base import Work
+from wherefrom.attributors.compute_estimate import ComputeEstimate
 from wherefrom.attributors.influence.directional_derivatives import measure_derivatives
-from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
-from wherefrom.curvature import FisherSettings
+from wherefrom.attributors.preconditioned import PreconditionedAttributor
+from wherefrom.curvature import EKFAC, Curvature
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.query_loss import QueryLoss
@@ -28,30 +28,27 @@ from wherefrom.runtime.distributed import Runner
 
 
 class InfluenceFunction(PreconditionedAttributor):
-    """∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N: what attribution by unlearning becomes for an infinitesimal step (AbU, appendix A.3).
+    """Influence functions (Koh and Liang 2017) for diffusion models: ∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N.
+
+    It is the limit of attribution by unlearning for an infinitesimal step (AbU, appendix A.3).
 
     One pass over the training set serves a whole block of queries.
 
     Args:
         weights: Which weights' gradients count.
-        noise_samples: (t, ε) draws of which the query's gradient is the mean.
+        noise_samples: (t, ε) samples that the query's gradient is the mean of.
         grid: Where training losses are differentiated.
-        flip: How an image's score is made from its own and its mirror image's.
-        curvature: Form of F: diagonal, EK-FAC, or none (plain gradient similarity).
-        fisher: How F is sampled.
-        damping: Its relative damping.
-        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
-        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
-        curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
+        flip: How the scores of an image and of its mirror image are combined.
+        curvature: Estimator of F: `EKFAC`, `DiagonalFisher`, or `Identity` (plain gradient similarity).
         queries_per_pass: Queries served by one pass over the training set; more take more memory.
         batch_size: Samples at a time; does not change the result.
-        seed: Seed of the query's draws.
-        breakdown: Which parts of the scores are kept beside them.
+        seed: Seed of the query's noise samples.
+        breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training images, so that no timestep drowns the others.
+            timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
 
     Raises:
-        ValueError: The form of curvature is unknown, a number is not positive, or there are more timestep bands than
+        ValueError: The timesteps' weights are unknown, a number is not positive, or there are more timestep bands than
             timesteps.
     """
 
@@ -62,12 +59,7 @@ class InfluenceFunction(PreconditionedAttributor):
         noise_samples: int = 2000,
         grid: LossGrid = LossGrid(),
         flip: Flip = "max",
-        curvature: Form = "ekfac",
-        fisher: FisherSettings = FisherSettings(),
-        damping: float = 0.1,
-        layers_per_pass: int | None = None,
-        fisher_path: str | None = None,
-        curvature_from: str | None = None,
+        curvature: Curvature = EKFAC(),
         queries_per_pass: int = 64,
         batch_size: int = 64,
         seed: int = 0,
@@ -76,21 +68,16 @@ class InfluenceFunction(PreconditionedAttributor):
     ) -> None:
         super().__init__(
             weights,
+            curvature=curvature,
             grid=grid,
             flip=flip,
-            curvature=curvature,
-            fisher=fisher,
-            damping=damping,
-            layers_per_pass=layers_per_pass,
-            fisher_path=fisher_path,
-            curvature_from=curvature_from,
             batch_size=batch_size,
             breakdown=breakdown,
             timestep_weights=timestep_weights,
         )
         if noise_samples < 1 or queries_per_pass < 1:
             raise ValueError(
-                f"draws and queries_per_pass must be at least 1; given {noise_samples} and {queries_per_pass}."
+                f"noise_samples and queries_per_pass must be at least 1; given {noise_samples} and {queries_per_pass}."
             )
         self.noise_samples, self.queries_per_pass, self.seed = noise_samples, queries_per_pass, seed
 
@@ -98,7 +85,7 @@ class InfluenceFunction(PreconditionedAttributor):
         """The settings that decide the scores."""
         return {"method": "influence function", "draws": self.noise_samples, "seed": self.seed, **super().identity()}
 
-    def work(self, data: TrainingData, queries: int) -> Work:
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
         """Three forward passes for each sample of the curvature, of the queries' gradients and of the training grid."""
         assert data.latents is not None
         losses = self.losses_of(data)
@@ -106,12 +93,12 @@ class InfluenceFunction(PreconditionedAttributor):
         latents = data.latents.held_bytes
         block = min(queries, self.queries_per_pass)
         once = self.curvature_passes(data) + 3 * losses * passes
-        return Work(once, 3 * self.noise_samples, 4 * losses * queries, latents + 8 * losses * block)
+        return ComputeEstimate(once, 3 * self.noise_samples, 4 * losses * queries, latents + 8 * losses * block)
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes the curvature, once per model."""
+        """Fits the curvature, once per model."""
         self.prepare(data, model, store, runner, log)
 
     def directions(self, queries: Sequence[Query]) -> dict[str, Tensor]:
@@ -123,7 +110,7 @@ class InfluenceFunction(PreconditionedAttributor):
             with trainable(model.denoiser, parameters):
                 loss = QueryLoss(model, self.query_latent(query), self.seed, runner)
                 gradients = loss.gradient(parameters, 0, self.noise_samples)
-            for name, step in self.curvature.precondition(gradients).items():
+            for name, step in self.curvature_matrix.precondition(gradients).items():
                 rows[name].append(step.detach() / len(data))
         return {name: torch.stack(steps) for name, steps in rows.items()}
 

@@ -1,4 +1,4 @@
-"""Influence functions whose training side is paid once: see `wherefrom.attributors.influence.gradient_bank`."""
+"""Influence functions from a bank of training gradients; see `wherefrom.attributors.influence.gradient_bank`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.attributors.base import Work
+from wherefrom.attributors.compute_estimate import ComputeEstimate
 from wherefrom.attributors.influence.gradient_bank import Bank, BankMaker, Compression
 from wherefrom.attributors.influence.token_factors import TokenBank
-from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
-from wherefrom.curvature import FisherSettings
+from wherefrom.attributors.preconditioned import PreconditionedAttributor
+from wherefrom.curvature import EKFAC, Curvature
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.query_loss import QueryLoss
 from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights
@@ -29,37 +29,35 @@ from wherefrom.runtime.distributed import Runner
 
 
 class InfluenceBank(PreconditionedAttributor):
-    """∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N from a bank of training gradients: a query costs its own gradient and a matrix product.
+    """Influence functions from a bank of training gradients: ∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N.
 
-    It is `InfluenceFunction` but for what the compression cuts off, and for timestep weights, which cannot depend on
-    the query. The first-order score misjudges the images that are nearest to a query, whose losses are most curved:
-    it often puts the query's own image last. Either let an exact method score the first and last images again
-    (`Rerank` with `tails: both`), or correct the score: a step δ changes an image's loss by gᵀδ + ½ δᵀHδ, and
-    where the model has learned an image its Hessian is about its own Fisher information, which makes the second term
-    grow as (gᵀδ)². Large scores of either sign then come first.
+    The whitened gradients F^(-1/2) ∇L(z) of all training images are computed once, compressed and stored; a query costs
+    its own gradient and one matrix product. The scores are those of `InfluenceFunction` but for the compression's loss,
+    and for timestep weights, which cannot depend on the query.
+
+    The first-order score misjudges the images that are nearest to a query, whose losses are most curved: it often puts
+    the query's own image last. Either let a slower method score the first and last images again (`Rerank` with
+    `tails: both`), or correct the score: a step δ changes an image's loss by gᵀδ + ½ δᵀHδ, and where the model has
+    learned an image its Hessian is about its own Fisher information, which makes the second term grow as (gᵀδ)². Large
+    scores of either sign then come first.
 
     Args:
         weights: Which weights' gradients count.
-        noise_samples: (t, ε) draws of which the query's gradient is the mean.
+        noise_samples: (t, ε) samples that the query's gradient is the mean of.
         grid: Where training losses are differentiated.
-        compression: How the rows of the bank are kept.
-        flip: How an image's score is made from its own and its mirror image's.
-        curvature: Form of F: diagonal, EK-FAC, or none.
-        fisher: How F is sampled.
-        damping: Its relative damping.
-        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
-        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
-        curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
+        compression: How the rows of the bank are compressed.
+        flip: How the scores of an image and of its mirror image are combined.
+        curvature: Estimator of F: `EKFAC`, `DiagonalFisher`, or `Identity` (plain gradient similarity).
         half: Keep the rows in half precision.
         batch_size: Samples at a time; does not change the result.
-        seed: Seed of the query's draws.
+        seed: Seed of the query's noise samples.
         second_order: c in the corrected score s + c · s² / σ, where σ is the standard deviation of the query's scores
             over the training set; 0 is the first order. How large c should be is not known beforehand: tune it.
         timestep_weights: `equal` takes the plain mean over timesteps; `spread` divides each timestep's gradients by
             their root mean square length after whitening, over 256 training images.
 
     Raises:
-        ValueError: The form of curvature is unknown, or a number is not positive.
+        ValueError: The timesteps' weights are unknown, or a number is not positive.
     """
 
     def __init__(
@@ -70,12 +68,7 @@ class InfluenceBank(PreconditionedAttributor):
         grid: LossGrid = LossGrid(),
         compression: Compression = Compression(),
         flip: Flip = "max",
-        curvature: Form = "ekfac",
-        fisher: FisherSettings = FisherSettings(),
-        damping: float = 0.1,
-        layers_per_pass: int | None = None,
-        fisher_path: str | None = None,
-        curvature_from: str | None = None,
+        curvature: Curvature = EKFAC(),
         half: bool = True,
         batch_size: int = 64,
         seed: int = 0,
@@ -84,20 +77,15 @@ class InfluenceBank(PreconditionedAttributor):
     ) -> None:
         super().__init__(
             weights,
+            curvature=curvature,
             grid=grid,
             flip=flip,
-            curvature=curvature,
-            fisher=fisher,
-            damping=damping,
-            layers_per_pass=layers_per_pass,
-            fisher_path=fisher_path,
-            curvature_from=curvature_from,
             batch_size=batch_size,
             breakdown=Breakdown(),
             timestep_weights=timestep_weights,
         )
         if noise_samples < 1:
-            raise ValueError(f"draws must be at least 1; given {noise_samples}.")
+            raise ValueError(f"noise_samples must be at least 1; given {noise_samples}.")
         if not (math.isfinite(second_order) and second_order >= 0):
             raise ValueError(f"second_order must be at least 0 and finite; given {second_order}.")
         self.noise_samples, self.compression, self.half, self.seed = noise_samples, compression, half, seed
@@ -116,26 +104,27 @@ class InfluenceBank(PreconditionedAttributor):
             **super().identity(),
         }
 
-    def work(self, data: TrainingData, queries: int) -> Work:
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
         """Three forward passes for each sample of the curvature and of the training grid, once; then the gradients."""
         assert data.latents is not None
         samples = self.losses_of(data)
         rows = samples // (data.latents.captions_per_image * self.grid.timesteps * self.grid.noise_samples)
-        width = self.compression.dimension or 0  # else the model says how large rows are, and `fit` tells
+        width = self.compression.dimension or 0  # of other compressions the model decides it, and `fit` logs it
         once = self.curvature_passes(data) + 3 * samples
-        return Work(once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes)
+        return ComputeEstimate(
+            once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes
+        )
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes the curvature and the banks of the training images and of the null, once per model."""
+        """Fits the curvature and computes the banks of training and held-out images, once per model."""
         model, latents = self.prepare(data, model, store, runner, log)
         started = time.monotonic()
+        settings = self.curvature.identity()
         curvature = {
-            "form": self.form,
-            "damping": self.damping,
-            "fisher": self.identity()["fisher"],
-            "fisher_path": self.fisher_path,
+            "form": settings["curvature"],
+            **{key: settings[key] for key in ("damping", "fisher", "fisher_path")},
             "of": latents.fingerprint,
         }
         maker = BankMaker(
@@ -143,7 +132,7 @@ class InfluenceBank(PreconditionedAttributor):
             training=latents,
             grid=self.grid,
             names=list(select_weights(model.denoiser, self.weights)),
-            curvature=self.curvature,
+            curvature=self.curvature_matrix,
             curvature_identity=curvature,
             compression=self.compression,
             spread=self.timestep_weights == "spread",

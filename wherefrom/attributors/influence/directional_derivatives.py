@@ -1,4 +1,4 @@
-"""First-order changes of training losses along given directions in weight space: what influence functions are made of.
+"""Directional derivatives of training losses in weight space, from which influence functions are computed.
 
 One pass over the training set serves many directions: the gradient of each sample's loss is taken once, layer by layer.
 """
@@ -25,7 +25,7 @@ from wherefrom.runtime.tensor_hash import hash_tensors
 
 
 class DerivativePass(LossPass):
-    """∇l(z)ᵀ v of every image, flip, caption, timestep, draw and direction v (a `TrainingPass`).
+    """∇l(z)ᵀ v of every image, flip, caption, timestep, noise sample and direction v (a `TrainingPass`).
 
     Args:
         model: The model.
@@ -71,15 +71,15 @@ def measure_derivatives(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Float[Tensor, "n f k t r q"]:
-    """∇l(z)ᵀ v of all images, kept in the store and found again.
+    """∇l(z)ᵀ v of all images, cached in the store.
 
     Args:
         model: The model.
         data: The images.
         grid: Where the losses are differentiated.
         directions: By parameter name, one direction a row.
-        store: Where the derivatives are kept.
-        runner: This process's place.
+        store: Cache of finished derivatives.
+        runner: Rank and world size of this process.
         batch_size: Samples at a time; does not change the result.
         progress: Called with (done, total) chunks.
 

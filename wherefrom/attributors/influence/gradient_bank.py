@@ -1,7 +1,7 @@
-"""A bank of whitened training gradients: pay the training side of influence functions once, for any number of queries.
+"""Bank of whitened training gradients: the training side of influence functions, computed once for all queries.
 
-Influence is ∇L(ẑ)ᵀ F⁻¹ ∇L(z), so with both sides multiplied by F^(-1/2) it is an inner product. The bank keeps each
-training image's whitened gradient, averaged over timesteps and draws and compressed; a query then costs its own
+Influence is ∇L(ẑ)ᵀ F⁻¹ ∇L(z), so with both sides multiplied by F^(-1/2) it is an inner product. The bank stores each
+training image's whitened gradient, averaged over timesteps and noise samples and compressed; a query then costs its own
 gradient and one matrix product.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wherefrom.attributors.influence.token_factors import TokenBank, TokenGradients, layers_of
 from wherefrom.attributors.trak.projected_features import Compress, ImageFeatures
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import CurvatureMatrix
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
@@ -73,7 +73,7 @@ class Compression:
             raise ValueError(f"A bank's rows need at least 1 number; given dimension {self.dimension}.")
 
     def identity(self) -> dict[str, Any]:
-        """What decides the rows."""
+        """The settings that decide the rows."""
         if self.keep in ("factors", "eigenbasis"):
             return {"keep": self.keep, "dimension": self.dimension}
         return {"keep": self.keep, "dimension": self.dimension, "projection": self.projection().identity()}
@@ -96,7 +96,7 @@ class SquaredPass(LossPass):
         grid: Where losses are differentiated; without mirror images.
         batch_size: Samples at a time.
         names: Parameters.
-        curvature: What whitens.
+        curvature: F, fitted.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SquaredPass(LossPass):
         grid: LossGrid,
         batch_size: int,
         names: Sequence[str],
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
     ) -> None:
         super().__init__(model, data, grid, batch_size)
         self.names, self.curvature = list(names), curvature
@@ -125,7 +125,7 @@ class SquaredPass(LossPass):
         return total
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Adds what was measured elsewhere."""
+        """Adds the sums of another process or of an earlier run."""
         super().merge(state)
         for name, value in state.items():
             if name.startswith(_COORDINATES):
@@ -133,7 +133,7 @@ class SquaredPass(LossPass):
                 self.coordinates[key] = self.coordinates[key] + value if key in self.coordinates else value
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was measured so far."""
+        """The sums so far."""
         return {**super().state_dict(), **{_COORDINATES + name: each for name, each in self.coordinates.items()}}
 
 
@@ -143,7 +143,7 @@ class Bank:
 
     Attributes:
         rows: Whitened, compressed gradients, shape (N, F, D).
-        compress: Makes rows of gradients.
+        compress: Turns gradients into rows.
     """
 
     rows: Rows
@@ -157,27 +157,27 @@ class Bank:
         """
         row = self.compress({name: value.flatten()[None] for name, value in gradients.items()})[0].cpu()
         values = self.rows.values
-        dtype = torch.promote_types(values.dtype, torch.float32)  # half precision is only how rows are kept
+        dtype = torch.promote_types(values.dtype, torch.float32)  # half precision is for storage only
         blocks = (values[start : start + _ROWS_AT_A_TIME] for start in range(0, len(values), _ROWS_AT_A_TIME))
         return torch.cat([block.to(dtype) @ row.to(dtype) for block in blocks]).double()
 
 
 class BankMaker:
-    """Makes banks of images: of the training set, and of those never trained on.
+    """Computes banks of images: of the training set, and of held-out images.
 
     Args:
         model: The model.
         training: Its training set, a sample of which decides coordinates and timesteps' weights.
         grid: Where losses are differentiated.
         names: Parameters.
-        curvature: F.
-        curvature_identity: What decides F.
-        compression: How rows are kept.
+        curvature: F, fitted.
+        curvature_identity: The settings that decide F.
+        compression: How rows are compressed.
         spread: Divide each timestep's gradients by their root mean square length after whitening, so that no timestep
-            drowns the others; else the plain mean.
-        half: Keep rows in half precision.
-        store: Where they are kept.
-        runner: This process's place.
+            dominates the others; else the plain mean.
+        half: Store rows in half precision.
+        store: Cache of finished banks.
+        runner: Rank and world size of this process.
         batch_size: Samples at a time; does not change the result.
         progress: Called with (done, total) chunks.
 
@@ -193,7 +193,7 @@ class BankMaker:
         training: EncodedImages,
         grid: LossGrid,
         names: Sequence[str],
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
         curvature_identity: Identity,
         compression: Compression,
         spread: bool,
@@ -305,7 +305,7 @@ class BankMaker:
 
 def _weights_of(squares: SquaredPass) -> Float[Tensor, " t"] | None:
     """Weights of mean 1, of each timestep by its gradients' root mean square length; None where one has no length."""
-    # The losses' dimensions are images, flips, captions, timesteps and draws.
+    # The losses' dimensions are images, flips, captions, timesteps and noise samples.
     lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
     if not bool((lengths > 0).all()):
         return None

@@ -1,8 +1,8 @@
-"""Gradients of layers that are fed with caption states, kept as what is multiplied with these: exactly, and small.
+"""Gradients of cross-attention keys and values, stored exactly as factors of an outer product.
 
 A cross-attention key or value projection sees an image's caption states a at every timestep, so the mean of its
-gradient over timesteps and draws is Σ_tokens ḡ aᵀ, with ḡ the mean of the output gradients at a token. Keeping ḡ
-(tokens × outputs numbers) instead of the gradient (outputs × inputs) loses nothing.
+gradient over timesteps and noise samples is Σ_tokens ḡ aᵀ, with ḡ the mean of the output gradients at a token.
+Storing ḡ (tokens × outputs numbers) instead of the gradient (outputs × inputs) loses nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import CurvatureMatrix
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossPass
 from wherefrom.gradients.per_sample import PerSampleGradients
@@ -47,7 +47,7 @@ class TokenGradients:
     """ḡ of images and their mirror images, for each caption, layer and token.
 
     Args:
-        losses: What is differentiated, and where.
+        losses: The losses that are differentiated, and their grid.
         names: Weights of linear layers that see caption states.
         weights: Of each item of the losses' grid in the mean; None weights all alike.
         half: Keep rows in half precision.
@@ -117,13 +117,13 @@ class TokenBank:
         rows: The rows.
         data: The images, whose caption states are the other factor.
         names: The weights, in the order of the rows.
-        curvature: F.
+        curvature: F, fitted.
     """
 
     rows: Rows
     data: EncodedImages
     names: tuple[str, ...]
-    curvature: Curvature
+    curvature: CurvatureMatrix
 
     def influence(self, gradients: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "n f"]:
         """∇L(ẑ)ᵀ F⁻¹ ∇L(z) of every image and mirror image.

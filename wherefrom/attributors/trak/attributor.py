@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from wherefrom.attributors.trak.base import ProjectedGradients
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.gradients.projection import Projection
-from wherefrom.gradients.query_loss import QueryLoss, as_latent
+from wherefrom.gradients.query_loss import QueryLoss, encode_query
 from wherefrom.gradients.score_reduction import Flip
 from wherefrom.models.diffusion import DiffusionModel, Output, check_output, with_output
 from wherefrom.models.parameter_subsets import Subset
@@ -16,23 +16,24 @@ from wherefrom.runtime.distributed import Runner
 
 
 class TRAK(ProjectedGradients):
-    """φ(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ the projected mean gradient, averaged over an ensemble of models.
+    """TRAK (Park et al. 2023): φ(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ the projected mean gradient, averaged over an ensemble.
 
-    With `output: square_output` it is D-TRAK, whose gradients are those of the mean squared output on both sides.
+    With `output: square_output` it is D-TRAK (Zheng et al. 2024), whose gradients are those of the mean squared output
+    on both sides.
 
     Args:
         weights: Which weights' gradients are projected; the papers take all.
-        output: What is differentiated.
+        output: The output function that is differentiated: the loss, or the mean squared output.
         projection: P.
         grid: Where the training images' gradients are averaged.
-        noise_samples: (t, ε) draws of which the query's gradient is the mean.
+        noise_samples: (t, ε) samples that the query's gradient is the mean of.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How an image's score is made from its own and its mirror image's.
+        flip: How the scores of an image and of its mirror image are combined.
         ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.
-        seed: Seed of the query's draws.
+        seed: Seed of the query's noise samples.
 
     Raises:
         ValueError: λ is not positive, both or neither are given, the output is unknown, the projection is too small,
@@ -56,7 +57,7 @@ class TRAK(ProjectedGradients):
     ) -> None:
         check_output(output)
         if noise_samples < 1:
-            raise ValueError(f"draws must be at least 1; given {noise_samples}.")
+            raise ValueError(f"noise_samples must be at least 1; given {noise_samples}.")
         super().__init__(
             weights,
             projection=projection,
@@ -77,9 +78,9 @@ class TRAK(ProjectedGradients):
         return with_output(model, self.output)
 
     def query_steps(self, query: Query) -> Sequence[int]:
-        """One, whose draws are of all timesteps."""
+        """One, whose noise samples are of all timesteps."""
         return [0]
 
     def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
         """The loss of the finished image."""
-        return QueryLoss(model, as_latent(model, query), self.seed, runner)
+        return QueryLoss(model, encode_query(model, query), self.seed, runner)

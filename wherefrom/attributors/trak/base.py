@@ -1,4 +1,4 @@
-"""What TRAK and its relatives share: projected gradients of all images, compared through their inverse Gram."""
+"""Base of TRAK, D-TRAK and JourneyTRAK: projected gradients, compared through their inverse Gram matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wherefrom.attributors.base import Attributor, Need, Work
+from wherefrom.attributors.base import Attributor, Need
+from wherefrom.attributors.compute_estimate import ComputeEstimate
 from wherefrom.attributors.trak.projected_features import (
     Kernel,
     check_projection,
@@ -41,20 +42,23 @@ _QUERIES_AT_A_TIME = 16
 
 
 class ProjectedGradients(Attributor):
-    """Σ_s φ_s(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), averaged over an ensemble; subclasses say what a query's gradients φ_s are.
+    """Base of TRAK and its relatives (Park et al. 2023): Σ_s φ_s(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), averaged over an ensemble.
+
+    φ(z) is the projected mean gradient of a training image, Φ has one row for each; subclasses define the query's
+    gradients φ_s.
 
     Args:
         weights: Which weights' gradients are projected; the papers take all.
         projection: P.
         grid: Where the training images' gradients are averaged.
-        noise_samples: (t, ε) draws of which each of the query's gradients is the mean.
+        noise_samples: (t, ε) samples that each of the query's gradients is the mean of.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How an image's score is made from its own and its mirror image's.
+        flip: How the scores of an image and of its mirror image are combined.
         ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.
-        seed: Seed of the query's draws.
+        seed: Seed of the query's noise samples.
 
     Raises:
         ValueError: λ is not positive, both or neither are given, the projection is too small, or a number is not
@@ -118,7 +122,7 @@ class ProjectedGradients(Attributor):
         """Gradients of a query."""
         return 1
 
-    def work(self, data: TrainingData, queries: int) -> Work:
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
         """Three forward passes for each sample of the training grid and of the query's gradients, for each model."""
         assert data.latents is not None
         held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
@@ -127,7 +131,9 @@ class ProjectedGradients(Attributor):
         samples = rows * self.grid.per_flip(data.latents.captions_per_image)
         per_query = self.noise_samples * self.steps_at_most() * models
         features = 4 * rows * self.projection.dimension
-        return Work(3 * samples, 3 * per_query, features, features + 8 * models * self.projection.dimension**2)
+        return ComputeEstimate(
+            3 * samples, 3 * per_query, features, features + 8 * models * self.projection.dimension**2
+        )
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
@@ -167,7 +173,7 @@ class ProjectedGradients(Attributor):
     def query_features(
         self, model: DiffusionModel, queries: Sequence[Query], runner: Runner
     ) -> list[Float[Tensor, "s d"]]:
-        """φ_s(ẑ) of each query's steps. The matrix is made once for as many gradients as memory holds."""
+        """φ_s(ẑ) of each query's steps; the matrix is generated once for as many gradients as memory holds."""
         parameters = select_weights(model.denoiser, self.weights)
         steps = [self.query_steps(query) for query in queries]
 

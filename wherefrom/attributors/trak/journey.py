@@ -1,4 +1,4 @@
-"""JourneyTRAK (Georgiev et al. 2023, "The Journey, Not the Destination"): TRAK of the steps that led to an image."""
+"""JourneyTRAK (Georgiev et al. 2023, "The Journey, Not the Destination"): TRAK along a sampling trajectory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wherefrom.attributors.base import Need
 from wherefrom.attributors.trak.base import ProjectedGradients
 from wherefrom.gradients.loss_grid import LossSamples
 from wherefrom.gradients.projection import Projection
-from wherefrom.gradients.query_loss import QueryLatent, QueryLoss, as_latent
+from wherefrom.gradients.query_loss import QueryLatent, QueryLoss, encode_query
 from wherefrom.gradients.score_reduction import Flip
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset
@@ -22,8 +22,7 @@ from wherefrom.models.sampling import Trajectory
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.distributed import Runner
-
-_JOURNEY = 601
+from wherefrom.runtime.salts import Salt
 
 
 class JourneyLoss(QueryLoss):
@@ -35,10 +34,10 @@ class JourneyLoss(QueryLoss):
     Args:
         model: The model.
         query: The query.
-        trajectory: What the sampler predicted on its way to it.
+        trajectory: The sampler's predictions of x̂₀ along the query's trajectory.
         seed: Seed of the noise.
-        runner: This process's place; processes share a step's draws.
-        batch_size: Draws at a time.
+        runner: Rank and world size of this process; processes share a step's noise samples.
+        batch_size: Noise samples at a time.
     """
 
     def __init__(
@@ -55,31 +54,32 @@ class JourneyLoss(QueryLoss):
         self.trajectory = trajectory
 
     def at(self, salt: int, step: int, draw: Int64[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
-        """x̂₀ of timestep `step`, the timestep itself and the noise keys of some draws."""
+        """x̂₀ of timestep `step`, the timestep itself and the noise keys of some noise samples."""
         predicted = self.trajectory.predicted[self.trajectory.timesteps.index(step)]
-        keys = keyed_random.combine(_JOURNEY, salt, self.seed, self.query.key, step, draw)
+        keys = keyed_random.combine(Salt.JOURNEY_NOISE, salt, self.seed, self.query.key, step, draw)
         return predicted, draw.new_full(draw.shape, step), keys
 
 
 class JourneyTRAK(ProjectedGradients):
-    """Σ_t φ_t(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ_t the projected gradient at step t of the sampling that made the query.
+    """JourneyTRAK (Georgiev et al. 2023): Σ_t φ_t(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z).
 
-    The paper scores each step apart (`step_scores`); the score here is the sum over `timesteps`. The trajectory is that
-    of the model which drew the query, and is scored under all models of an ensemble. On the training side, each image
-    draws its timesteps with replacement, and one of its captions.
+    φ_t is the query's projected gradient at step t of its own sampling trajectory. The paper scores each step apart
+    (`step_scores`); the score here is the sum over `timesteps`. The trajectory is that of the model which generated the
+    query, and is scored under all models of an ensemble. On the training side, each image draws its timesteps with
+    replacement, and one of its captions.
 
     Args:
         weights: Which weights' gradients are projected; the paper takes all.
         projection: P.
-        grid: How many draws the gradient of a training image is the mean of.
+        grid: How many (t, ε) samples the gradient of a training image is the mean of.
         timesteps: Which steps of the trajectory count; each must be one that the sampler stopped at. Null takes `steps`
             of them.
         steps: Where `timesteps` is null, the number of steps, spaced evenly over the trajectory from its first to its
             last, or all of a shorter one. Time and memory of a query grow with it.
-        resamplings: Noise draws of which each step's gradient is the mean.
+        resamplings: Noise samples that each step's gradient is the mean of.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
-        flip: How an image's score is made from its own and its mirror image's; of the sum over steps.
+        flip: How the scores of an image and of its mirror image are combined; of the sum over steps.
         ensemble: Pipelines of further models, trained on the same images with the same autoencoder; scores are
             averaged over all models.
         batch_size: Samples at a time; does not change the result.
@@ -169,7 +169,7 @@ class JourneyTRAK(ProjectedGradients):
         each = -(
             -self.noise_samples // runner.world_size
         )  # few draws a step: one batch would leave the other processes idle
-        latent, trajectory = as_latent(model, query), self._trajectory(query)
+        latent, trajectory = encode_query(model, query), self._trajectory(query)
         return JourneyLoss(
             model, query=latent, trajectory=trajectory, seed=self.seed, runner=runner, batch_size=min(128, each)
         )

@@ -29,12 +29,12 @@ Compress = Callable[[Mapping[str, Float[Tensor, "b n"]]], Float[Tensor, "b d"]]
 
 
 class ImageFeatures:
-    """Compressed mean of ∇l over captions, timesteps and draws, of images and their mirror images.
+    """Compressed mean of ∇l over captions, timesteps and noise samples, of images and their mirror images.
 
     Args:
-        losses: What is differentiated, and where.
+        losses: The losses that are differentiated, and their grid.
         names: Parameters.
-        compress: Makes rows of gradients that are given by parameter, one flattened gradient a row.
+        compress: Turns gradients into rows; they are given by parameter, one flattened gradient a row.
         weights: Of each item of the losses' grid in the mean; None weights all alike.
 
     Raises:
@@ -110,8 +110,8 @@ def project_images(
         grid: Where the losses are differentiated.
         names: Parameters.
         projection: P.
-        store: Where the features are kept.
-        runner: This process's place.
+        store: Cache of finished features.
+        runner: Rank and world size of this process.
         batch_size: Samples at a time; does not change the result.
         progress: Called with (done, total) chunks.
 

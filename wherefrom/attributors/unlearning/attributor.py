@@ -1,4 +1,4 @@
-"""Attribution by unlearning (AbU): unlearn the query, and see which training images the model forgets with it."""
+"""Attribution by unlearning (AbU): unlearn the query, and measure which training images the model forgets with it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wherefrom.attributors.base import Work
-from wherefrom.attributors.preconditioned import Form, PreconditionedAttributor
+from wherefrom.attributors.compute_estimate import ComputeEstimate
+from wherefrom.attributors.preconditioned import PreconditionedAttributor
 from wherefrom.attributors.unlearning.unlearner import Unlearned, UnlearningSettings, unlearn
-from wherefrom.curvature import FisherSettings
+from wherefrom.curvature import Curvature, DiagonalFisher, Identity
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.loss_grid import LossGrid, measure_losses
 from wherefrom.gradients.score_reduction import Breakdown, Flip, TimestepWeights, reduce_losses
@@ -28,30 +28,28 @@ from wherefrom.runtime.tensor_hash import hash_tensors
 
 
 class AttributionByUnlearning(PreconditionedAttributor):
-    """τ(ẑ, z) = L(z; θ′) - L(z; θ₀), θ′ the weights after unlearning ẑ (AbU, sections 3.2 and 3.3).
+    """Attribution by unlearning (AbU; Wang et al. 2024, sections 3.2 and 3.3).
+
+    The score of a training image is the change of its loss, τ(ẑ, z) = L(z; θ′) - L(z; θ₀), where θ′ are the weights
+    after unlearning the query ẑ: after a Newton step (or several) up the query's loss, preconditioned by the curvature.
 
     Args:
         weights: Which weights unlearning moves.
         unlearning: How the query is unlearned.
         grid: Where training losses are measured.
-        flip: How an image's score is made from its own and its mirror image's.
-        curvature: Form of the Fisher information of a Newton step: its diagonal (AbU) or EK-FAC (AbU+, Fast Data
-            Attribution, section 3).
-        fisher: How the Fisher information is sampled.
-        damping: Its relative damping.
-        layers_per_pass: EK-FAC fits so many layers at a time, which bounds memory; null is all at once.
-        fisher_path: Folder of a Fisher information made elsewhere, in the same form, instead of fitting one.
-        curvature_from: Fingerprint of the model that `fisher_path` was made on, where it is another one.
+        flip: How the scores of an image and of its mirror image are combined.
+        curvature: Estimator of F of the Newton step: `DiagonalFisher` is AbU, `EKFAC` is AbU+ (Fast Data Attribution,
+            section 3). Not used where `unlearning.newton` is False.
         batch_size: Forward passes at a time; does not change the result.
-        breakdown: Which parts of the scores are kept beside them.
+        breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training images, so that no timestep drowns the others.
+            timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
         step_output: What unlearning raises: the query's loss, or the mean square of the model's output on it, as in
             D-TRAK (AbU's third open question). `unlearning.relative_loss_increase` is that of the same.
         score_output: Whose change is the score: the training images' losses, or the mean squares of the output.
 
     Raises:
-        ValueError: The form of curvature or an output is unknown, or there are more timestep bands than timesteps.
+        ValueError: An output or the timesteps' weights are unknown, or there are more timestep bands than timesteps.
     """
 
     def __init__(
@@ -61,29 +59,18 @@ class AttributionByUnlearning(PreconditionedAttributor):
         unlearning: UnlearningSettings = UnlearningSettings(),
         grid: LossGrid = LossGrid(),
         flip: Flip = "max",
-        curvature: Form = "diagonal",
-        fisher: FisherSettings = FisherSettings(),
-        damping: float = 0.1,
-        layers_per_pass: int | None = None,
-        fisher_path: str | None = None,
-        curvature_from: str | None = None,
+        curvature: Curvature = DiagonalFisher(),
         batch_size: int = 256,
         breakdown: Breakdown = Breakdown(),
         timestep_weights: TimestepWeights = "spread",
         step_output: Output = "loss",
         score_output: Output = "loss",
     ) -> None:
-        form: Form = curvature if unlearning.newton else "identity"
         super().__init__(
             weights,
+            curvature=curvature if unlearning.newton else Identity(recorded=curvature),
             grid=grid,
             flip=flip,
-            curvature=form,
-            fisher=fisher,
-            damping=damping,
-            layers_per_pass=layers_per_pass,
-            fisher_path=fisher_path,
-            curvature_from=curvature_from,
             batch_size=batch_size,
             breakdown=breakdown,
             timestep_weights=timestep_weights,
@@ -104,21 +91,18 @@ class AttributionByUnlearning(PreconditionedAttributor):
             **super().identity(),
         }
 
-    def work(self, data: TrainingData, queries: int) -> Work:
-        """Forward passes of the losses.
-
-        And three for each sample of the Fisher information and of the query's gradient.
-        """
+    def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
+        """Forward passes of the losses, and three for each sample of the curvature and of the query's gradient."""
         assert data.latents is not None
         losses, curvature = self.losses_of(data), self.curvature_passes(data)
         gradient = self.unlearning.steps * (3 * self.unlearning.noise_samples + 6 * self.unlearning.measurement_samples)
         latents = data.latents.held_bytes
-        return Work(losses + curvature, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
+        return ComputeEstimate(losses + curvature, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Makes the curvature and the losses before unlearning, once per model."""
+        """Fits the curvature and measures the losses before unlearning, once per model."""
         _, latents = self.prepare(data, model, store, runner, log)
         log(f"losses of {len(latents):,} training images before unlearning")
         started = time.monotonic()
@@ -130,18 +114,7 @@ class AttributionByUnlearning(PreconditionedAttributor):
     def _losses(self, data: EncodedImages, moved: Unlearned | None, weights: str | None = None) -> Tensor:
         pretrained, _, _, store, runner = self.ready()
         model = with_output(pretrained, self.score_output)
-        if moved is None:
-            return measure_losses(
-                model,
-                data=data,
-                grid=self.grid,
-                store=store,
-                runner=runner,
-                batch_size=self.batch_size,
-                weights=weights,
-                progress=self.progress,
-            )
-        with moved_weights(model.denoiser, moved.moved):
+        with moved_weights(model.denoiser, {} if moved is None else moved.moved):
             return measure_losses(
                 model,
                 data=data,
@@ -171,7 +144,7 @@ class AttributionByUnlearning(PreconditionedAttributor):
                 stepped,
                 query=self.query_latent(query),
                 weights=self.weights,
-                curvature=self.curvature,
+                curvature=self.curvature_matrix,
                 dataset_size=len(data),
                 settings=self.unlearning,
                 runner=runner,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wherefrom.curvature.base import Curvature, Identity
+from wherefrom.curvature.base import CurvatureMatrix, IdentityMatrix
 
 
 class NewtonAscent(Optimizer):
@@ -18,7 +18,7 @@ class NewtonAscent(Optimizer):
 
     Args:
         named_params: (name, parameter) pairs; the names are those that the curvature knows.
-        curvature: F.
+        curvature: F, fitted.
         lr: α.
         dataset_size: N, the number of training images.
         pull: Keep the pull towards the pretrained weights, which the paper drops.
@@ -30,7 +30,7 @@ class NewtonAscent(Optimizer):
     def __init__(
         self,
         named_params: Iterable[tuple[str, nn.Parameter]],
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
         lr: float = 0.01,
         dataset_size: int = 1,
         pull: bool = False,
@@ -48,7 +48,7 @@ class NewtonAscent(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step up the gradients that the parameters hold.
+        """One ascent step along the gradients that the parameters hold.
 
         Raises:
             ValueError: A preconditioned gradient is not finite.
@@ -65,7 +65,7 @@ class NewtonAscent(Optimizer):
 
     @torch.no_grad()
     def ascend(self, gradients: Mapping[str, Tensor]) -> None:
-        """One step up these gradients, given by name.
+        """One ascent step along these gradients, given by name.
 
         Raises:
             ValueError: A preconditioned gradient is not finite.
@@ -78,7 +78,7 @@ class NewtonAscent(Optimizer):
 
     @torch.no_grad()
     def updates(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What α multiplies in a step up these gradients: where the weights go, with α = 1.
+        """The updates of a step along these gradients with α = 1.
 
         Raises:
             ValueError: A preconditioned gradient is not finite.
@@ -103,4 +103,4 @@ class SGDAscent(NewtonAscent):
     """
 
     def __init__(self, named_params: Iterable[tuple[str, nn.Parameter]], lr: float = 0.01) -> None:
-        super().__init__(named_params, Identity(), lr)
+        super().__init__(named_params, IdentityMatrix(), lr)

@@ -1,4 +1,4 @@
-"""The step size of unlearning by its effect: α itself does not transfer between models, the rise of the loss does."""
+"""Line search for the step size α that increases the query's loss by a given share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def alpha_for_increase(apply: Callable[[float], float], target: float, guess: fl
     """The α at which `apply(α)` = target, by doubling, then regula falsi with bisection; apply(0) < target.
 
     Args:
-        apply: The rise at α.
-        target: The rise wanted.
-        guess: Where to begin, such as the α that a linear loss would need; the nearer, the fewer trials. What is no
-            sensible α (not positive, not finite) is replaced by a very small one.
+        apply: The relative loss increase at α.
+        target: The increase wanted.
+        guess: Starting point, such as the α that a linear loss would need; the nearer, the fewer trials. A value
+            that is not positive or not finite is replaced by a very small one.
 
     Raises:
         ValueError: No α reaches the target.
@@ -49,6 +49,6 @@ def alpha_for_increase(apply: Callable[[float], float], target: float, guess: fl
         else:
             high, value_high = middle, value
     raise ValueError(
-        f"No step size raises the query's loss by {target:.1%} (tried up to {high:.3g}). Ask for a smaller rise, "
-        "or give alpha instead."
+        f"No step size raises the query's loss by {target:.1%} (tried up to {high:.3g}). Ask for a smaller "
+        "relative_loss_increase, or give alpha instead."
     )

@@ -1,7 +1,4 @@
-"""Unlearning a synthesized image: gradient ascent on its loss, preconditioned or plain (AbU.
-
-Section 3.2 and appendix A).
-"""
+"""Unlearning a synthesized image: gradient ascent on its loss, preconditioned or plain (AbU, section 3.2)."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from wherefrom.attributors.unlearning.optimizers import NewtonAscent, SGDAscent
 from wherefrom.attributors.unlearning.step_size import alpha_for_increase
-from wherefrom.curvature.base import Curvature
+from wherefrom.curvature.base import CurvatureMatrix
 from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, restored, select_weights, trainable
@@ -27,14 +24,14 @@ class UnlearningSettings:
 
     Attributes:
         steps: Number of steps.
-        noise_samples: (t, ε) draws of which each step's gradient is the mean; AbU takes 50,000.
-        relative_loss_increase: Choose α so that the query's loss rises by this share over all steps (ours: α itself
-            does not transfer between models).
+        noise_samples: (t, ε) samples that each step's gradient is the mean of; AbU takes 50,000.
+        relative_loss_increase: Choose α so that the query's loss increases by this share over all steps (ours: α
+            itself does not transfer between models).
         alpha: α itself; instead of `relative_loss_increase`.
         newton: Precondition with the curvature; False is the SGD ablation.
         pull: Keep the pull towards the pretrained weights.
-        measurement_samples: Draws on which the rise is measured.
-        seed: Seed of all draws.
+        measurement_samples: (t, ε) samples that the increase is measured on.
+        seed: Seed of all noise samples.
     """
 
     steps: int = 1
@@ -64,7 +61,7 @@ class UnlearningSettings:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What unlearning a query gives.
+    """The weights after unlearning a query, and how they were reached.
 
     Attributes:
         moved: New values of the weights that moved.
@@ -80,7 +77,7 @@ class Unlearned:
 
     @property
     def relative_loss_increase(self) -> float:
-        """Relative rise of the query's loss."""
+        """Relative increase of the query's loss."""
         return self.losses[-1] / self.losses[0] - 1.0
 
 
@@ -91,11 +88,11 @@ class Unlearner:
         model: The pretrained model.
         query: The synthesized image and its prompt.
         weights: Which weights move.
-        curvature: F; not used where `settings.newton` is False.
+        curvature: F, fitted; not used where `settings.newton` is False.
         dataset_size: N.
         settings: How to unlearn.
-        runner: This process's place.
-        batch_size: Draws at a time; does not change the result.
+        runner: Rank and world size of this process.
+        batch_size: Noise samples at a time; does not change the result.
 
     Raises:
         ValueError: The query's loss is not finite.
@@ -107,7 +104,7 @@ class Unlearner:
         *,
         query: QueryLatent,
         weights: Subset,
-        curvature: Curvature,
+        curvature: CurvatureMatrix,
         dataset_size: int,
         settings: UnlearningSettings,
         runner: Runner,
@@ -131,8 +128,7 @@ class Unlearner:
         if not math.isfinite(value):
             raise ValueError(
                 f"The loss of query {self.query.id!r} is {value} after step {len(self.alphas)} of unlearning. "
-                "Choose a smaller alpha, or a "
-                "rise, which cannot overshoot."
+                "Choose a smaller alpha, or relative_loss_increase, which cannot overshoot."
             )
         self.losses.append(value)
 
@@ -140,7 +136,7 @@ class Unlearner:
         """One step of ascent.
 
         Raises:
-            ValueError: The loss or the step is not finite, or no α gives the rise.
+            ValueError: The loss or the step is not finite, or no α reaches the increase.
         """
         started = time.monotonic()
         with trainable(self.model.denoiser, self.parameters):
@@ -178,7 +174,7 @@ def unlearn(
     *,
     query: QueryLatent,
     weights: Subset,
-    curvature: Curvature,
+    curvature: CurvatureMatrix,
     dataset_size: int,
     settings: UnlearningSettings,
     runner: Runner,
@@ -187,10 +183,10 @@ def unlearn(
     """Unlearns one query and returns the moved weights; the model is left as it was. Arguments: see `Unlearner`.
 
     Raises:
-        ValueError: The query's loss or a step is not finite, or no α gives the rise.
+        ValueError: The query's loss or a step is not finite, or no α reaches the increase.
     """
     with restored(select_weights(model.denoiser, weights)):
-        work = Unlearner(
+        unlearner = Unlearner(
             model,
             query=query,
             weights=weights,
@@ -201,5 +197,5 @@ def unlearn(
             batch_size=batch_size,
         )
         for _ in range(settings.steps):
-            work.step()
-        return Unlearned(work.values(), work.alphas, work.losses, work.gradient_s)
+            unlearner.step()
+        return Unlearned(unlearner.values(), unlearner.alphas, unlearner.losses, unlearner.gradient_s)
