@@ -13,10 +13,10 @@ from datamodules.images import VALIDATION_VISITS, ImageDataModule, KeyedLoader
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.image_set import ImageSet
-from wherefrom.data.stream import CAPTION, KeyedBatches, Visit, VisitDataset
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.keyed_random import hash_texts
+from wherefrom.training.keyed_batches import CAPTION, KeyedBatches, Visit, VisitDataset
 
 
 class ExemplarBatch(NamedTuple):

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.image_set import ImageSet, keep_indices, read_ids
-from wherefrom.data.stream import KeyedBatches, PixelVisits, VisitDataset
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.keyed_random import hash_texts
+from wherefrom.training.keyed_batches import KeyedBatches, PixelVisits, VisitDataset
 
 SAMPLE = 16  # images that are decoded to see how long that takes
 VALIDATION_VISITS = 8  # timesteps and noise draws per held-out image
@@ -197,6 +197,4 @@ class ImageDataModule(LightningDataModule):
         """The held-out images again."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> KeyedLoader:
-        """The held-out images again."""
-        return self.val_dataloader()
+    predict_dataloader = test_dataloader

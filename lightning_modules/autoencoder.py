@@ -14,8 +14,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_modules.schedule import stepped_per_batch
-from wherefrom.data.stream import NOISE, PixelBatch
 from wherefrom.runtime import keyed_random
+from wherefrom.training.keyed_batches import NOISE, PixelBatch
 
 
 def roughness(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from datamodules.exemplars import ExemplarBatch, Exemplars
 from lightning_modules.schedule import stepped_per_batch
-from wherefrom.data.stream import NOISE, LatentBatch
 from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.customization import add_word, embedding_of, encoder_of, learned_word, save_customized
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime import keyed_random
+from wherefrom.training.keyed_batches import NOISE, LatentBatch
 
 
 class CustomDiffusion(LightningModule):

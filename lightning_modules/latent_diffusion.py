@@ -13,19 +13,18 @@ from diffusers import (
     PixArtTransformer2DModel,
     UNet2DConditionModel,
 )
-from jaxtyping import Float, Int64
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_modules.schedule import stepped_per_batch
-from wherefrom.data.stream import NOISE, LatentBatch
 from wherefrom.models.diffusion import TRAINING_VERSION, DiffusionModel
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.noise_schedule import noise_schedule_of
 from wherefrom.models.pipeline import save_pipeline
-from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import write_json
+from wherefrom.training.keyed_batches import LatentBatch
+from wherefrom.training.training_step import TrainingStep
 
 
 class LatentDiffusion(LightningModule):
@@ -75,37 +74,11 @@ class LatentDiffusion(LightningModule):
             unet.load_state_dict(type(unet).from_pretrained(init_from).float().state_dict())
         self.ema = copy.deepcopy(unet).requires_grad_(False).eval()
         self.noise_schedule = noise_schedule_of(noise_scheduler)
-        self.optimizer, self.scheduler, self.ema_decay = optimizer, scheduler, ema_decay
-        if max_snr_weight is not None and not (max_snr_weight > 0 and self.noise_schedule.prediction == "v_prediction"):
-            raise ValueError(
-                f"max_snr_weight {max_snr_weight}: it must be positive, and the noise scheduler's prediction_type "
-                f"'v_prediction' (it is {self.noise_schedule.prediction!r}); leave it out to weight all timesteps "
-                "alike."
-            )
-        self.max_snr_weight = max_snr_weight
+        self.recipe = TrainingStep(self.noise_schedule, max_snr_weight, ema_decay)
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.save_to, self.text_source, self.init_from = save_to, text_source, init_from
         if compile:
             self.unet.compile()
-
-    def timesteps(self, batch: LatentBatch) -> Int64[Tensor, " b"]:
-        """The timestep of each visit."""
-        return (batch.times * self.noise_schedule.steps).long()
-
-    def weights(self, timesteps: Int64[Tensor, " b"]) -> Float[Tensor, " b"] | float:
-        """min(1, γ (1 - ᾱ_t)), since 1 / (SNR + 1) = 1 - ᾱ_t."""
-        if self.max_snr_weight is None:
-            return 1.0
-        noise_share = self.noise_schedule.spread[timesteps.cpu()].square()
-        weights: Tensor = (self.max_snr_weight * noise_share).clamp(max=1.0)
-        return weights.to(timesteps.device)
-
-    def losses(self, unet: nn.Module, batch: LatentBatch) -> Float[Tensor, " b"]:
-        """One loss per example; timestep and noise depend only on the visit's key."""
-        timesteps = self.timesteps(batch)
-        noise = keyed_random.normal(
-            keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
-        )
-        return DiffusionModel(unet, self.noise_schedule).losses(batch.latents, batch.conditioning, timesteps, noise)
 
     def training_step(self, batch: LatentBatch) -> Tensor:
         """The mean of the weighted per-example losses.
@@ -113,38 +86,28 @@ class LatentDiffusion(LightningModule):
         Raises:
             ValueError: The loss is not finite.
         """
-        losses = self.losses(self.unet, batch)
-        loss = (losses * self.weights(self.timesteps(batch))).mean().to(losses.dtype)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"The training loss is {loss.item()} at step {self.global_step}. Lower the learning rate or set "
-                "gradient_clip_val; "
-                "checkpoints written before this step are whole."
-            )
+        loss = self.recipe.loss(self.unet, batch, self.global_step)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then moves the average; later hooks would come after a checkpoint of this step is written."""
         super().optimizer_step(*args, **kwargs)
-        step = self.global_step + 1
-        decay = min(self.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1 - decay)
+        self.recipe.average(self.ema, self.unet, self.global_step + 1)
 
     def validation_step(self, batch: LatentBatch) -> None:
         """Logs the averaged model's loss on held-out images, over keyed timesteps and noise."""
-        losses = self.losses(self.ema, batch)
+        losses = self.recipe.losses(self.ema, batch)
         self.log("val/loss", losses.mean(), batch_size=len(losses), prog_bar=True, sync_dist=True)
 
     def test_step(self, batch: LatentBatch) -> None:
         """Logs the same loss as `validation_step`, as `test/loss`."""
-        losses = self.losses(self.ema, batch)
+        losses = self.recipe.losses(self.ema, batch)
         self.log("test/loss", losses.mean(), batch_size=len(losses), sync_dist=True)
 
     def predict_step(self, batch: LatentBatch) -> dict[str, Tensor]:
         """The averaged model's loss of each example, with the key of its visit."""
-        return {"keys": batch.keys, "losses": self.losses(self.ema, batch)}
+        return {"keys": batch.keys, "losses": self.recipe.losses(self.ema, batch)}
 
     def model(self) -> DiffusionModel:
         """The averaged model, with the data module's encoder where there is one."""

@@ -195,7 +195,14 @@ def test_a_quick_look_is_called_one_on_its_page(world: UserWorld, queries: list[
 
 def test_methods_are_compared_and_left_in_a_folder(world: UserWorld, queries: list[Any], tmp_path: Path) -> None:
     options = AttributionOptions(store=tmp_path / "store", progress=False)
-    both = compare(world.model, world.images, queries, ["pixel", "random"], output=tmp_path / "run", options=options)
+    both = compare(
+        world.model,
+        images=world.images,
+        queries=queries,
+        methods=["pixel", "random"],
+        output=tmp_path / "run",
+        options=options,
+    )
     assert list(both) == ["pixel", "random"]
     assert isinstance(both["pixel"][0], ScoresView)
     assert (tmp_path / "run" / "report.html").is_file()

@@ -174,10 +174,10 @@ def _attributor(method: Method, options: AttributionOptions) -> tuple[Attributor
 
 def compare(
     model: Any,
+    *,
     images: str | Path | ImageSet,
     queries: Sequence[QueryInput],
     methods: Sequence[str | Path],
-    *,
     output: str | Path,
     options: AttributionOptions = AttributionOptions(),
     report: ReportOptions = ReportOptions(),

@@ -17,7 +17,7 @@ from lightning_modules.latent_diffusion import LatentDiffusion
 from lightning_modules.launch.recipe import TrainMain
 from wherefrom.commands.budget import Sizes, encoding
 from wherefrom.commands.estimate import Stage, timed
-from wherefrom.data.stream import LatentBatch, PixelBatch
+from wherefrom.training.keyed_batches import LatentBatch, PixelBatch
 
 _STEPS = 3  # training steps that are timed, after one that sets things up
 

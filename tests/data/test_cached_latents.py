@@ -20,10 +20,10 @@ from tests.support.worlds import make_coco
 from wherefrom.data.cached_latents import read_cached_latents
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.mscoco import CocoOptions, build_mscoco
-from wherefrom.data.stream import Visit
 from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import Store
+from wherefrom.training.keyed_batches import Visit
 
 COUNT, CAPTIONS = 7, 5
 IDS = [str(index * 3) for index in range(COUNT)]

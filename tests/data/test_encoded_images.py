@@ -15,13 +15,13 @@ import torch
 from tests.support.tiny import tiny_encoder, tiny_latents
 from wherefrom.data.encoded_images import EncodedImages, LatentGroup, LatentVisits, encode_image_set
 from wherefrom.data.image_set import ImageSet
-from wherefrom.data.stream import Visit
 from wherefrom.models.conditioning import PROMPT, Conditioning
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import mapped_arrays
 from wherefrom.runtime.artifacts import Store, identity_hash
 from wherefrom.runtime.mapped_arrays import RowView
+from wherefrom.training.keyed_batches import Visit
 
 COUNT = 11
 

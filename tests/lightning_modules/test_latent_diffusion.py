@@ -197,8 +197,8 @@ def test_the_weight_of_a_timestep_caps_the_weight_of_the_squared_error_of_the_im
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[timesteps]
     ratio = alpha_bar / (1 - alpha_bar)
     expected = torch.minimum(ratio + 1, torch.tensor(5.0)) / (ratio + 1)
-    torch.testing.assert_close(module.weights(timesteps), expected, rtol=1e-3, atol=0)
-    assert LatentDiffusion(tiny_unet(), noise_scheduler=scheduler).weights(timesteps) == 1.0
+    torch.testing.assert_close(module.recipe.weights(timesteps), expected, rtol=1e-3, atol=0)
+    assert LatentDiffusion(tiny_unet(), noise_scheduler=scheduler).recipe.weights(timesteps) == 1.0
     with pytest.raises(ValueError, match=r"max_snr_weight 0\.0: it must be positive"):
         LatentDiffusion(tiny_unet(), noise_scheduler=scheduler, max_snr_weight=0.0)
     with pytest.raises(ValueError, match=r"prediction_type 'v_prediction' \(it is 'epsilon'\)"):

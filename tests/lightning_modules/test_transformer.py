@@ -12,13 +12,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 
 import train
 from tests.support.tiny import LENGTH, text_folder, training_config
-from wherefrom.data.stream import NOISE, LatentBatch
 from wherefrom.models.conditioning import MASK, PROMPT, Conditioning
 from wherefrom.models.families.pixart import PixArtPrompts
 from wherefrom.models.families.stable_diffusion_xl import SDXLPrompts
 from wherefrom.models.noise_schedule import FlowSchedule
 from wherefrom.models.pipeline import load_model, save_pipeline
 from wherefrom.runtime import keyed_random
+from wherefrom.training.keyed_batches import NOISE, LatentBatch
 
 pytestmark = [
     # The logger has written beside the checkpoints, and a run goes on in another folder.
@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_flow_matching(done: tuple[Path, object]) -> None:
     states = torch.randn(3, LENGTH + 1, 12, generator=random)[:, :LENGTH]
     told = Conditioning({PROMPT: states, MASK: torch.ones(3, LENGTH)})  # all tokens count
     keys, times = torch.arange(3), torch.tensor([0.1, 0.5, 0.9])
-    result = module.losses(module.ema, LatentBatch(keys, times, latents, told))  # type: ignore[attr-defined]
+    result = module.recipe.losses(module.ema, LatentBatch(keys, times, latents, told))  # type: ignore[attr-defined]
     noise = keyed_random.normal(keyed_random.combine(NOISE, keys), latents.shape[1:])
     sigmas = FlowMatchEulerDiscreteScheduler().sigmas.flip(0)[(times * 1000).long()]
     level = sigmas[:, None, None, None]

@@ -18,7 +18,6 @@ from datamodules import Exemplars, ImageFolder
 from lightning_modules import CustomDiffusion
 from tests.support.pipelines import stable_diffusion, stable_diffusion_xl
 from tests.support.tiny import LENGTH, attribution_config, text_folder, tiny_folder, tiny_pipeline
-from wherefrom.data.stream import NOISE
 from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.customization import WEIGHTS, read_customization, save_customized
 from wherefrom.models.diffusion import DiffusionModel
@@ -26,6 +25,7 @@ from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_customized, load_model
 from wherefrom.rankings.ranking_file import read_ranking
 from wherefrom.runtime import keyed_random
+from wherefrom.training.keyed_batches import NOISE
 
 WORD = "<new1>"
 pytestmark = [

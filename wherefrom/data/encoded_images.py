@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 
 from wherefrom.data.encoded_rows import EncodedRows
 from wherefrom.data.image_set import ImageSet, joined_image_sets, keep_indices
-from wherefrom.data.stream import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
 from wherefrom.models.conditioning import Conditioning, concatenated
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
@@ -33,6 +32,7 @@ from wherefrom.runtime.mapped_arrays import (
     write_array,
 )
 from wherefrom.runtime.salts import Salt
+from wherefrom.training.keyed_batches import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
 
 _logger = logging.getLogger(__name__)
 _KEYS = "image_keys.npy"

@@ -12,10 +12,18 @@ import torch
 from tests.support.tiny import one_shape
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits
 from wherefrom.data.image_set import ImageSet
-from wherefrom.data.stream import KeyedBatches, LatentBatch, PixelVisits, Visit, flips, visit_keys, visit_times
 from wherefrom.models.conditioning import PROMPT
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime import keyed_random
+from wherefrom.training.keyed_batches import (
+    KeyedBatches,
+    LatentBatch,
+    PixelVisits,
+    Visit,
+    flips,
+    visit_keys,
+    visit_times,
+)
 
 IDS = tuple(f"set/{index:02}" for index in range(23))
 
