@@ -120,7 +120,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "CompVis/stable-diffusion-v1-4": stable_diffusion(root / "sd1", 1),
         "stabilityai/stable-diffusion-2-base": stable_diffusion(root / "sd2", 2),
         "path/to/pipeline": tiny_pipeline(root / "pipeline"),
-        "path/to/pictures": tiny_folder(root / "pictures"),
+        "path/to/images": tiny_folder(root / "pictures"),
         "FOLDER": exemplars(root / "exemplars", "<new1> style", 32),
         "EXEMPLARS": exemplars(root / "sd exemplars", "photo of a <new1> cat", 8),
         "SHARDS": root / "data" / "laion",

@@ -72,8 +72,6 @@ def _prepared(request: Request, runner: Runner) -> tuple[dict[str, Attributor], 
 
     queries, options = inputs_of(request)
     methods = load_packaged(request.method, options.settings, options.quick)
-    if runner.is_main:
-        claim(request, write=True)
     made = prepare_run(
         request.model,
         images=request.images,
@@ -82,10 +80,13 @@ def _prepared(request: Request, runner: Runner) -> tuple[dict[str, Attributor], 
         options=options,
         runner=runner,
     )
+    for method in methods.values():
+        method.check(made.queries)
+    if runner.is_main:
+        claim(request, write=True)  # only a request whose inputs are right takes the folder
     if request.quick:
         made.console.log(QUICK_NOTE)
     for name, method in methods.items():
-        method.check(made.queries)
         method.progress = made.console.progress
         if runner.is_main:
             if len(methods) > 1:

@@ -110,7 +110,7 @@ def open_model(model: Any) -> DiffusionModel:
 
     Raises:
         ValueError: It is none of these, or of a kind that is not supported.
-        OSError: There is no pipeline at that path.
+        OSError: The folder holds no whole pipeline.
     """
     if isinstance(model, DiffusionModel):
         return model
@@ -119,7 +119,15 @@ def open_model(model: Any) -> DiffusionModel:
         path = Path(model)
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
             raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
-        return load_model(str(model))
+        try:
+            return load_model(str(model))
+        except OSError as error:
+            if path.exists():
+                raise
+            raise ValueError(
+                f"model: {str(model)!r} is neither a folder here nor a hub id that could be loaded; give a diffusers "
+                "pipeline's folder, or a hub id that is cached or within reach."
+            ) from error
     if not hasattr(model, "components"):
         raise ValueError(
             f"model: a {type(model).__name__} is no model; give a loaded diffusers pipeline, the folder or hub id of "
