@@ -7,9 +7,9 @@ r"""What a query costs by each method: seconds and memory, and where the seconds
 Attributes a few images drawn by the committed emoji model to its training images by every method of
 `configs/attributor`, at the few timesteps and draws that are given here. Each method runs in a process of its own with
 an empty store, so that its memory is its own and nothing is found that another method made. What it makes once for a
-model (curvature, losses before unlearning, features) is told from what each query takes. Methods whose weights are not
-on this machine are skipped, with the reason: nothing is downloaded. An interrupted run goes on with the methods that
-are not measured yet.
+model (curvature, losses before unlearning, features) is measured apart from what each query takes. Methods whose
+weights are not on this machine are skipped, with the reason: nothing is downloaded. An interrupted run goes on with the
+methods that are not measured yet.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def reason(error: Exception) -> str:
     """The line of an error that says why: a configuration's parser lists what each type that it tried has said."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    told = [line for line in causes if not line.startswith("Does not validate")]
-    return (told or lines or [type(error).__name__])[0]
+    causes_named = [line for line in causes if not line.startswith("Does not validate")]
+    return (causes_named or lines or [type(error).__name__])[0]
 
 
 def part_of(data: TrainingData, count: int) -> TrainingData:

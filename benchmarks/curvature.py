@@ -137,7 +137,7 @@ class Case:
         """Forward and backward of the two passes, to the outputs of the layers."""
         modules = [self.model.denoiser.get_submodule(layer.module) for layer in self.plan.layers]
         every = torch.arange(len(self.data))
-        latents, told = self.data.latents_at(every, 0), self.data.conditioning_at(every, 0)
+        latents, given = self.data.latents_at(every, 0), self.data.conditioning_at(every, 0)
         rows = torch.arange(self.batch_size) % len(latents)
         steps = torch.arange(self.batch_size) * self.model.noise_schedule.steps // self.batch_size
         noise = torch.randn_like(latents[rows])
@@ -151,7 +151,7 @@ class Case:
             handles = [module.register_forward_hook(keep) for module in modules]
             for size in 2 * batches:
                 outputs.clear()
-                losses = self.model.losses(latents[rows[:size]], told.at(rows[:size]), steps[:size], noise[:size])
+                losses = self.model.losses(latents[rows[:size]], given.at(rows[:size]), steps[:size], noise[:size])
                 torch.autograd.grad(losses.sum(), outputs)
             for handle in handles:
                 handle.remove()

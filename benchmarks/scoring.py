@@ -46,13 +46,13 @@ def main() -> None:
     batch = options.batch_size
     assert model.encoder is not None
     null = model.encoder.text.encode([""])[PROMPT]
-    noisy, told = torch.randn(batch, *shape), prompt_embeddings(torch.randn(batch, *null.shape[1:]))
+    noisy, conditioning = torch.randn(batch, *shape), prompt_embeddings(torch.randn(batch, *null.shape[1:]))
     timesteps = torch.arange(batch) * model.noise_schedule.steps // batch
 
     def bare() -> None:
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            model.predict(noisy[:size], timesteps[:size], told.at(slice(size)))
+            model.predict(noisy[:size], timesteps[:size], conditioning.at(slice(size)))
 
     def scoring() -> None:
         LossPass(model, data, grid, batch).step(range(options.images))

@@ -142,9 +142,9 @@ def write_folder(folder: Path, chosen: Sequence[Drawing]) -> None:
     lines = []
     for number, each in enumerate(chosen):
         Image.fromarray(each.pixels).save(folder / f"{number:05d}.png")
-        told = {"name": each.name, "style": each.style, "license": each.license, "author": each.author}
-        told["split"] = "validation" if number % HELD_OUT == HELD_OUT - 1 else "train"
-        lines.append(json.dumps({"file_name": f"{number:05d}.png", "text": each.caption, **told}))
+        columns = {"name": each.name, "style": each.style, "license": each.license, "author": each.author}
+        columns["split"] = "validation" if number % HELD_OUT == HELD_OUT - 1 else "train"
+        lines.append(json.dumps({"file_name": f"{number:05d}.png", "text": each.caption, **columns}))
     with replacing(folder / METADATA) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 

@@ -98,7 +98,7 @@ def denoised(
     Args:
         model: The model.
         latents: The latents.
-        conditioning: What the model is told of their captions.
+        conditioning: Conditioning of their captions.
         keys: One key for each; the noise belongs to it.
         timestep: Where denoising begins.
         steps: Sampling steps that the whole way from T would have; the part of it below `timestep` is gone.

@@ -89,8 +89,8 @@ def write_coco(folder: Path, drawings: ImageSet, scenes: int) -> None:
                 text = caption.format(**names, style=drawings.columns["style"][first])
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": text})
         (folder / "annotations").mkdir(exist_ok=True)
-        told = {"info": {}, "licenses": LICENSES, "images": images, "annotations": annotations}
-        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(told))
+        annotated = {"info": {}, "licenses": LICENSES, "images": images, "annotations": annotations}
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(annotated))
 
 
 def write_shards(folder: Path, images: ImageSet, shards: int, members: int) -> None:
@@ -112,8 +112,8 @@ def write_shards(folder: Path, images: ImageSet, shards: int, members: int) -> N
                 key = f"{shard:05d}{index % members:04d}"
                 drawn = io.BytesIO()
                 image.save(drawn, "PNG")
-                told = {"key": key, "caption": caption, "url": f"emoji:{index}", "status": "success"}
-                files = {"png": drawn.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
+                metadata = {"key": key, "caption": caption, "url": f"emoji:{index}", "status": "success"}
+                files = {"png": drawn.getvalue(), "txt": caption.encode(), "json": json.dumps(metadata).encode()}
                 for suffix, content in files.items():
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(content)
@@ -143,7 +143,7 @@ def run(*words: str | Path) -> str:
 def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> dict[str, Any]:
     """The whole way of one world."""
     model, store = output / "model", ("--store", output / "cache")
-    told = (
+    options = (
         *("--data", f"configs/data/{name}.yaml", "--data.init_args.folder", data),
         *("--data.init_args.options.size", str(SIZE)),
     )
@@ -154,7 +154,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
     schedule = {"total_steps": steps, "warmup_steps": max(1, steps // 20), "decay_steps": steps // 3}
     output.mkdir(parents=True, exist_ok=True)
     run(
-        *("train.py", "fit", "-c", "configs/experiment/emoji_diffusion.yaml", *told),
+        *("train.py", "fit", "-c", "configs/experiment/emoji_diffusion.yaml", *options),
         *("--data.init_args.encoder", json.dumps(encoder), "--data.init_args.store", output / "cache"),
         *("--data.init_args.batch_size", "32", "--model.init_args.scheduler.init_args", json.dumps(schedule)),
         *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)),
@@ -172,7 +172,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
             "configs/experiment/mscoco_attribution.yaml",
             "--model",
             model,
-            *told,
+            *options,
             *asked,
         ),
         *("--attributor", "configs/attributor/abu_plus.yaml", "--attributor.init_args.unlearning", json.dumps(quick)),
@@ -200,7 +200,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
             "configs/experiment/mscoco_teacher.yaml",
             "--model",
             model,
-            *told,
+            *options,
             *bank,
             *store,
         ),
@@ -230,7 +230,7 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
             "configs/experiment/mscoco_attribution.yaml",
             "--model",
             model,
-            *told,
+            *options,
             *asked,
         ),
         *(

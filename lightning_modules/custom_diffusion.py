@@ -120,8 +120,8 @@ class CustomDiffusion(LightningModule):
     def _exemplar_losses(self, batch: ExemplarBatch) -> Tensor:
         distinct = sorted(set(batch.captions))  # often there is one: each is read once
         with learned_word(self.text[0], self.number, self.embedding):
-            told = self.text[0].embed(distinct)
-        return self._losses(batch, told.at([distinct.index(caption) for caption in batch.captions]))
+            conditioning = self.text[0].embed(distinct)
+        return self._losses(batch, conditioning.at([distinct.index(caption) for caption in batch.captions]))
 
     def _losses(self, batch: ExemplarBatch | LatentBatch, conditioning: Conditioning) -> Tensor:
         """One loss per example; timestep and noise depend only on the visit's key."""

@@ -80,7 +80,7 @@ def test_methods_count_the_same_passes_on_blank_data_as_on_real(tmp_path: Path) 
         "both", attributor=RankEnsemble([attributor, PixelSimilarity()]), data=blank, queries=3, rate=10.0, candidates=4
     )
     assert [stage.seconds for stage in both] == [few[0].seconds, few[1].seconds, 0, 0]
-    losses = attributor.losses_of(blank)
+    losses = attributor.grid_passes(blank)
     assert queries.seconds - few[1].seconds == pytest.approx(losses * (16 - 4) / (16 + 4) / 10)
 
 

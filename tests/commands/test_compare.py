@@ -120,7 +120,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         assert isinstance(influence, InfluenceFunction)
         assert isinstance(trak, TRAK)
         assert (influence.noise_samples, trak.noise_samples) == (9, 7), "one method's own setting"
-    with pytest.raises(ValueError, match=r"settings: no method has 'random/draws'"):
+    with pytest.raises(ValueError, match=r"settings: no method has 'random/noise_samples'"):
         load_methods(files, {"random/draws": 3}, strict=True)
     with pytest.raises(ValueError, match=r"settings: no method has 'grid.timestep'; the methods are random, influence"):
         load_methods(files, {"grid.timestep": 3}, strict=True)

@@ -364,4 +364,6 @@ def test_the_command_finds_what_was_drawn_again(root: Path, tmp_path: Path, caps
     assert "| pixel | objects | with | 0.333 ± 0.000 | 0.33 |" in said
     assert json.loads((tmp_path / "run" / "customized.json").read_text())["lines"][1]["kind"] == "styles"
     with pytest.raises(ValueError, match="takes its queries from the tasks"):
-        evaluate.main(["customized", "-c", str(config), "--queries.prompts", '["a"]'])
+        evaluate.main(
+            ["customized", "-c", str(config), "--output", str(tmp_path / "other"), "--queries.prompts", '["a"]']
+        )

@@ -1,4 +1,4 @@
-"""What wandb is told of a run, kept offline: configuration, numbers, ranked images, artifacts and their lineage."""
+"""What wandb holds of a run, kept offline: configuration, numbers, ranked images, artifacts and their lineage."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import train
 from lightning_modules.launch.recipe import Recipe
 from tests.support.retrains import SOURCE, Retraining
 from tests.support.tiny import training_config
@@ -230,7 +231,7 @@ class Killed:
                 log.write("killed\n")
             time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
-        Recipe(self.recipe_file, self.folder / "store").train(job, place)
+        Recipe(self.recipe_file, self.folder / "store", train.main).train(job, place)
 
 
 def test_workers_that_make_no_sense_are_refused() -> None:

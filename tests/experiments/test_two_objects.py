@@ -72,7 +72,7 @@ def ddim(model: DiffusionModel, latents: torch.Tensor, states: torch.Tensor, key
             a = signal[step]
             b = signal[step - stride] if step >= stride else torch.tensor(1.0, dtype=torch.float64)
             with torch.no_grad():
-                v = model.predict(x[None], torch.tensor([step]), state[None])[0]
+                v = model.predict(x[None], torch.tensor([step]), prompt_embeddings(state[None]))[0]
             spread = (1 - a**2).sqrt()
             x = b * (a * x - spread * v) + (1 - b**2).sqrt() * (a * v + spread * x)
         result.append(x)

@@ -17,6 +17,7 @@ from wherefrom.attributors.unlearning.unlearner import UnlearningSettings
 from wherefrom.curvature import EKFAC, FisherSettings
 from wherefrom.data.emoji import EmojiOptions
 from wherefrom.gradients.loss_grid import LossGrid
+from wherefrom.models.conditioning import prompt_embeddings
 from wherefrom.models.diffusion import DiffusionModel, with_output
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import generate
@@ -114,8 +115,9 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         model = tiny_model().accelerate(checkpoint=checkpoint)
         assert isinstance(model.denoiser, UNet2DConditionModel)
         model.denoiser.requires_grad_(True)
-        latents, states = torch.ones(2, 4, 4, 4).to(model.dtype), torch.ones(2, 5, 12).to(model.dtype)
-        model.losses(latents, states, torch.tensor([10, 500]), torch.ones_like(latents)).sum().backward()
+        latents = torch.ones(2, 4, 4, 4).to(model.dtype)
+        conditioning = prompt_embeddings(torch.ones(2, 5, 12).to(model.dtype))
+        model.losses(latents, conditioning, torch.tensor([10, 500]), torch.ones_like(latents)).sum().backward()
         gradients.append(
             torch.cat([each.grad.flatten() for each in model.denoiser.parameters() if each.grad is not None])
         )

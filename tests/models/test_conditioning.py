@@ -71,7 +71,7 @@ def test_conditioning_is_sent_between_processes() -> None:
 def test_what_a_family_does_not_declare_is_refused() -> None:
     one, declared = told().at(0), {PROMPT: (None, 5), POOLED: (2,), MASK: (None,)}
     check_declared(one, declared, "Net")
-    with pytest.raises(ValueError, match="Net is told prompt_embeds of a caption, but the conditioning holds"):
+    with pytest.raises(ValueError, match="Net takes prompt_embeds of a caption, but the conditioning holds"):
         check_declared(one, {PROMPT: (None, 5)}, "Net")
     with pytest.raises(ValueError, match="prompt embeddings are 5 wide, but the model takes 6"):
         check_declared(one, {**declared, PROMPT: (None, 6)}, "Net")

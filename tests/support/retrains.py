@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import train
 from datamodules import ImageFolder
 from lightning_modules.launch import runs
 from lightning_modules.launch.recipe import Recipe
@@ -29,7 +30,7 @@ class Retraining:
         module.prepare_data()
         module.setup()
         self.data = runs.training_data_of(module)
-        recipe, self.trained = Recipe(recipe_file, store), []
+        recipe, self.trained = Recipe(recipe_file, store, train.main), []
         assert self.data.latents is not None
 
         def train_one(job: RetrainingJob, place: Path) -> None:

@@ -88,7 +88,7 @@ def tiny_schedule(prediction: str = "v_prediction") -> NoiseSchedule:
 
 
 def one_shape(images: ImageSet, latents: Tensor, embeddings: Tensor, null: Tensor, fingerprint: str) -> EncodedImages:
-    """Encoded images of one shape, for a model that is told prompt embeddings alone."""
+    """Encoded images of one shape, for a model conditioned on prompt embeddings alone."""
     return EncodedImages.of_one_shape(
         images,
         latents=latents,

@@ -1,4 +1,9 @@
-"""The one interface that all attribution methods share."""
+"""`Attributor`, the interface of all attribution methods.
+
+A method gives each training image z a score τ(ẑ, z) for each query ẑ (a generated image and its prompt): the higher,
+the more influential. It also scores held-out images, which the model never trained on; their scores are the null
+distribution.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +19,19 @@ from wherefrom.runtime.console import Log, Progress, no_log
 from wherefrom.runtime.distributed import Runner
 
 Need = Literal["model", "gradients", "features", "prompt", "trajectory"]
-ONCE = "once for this model"  # in the name of a stage that is computed once per model and training set
+ONCE = "once for this model"  # suffix of the name of a stage that is computed once per model and training set
 
 
 class Attributor(ABC):
-    """A method of attribution: `fit` once per model and training set, then `score` queries.
+    """Attribution method: `fit` once per model and training set, then `score` queries.
 
     Attributes:
-        requires: What the method needs, so that no caller branches on its class.
+        requires: Inputs that the method needs: a model, its gradients, image or caption features, the query's prompt,
+            its sampling trajectory. Callers read it instead of testing for the class.
         takes_regions: Whether a region of a query can be attributed.
         scores_loss_changes: Whether scores are changes of the training images' losses, which have a sign.
         progress: Called with (done, total) during long computations.
-        fit_s: Seconds that parts of the last `fit` took, by name; what was found in the store took little.
+        fit_s: Seconds that each part of the last `fit` took, by name; parts loaded from the store count as loaded.
     """
 
     requires: frozenset[Need] = frozenset()
@@ -35,7 +41,7 @@ class Attributor(ABC):
     fit_s: Mapping[str, float] = {}
 
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
-        """Passes through the model, bytes on disk and in memory; nothing by default.
+        """Cost in forward passes and in bytes on disk and in memory; zero by default.
 
         Args:
             data: The training data, or blank data of the same shapes.
@@ -46,15 +52,15 @@ class Attributor(ABC):
     def stages(
         self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
     ) -> list[ComputeStage]:
-        """What the method computes once, and for each query, as rows of a budget.
+        """Cost of the method by stage: what is computed once, and what for each query.
 
-        Methods that use encoders add a stage for each; methods made of others compose their stages.
+        Methods that use encoders add a stage for each; methods that wrap others concatenate the stages of those.
 
         Args:
             data: The training data, or blank data of the same shapes.
             queries: How many queries will be scored.
-            name: What the method is called in the stages' names.
-            candidates: Each query is scored against so many images; None is all.
+            name: Prefix of the stages' names.
+            candidates: Number of training images that each query is scored against; None is all.
         """
         once = self.estimate(data, queries)
         each = self.estimate(first_images(data, candidates), queries)
@@ -63,10 +69,10 @@ class Attributor(ABC):
             ComputeStage(f"{name}: queries", each.per_query, queries=queries),
         ]
 
-    def share_curvature(  # noqa: B027  nothing to share is the usual case
+    def share_curvature(  # noqa: B027  most methods have no curvature
         self, model: DiffusionModel, data: TrainingData, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Fits the curvature on this model, to be used whatever model is attributed; methods without one do nothing."""
+        """Fits the curvature on this model, for use with all models later given to `fit`; no-op for methods without."""
 
     @abstractmethod
     def fit(
@@ -75,7 +81,7 @@ class Attributor(ABC):
         """Computes what the method needs once per training set and model, cached in the store.
 
         Args:
-            data: Training images, and held-out images as the null.
+            data: Training images, and held-out images whose scores are the null distribution.
             model: The model, for methods that require one.
             store: Where results are kept.
             runner: Rank and world size of this process.
@@ -87,7 +93,7 @@ class Attributor(ABC):
 
     @abstractmethod
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """Scores all training images, or only the candidates, yielding one query at a time as it is ready.
+        """Scores all training images, or only the candidates, yielding the scores of one query at a time.
 
         Raises:
             ValueError: `fit` has not run, or a candidate is not a training image.
@@ -102,7 +108,7 @@ class Attributor(ABC):
         return frozenset()
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses queries that the method cannot attribute, before any long computation.
+        """Raises for queries that the method cannot attribute, before any long computation.
 
         Raises:
             ValueError: A query asks for a region, and the method knows only whole images.

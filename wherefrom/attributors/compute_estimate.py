@@ -1,4 +1,4 @@
-"""What a method costs before it runs: forward passes of the model, images to encode, bytes."""
+"""Cost of a method, known before it runs: forward passes of the model, images to encode, bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from wherefrom.features.base import ImageEncoder, TextEncoder
 from wherefrom.queries.types import TrainingData
 
-_SAMPLE = 16  # images or captions that an encoder is timed on
-_CAPTION = "an image of several things in the words of a caption"
+_TIMING_SAMPLE = 16  # images or captions that an encoder is timed on
+_TIMING_CAPTION = "an image of several things in the words of a caption"
 
 
 @dataclass(frozen=True)
 class ComputeEstimate:
-    """The size of a computation before it starts, counted in forward passes (a backward pass counts as two).
+    """Cost of a method, counted in forward passes of one sample (a backward pass counts as two).
 
     Attributes:
         once: Forward passes once per model and training set.
@@ -33,17 +33,17 @@ class ComputeEstimate:
 
 @dataclass(frozen=True)
 class ComputeStage:
-    """A part of what a method computes, as `Attributor.stages` reports it.
+    """One stage of a method's computation, as `Attributor.stages` reports it.
 
     Attributes:
         name: What is computed.
         passes: Forward passes of the model, once or for each query.
-        disk: Bytes that it leaves on disk; of a stage that encodes, all but the features themselves.
-        memory: Bytes that it holds in memory beside the model.
-        queries: How many queries it is repeated for; None is once.
-        encode: Encodes a few samples and returns how many, and the width of a feature vector; None where nothing is
-            encoded. Whoever turns stages into seconds times it.
-        encoded: Images or captions that are encoded.
+        disk: Bytes written to disk. Features of encoders are not included: their width is known only after `encode`.
+        memory: Bytes of tensors held in memory beside the model.
+        queries: Number of queries that the stage is repeated for; None is a stage that runs once.
+        encode: Timing probe of an encoder: encodes a few samples and returns (number of samples, feature width). The
+            caller times it to convert `encoded` to seconds. None where nothing is encoded.
+        encoded: Number of images or captions that are encoded.
     """
 
     name: str
@@ -56,22 +56,22 @@ class ComputeStage:
 
 
 def feature_stage(encoder: ImageEncoder | TextEncoder, data: TrainingData, name: str, flips: int = 1) -> ComputeStage:
-    """Features of all training images, or of their first captions.
+    """Stage that encodes all training images, or one caption of each.
 
     Args:
         encoder: The encoder.
         data: The training images.
-        name: What the encoder is called.
+        name: The encoder's name, for the name of the stage.
         flips: 2 where the mirror images are encoded too.
     """
     count = len(data.images) * flips
-    pixels = np.asarray(data.images.pixels[:1]).repeat(_SAMPLE, axis=0)
+    pixels = np.asarray(data.images.pixels[:1]).repeat(_TIMING_SAMPLE, axis=0)
 
     def encode() -> tuple[int, int]:
         made = (
             encoder.encode_images(pixels)
             if isinstance(encoder, ImageEncoder)
-            else encoder.encode_texts([_CAPTION] * _SAMPLE)
+            else encoder.encode_texts([_TIMING_CAPTION] * _TIMING_SAMPLE)
         )
         return len(made), int(made.shape[1])
 
@@ -79,7 +79,7 @@ def feature_stage(encoder: ImageEncoder | TextEncoder, data: TrainingData, name:
 
 
 def first_images(data: TrainingData, count: int | None) -> TrainingData:
-    """So many of the training images, to count the cost of scoring candidates only; all where `count` is None."""
+    """The first `count` training images, for the cost of scoring that many candidates; all where `count` is None."""
     if count is None or data.latents is None:
         return data
     chosen = range(count)

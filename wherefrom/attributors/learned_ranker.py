@@ -1,7 +1,7 @@
 """Learned ranker (Fast Data Attribution, section 4): attribution as a cosine search in a learned embedding space.
 
-The ranker was trained on the rankings of an expensive method (see `wherefrom.distillation.teacher_set`); training
-images are embedded once, and the nearest to a query's embedding are the most influential.
+The ranker is a network g distilled from the rankings of an expensive method (see `wherefrom.distillation.teacher_set`).
+Training images are embedded once, as unit vectors; those nearest to a query's embedding are the most influential.
 """
 
 from __future__ import annotations
@@ -43,28 +43,31 @@ from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
-REMOVED = -2.0  # below any cosine
+REMOVED = -2.0  # score of images removed from the index: below any cosine, so that they rank last
 
 
 class LearnedRanker(Attributor):
-    """Learned ranker (Fast Data Attribution, section 4): cosine of learned embeddings; `search` uses an index.
+    """Learned ranker (Fast Data Attribution, section 4): τ(ẑ, z) = cos(g(f(ẑ)), g(f(z))).
 
-    An image's features are those of its pixels and of its first caption, a query's those of its pixels and prompt.
+    f concatenates the features of frozen image and text encoders: of a training image and its first caption, or of a
+    query and its prompt. g is the learned ranker. `score` computes exact cosines with all training images; `search`
+    looks up the k nearest in a FAISS index.
 
     Args:
         ranker: Folder of the ranker; see `save_ranker`.
-        encoders: Name -> encoder, as the ranker's manifest names them; it also gives their order.
+        encoders: Encoders by the names in the ranker's manifest, which also gives the order of their features.
         index: FAISS's factory string of the index that `search` uses.
         search: FAISS's search settings, such as `nprobe=32`.
-        mmap: Leave the index on disk and read what a query needs.
+        mmap: Memory-map the index instead of loading it.
         gpu: Search on the first GPU.
-        calibration: Folder that `evaluate.py calibrate` left: scores then come with estimates of influence, in the
-            teacher's unit, with intervals, and queries with how concentrated it is. The order stays that of cosines.
+        calibration: Folder written by `evaluate.py calibrate`. Scores then carry estimates of influence with intervals,
+            in the unit of the teacher's scores, and each query the concentration of its influence. The ranking stays
+            that of the cosines.
 
     Raises:
         FileNotFoundError: A folder holds no ranker, or no calibration.
-        ValueError: It cannot be served by cosine, the encoders are not those that it was trained with, or the
-            calibration is another ranker's.
+        ValueError: The ranker does not score by cosine, the encoders are not those that it was trained with, or the
+            calibration belongs to another ranker.
     """
 
     requires: frozenset[Need] = frozenset({"features", "prompt"})
@@ -106,7 +109,7 @@ class LearnedRanker(Attributor):
     def stages(
         self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
     ) -> list[ComputeStage]:
-        """The features of each encoder, then embeddings and index."""
+        """Encoding by each encoder, then embeddings and index."""
         features = [feature_stage(encoder, data, each) for each, encoder in self.encoders.items()]
         return features + super().stages(data, queries=queries, name=name, candidates=candidates)
 
@@ -133,7 +136,7 @@ class LearnedRanker(Attributor):
         self._ready = data.images, embeddings, index, null
 
     def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """Images that were removed from the index of this training set, where there is one."""
+        """Images that were removed from the index of this training set; none where no index was built."""
         training, dimension = self._training(data.images), int(self.ranker.sizes["outputs"])
         folder = store.find(
             KIND, index_identity(self.ranker_identity, training=training, factory=self.factory, dimension=dimension)
@@ -155,7 +158,7 @@ class LearnedRanker(Attributor):
         return self._ready
 
     def _training(self, images: ImageSet) -> dict[str, Any]:
-        """Identity of the training set, of its rows and features."""
+        """Identity of the training set: its pixels, ids, captions, columns and encoders."""
         rows = {"captions": images.captions, "columns": {name: list(c) for name, c in images.columns.items()}}
         return {
             "pictures": images.fingerprint,
@@ -222,7 +225,7 @@ class LearnedRanker(Attributor):
 
 
 def _concentration(estimates: Estimates) -> dict[str, float]:
-    """Concentration of a query's influence, as facts of its scores."""
+    """Concentration of a query's influence over the training set, for `Scores.facts`."""
     result = concentration(estimates.values)
     shares = {f"influence_of_first_{count}": share for count, share in result.shares.items()}
     return {**shares, "effective_pictures": result.effective}

@@ -18,19 +18,19 @@ from wherefrom.runtime.distributed import Runner
 
 
 def by_size(scores: Scores) -> Scores:
-    """Absolute scores; those of the parts and of the null too."""
+    """Scores, null scores and scores by part, replaced by their absolute values."""
     parts = {name: np.abs(part) for name, part in scores.parts.items()}
     return replace(scores, scores=np.abs(scores.scores), null=np.abs(scores.null), parts=parts)
 
 
 class Magnitude(Attributor):
-    """Magnitude ranking: |score| of another method, so that strong effects of either sign come first.
+    """Magnitude ranking: |τ(ẑ, z)|, with τ the score of another method, so that effects of either sign rank first.
 
-    Scores that are changes of a loss have a sign. Images that share a caption or a new word are learned at each
-    other's expense: what makes a model forget one of them can make it better at the others, which then come last.
+    Scores that are loss changes are signed. Training images that share a caption (or a learned token) compete:
+    unlearning one of them can lower the loss of the others, which a signed ranking then puts last.
 
     Args:
-        method: Whose scores.
+        method: The method whose scores are taken.
     """
 
     def __init__(self, method: Attributor) -> None:
@@ -48,27 +48,27 @@ class Magnitude(Attributor):
         return self.method.removed(data, store)
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses queries that the method refuses."""
+        """Raises for queries that the wrapped method cannot attribute."""
         self.method.check(queries)
 
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
-        """The method's."""
+        """Cost of the wrapped method."""
         return self.method.estimate(data, queries)
 
     def stages(
         self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
     ) -> list[ComputeStage]:
-        """The method's."""
+        """Stages of the wrapped method."""
         return self.method.stages(data, queries=queries, name=name, candidates=candidates)
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Computes what the method needs once."""
+        """Fits the wrapped method."""
         self.method.progress = self.progress
         self.method.fit(data, model, store, runner, log)
         self.fit_s = self.method.fit_s
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """The absolute values of the method's scores."""
+        """Absolute values of the wrapped method's scores, one query at a time."""
         yield from map(by_size, self.method.score(queries, candidates))

@@ -1,6 +1,10 @@
 """Base of the methods that precondition a query's gradient by the curvature of the training loss.
 
-Attribution by unlearning takes a finite step along F⁻¹ ∇L(ẑ); influence functions take its first order.
+Attribution by unlearning takes a finite step along F⁻¹ ∇L(ẑ) and measures the training losses again; influence
+functions are its first-order approximation.
+
+Shape letters: N = images, F = flips (the image, its mirror image), K = captions, T = timesteps, R = noise samples,
+Q = queries.
 """
 
 from __future__ import annotations
@@ -30,21 +34,25 @@ from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.stable_names import settings_identity
 
-_REFERENCE = 256  # training images whose changes measure each timestep's spread
+_REFERENCE = 256  # training images over which the spread of each timestep's loss changes is estimated
 
 
 class PreconditionedAttributor(Attributor):
-    """Base of the methods whose query gradient is preconditioned by a curvature F of the training loss.
+    """Base of the methods that precondition the query's gradient ∇L(ẑ) by F⁻¹, F a curvature of the training loss.
+
+    A subclass measures a change of the loss of every training image on a grid, of shape (N, F, K, T, R); the score is
+    its mean over captions, timesteps (weighted) and noise samples, then the maximum or mean over flips.
 
     Args:
-        weights: Which weights' gradients count.
+        weights: Parameters that are differentiated.
         curvature: Estimator of F.
-        grid: Where training losses are measured.
+        grid: Timesteps and noise samples at which training losses are measured.
         flip: How the scores of an image and of its mirror image are combined.
         batch_size: Forward passes at a time; does not change the result.
         breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
+            timestep's changes by their spread (median absolute deviation) over 256 training images, so that no timestep
+            dominates the others.
 
     Attributes:
         curvature_matrix: F, as fitted or loaded by `fit`.
@@ -86,9 +94,9 @@ class PreconditionedAttributor(Attributor):
     def share_curvature(
         self, model: DiffusionModel, data: TrainingData, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Fits the curvature on this model and data, and uses it from now on, whatever model is attributed.
+        """Fits the curvature on this model and data, and uses it for every model that `fit` is later given.
 
-        For models customized from one base, whose curvature serves them all (AbU, section 5.2).
+        Used for models customized from one base model, which share its curvature (AbU, section 5.2).
 
         Raises:
             ValueError: There are no latents, or the curvature cannot be fitted.
@@ -114,10 +122,11 @@ class PreconditionedAttributor(Attributor):
     def prepare(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log
     ) -> tuple[DiffusionModel, EncodedImages]:
-        """Keeps what `score` needs, and fits or loads the curvature.
+        """Stores model, latents and runner for `score`, and fits or loads the curvature.
 
         Raises:
-            ValueError: There is no model, or no latents; or the curvature cannot be fitted or is another model's.
+            ValueError: There is no model, or no latents; or the curvature cannot be fitted, or was
+                fitted for another model.
         """
         if model is None or data.latents is None:
             raise ValueError(f"{type(self).__name__} needs a model and the latents of its training images.")
@@ -137,7 +146,7 @@ class PreconditionedAttributor(Attributor):
         return self.curvature.matrix(FitContext(model, data, names, store, runner, self.progress, log))
 
     def ready(self) -> tuple[DiffusionModel, EncodedImages, EncodedImages | None, Store, Runner]:
-        """What `prepare` kept: the model, training and held-out latents, the store and this process's place.
+        """What `prepare` stored: model, training latents, held-out latents, store and runner.
 
         Raises:
             ValueError: `fit` has not run.
@@ -146,8 +155,8 @@ class PreconditionedAttributor(Attributor):
             raise ValueError("fit must run before score.")
         return self._ready
 
-    def losses_of(self, data: TrainingData) -> int:
-        """Forward passes of one measurement of all images, held-out ones included, on the grid."""
+    def grid_passes(self, data: TrainingData) -> int:
+        """Forward passes of one measurement of all training and held-out images on the grid: N · F · K · T · R."""
         assert data.latents is not None
         held_out = 0 if data.held_out_latents is None else len(data.held_out_latents)
         flips = 2 if self.grid.flips else 1
@@ -155,7 +164,7 @@ class PreconditionedAttributor(Attributor):
         return images * flips * data.latents.captions_per_image * self.grid.timesteps * self.grid.noise_samples
 
     def curvature_passes(self, data: TrainingData) -> int:
-        """Forward passes that the curvature costs; a backward pass counts as two."""
+        """Forward passes to fit the curvature (a backward pass counts as two); 0 where it is shared."""
         assert data.latents is not None
         return 0 if self._shared is not None else self.curvature.passes(data.latents)
 
@@ -163,15 +172,18 @@ class PreconditionedAttributor(Attributor):
         """The query encoded by the model; see `encode_query`."""
         return encode_query(self.ready()[0], query)
 
-    def reference(
+    def reference_changes(
         self, change: Float[Tensor, "n f k t r *q"], chosen: Sequence[int], measure: Callable[[list[int]], Tensor]
     ) -> Float[Tensor, "m f k t r *q"]:
-        """Changes of the images that decide the timesteps' weights, the same ones whatever the candidates are.
+        """Loss changes of the reference images, over which the spread of each timestep is estimated.
+
+        These are a fixed sample of up to 256 training images, so that the timestep weights do not depend on the
+        candidates. Nothing is measured where they are among the candidates, or where the weights are `equal`.
 
         Args:
-            change: The candidates' changes.
+            change: The candidates' loss changes.
             chosen: The candidates' positions in the training set.
-            measure: Measures the changes of training images at these positions.
+            measure: Computes the loss changes of the training images at the given positions.
         """
         if self.timestep_weights == "equal":
             return change[:0]
@@ -180,14 +192,14 @@ class PreconditionedAttributor(Attributor):
             return change[[row_of[position] for position in wanted]]
         return measure(wanted)
 
-    def weigh(self, reference: Float[Tensor, "m f k t r"]) -> Float[Tensor, "t 1"]:
-        """The factor of each timestep's changes in a score."""
+    def timestep_factors(self, reference: Float[Tensor, "m f k t r"]) -> Float[Tensor, "t 1"]:
+        """Factor of each timestep's loss changes in a score, of mean 1, for broadcasting over (..., T, R)."""
         if self.timestep_weights == "equal":
             return torch.ones(reference.shape[3], 1, dtype=reference.dtype)
         return spread_weights(reference).to(reference.dtype)[:, None]
 
     def parts(self, change: Float[Tensor, "n f k t r"]) -> dict[str, Float[NDArray[np.float64], " n"]]:
-        """Scores by part of the grid; see `Breakdown`."""
+        """Scores by timestep band and caption; see `Breakdown`."""
         return self.breakdown.parts(change, self.grid.steps(self.ready()[0].noise_schedule.steps), self.flip)
 
     def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:

@@ -20,12 +20,12 @@ from wherefrom.runtime.distributed import Runner
 
 
 class RankEnsemble(Attributor):
-    """Rank ensemble: minus the mean of the methods' normalised ranks, from -1 (last by all) to 0 (first by all).
+    """Rank ensemble: τ(ẑ, z) = -(1/M) Σ_m r_m(z), with r_m(z) in [0, 1] the normalised rank of z by method m.
 
-    Scores of different methods cannot be added; their ranks can.
+    0 is first by all methods, -1 last by all. Ranks are averaged because the methods' scores have different scales.
 
     Args:
-        methods: The methods; each is asked about the same images.
+        methods: The M methods; all score the same images.
 
     Raises:
         ValueError: There are fewer than two.
@@ -43,16 +43,16 @@ class RankEnsemble(Attributor):
         return {"method": "rank ensemble", "of": [method.identity() for method in self.methods]}
 
     def removed(self, data: TrainingData, store: Store) -> frozenset[str]:
-        """Images that were removed from one method's index."""
+        """Images that were removed from the index of any of the methods."""
         return frozenset().union(*(method.removed(data, store) for method in self.methods))
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses queries that one of the methods refuses."""
+        """Raises for queries that one of the methods cannot attribute."""
         for method in self.methods:
             method.check(queries)
 
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
-        """The sum of all methods'; they are in memory together."""
+        """Sum over the methods, memory too, because all of them are held at the same time."""
         each = [method.estimate(data, queries) for method in self.methods]
         return ComputeEstimate(
             once=sum(estimate.once for estimate in each),
@@ -64,7 +64,7 @@ class RankEnsemble(Attributor):
     def stages(
         self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
     ) -> list[ComputeStage]:
-        """All methods', numbered."""
+        """Stages of all methods; their names carry the method's number."""
         return [
             stage
             for number, method in enumerate(self.methods, start=1)
@@ -74,13 +74,13 @@ class RankEnsemble(Attributor):
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Computes what all methods need once."""
+        """Fits all methods."""
         for method in self.methods:
             method.progress = self.progress
             method.fit(data, model, store, runner, log)
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time."""
+        """Averages the methods' ranks, one query at a time."""
         for query, *result in zip(
             queries, *(method.score(queries, candidates) for method in self.methods), strict=True
         ):
@@ -88,11 +88,11 @@ class RankEnsemble(Attributor):
             assert all(scores.ids == ids for scores in result)
             ranks = np.mean([normalised_ranks(ids, scores.scores) for scores in result], axis=0)
             with_null = all(len(scores.null) for scores in result)
-            null = np.mean([_places(scores) for scores in result], axis=0) if with_null else np.zeros(0)
+            null = np.mean([_null_ranks(scores) for scores in result], axis=0) if with_null else np.zeros(0)
             yield Scores(query, ids, -ranks, -null)
 
 
-def _places(scores: Scores) -> Float[NDArray[np.float64], " m"]:
-    """The normalised ranks that the null's scores would have among the images' own."""
+def _null_ranks(scores: Scores) -> Float[NDArray[np.float64], " m"]:
+    """Normalised ranks of the null scores among the training images' scores."""
     ordered = np.sort(scores.scores)
     return (len(ordered) - np.searchsorted(ordered, scores.null, side="right")) / len(ordered)

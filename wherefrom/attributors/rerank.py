@@ -21,16 +21,18 @@ from wherefrom.runtime.keyed_random import hash_text
 class Rerank(Attributor):
     """Reranking of retrieved candidates (Fast Data Attribution, section 4: AbU+ among the nearest neighbours).
 
-    A cheap method retrieves k candidates, an expensive one scores them; all other images follow in the cheap method's
-    order. Images that influence a query without being retrieved cannot be found, however good the expensive method is.
+    A cheap method retrieves k candidates, an expensive one scores them. All other images rank after the candidates in
+    the cheap method's order, with scores below the lowest candidate's that carry no meaning but that order. An
+    influential image that is not retrieved is missed, whatever the expensive method.
 
     Args:
         method: Scores the candidates.
         nearest: Retrieves the candidates, such as `ImageSimilarity`.
         k: How many candidates are scored.
-        tails: `first` chooses the k that are nearest; `both` half of them among the first and half among the last:
+        tails: `first` takes the top k; `both` takes k/2 from the top and k/2 from the bottom of the ranking, because
             first-order scores, such as those of `InfluenceBank`, can put the most influential images at either end.
-        subsample: Of the k chosen, score only so many, drawn by hash for each query; None scores all.
+        subsample: Number of the k candidates that are scored, chosen pseudo-randomly (by hash) for each query; None
+            scores all.
 
     Raises:
         ValueError: `k` or the subsample is not positive, the subsample larger than `k`, or the tails are unknown.
@@ -72,18 +74,18 @@ class Rerank(Attributor):
         return self.method.removed(data, store) | self.nearest.removed(data, store)
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses queries that either method refuses."""
+        """Raises for queries that either method cannot attribute."""
         for each in (self.method, self.nearest):
             each.check(queries)
 
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
-        """The expensive method's, as if it scored all images: what it computes once it computes of all."""
+        """Cost of the expensive method as if it scored all images: an upper bound; `stages` counts k candidates."""
         return self.method.estimate(data, queries)
 
     def stages(
         self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
     ) -> list[ComputeStage]:
-        """Those of retrieval, then those of scoring k candidates."""
+        """Stages of retrieval, then of scoring k candidates."""
         return [
             *self.nearest.stages(data, queries=queries, name=f"{name}, choosing"),
             *self.method.stages(data, queries=queries, name=name, candidates=self.k),
@@ -92,10 +94,10 @@ class Rerank(Attributor):
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Computes what both methods need once.
+        """Fits both methods.
 
         Raises:
-            ValueError: There are not `k` training images.
+            ValueError: There are fewer than `k` training images.
         """
         if self.k > len(data.images):
             raise ValueError(f"k is {self.k}, but there are {len(data.images)} training images.")
@@ -115,6 +117,7 @@ class Rerank(Attributor):
                 chosen = sorted(chosen, key=lambda name: keys[name])[: self.subsample]
             (result,) = self.method.score([query], chosen)
             by_id = dict(zip(result.ids, result.scores.tolist(), strict=True))
+            # Images that were not rescored follow below the lowest rescored one, in the order of retrieval.
             lowest, spread = float(result.scores.min()), float(np.ptp(result.scores)) or 1.0
             rest = [name for name in order if name not in by_id]
             by_id |= {name: lowest - spread * (place + 1) / len(near.ids) for place, name in enumerate(rest)}

@@ -26,27 +26,27 @@ from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 
 
-class _NoModel(Attributor):
-    """Base of the baselines that compare a query with one image after the other (`compare`), held-out ones included."""
+class _PairwiseBaseline(Attributor):
+    """Base of baselines whose score depends on the query and one image only: subclasses define `compare`."""
 
     data: TrainingData | None = None
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Keeps the images."""
+        """Keeps the images, and calls `prepare` with the training images."""
         self.data = data
         self.prepare(data.images)
 
     def prepare(self, images: ImageSet) -> None:
-        """Computes what comparing with these images needs."""
+        """Precomputes what `compare` needs of these images, such as their vectors; nothing by default."""
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
-        """One score for each image."""
+        """Scores of the images, of shape (N,)."""
         raise TypeError(f"{type(self).__name__} does not compare.")
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time."""
+        """Scores the training images (or candidates) and the held-out images, one query at a time."""
         if self.data is None:
             raise ValueError("fit must run before score.")
         images, held_out = self.data.images, self.data.held_out
@@ -57,7 +57,7 @@ class _NoModel(Attributor):
             yield Scores(query, tuple(images.ids[index] for index in chosen), scores, null)
 
 
-class Random(_NoModel):
+class Random(_PairwiseBaseline):
     """Random baseline: uniform scores, keyed by (seed, query id, image id).
 
     Args:
@@ -72,16 +72,16 @@ class Random(_NoModel):
         return {"method": "random", "seed": self.seed}
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
-        """A uniform number for each image."""
+        """Uniform random scores."""
         keys = keyed_random.combine(self.seed, keyed_random.hash_text(query.id), keyed_random.hash_texts(images.ids))
         return keyed_random.uniform(keys)[:, 0].numpy()
 
 
-class PixelSimilarity(_NoModel):
-    """Pixel similarity: cosine of flattened pixels in [-1, 1], the larger of image and mirror image.
+class PixelSimilarity(_PairwiseBaseline):
+    """Pixel similarity: max over z and its mirror image of cos(ẑ, z), on flattened pixels scaled to [-1, 1].
 
     Args:
-        size: Side to which images are reduced before comparing; None compares them at their own size.
+        size: Side length in pixels to which images are resized before comparing; None compares at full size.
     """
 
     requires: frozenset[Need] = frozenset({"features"})
@@ -95,45 +95,45 @@ class PixelSimilarity(_NoModel):
         return {"method": "pixel similarity", "size": self.size}
 
     def prepare(self, images: ImageSet) -> None:
-        """Computes the images' vectors; those of an earlier `fit` are dropped, but for parts that both sets have."""
+        """Computes the images' vectors; drops those of an earlier `fit`, except for parts that both sets share."""
         kept = {(part.fingerprint, part.ids) for part in images.parts}
         self._vectors = {key: vectors for key, vectors in self._vectors.items() if key in kept}
-        self._of(images)
+        self._unit_vectors(images)
 
-    def _of(self, images: ImageSet) -> Float[Tensor, "n d"]:
+    def _unit_vectors(self, images: ImageSet) -> Float[Tensor, "n d"]:
         parts = images.parts
         if len(parts) > 1:
-            return torch.cat([self._of(part) for part in parts])
+            return torch.cat([self._unit_vectors(part) for part in parts])
         key = images.fingerprint, images.ids
         if key not in self._vectors:
             self._vectors[key] = self.vectors(np.asarray(images.pixels))
         return self._vectors[key]
 
     def vectors(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "n d"]:
-        """Unit vectors of images."""
+        """Flattened pixels (after resizing), normalised to unit length, in float64."""
         floats = to_float(torch.from_numpy(np.array(pixels)))
         if self.size is not None:
             floats = F.interpolate(floats, (self.size, self.size), mode="area")
         return F.normalize(floats.double().flatten(1), dim=1)
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
-        """The cosine with each image."""
+        """Cosine with each image; the larger of query and mirrored query."""
         if query.pixels.shape != images.pixels.shape[1:]:
             raise ValueError(
                 f"Query {query.id!r} has shape {query.pixels.shape}, the training images "
                 f"{images.pixels.shape[1:]}: resize it first."
             )
-        both = np.stack([query.pixels, query.pixels[:, ::-1]])  # mirroring the query mirrors every comparison
-        return (self._of(images) @ self.vectors(both).T).amax(dim=1).numpy()
+        both = np.stack([query.pixels, query.pixels[:, ::-1]])  # cos(query, mirror(z)) = cos(mirror(query), z)
+        return (self._unit_vectors(images) @ self.vectors(both).T).amax(dim=1).numpy()
 
 
 class ImageSimilarity(Attributor):
-    """Image feature similarity (CLIP, DINO, AbC): cosine of features, the larger of image and mirror image.
+    """Image feature similarity (CLIP, DINO, AbC): max over z and its mirror image of cos(f(ẑ), f(z)).
 
     Args:
-        encoder: Turns images into vectors.
-        query_encoder: Turns the query into its vector where that is another one (AbC learns one map for training
-            images and one for synthesized ones); its vectors must have the same width.
+        encoder: f, the feature extractor.
+        query_encoder: A different extractor for the query, of the same feature width; None is `encoder`. AbC learns
+            one head for training images and another for synthesized ones.
     """
 
     requires: frozenset[Need] = frozenset({"features"})
@@ -153,14 +153,14 @@ class ImageSimilarity(Attributor):
     def stages(
         self, data: TrainingData, *, queries: int, name: str, candidates: int | None = None
     ) -> list[ComputeStage]:
-        """The features of all images and mirror images; comparing them costs next to nothing."""
+        """Encoding of all images and mirror images; the cost of the comparison is negligible."""
         features = feature_stage(self.encoder, data, type(self.encoder).__name__, flips=2)
         return [features, *super().stages(data, queries=queries, name=name, candidates=candidates)]
 
     def fit(
         self, data: TrainingData, model: DiffusionModel | None, store: Store, runner: Runner, log: Log = no_log
     ) -> None:
-        """Computes the features of the images, their mirror images and the null, once per encoder."""
+        """Computes the features of training and held-out images and of their mirror images, cached by encoder."""
         log(f"features of {len(data.images):,} training images and their mirror images")
         empty = torch.zeros(0, 2, 1)
         held_out = data.held_out
@@ -168,7 +168,7 @@ class ImageSimilarity(Attributor):
         self._ready = data.images, self._features(data.images, store), null
 
     def _features(self, images: ImageSet, store: Store) -> Float[Tensor, "n 2 d"]:
-        """Unit vectors of the images and of their mirror images."""
+        """Unit feature vectors; the second axis is (image, mirror image)."""
         parts = images.parts
         if len(parts) > 1:
             return torch.cat([self._features(part, store) for part in parts])
@@ -181,7 +181,7 @@ class ImageSimilarity(Attributor):
         return F.normalize(torch.stack(both, dim=1).double(), dim=2)
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time."""
+        """Scores the training images (or candidates) and the held-out images, one query at a time."""
         if self._ready is None:
             raise ValueError("fit must run before score.")
         images, features, null = self._ready
@@ -198,11 +198,11 @@ class ImageSimilarity(Attributor):
             yield Scores(query, ids, scores, (null @ vector).amax(dim=1).numpy() if len(null) else np.empty(0))
 
 
-class CaptionSimilarity(_NoModel):
-    """Caption similarity (CLIP text, MiniLM): cosine of caption and prompt embeddings, the best of an image's captions.
+class CaptionSimilarity(_PairwiseBaseline):
+    """Caption similarity (CLIP text, MiniLM): max over an image's captions c of cos(f(prompt), f(c)).
 
     Args:
-        encoder: Turns captions into vectors.
+        encoder: f, the text encoder; None is MiniLM.
     """
 
     requires: frozenset[Need] = frozenset({"features", "prompt"})
@@ -217,19 +217,19 @@ class CaptionSimilarity(_NoModel):
 
     def prepare(self, images: ImageSet) -> None:
         """Encodes the captions."""
-        self._of(images)
+        self._unit_vectors(images)
 
-    def _of(self, images: ImageSet) -> Float[Tensor, "n k d"]:
-        """Unit vectors of the captions."""
+    def _unit_vectors(self, images: ImageSet) -> Float[Tensor, "n k d"]:
+        """Unit embeddings of the captions, K for each image."""
         parts = images.parts
         if len(parts) > 1:
-            return torch.cat([self._of(part) for part in parts])
+            return torch.cat([self._unit_vectors(part) for part in parts])
         if images.captions not in self._vectors:
             flat = self.encoder.encode_texts([caption for several in images.captions for caption in several])
             self._vectors[images.captions] = F.normalize(flat.double(), dim=1).unflatten(0, (len(images), -1))
         return self._vectors[images.captions]
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
-        """The cosine with each image's captions."""
+        """Cosine of the prompt with the nearest caption of each image."""
         prompt = F.normalize(self.encoder.encode_texts([query.prompt]).double(), dim=1)[0]
-        return (self._of(images) @ prompt).amax(dim=1).numpy()
+        return (self._unit_vectors(images) @ prompt).amax(dim=1).numpy()

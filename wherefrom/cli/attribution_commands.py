@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from wherefrom.cli.entry import COMMANDS
 from wherefrom.cli.run_file import Request, claim, completed
 from wherefrom.cli.run_flags import request_from
+from wherefrom.cli.run_inputs import inputs_of, report_options
 
 if TYPE_CHECKING:
     from wherefrom.attributors.base import Attributor
-    from wherefrom.commands.prepared_run import AttributionOptions, PreparedRun, QueryInput
-    from wherefrom.reports.query_section import ReportOptions
+    from wherefrom.commands.prepared_run import PreparedRun
     from wherefrom.runtime.distributed import Runner
 
 EXAMPLES = {
@@ -62,39 +62,6 @@ def _quiet() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
-    """The queries and options that a request names."""
-    from wherefrom.commands.prepared_run import AttributionOptions
-    from wherefrom.queries.sources import QueryRegion
-
-    queries: list[QueryInput] = [
-        (query["image"], query.get("prompt", "")) if query.get("image") else query["prompt"]
-        for query in request.queries
-    ]
-    return queries, AttributionOptions(
-        settings=request.settings or {},
-        quick=request.quick,
-        store=request.store,
-        device=request.device or None,
-        resize=request.resize,
-        regions=[QueryRegion(**region) for region in request.regions],
-        caption=request.caption,
-        seed=request.seed,
-        sampling_steps=request.sampling_steps,
-        guidance=request.guidance,
-        eta=request.eta,
-    )
-
-
-def report_options(request: Request) -> ReportOptions:
-    """What the pages show."""
-    from wherefrom.commands.packaged_methods import QUICK_NOTE
-    from wherefrom.reports.query_section import ReportOptions
-
-    notes = [QUICK_NOTE] if request.quick else []
-    return ReportOptions(request.top, list(request.groups) or None, request.title, notes)
 
 
 def _prepared(request: Request, runner: Runner) -> tuple[dict[str, Attributor], PreparedRun]:

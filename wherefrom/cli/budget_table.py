@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from wherefrom.cli.attribution_commands import inputs_of
 from wherefrom.cli.run_file import Request
+from wherefrom.cli.run_inputs import inputs_of
 from wherefrom.commands.budget import Sizes, as_table, drawing, encoding, method
 from wherefrom.commands.estimate import forward_rate, timed
 from wherefrom.commands.packaged_methods import load_packaged

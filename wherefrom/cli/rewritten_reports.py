@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from wherefrom.cli.attribution_commands import inputs_of, report_options
 from wherefrom.cli.run_file import RECORD, Request, read_request
+from wherefrom.cli.run_inputs import inputs_of, report_options
 from wherefrom.commands.attribute import kept_queries, kept_scores, rewrite_page
 from wherefrom.commands.compare import COST, REPORT
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder

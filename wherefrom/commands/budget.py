@@ -53,14 +53,14 @@ def blank_images(count: int, size: tuple[int, int], captions: int) -> ImageSet:
     return ImageSet(ids, ((_CAPTION,) * captions,) * count, pixels, {"license": ("",) * count}, "blank")
 
 
-def blank_latents(images: ImageSet, latent: Tensor, told: Conditioning) -> EncodedImages:
+def blank_latents(images: ImageSet, latent: Tensor, conditioning: Conditioning) -> EncodedImages:
     """Latents and conditioning of the right shapes, which take no memory."""
     count, captions = len(images), len(images.captions[0]) if len(images) else 1
     return EncodedImages.of_one_shape(
         images,
         latents=latent.new_zeros(()).expand(count, 2, *latent.shape),
-        conditioning=told.map(lambda each: each.new_zeros(()).expand(count, captions, *each.shape)),
-        empty=told,
+        conditioning=conditioning.map(lambda each: each.new_zeros(()).expand(count, captions, *each.shape)),
+        empty=conditioning,
         fingerprint="blank",
         mapped=True,
     )
@@ -82,7 +82,7 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
         raise ValueError("The model has no encoder, so images cannot be brought to it.")
     encoder.text.sized(sizes.size)
     made: list[Tensor] = []
-    told: list[Conditioning] = []
+    encoded: list[Conditioning] = []
     pixels = torch.zeros(1, 3, *sizes.size)
 
     def encode_one_image() -> int:
@@ -90,12 +90,12 @@ def encoding(model: DiffusionModel, sizes: Sizes, decode_s: float) -> tuple[list
         return 1
 
     def encode_caption() -> int:
-        told.append(encoder.text.encode([_CAPTION]).at(0))
+        encoded.append(encoder.text.encode([_CAPTION]).at(0))
         return 1
 
     encode_one_image(), encode_caption()  # the first also sets things up
     image_s, caption_s = timed(encode_one_image), timed(encode_caption)
-    latent, one = made[-1], told[-1]
+    latent, one = made[-1], encoded[-1]
     count, width = sizes.training + sizes.held_out, 2 if sizes.half else 4
     stages = [
         Stage(

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 FORMS: Mapping[str, str] = {"diagonal": "DiagonalFisher", "ekfac": "EKFAC", "identity": "Identity"}
 SETTINGS = ("fisher", "damping", "layers_per_pass", "fisher_path", "curvature_from")
-_FLAG = re.compile(rf"(--(?:attributor|teacher|nearest|model)\.(?:init_args\.)?)({'|'.join(SETTINGS)})(?=\.|$)")
-_CURVATURE_FLAG = re.compile(r"--(?:attributor|teacher|nearest|model)\.(?:init_args\.)?curvature")
+# A flag of a method, or of a method that one is given: --attributor.init_args.method.init_args.
+_METHOD = r"--(?:attributor|teacher|nearest|model)\.(?:init_args\.)?(?:(?:method|nearest)\.(?:init_args\.)?)*"
+_FLAG = re.compile(rf"({_METHOD})({'|'.join(SETTINGS)})(?=\.|$)")
+_CURVATURE_FLAG = re.compile(rf"{_METHOD}curvature")
 # Classes with a curvature, and the form that each takes by default.
 DEFAULTS: Mapping[str, str] = {
     "AttributionByUnlearning": "diagonal",

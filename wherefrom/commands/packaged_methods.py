@@ -46,7 +46,7 @@ def find_method(name: str) -> Path:
         name: A packaged method's name, or a path that ends with `.yaml` or `.yml`.
 
     Raises:
-        ValueError: There is no such method; the closest name is told.
+        ValueError: There is no such method; the closest name is suggested.
     """
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():

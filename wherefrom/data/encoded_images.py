@@ -47,7 +47,7 @@ class LatentGroup:
 
     Attributes:
         latents: Scaled latents of each image and of its mirror image, shape (M, 2, C, H, W).
-        conditioning: What the model is told of each caption, with leading axes (M, K).
+        conditioning: Conditioning of each caption, with leading axes (M, K).
     """
 
     latents: Float[Tensor, "m 2 c h w"] | RowView | JoinedRows
@@ -74,7 +74,7 @@ class EncodedImages:
     Attributes:
         images: The images that were encoded, in the same order.
         groups: The encoded images by shape.
-        empty: What the model is told of the empty prompt.
+        empty: Conditioning of the empty prompt.
         fingerprint: Hash of everything that decides the values.
         mapped: Whether latents and conditioning are read from disk where they are used.
         members: Positions in `images` of each group's rows; None where there is one group in the images' order.
@@ -172,7 +172,7 @@ class EncodedImages:
     def conditioning_at(
         self, positions: Int64[Tensor, " b"], caption: Int64[Tensor, " b"] | int | slice
     ) -> Conditioning:
-        """What the model is told of one caption of each of these images, or of some; leading axes (B,) or (B, K)."""
+        """Conditioning of one caption of each of these images, or of some; leading axes (B,) or (B, K)."""
         if self.members is None:
             return self.groups[0].conditioning.at(positions, caption)
         group, row = (each[positions] for each in self._places)
@@ -259,9 +259,9 @@ def joined(first: EncodedImages, second: EncodedImages) -> EncodedImages:
     one, other = first._only_group(), second._only_group()
     if one.shape != other.shape:
         raise ValueError(f"Latents of shape {(2, *one.shape)} and {(2, *other.shape)} cannot be one set.")
-    told = [{name: tuple(each.shape[1:]) for name, each in group.conditioning.items()} for group in (one, other)]
-    if told[0] != told[1]:
-        raise ValueError(f"Conditioning of shapes {told[0]} and {told[1]} cannot be one set.")
+    shapes = [{name: tuple(each.shape[1:]) for name, each in group.conditioning.items()} for group in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"Conditioning of shapes {shapes[0]} and {shapes[1]} cannot be one set.")
     return EncodedImages.of_one_shape(
         joined_image_sets(first.images, second.images),
         latents=join_rows(one.latents, other.latents),
@@ -390,9 +390,9 @@ class LatentVisits(Dataset[LatentBatch]):
         captions = self.data.captions_per_image
         caption = (keyed_random.uniform(keyed_random.combine(CAPTION, keys))[:, 0] * captions).long()
         dropped = keyed_random.uniform(keyed_random.combine(DROP, keys))[:, 0] < self.caption_dropout
-        told = self.data.conditioning_at(index, caption).float().dropped(dropped, self.data.empty)
+        conditioning = self.data.conditioning_at(index, caption).float().dropped(dropped, self.data.empty)
         times = visit_times(self.seed, self.id_keys[index], visit)
-        return LatentBatch(keys, times, _whole(self.data.latents_at(index, flip)), told)
+        return LatentBatch(keys, times, _whole(self.data.latents_at(index, flip)), conditioning)
 
 
 def _whole(values: Tensor) -> Tensor:

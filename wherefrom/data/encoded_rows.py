@@ -92,11 +92,11 @@ class EncodedRows:
         return result
 
     def conditioning(self) -> Conditioning:
-        """What the model is told of the captions, with leading axes (N, K); mapped from disk."""
+        """Conditioning of the captions, with leading axes (N, K); mapped from disk."""
         return Conditioning(self.text_rows.rows(self.caption_keys.reshape(len(self.images), -1)))
 
     def empty(self) -> Conditioning:
-        """What the model is told of the empty prompt."""
+        """Conditioning of the empty prompt."""
         return Conditioning(self.text_rows.rows(_EMPTY)).at(0)
 
     def _latents_of(self, positions: list[int]) -> dict[str, Tensor]:
@@ -106,12 +106,12 @@ class EncodedRows:
         return {_LATENTS: self._stored(torch.stack(both, dim=1), what)}
 
     def _captions_of(self, positions: list[int]) -> dict[str, Tensor]:
-        return self._told([self.captions[position] for position in positions])
+        return self._conditioning([self.captions[position] for position in positions])
 
     def _empty(self, _: list[int]) -> dict[str, Tensor]:
-        return self._told([""])
+        return self._conditioning([""])
 
-    def _told(self, captions: list[str]) -> dict[str, Tensor]:
+    def _conditioning(self, captions: list[str]) -> dict[str, Tensor]:
         return {
             name: self._stored(each, f"{name} of captions from {captions[0]!r} on") if name in EMBEDDINGS else each
             for name, each in self.encoder.text.encode(captions).items()
@@ -121,7 +121,7 @@ class EncodedRows:
         return {name: each[0] for name, each in self._latents_of([0]).items()}
 
     def _one_caption(self) -> dict[str, Tensor]:
-        return {name: each[0] for name, each in self._told([""]).items()}
+        return {name: each[0] for name, each in self._conditioning([""]).items()}
 
     def _stored(self, values: Tensor, what: str) -> Tensor:
         """Values as they are kept.

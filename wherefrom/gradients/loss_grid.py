@@ -107,6 +107,9 @@ class LossSamples:
 class LossPass:
     """Losses of every image, flip, caption, timestep and noise sample (a `TrainingPass`).
 
+    `losses` has the shape (N, F, K, T, R), NaN where not yet measured. An *item* of the grid is one combination of
+    (flip, caption, timestep, noise sample), numbered as in the flattened (F, K, T, R).
+
     Args:
         model: The model, with whatever weights it has now.
         data: The images.
@@ -149,14 +152,14 @@ class LossPass:
                 yield members[flat // items], flat % items
 
     def captions_measured(self) -> int:
-        """With how many captions of an image its loss is measured."""
+        """Number of captions with which an image's loss is measured."""
         return self.data.captions_per_image
 
     def check_finite(self, what: str, positions: range, values: Float[Tensor, "b ..."], suspects: str) -> None:
-        """Refuses what is not finite.
+        """Raises for values that are not finite.
 
         Raises:
-            ValueError: Names the first image that has a number that is not.
+            ValueError: A value is not finite; the message names the first such image.
         """
         if not torch.isfinite(values).all():
             worst = positions.start + int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0])

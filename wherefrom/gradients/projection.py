@@ -23,13 +23,15 @@ _ONE, _SIGN = 0x3F800000, -(2**31)  # 1.0 and -0.0 in the bits of a float32
 
 @dataclass(frozen=True)
 class Projection:
-    """P with uncorrelated entries of mean 0 and variance 1 / dimension, so that inner products are kept on average.
+    """Random projection g ↦ Pᵀg; P has uncorrelated entries of mean 0 and variance 1 / dimension.
+
+    Inner products are therefore preserved in expectation: E[(Pᵀg)ᵀ(Pᵀh)] = gᵀh.
 
     Rows are keyed by (seed, parameter name, position in the parameter): the projection of a gradient is the sum of the
     projections of its parts, on any device, whatever other parameters there are.
 
     Attributes:
-        dimension: Numbers that are left.
+        dimension: Dimension of a projected gradient.
         seed: Seed of the matrix.
         kind: Signs (`rademacher`), or normal numbers (`gaussian`), which take longer to make; or one sign a row and
             zeros (`sparse`: the count sketch, Charikar, Chen and Farach-Colton 2002), some thirty times as fast. An

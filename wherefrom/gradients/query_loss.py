@@ -24,7 +24,7 @@ class QueryLatent:
     Attributes:
         id: Its id.
         latent: The scaled latent (C, H, W).
-        conditioning: What the model is told of its prompt.
+        conditioning: Conditioning of its prompt.
         weights: Share of each latent cell that is inside the region asked for; None is the whole image.
     """
 

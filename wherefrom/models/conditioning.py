@@ -1,4 +1,4 @@
-"""What a network is told of a caption: a mapping of named tensors, which each model family declares.
+"""Conditioning of a caption: a mapping of named tensors, which each model family declares.
 
 Names are diffusers': `prompt_embeds` (one embedding a token), `pooled_prompt_embeds`, `prompt_attention_mask`,
 `time_ids` (SDXL's sizes), `resolution` and `aspect_ratio` (PixArt's). All tensors share their leading axes (none for a
@@ -35,7 +35,7 @@ class Conditioning(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         if not tensors:
-            raise ValueError("Conditioning holds no tensors; a network is told at least its prompt embeddings.")
+            raise ValueError("Conditioning holds no tensors; a network takes at least its prompt embeddings.")
         self._tensors: dict[str, Any] = dict(tensors)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -113,7 +113,7 @@ def concatenated(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def prompt_embeddings(embeddings: Float[Tensor, "... l d"]) -> Conditioning:
-    """The conditioning of a network that is told prompt embeddings alone, as Stable Diffusion 1 and 2 are."""
+    """The conditioning of a network that takes prompt embeddings alone, as Stable Diffusion 1 and 2 do."""
     return Conditioning({PROMPT: embeddings})
 
 
@@ -130,7 +130,7 @@ def check_declared(conditioning: Mapping[str, Any], declared: Mapping[str, Shape
     """
     if set(conditioning) != set(declared):
         raise ValueError(
-            f"{network} is told {', '.join(declared)} of a caption, but the conditioning holds "
+            f"{network} takes {', '.join(declared)} of a caption, but the conditioning holds "
             f"{', '.join(conditioning)}: it was made for another kind of model. Encode the captions with the model's "
             "own text encoder."
         )

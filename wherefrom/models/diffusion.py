@@ -73,7 +73,7 @@ class DiffusionModel:
         return self
 
     def run(self, noisy: Float[Tensor, "b c h w"], times: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output for x_t, told what the scheduler tells it of t."""
+        """The network's output for x_t, given the time input of the noise schedule."""
         network: Any = self.denoiser if self.compiled is None or torch.is_grad_enabled() else self.compiled
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.bf16 and torch.is_grad_enabled()):
             output = self.family(network, noisy, times, conditioning)

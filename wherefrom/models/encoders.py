@@ -65,13 +65,13 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> Conditioning:
-        """What the network is told of each caption, on the CPU."""
+        """Conditioning of each caption, on the CPU."""
         texts = [self.prepared(caption) for caption in captions]
         starts = range(0, len(texts), batch_size)
         return concatenated([self.embed(texts[start : start + batch_size]).cpu() for start in starts])
 
     def embed(self, captions: Sequence[str]) -> Conditioning:
-        """What the network is told of a few captions, where the model is; gradients reach what of it asks for them."""
+        """Conditioning of a few captions, on the model's device; gradients reach its trainable parts."""
         tokens = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
@@ -82,7 +82,7 @@ class CaptionEncoder:
         return longer_than(self.tokenizer, captions, self.length)
 
     def sized(self, size: tuple[int, int]) -> None:
-        """Nothing: the model is not told the images' (height, width)."""
+        """Does nothing: the model is not conditioned on the images' (height, width)."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the embeddings: weights, tokenizer and length."""

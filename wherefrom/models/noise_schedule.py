@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
     Attributes:
         timestep: The nearest timestep of the forward process.
-        time: What the network is told of it.
+        time: Time input of the network.
     """
 
     timestep: int
@@ -89,7 +89,7 @@ class NoiseSchedule:
         )
 
     def times(self, timesteps: Int64[Tensor, " b"]) -> Tensor:
-        """What the network is told of these timesteps."""
+        """Time input of the network at these timesteps."""
         return timesteps
 
     def noisy(

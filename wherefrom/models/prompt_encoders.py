@@ -24,7 +24,7 @@ class PromptEncoder(CaptionEncoder):
         models: The text encoders.
         tokenizers: The tokenizer of each.
         lengths: Tokens per caption of each; shorter captions are padded, longer ones are cut.
-        size: (height, width) in pixels of the images, where the model is told it.
+        size: (height, width) in pixels of the images, where the model is conditioned on it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PromptEncoder(CaptionEncoder):
         return sorted({each for tokenizer, length in pairs for each in longer_than(tokenizer, texts, length)})
 
     def sized(self, size: tuple[int, int]) -> None:
-        """Says how large the images are, where the model is told it."""
+        """Sets the images' size, where the model is conditioned on it."""
         if self.size is not None:
             self.size = size
 

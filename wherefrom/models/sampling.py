@@ -52,8 +52,8 @@ def sample(
 
     Args:
         model: The model to draw from.
-        conditioning: What the network is told of the prompts.
-        empty: What it is told of the empty prompt.
+        conditioning: Conditioning of the prompts.
+        empty: Conditioning of the empty prompt.
         keys: One key for each image.
         shape: (C, H, W) of a latent.
         steps: Sampling steps.

@@ -227,8 +227,8 @@ class _Seen:
         by_place: dict[str, list[str]] = {}
         for place, old, new in dict.fromkeys(self.changes):
             by_place.setdefault(place, []).append(f"{old} → {new}")
-        told = "; ".join(f"{place}: {', '.join(each)}" for place, each in by_place.items())
-        return f"warning: old names, which the next release refuses: {told}"
+        listed = "; ".join(f"{place}: {', '.join(each)}" for place, each in by_place.items())
+        return f"warning: old names, which the next release refuses: {listed}"
 
 
 _SEEN: ContextVar[_Seen | None] = ContextVar("old names of this run", default=None)

@@ -1,7 +1,7 @@
 """Salts of keyed noise: one number for each use, so that two uses with the same other parts draw independent noise.
 
 A key is `keyed_random.combine(salt, seed, …)`. The values are part of every number that was ever computed: a value that
-is changed changes scores, pictures and trainings. So values stay for ever, and a new use takes a value that no other
+is changed changes scores, images and trainings. So values stay for ever, and a new use takes a value that no other
 has (`tests/runtime/test_salts.py`).
 
 Two values were given twice before they stood in one place. Each second name is an alias of the first in Python's enum

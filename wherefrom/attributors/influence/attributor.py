@@ -1,4 +1,4 @@
-"""Influence functions: the training losses' first-order change as the query is unlearned infinitesimally."""
+"""Influence functions: the first-order change of the training losses when the query is unlearned."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ from wherefrom.runtime.distributed import Runner
 class InfluenceFunction(PreconditionedAttributor):
     """Influence functions (Koh and Liang 2017) for diffusion models: ∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N.
 
-    It is the limit of attribution by unlearning for an infinitesimal step (AbU, appendix A.3).
+    ẑ is the query, z a training image, L the mean diffusion loss over timesteps and noise, F the curvature (EK-FAC by
+    default) and N the number of training images. It is the limit for α → 0 of τ / α, the score of attribution by
+    unlearning with step size α (AbU, appendix A.3).
 
-    One pass over the training set serves a whole block of queries.
+    Nothing is stored of the training gradients: each block of `queries_per_pass` queries costs one pass over the
+    training set, in which ∇l(z)ᵀ v is computed for the directions v = F⁻¹ ∇L(ẑ) / N. `InfluenceBank` stores them.
 
     Args:
-        weights: Which weights' gradients count.
-        noise_samples: (t, ε) samples that the query's gradient is the mean of.
-        grid: Where training losses are differentiated.
+        weights: Parameters that are differentiated.
+        noise_samples: Number of (t, ε) samples over which the query's gradient is averaged.
+        grid: Timesteps and noise samples at which training losses are differentiated.
         flip: How the scores of an image and of its mirror image are combined.
         curvature: Estimator of F: `EKFAC`, `DiagonalFisher`, or `Identity` (plain gradient similarity).
         queries_per_pass: Queries served by one pass over the training set; more take more memory.
@@ -45,7 +48,8 @@ class InfluenceFunction(PreconditionedAttributor):
         seed: Seed of the query's noise samples.
         breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
+            timestep's derivatives by their spread (median absolute deviation) over 256 training images, so that no
+            timestep dominates the others.
 
     Raises:
         ValueError: The timesteps' weights are unknown, a number is not positive, or there are more timestep bands than
@@ -88,7 +92,7 @@ class InfluenceFunction(PreconditionedAttributor):
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
         """Three forward passes for each sample of the curvature, of the queries' gradients and of the training grid."""
         assert data.latents is not None
-        losses = self.losses_of(data)
+        losses = self.grid_passes(data)
         passes = -(-queries // self.queries_per_pass)
         latents = data.latents.held_bytes
         block = min(queries, self.queries_per_pass)
@@ -126,27 +130,29 @@ class InfluenceFunction(PreconditionedAttributor):
             gradient_s = time.monotonic() - started
             change = self._derivatives(part, directions)
             null = self._derivatives(held_out, directions) if held_out is not None else None
-            reference = self.reference(change, chosen, partial(self._reference, directions=directions))
+            reference = self.reference_changes(
+                change, chosen, partial(self._reference_derivatives, directions=directions)
+            )
             pass_s = time.monotonic() - started - gradient_s
             for index, query in enumerate(block):
-                mine = change[..., index]
-                weights = self.weigh(reference[..., index])
-                mine = mine * weights
+                query_change = change[..., index]
+                weights = self.timestep_factors(reference[..., index])
+                query_change = query_change * weights
                 yield Scores(
                     query,
                     part.ids,
-                    reduce_losses(mine, self.flip).numpy(),
+                    reduce_losses(query_change, self.flip).numpy(),
                     np.zeros(0) if null is None else reduce_losses(null[..., index] * weights, self.flip).numpy(),
                     {
-                        "split_half_reliability": self.reliability(mine),
+                        "split_half_reliability": self.reliability(query_change),
                         "gradient_s": gradient_s / len(block),
                         "pass_s": pass_s / len(block),
                     },
-                    self.parts(mine),
+                    self.parts(query_change),
                 )
 
-    def _reference(self, positions: list[int], directions: dict[str, Tensor]) -> Tensor:
-        """The derivatives of the training images at these positions."""
+    def _reference_derivatives(self, positions: list[int], directions: dict[str, Tensor]) -> Tensor:
+        """Directional derivatives of the training images at these positions."""
         return self._derivatives(self.ready()[1].subset(positions), directions)
 
     def _derivatives(self, data: EncodedImages, directions: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Influence functions from a bank of training gradients; see `wherefrom.attributors.influence.gradient_bank`."""
+"""Influence functions from stored training gradients; see `wherefrom.attributors.influence.gradient_bank`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wherefrom.attributors.compute_estimate import ComputeEstimate
-from wherefrom.attributors.influence.gradient_bank import Bank, BankMaker, Compression
+from wherefrom.attributors.influence.gradient_bank import Bank, BankBuilder, Compression
 from wherefrom.attributors.influence.token_factors import TokenBank
 from wherefrom.attributors.preconditioned import PreconditionedAttributor
 from wherefrom.curvature import EKFAC, Curvature
@@ -29,30 +29,30 @@ from wherefrom.runtime.distributed import Runner
 
 
 class InfluenceBank(PreconditionedAttributor):
-    """Influence functions from a bank of training gradients: ∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N.
+    """Influence functions (Koh and Liang 2017) from stored training gradients: ∇L(ẑ)ᵀ F⁻¹ ∇L(z) / N.
 
-    The whitened gradients F^(-1/2) ∇L(z) of all training images are computed once, compressed and stored; a query costs
-    its own gradient and one matrix product. The scores are those of `InfluenceFunction` but for the compression's loss,
-    and for timestep weights, which cannot depend on the query.
+    The gradients ∇L(z) of all training images are computed once and stored, either exactly as token factors or whitened
+    (F^(-1/2) ∇L(z)) and compressed; a query then costs its own gradient and one matrix product. The scores equal those
+    of `InfluenceFunction` up to the compression error and the timestep weights, which here cannot depend on the query.
 
-    The first-order score misjudges the images that are nearest to a query, whose losses are most curved: it often puts
-    the query's own image last. Either let a slower method score the first and last images again (`Rerank` with
-    `tails: both`), or correct the score: a step δ changes an image's loss by gᵀδ + ½ δᵀHδ, and where the model has
-    learned an image its Hessian is about its own Fisher information, which makes the second term grow as (gᵀδ)². Large
-    scores of either sign then come first.
+    The first-order score is least accurate for the images nearest to the query, where the loss has the largest
+    curvature: it often ranks the query's own image last. There are two remedies: rescore both ends of the ranking by a
+    slower method (`Rerank` with `tails: both`), or add a second-order term. A step δ changes an image's loss by
+    gᵀδ + ½ δᵀHδ; where the model has fitted the image, H is close to that image's Fisher information, so the second
+    term grows as (gᵀδ)². Large first-order scores of either sign then rank first.
 
     Args:
-        weights: Which weights' gradients count.
-        noise_samples: (t, ε) samples that the query's gradient is the mean of.
-        grid: Where training losses are differentiated.
-        compression: How the rows of the bank are compressed.
+        weights: Parameters that are differentiated.
+        noise_samples: Number of (t, ε) samples over which the query's gradient is averaged.
+        grid: Timesteps and noise samples at which training losses are differentiated.
+        compression: How the stored gradients are compressed.
         flip: How the scores of an image and of its mirror image are combined.
         curvature: Estimator of F: `EKFAC`, `DiagonalFisher`, or `Identity` (plain gradient similarity).
-        half: Keep the rows in half precision.
+        half: Store the rows in float16.
         batch_size: Samples at a time; does not change the result.
         seed: Seed of the query's noise samples.
         second_order: c in the corrected score s + c · s² / σ, where σ is the standard deviation of the query's scores
-            over the training set; 0 is the first order. How large c should be is not known beforehand: tune it.
+            over the training set; 0 keeps the first-order score. There is no default for c: tune it.
         timestep_weights: `equal` takes the plain mean over timesteps; `spread` divides each timestep's gradients by
             their root mean square length after whitening, over 256 training images.
 
@@ -105,11 +105,13 @@ class InfluenceBank(PreconditionedAttributor):
         }
 
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
-        """Three forward passes for each sample of the curvature and of the training grid, once; then the gradients."""
+        """Three forward passes for each sample of curvature and training grid, once; then those of query gradients."""
         assert data.latents is not None
-        samples = self.losses_of(data)
+        samples = self.grid_passes(data)
         rows = samples // (data.latents.captions_per_image * self.grid.timesteps * self.grid.noise_samples)
-        width = self.compression.dimension or 0  # of other compressions the model decides it, and `fit` logs it
+        width = (
+            self.compression.dimension or 0
+        )  # factors and uncut eigenbases: known only with the model; `fit` logs it
         once = self.curvature_passes(data) + 3 * samples
         return ComputeEstimate(
             once, 3 * self.noise_samples, rows * width * (2 if self.half else 4), data.latents.held_bytes
@@ -127,7 +129,7 @@ class InfluenceBank(PreconditionedAttributor):
             **{key: settings[key] for key in ("damping", "fisher", "fisher_path")},
             "of": latents.fingerprint,
         }
-        maker = BankMaker(
+        builder = BankBuilder(
             model,
             training=latents,
             grid=self.grid,
@@ -142,13 +144,16 @@ class InfluenceBank(PreconditionedAttributor):
             batch_size=self.batch_size,
             progress=self.progress,
         )
-        log(f"bank of the gradients of {len(latents):,} training images: {maker.size(latents) / 2**20:.2f} MiB")
+        log(f"bank of the gradients of {len(latents):,} training images: {builder.size(latents) / 2**20:.2f} MiB")
         held_out = data.held_out_latents
-        self._banks = maker.make(latents), maker.make(held_out) if held_out is not None and len(held_out) else None
+        self._banks = (
+            builder.build(latents),
+            builder.build(held_out) if held_out is not None and len(held_out) else None,
+        )
         self.fit_s = {**self.fit_s, "bank": time.monotonic() - started}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """One query at a time: its gradient, and an inner product with every image."""
+        """One query at a time: its gradient, then inner products with the stored rows."""
         model, data, _, _, runner = self.ready()
         assert self._banks is not None
         bank, null = self._banks
@@ -173,9 +178,9 @@ class InfluenceBank(PreconditionedAttributor):
             )
 
     def _corrected(self, first_order: Float[Tensor, "n f"], spread: float) -> Float[NDArray[np.float64], " n"]:
-        """A score for each image, of the first-order scores of it and of its mirror image."""
+        """Corrected scores s + c · s² / σ of image and mirror image, reduced to the maximum or mean of the two."""
         by_flip = first_order
-        if self.second_order and spread > 0:  # all alike have nothing to correct
+        if self.second_order and spread > 0:  # σ = 0: all scores are equal, and the term is undefined
             by_flip = first_order + self.second_order * first_order.square() / spread
         scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).numpy()
         return scores

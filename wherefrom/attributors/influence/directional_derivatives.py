@@ -1,6 +1,7 @@
-"""Directional derivatives of training losses in weight space, from which influence functions are computed.
+"""Directional derivatives ∇l(z)ᵀ v of training losses in weight space; v = F⁻¹ ∇L(ẑ) / N gives influence functions.
 
-One pass over the training set serves many directions: the gradient of each sample's loss is taken once, layer by layer.
+One pass over the training set serves many directions: the per-sample gradient of each layer is computed once,
+multiplied with all directions and discarded.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from wherefrom.runtime.tensor_hash import hash_tensors
 
 class DerivativePass(LossPass):
     """∇l(z)ᵀ v of every image, flip, caption, timestep, noise sample and direction v (a `TrainingPass`).
+
+    The result is `losses`, of shape (N, F, K, T, R, Q); NaN where not yet computed.
 
     Args:
         model: The model.
@@ -71,7 +74,7 @@ def measure_derivatives(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Float[Tensor, "n f k t r q"]:
-    """∇l(z)ᵀ v of all images, cached in the store.
+    """∇l(z)ᵀ v of all images and directions, cached in the store.
 
     Args:
         model: The model.

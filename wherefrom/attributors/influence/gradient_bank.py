@@ -1,8 +1,9 @@
-"""Bank of whitened training gradients: the training side of influence functions, computed once for all queries.
+"""Bank (store) of training gradients: the training side of influence functions, computed once for all queries.
 
-Influence is ∇L(ẑ)ᵀ F⁻¹ ∇L(z), so with both sides multiplied by F^(-1/2) it is an inner product. The bank stores each
-training image's whitened gradient, averaged over timesteps and noise samples and compressed; a query then costs its own
-gradient and one matrix product.
+Influence is ∇L(ẑ)ᵀ F⁻¹ ∇L(z), so with both sides multiplied by F^(-1/2) it is an inner product. A `Bank`
+stores each training image's whitened gradient, averaged over captions, timesteps and noise samples and compressed; a
+query then costs its own gradient and one matrix product. With `keep: factors`, a `TokenBank` stores exact factors of
+the gradients instead, not whitened, and F⁻¹ is applied to the query's gradient.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ from wherefrom.runtime.row_cache import Rows, make_rows
 from wherefrom.runtime.stable_names import settings_identity
 
 Keep = Literal["factors", "eigenbasis", "rademacher", "sparse"]
-_SAMPLE = 256  # training images that decide coordinates and timesteps' weights
-_ROWS_AT_A_TIME = 4096  # of a bank: all of them may be larger than memory
-_COORDINATES = "coordinates/"  # before a parameter's name in a pass's state
+_REFERENCE_IMAGES = 256  # training images that coordinates and timestep weights are chosen from
+_ROWS_AT_A_TIME = 4096  # rows of a bank in memory at a time: the whole bank may not fit
+_COORDINATES = "coordinates/"  # prefix of a parameter's name in the state dict of a pass
 
 
 @dataclass(frozen=True)
 class Compression:
-    """How a whitened gradient becomes a row of the bank.
+    """How a training gradient is compressed to a row of the bank.
 
     Attributes:
-        keep: `factors` keeps the gradients of layers that see captions only (cross-attention keys and values) exactly,
-            as what is multiplied with the caption states: tokens × outputs numbers in place of inputs × outputs, see
-            `wherefrom.attributors.influence.token_factors`. The others are for any weights, and lose: `eigenbasis`
-            keeps the coordinates that are largest over a sample of training images, the same for all rows (whitening
-            makes them nearly alike, so a few of them say little); `rademacher` and `sparse` are random projections, see
-            `Projection`.
-        dimension: Numbers of a row, but for factors; None keeps all coordinates of the eigenbasis.
-        seed: Seed of a projection.
+        keep: `factors` is exact, for linear layers whose inputs are the prompt embeddings (cross-attention keys and
+            values): it stores the output gradient at each token (tokens × outputs numbers) instead of the weight
+            gradient (outputs × inputs), see `wherefrom.attributors.influence.token_factors`. The others are lossy and
+            work for any weights: `eigenbasis` keeps the `dimension` coordinates of the whitened gradient with the
+            largest mean square over a sample of training images (whitening makes these nearly equal, so that few
+            coordinates hold little of the score); `rademacher` and `sparse` are random projections, see `Projection`.
+        dimension: Numbers in a row; not for factors. None keeps all coordinates of the eigenbasis.
+        seed: Seed of the random projection.
 
     Raises:
         ValueError: The dimension is not positive, missing for a projection or given for factors; or the kind is
@@ -86,14 +87,15 @@ class Compression:
 
 
 class SquaredPass(LossPass):
-    """Squared whitened gradients of single samples: their sum over coordinates, and each coordinate's sum over samples.
+    """Squares of per-sample whitened gradients g̃ = F^(-1/2) ∇l, summed in two ways (a `TrainingPass`).
 
-    A `TrainingPass`.
+    `losses` holds |g̃|² of every sample, of shape (N, F, K, T, R); `coordinates` holds Σ_samples g̃² of every
+    coordinate, by parameter name.
 
     Args:
         model: The model.
         data: The images.
-        grid: Where losses are differentiated; without mirror images.
+        grid: Timesteps and noise samples; without mirror images.
         batch_size: Samples at a time.
         names: Parameters.
         curvature: F, fitted.
@@ -120,8 +122,8 @@ class SquaredPass(LossPass):
         for name, white in self.curvature.whiten(rows).items():
             squares = white.square()
             total += squares.sum(dim=1).cpu()
-            mine = squares.sum(dim=0).double().cpu()
-            self.coordinates[name] = self.coordinates[name] + mine if name in self.coordinates else mine
+            sums = squares.sum(dim=0).double().cpu()
+            self.coordinates[name] = self.coordinates[name] + sums if name in self.coordinates else sums
         return total
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
@@ -139,11 +141,11 @@ class SquaredPass(LossPass):
 
 @dataclass(frozen=True)
 class Bank:
-    """The rows of all training images, and how a query's gradient is brought to them.
+    """Whitened, compressed gradients of images, and the same map for a query's gradient.
 
     Attributes:
         rows: Whitened, compressed gradients, shape (N, F, D).
-        compress: Turns gradients into rows.
+        compress: Whitens and compresses gradients, (B, n) by parameter name, to rows (B, D).
     """
 
     rows: Rows
@@ -162,20 +164,20 @@ class Bank:
         return torch.cat([block.to(dtype) @ row.to(dtype) for block in blocks]).double()
 
 
-class BankMaker:
-    """Computes banks of images: of the training set, and of held-out images.
+class BankBuilder:
+    """Builds banks: of the training set, and of held-out images.
 
     Args:
         model: The model.
-        training: Its training set, a sample of which decides coordinates and timesteps' weights.
-        grid: Where losses are differentiated.
+        training: Its training set, a sample of which decides coordinates and timestep weights.
+        grid: Timesteps and noise samples at which losses are differentiated.
         names: Parameters.
         curvature: F, fitted.
         curvature_identity: The settings that decide F.
         compression: How rows are compressed.
         spread: Divide each timestep's gradients by their root mean square length after whitening, so that no timestep
             dominates the others; else the plain mean.
-        half: Store rows in half precision.
+        half: Store rows in float16.
         store: Cache of finished banks.
         runner: Rank and world size of this process.
         batch_size: Samples at a time; does not change the result.
@@ -217,11 +219,11 @@ class BankMaker:
             "of": training.fingerprint,
         }
         chosen = compression.keep == "eigenbasis"
-        squares = self._squares(training) if spread or chosen else None
-        self.timestep_weights = None if squares is None or not spread else _weights_of(squares)
+        squares = self._squared_gradients(training) if spread or chosen else None
+        self.timestep_weights = None if squares is None or not spread else _timestep_weights(squares)
         self.compress: Compress | None = None
         if squares is not None and chosen:
-            self.compress = self._cut(largest(squares.coordinates, compression.dimension))
+            self.compress = self._select_coordinates(largest(squares.coordinates, compression.dimension))
         elif compression.keep != "factors":
             self.compress = self._project(compression.projection())
         self.identity = {
@@ -232,8 +234,8 @@ class BankMaker:
             "losses": settings_identity(grid),
         }
 
-    def _squares(self, training: EncodedImages) -> SquaredPass:
-        sample = training.subset(training.sample(_SAMPLE))
+    def _squared_gradients(self, training: EncodedImages) -> SquaredPass:
+        sample = training.subset(training.sample(_REFERENCE_IMAGES))
         grid = LossGrid(self.grid.timesteps, 1, self.grid.seed, False, self.grid.offset)
         return run_pass(
             lambda: SquaredPass(
@@ -258,13 +260,13 @@ class BankMaker:
 
         return project
 
-    def _cut(self, kept: Mapping[str, Int64[Tensor, " k"]]) -> Compress:
-        def cut(gradients: Mapping[str, Tensor]) -> Tensor:
+    def _select_coordinates(self, kept: Mapping[str, Int64[Tensor, " k"]]) -> Compress:
+        def select(gradients: Mapping[str, Tensor]) -> Tensor:
             white = self.curvature.whiten(gradients)
             parts = [white[name][:, where.to(white[name].device)] for name, where in kept.items()]
             return torch.cat(parts, dim=1).to(self._dtype)
 
-        return cut
+        return select
 
     def size(self, data: EncodedImages) -> int:
         """Bytes of the bank of these images."""
@@ -280,7 +282,7 @@ class BankMaker:
     def _dtype(self) -> torch.dtype:
         return torch.float16 if self.half else torch.promote_types(self.model.dtype, torch.float32)
 
-    def make(self, data: EncodedImages) -> Bank | TokenBank:
+    def build(self, data: EncodedImages) -> Bank | TokenBank:
         """The bank of these images, from the store if it is there."""
         losses = LossPass(self.model, data, self.grid, self.batch_size)
         weights = self.timestep_weights
@@ -303,8 +305,8 @@ class BankMaker:
         )
 
 
-def _weights_of(squares: SquaredPass) -> Float[Tensor, " t"] | None:
-    """Weights of mean 1, of each timestep by its gradients' root mean square length; None where one has no length."""
+def _timestep_weights(squares: SquaredPass) -> Float[Tensor, " t"] | None:
+    """Timestep weights ∝ 1 / RMS norm of the whitened gradients, of mean 1; None where a norm is zero."""
     # The losses' dimensions are images, flips, captions, timesteps and noise samples.
     lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
     if not bool((lengths > 0).all()):
@@ -314,11 +316,11 @@ def _weights_of(squares: SquaredPass) -> Float[Tensor, " t"] | None:
 
 
 def largest(coordinates: Mapping[str, Float[Tensor, " m"]], count: int | None) -> dict[str, Int64[Tensor, " k"]]:
-    """Positions of the largest numbers over all tensors, by tensor; ties by name and position.
+    """Positions of the `count` largest values over all tensors together, by tensor; ties by name and position.
 
     Args:
-        coordinates: By parameter name.
-        count: How many; None, or more than there are, is all.
+        coordinates: Values by parameter name.
+        count: Number of positions; None, or more than there are, is all.
     """
     names = sorted(coordinates)
     flat = torch.cat([coordinates[name] for name in names])

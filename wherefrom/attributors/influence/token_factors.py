@@ -1,8 +1,9 @@
 """Gradients of cross-attention keys and values, stored exactly as factors of an outer product.
 
-A cross-attention key or value projection sees an image's caption states a at every timestep, so the mean of its
-gradient over timesteps and noise samples is Σ_tokens ḡ aᵀ, with ḡ the mean of the output gradients at a token.
-Storing ḡ (tokens × outputs numbers) instead of the gradient (outputs × inputs) loses nothing.
+The input of a cross-attention key or value projection is the caption's prompt embedding a (one vector a token), the
+same at every timestep. The mean of its weight gradient over timesteps and noise samples is therefore Σ_tokens ḡ aᵀ,
+with ḡ the mean gradient at the layer's output for that token. Storing ḡ (tokens × outputs numbers) instead of the
+weight gradient (outputs × inputs) is lossless, because a is known from the encoded captions.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from wherefrom.models.conditioning import PROMPT
 from wherefrom.runtime.row_cache import Rows
 
 _IMAGES_AT_A_TIME = 256
-_LARGEST = 10  # a row in half precision is scaled by a power of two until its largest number is about 2¹⁰
+_LARGEST = 10  # exponent: float16 rows are scaled by a power of two so that their largest number is about 2¹⁰
 
 
 def layers_of(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The layers whose weights these are.
+    """Names of the linear layers that own these weights.
 
     Raises:
         ValueError: One is not the weight of a linear layer.
@@ -44,16 +45,16 @@ def layers_of(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 class TokenGradients:
-    """ḡ of images and their mirror images, for each caption, layer and token.
+    """ḡ of images and their mirror images, for each caption, token and layer output, as rows of a bank.
 
     Args:
         losses: The losses that are differentiated, and their grid.
-        names: Weights of linear layers that see caption states.
-        weights: Of each item of the losses' grid in the mean; None weights all alike.
-        half: Keep rows in half precision.
+        names: Weights of linear layers whose inputs are prompt embeddings.
+        weights: Weight in the mean of each grid item (flip, caption, timestep, noise sample); None weights all equally.
+        half: Store rows in float16.
 
     Raises:
-        ValueError: A weight is another layer's.
+        ValueError: A weight does not belong to a linear layer.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class TokenGradients:
         self.dtype = torch.promote_types(losses.model.dtype, torch.float32)
 
     def rows(self, positions: range) -> Float[Tensor, "b f d"]:
-        """The first number of a row is the power of two that the others are multiplied with.
+        """Rows [e, ḡ · 2⁻ᵉ] of the images at these positions; ḡ is flattened from (captions, tokens, outputs).
+
+        e is the exponent that brings a row into the range of float16; 0 where rows are not in half precision.
 
         Raises:
-            ValueError: A layer does not see the caption states, or a gradient is not finite.
+            ValueError: The input of a layer is not the prompt embeddings, or a gradient is not finite.
         """
         losses, model = self.losses, self.losses.model
         flips, captions, items = losses.shape[0], losses.shape[1], len(losses.flip)
@@ -111,11 +114,11 @@ class TokenGradients:
 
 @dataclass(frozen=True)
 class TokenBank:
-    """The rows of `TokenGradients` of some images, and how influence is read from them.
+    """Rows of `TokenGradients`, and influence computed from them: Σ_tokens ḡᵀ (F⁻¹ ∇L(ẑ)) a.
 
     Attributes:
-        rows: The rows.
-        data: The images, whose caption states are the other factor.
+        rows: The rows, shape (N, F, 1 + K · tokens · outputs).
+        data: The images, whose prompt embeddings a are the other factor.
         names: The weights, in the order of the rows.
         curvature: F, fitted.
     """

@@ -1,4 +1,4 @@
-"""TRAK (Park et al. 2023) and D-TRAK (Zheng et al. 2024): projected gradients, compared through their inverse Gram."""
+"""TRAK (Park et al. 2023) and D-TRAK (Zheng et al. 2024): projected-gradient attribution."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from wherefrom.runtime.distributed import Runner
 class TRAK(ProjectedGradients):
     """TRAK (Park et al. 2023): φ(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), φ the projected mean gradient, averaged over an ensemble.
 
-    With `output: square_output` it is D-TRAK (Zheng et al. 2024), whose gradients are those of the mean squared output
-    on both sides.
+    φ = Pᵀ ∇f is the projected gradient of the output function f, averaged over timesteps and noise; Φ (N × D) holds
+    those of the training images. f is the diffusion loss, or with `output: square_output` the mean squared model
+    output, for queries and training images alike: D-TRAK (Zheng et al. 2024).
 
     Args:
-        weights: Which weights' gradients are projected; the papers take all.
-        output: The output function that is differentiated: the loss, or the mean squared output.
-        projection: P.
-        grid: Where the training images' gradients are averaged.
-        noise_samples: (t, ε) samples that the query's gradient is the mean of.
+        weights: Parameters whose gradients are projected; the papers take all.
+        output: f: the loss, or the mean squared output.
+        projection: P, the random projection to D dimensions.
+        grid: Timesteps and noise samples over which a training image's gradient is averaged.
+        noise_samples: Number of (t, ε) samples over which the query's gradient is averaged.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
         flip: How the scores of an image and of its mirror image are combined.
@@ -74,11 +75,11 @@ class TRAK(ProjectedGradients):
         self.method = "D-TRAK" if output == "square_output" else "TRAK"
 
     def differentiated(self, model: DiffusionModel) -> DiffusionModel:
-        """The model with the losses that are differentiated on both sides."""
+        """The model whose `losses` are f."""
         return with_output(model, self.output)
 
     def query_steps(self, query: Query) -> Sequence[int]:
-        """One, whose noise samples are of all timesteps."""
+        """A single step, whose (t, ε) samples cover all timesteps."""
         return [0]
 
     def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:

@@ -1,4 +1,4 @@
-"""Base of TRAK, D-TRAK and JourneyTRAK: projected gradients, compared through their inverse Gram matrix."""
+"""Base of TRAK, D-TRAK and JourneyTRAK: φ(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z) with projected gradients φ."""
 
 from __future__ import annotations
 
@@ -37,21 +37,24 @@ from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.row_cache import Rows
 from wherefrom.runtime.stable_names import settings_identity
 
-# Making the projection takes longer than a query's gradient; an interruption costs one block.
+# Generating P takes longer than a query's gradient, so queries share it; an interruption loses one block.
 _QUERIES_AT_A_TIME = 16
 
 
 class ProjectedGradients(Attributor):
     """Base of TRAK and its relatives (Park et al. 2023): Σ_s φ_s(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z), averaged over an ensemble.
 
-    φ(z) is the projected mean gradient of a training image, Φ has one row for each; subclasses define the query's
-    gradients φ_s.
+    φ(z) = Pᵀ ∇L(z) is the projected gradient of a training image, averaged over its captions, timesteps and noise
+    samples; Φ (N × D) has one such row for each training image. Subclasses define the query's gradients φ_s(ẑ), one for
+    each step s. There is no weighting term Q, as in D-TRAK. With an ensemble, the whole score is averaged over models.
+
+    `fit` stores φ of images and mirror images, shape (N, F, D), and the Cholesky factor of ΦᵀΦ + λI, for each model.
 
     Args:
-        weights: Which weights' gradients are projected; the papers take all.
-        projection: P.
-        grid: Where the training images' gradients are averaged.
-        noise_samples: (t, ε) samples that each of the query's gradients is the mean of.
+        weights: Parameters whose gradients are projected; the papers take all.
+        projection: P, the random projection to D dimensions.
+        grid: Timesteps and noise samples over which a training image's gradient is averaged.
+        noise_samples: Number of (t, ε) samples over which each of the query's gradients is averaged.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
         flip: How the scores of an image and of its mirror image are combined.
@@ -93,14 +96,14 @@ class ProjectedGradients(Attributor):
 
     @abstractmethod
     def query_steps(self, query: Query) -> Sequence[int]:
-        """The steps of a query's loss that have a gradient each."""
+        """Steps s of a query; each has a gradient φ_s(ẑ)."""
 
     @abstractmethod
     def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
-        """The query's loss."""
+        """The query's loss, as a function of the step."""
 
     def differentiated(self, model: DiffusionModel) -> DiffusionModel:
-        """The model with the losses that are differentiated on both sides."""
+        """The model whose `losses` are the output function differentiated for queries and training images."""
         return model
 
     def identity(self) -> dict[str, Any]:
@@ -118,8 +121,8 @@ class ProjectedGradients(Attributor):
             "seed": self.seed,
         }
 
-    def steps_at_most(self) -> int:
-        """Gradients of a query."""
+    def max_query_steps(self) -> int:
+        """Largest number of steps of a query."""
         return 1
 
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
@@ -129,7 +132,7 @@ class ProjectedGradients(Attributor):
         flips, models = (2 if self.grid.flips else 1), 1 + len(self.ensemble)
         rows = (len(data.latents) + held_out) * flips * models
         samples = rows * self.grid.per_flip(data.latents.captions_per_image)
-        per_query = self.noise_samples * self.steps_at_most() * models
+        per_query = self.noise_samples * self.max_query_steps() * models
         features = 4 * rows * self.projection.dimension
         return ComputeEstimate(
             3 * samples, 3 * per_query, features, features + 8 * models * self.projection.dimension**2
@@ -173,7 +176,7 @@ class ProjectedGradients(Attributor):
     def query_features(
         self, model: DiffusionModel, queries: Sequence[Query], runner: Runner
     ) -> list[Float[Tensor, "s d"]]:
-        """φ_s(ẑ) of each query's steps; the matrix is generated once for as many gradients as memory holds."""
+        """φ_s(ẑ) of each query's steps; P is generated once for as many gradients as fit in memory."""
         parameters = select_weights(model.denoiser, self.weights)
         steps = [self.query_steps(query) for query in queries]
 
@@ -203,7 +206,7 @@ class ProjectedGradients(Attributor):
         return [list(of_query) for of_query in zip(*by_model, strict=True)]
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
-        """A block of queries at a time: their gradients, and inner products with every image."""
+        """Computes gradients for a block of queries at a time, then inner products with the features of every image."""
         if self._ready is None:
             raise ValueError("fit must run before score.")
         data, _ = self._ready

@@ -26,10 +26,10 @@ from wherefrom.runtime.salts import Salt
 
 
 class JourneyLoss(QueryLoss):
-    """At step t, the loss of the x̂₀ that the sampler predicted at t, noised to t again with fresh noise.
+    """Loss of the query at step t of its sampling trajectory: x̂₀(t), the sampler's prediction, with fresh noise at t.
 
-    The noise is keyed by (seed, query id, t, draw index), so that a step's gradient does not depend on which others
-    are asked for.
+    The noise is keyed by (seed, query id, t, draw index), so that a step's gradient does not depend on which other
+    steps are computed.
 
     Args:
         model: The model.
@@ -63,20 +63,20 @@ class JourneyLoss(QueryLoss):
 class JourneyTRAK(ProjectedGradients):
     """JourneyTRAK (Georgiev et al. 2023): Σ_t φ_t(ẑ)ᵀ (ΦᵀΦ + λI)⁻¹ φ(z).
 
-    φ_t is the query's projected gradient at step t of its own sampling trajectory. The paper scores each step apart
-    (`step_scores`); the score here is the sum over `timesteps`. The trajectory is that of the model which generated the
-    query, and is scored under all models of an ensemble. On the training side, each image draws its timesteps with
-    replacement, and one of its captions.
+    φ_t(ẑ) is the projected gradient of the loss of x̂₀(t), predicted at step t of the query's sampling trajectory. The
+    paper scores each step separately (`step_scores`); the score here is the sum over `timesteps`. The trajectory is
+    that of the model which generated the query; all models of an ensemble score it. φ(z) is averaged over timesteps
+    that each training image samples with replacement, with one of its captions.
 
     Args:
-        weights: Which weights' gradients are projected; the paper takes all.
-        projection: P.
-        grid: How many (t, ε) samples the gradient of a training image is the mean of.
+        weights: Parameters whose gradients are projected; the paper takes all.
+        projection: P, the random projection.
+        grid: (t, ε) samples over which a training image's gradient is averaged.
         timesteps: Which steps of the trajectory count; each must be one that the sampler stopped at. Null takes `steps`
             of them.
         steps: Where `timesteps` is null, the number of steps, spaced evenly over the trajectory from its first to its
             last, or all of a shorter one. Time and memory of a query grow with it.
-        resamplings: Noise samples that each step's gradient is the mean of.
+        resamplings: Number of noise samples over which each step's gradient is averaged.
         relative_lambda: λ relative to the mean diagonal of ΦᵀΦ, whose rows are the images without mirror images.
         absolute_lambda: λ itself, instead.
         flip: How the scores of an image and of its mirror image are combined; of the sum over steps.
@@ -132,12 +132,12 @@ class JourneyTRAK(ProjectedGradients):
         chosen = {"steps": self.steps} if self.timesteps is None else {"timesteps": self.timesteps}
         return {**super().identity(), **chosen}
 
-    def steps_at_most(self) -> int:
-        """Gradients of a query."""
+    def max_query_steps(self) -> int:
+        """Largest number of steps of a query."""
         return self.steps if self.timesteps is None else len(self.timesteps)
 
     def check(self, queries: Sequence[Query]) -> None:
-        """Refuses queries that the method cannot attribute, before anything long.
+        """Raises for queries that the method cannot attribute, before any long computation.
 
         Raises:
             ValueError: A query has no trajectory, or one without a timestep asked for.
@@ -147,7 +147,7 @@ class JourneyTRAK(ProjectedGradients):
             self.query_steps(query)
 
     def query_steps(self, query: Query) -> Sequence[int]:
-        """The timesteps that count.
+        """Timesteps of the trajectory that are scored.
 
         Raises:
             ValueError: The query has no trajectory, or one without a timestep asked for.
@@ -165,17 +165,16 @@ class JourneyTRAK(ProjectedGradients):
         return self.timesteps
 
     def query_loss(self, model: DiffusionModel, query: Query, runner: Runner) -> QueryLoss:
-        """The loss of what was predicted on the way."""
-        each = -(
-            -self.noise_samples // runner.world_size
-        )  # few draws a step: one batch would leave the other processes idle
+        """The loss along the query's trajectory; see `JourneyLoss`."""
+        # A step has few noise samples: in one batch they would leave the other processes idle.
+        each = -(-self.noise_samples // runner.world_size)
         latent, trajectory = encode_query(model, query), self._trajectory(query)
         return JourneyLoss(
             model, query=latent, trajectory=trajectory, seed=self.seed, runner=runner, batch_size=min(128, each)
         )
 
     def step_scores(self, query: Query) -> tuple[Sequence[int], Float[NDArray[np.float64], "s n"]]:
-        """The timesteps that count, and the scores of all training images at each alone.
+        """The S timesteps, and the scores of all training images at each step separately.
 
         Raises:
             ValueError: `fit` has not run, or the query has no such trajectory.

@@ -1,4 +1,4 @@
-"""Projected gradients of images, and the regularised inner product that TRAK and D-TRAK score by."""
+"""Projected gradients φ(z) = Pᵀ ∇L(z) of images, and the kernel (ΦᵀΦ + λI)⁻¹ of TRAK and D-TRAK."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.row_cache import Rows, make_rows
 from wherefrom.runtime.stable_names import bare_name, settings_identity
 
-_GRADIENT_BYTES = 2**30  # of gradients held at a time, before they are projected
+_GRADIENT_BYTES = 2**30  # memory for gradients that wait for projection
 SMALLEST_DIMENSION = 100
-_ROWS_AT_A_TIME = 4096  # of features, in float64
+_ROWS_AT_A_TIME = 4096  # rows of features that are converted to float64 at a time
 
 
 Compress = Callable[[Mapping[str, Float[Tensor, "b n"]]], Float[Tensor, "b d"]]
 
 
 class ImageFeatures:
-    """Compressed mean of ∇l over captions, timesteps and noise samples, of images and their mirror images.
+    """Mean gradients over captions, timesteps and noise samples, compressed, of images and their mirror images.
 
     Args:
         losses: The losses that are differentiated, and their grid.
         names: Parameters.
-        compress: Turns gradients into rows; they are given by parameter, one flattened gradient a row.
-        weights: Of each item of the losses' grid in the mean; None weights all alike.
+        compress: Maps flattened gradients, (B, n) by parameter name, to features (B, D).
+        weights: Weight in the mean of each grid item (flip, caption, timestep, noise sample); None weights all equally.
 
     Raises:
         ValueError: A layer has no per-sample gradient.
@@ -63,7 +63,7 @@ class ImageFeatures:
         """
         image_bytes = self.flips * sum(self.sizes.values()) * self.dtype.itemsize
         parts = -(-len(positions) // max(1, _GRADIENT_BYTES // image_bytes))
-        size = -(-len(positions) // parts)  # parts of one size, since each costs the whole matrix once
+        size = -(-len(positions) // parts)  # equal parts: P is generated once for each part
         done = [self._part(positions[start : start + size]) for start in range(0, len(positions), size)]
         return torch.cat(done)
 
@@ -105,9 +105,9 @@ def project_images(
     """φ of all images and their mirror images, shape (N, F, D), kept in the store by id and found again.
 
     Args:
-        model: The model; `SquareOutput` of it for D-TRAK.
+        model: The model; for D-TRAK, `with_output(model, "square_output")`.
         data: The images.
-        grid: Where the losses are differentiated.
+        grid: Timesteps and noise samples at which the losses are differentiated.
         names: Parameters.
         projection: P.
         store: Cache of finished features.
@@ -142,7 +142,7 @@ def project_images(
 def project_each(
     projection: Projection, gradients: Iterable[Mapping[str, Float[Tensor, "..."]]]
 ) -> Float[Tensor, "n d"]:
-    """Pᵀg of gradients that come one after the other: as many at a time as memory allows."""
+    """Pᵀg of a stream of gradients, projected as many at a time as memory allows."""
     rows: list[Tensor] = []
     held: list[Mapping[str, Tensor]] = []
 
@@ -153,7 +153,7 @@ def project_each(
 
     for gradient in gradients:
         held.append(gradient)
-        # Twice: once for each gradient, once for all of them in one tensor.
+        # Twice, because `torch.stack` copies all of them.
         if 2 * len(held) * sum(value.nbytes for value in gradient.values()) > _GRADIENT_BYTES:
             project()
     project()
@@ -161,7 +161,7 @@ def project_each(
 
 
 def check_projection(projection: Projection) -> None:
-    """Refuses a projection that is too small, before any long work.
+    """Raises for a projection of too few dimensions, before any long computation.
 
     An inner product xᵀy of projected vectors scatters by about |x||y| / √dimension (Johnson and Lindenstrauss 1984; for
     signs exactly, see Achlioptas 2003): below 100 dimensions unrelated gradients have cosines beyond ±0.1, as large as
@@ -179,7 +179,7 @@ def check_projection(projection: Projection) -> None:
 
 
 def check_ridge(relative: float | None, absolute: float | None) -> None:
-    """Refuses a λ before any long work.
+    """Raises for an invalid λ, before any long computation.
 
     Raises:
         ValueError: λ is not positive, or both or neither are given.
@@ -195,7 +195,7 @@ def check_ridge(relative: float | None, absolute: float | None) -> None:
 
 
 def in_double(features: Float[Tensor, "n ..."]) -> Iterator[Float[Tensor, "b ..."]]:
-    """The rows in float64, some at a time: all of them may be larger than memory."""
+    """Blocks of rows in float64: the whole matrix may not fit in memory."""
     for start in range(0, len(features), _ROWS_AT_A_TIME):
         yield features[start : start + _ROWS_AT_A_TIME].double()
 

@@ -1,4 +1,4 @@
-"""Attribution by unlearning (AbU): unlearn the query, and measure which training images the model forgets with it."""
+"""Attribution by unlearning (AbU): unlearn the query, and measure the loss change of each training image."""
 
 from __future__ import annotations
 
@@ -30,23 +30,29 @@ from wherefrom.runtime.tensor_hash import hash_tensors
 class AttributionByUnlearning(PreconditionedAttributor):
     """Attribution by unlearning (AbU; Wang et al. 2024, sections 3.2 and 3.3).
 
-    The score of a training image is the change of its loss, τ(ẑ, z) = L(z; θ′) - L(z; θ₀), where θ′ are the weights
-    after unlearning the query ẑ: after a Newton step (or several) up the query's loss, preconditioned by the curvature.
+    The score of a training image z is its loss change, τ(ẑ, z) = L(z; θ′) - L(z; θ₀), where θ₀ are the pretrained
+    weights and θ′ = θ₀ + (α/N) F⁻¹ ∇L(ẑ; θ₀) those after unlearning the query ẑ by one step (or several) of gradient
+    ascent, preconditioned by the curvature F. N is the number of training images; α is set, or found by a line search
+    for a given relative increase of the query's loss.
+
+    `fit` computes F and the losses L(z; θ₀) on the grid, shape (N, F, K, T, R); both are cached. A query costs its
+    gradient and the losses of all training images again.
 
     Args:
-        weights: Which weights unlearning moves.
+        weights: Parameters that unlearning changes.
         unlearning: How the query is unlearned.
-        grid: Where training losses are measured.
+        grid: Timesteps and noise samples at which training losses are measured.
         flip: How the scores of an image and of its mirror image are combined.
         curvature: Estimator of F of the Newton step: `DiagonalFisher` is AbU, `EKFAC` is AbU+ (Fast Data Attribution,
             section 3). Not used where `unlearning.newton` is False.
         batch_size: Forward passes at a time; does not change the result.
         breakdown: Which parts of the scores (timestep bands, captions) are reported beside them.
         timestep_weights: `equal` takes the plain mean over timesteps, as the papers do; `spread` (ours) divides each
-            timestep's changes by their spread over 256 training images, so that no timestep dominates the others.
-        step_output: What unlearning raises: the query's loss, or the mean square of the model's output on it, as in
-            D-TRAK (AbU's third open question). `unlearning.relative_loss_increase` is that of the same.
-        score_output: Whose change is the score: the training images' losses, or the mean squares of the output.
+            timestep's changes by their spread (median absolute deviation) over 256 training images, so that no timestep
+            dominates the others.
+        step_output: Objective that the ascent increases: the query's loss, or the model's mean squared output, as in
+            D-TRAK (AbU's third open question). `unlearning.relative_loss_increase` refers to the same objective.
+        score_output: Function of a training image whose change is the score: its loss, or the mean squared output.
 
     Raises:
         ValueError: An output or the timesteps' weights are unknown, or there are more timestep bands than timesteps.
@@ -94,7 +100,7 @@ class AttributionByUnlearning(PreconditionedAttributor):
     def estimate(self, data: TrainingData, queries: int) -> ComputeEstimate:
         """Forward passes of the losses, and three for each sample of the curvature and of the query's gradient."""
         assert data.latents is not None
-        losses, curvature = self.losses_of(data), self.curvature_passes(data)
+        losses, curvature = self.grid_passes(data), self.curvature_passes(data)
         gradient = self.unlearning.steps * (3 * self.unlearning.noise_samples + 6 * self.unlearning.measurement_samples)
         latents = data.latents.held_bytes
         return ComputeEstimate(losses + curvature, losses + gradient, 4 * losses * (1 + queries), latents + 8 * losses)
@@ -127,7 +133,7 @@ class AttributionByUnlearning(PreconditionedAttributor):
             )
 
     def _change(self, positions: list[int], unlearned: Unlearned, name: str) -> Tensor:
-        """How the losses of the training images at these positions changed."""
+        """Loss changes of the training images at these positions."""
         return self._losses(self.ready()[1].subset(positions), unlearned, name) - self.before[positions]
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
@@ -150,13 +156,14 @@ class AttributionByUnlearning(PreconditionedAttributor):
                 runner=runner,
             )
             unlearn_s = time.monotonic() - started
-            name = f"{pretrained} moved to {hash_tensors(unlearned.moved)}"  # what did not move decides the losses too
+            # The name includes the pretrained fingerprint because the unchanged weights determine the losses too.
+            name = f"{pretrained} moved to {hash_tensors(unlearned.moved)}"
             change = self._losses(part, unlearned, name) - self.before[chosen]
             null = torch.zeros((0, *change.shape[1:]))
             if held_out is not None:
                 null = self._losses(held_out, unlearned, name) - self.null_before
             measure = partial(self._change, unlearned=unlearned, name=name)
-            weights = self.weigh(self.reference(change, chosen, measure))
+            weights = self.timestep_factors(self.reference_changes(change, chosen, measure))
             change, null = change * weights, null * weights
             yield Scores(
                 query,

@@ -12,16 +12,17 @@ from wherefrom.curvature.base import CurvatureMatrix, IdentityMatrix
 
 
 class NewtonAscent(Optimizer):
-    """θ ← θ + (α/N) · F⁻¹ g, or with the pull of the second term θ + (α/N) · F⁻¹ g - α (θ - θ₀).
+    """Preconditioned gradient ascent: θ ← θ + (α/N) · F⁻¹ g (AbU, section 3.2 and appendix A.2).
 
-    AbU, section 3.2 and appendix A.2.
+    With `pull`, θ ← θ + (α/N) · F⁻¹ g - α (θ - θ₀): the second term, which the paper derives and then drops, is the
+    elastic (EWC) penalty that keeps the weights near the pretrained θ₀. It is zero at the first step.
 
     Args:
-        named_params: (name, parameter) pairs; the names are those that the curvature knows.
+        named_params: (name, parameter) pairs; the names must match those in the curvature.
         curvature: F, fitted.
         lr: α.
         dataset_size: N, the number of training images.
-        pull: Keep the pull towards the pretrained weights, which the paper drops.
+        pull: Include the term -α (θ - θ₀).
 
     Raises:
         ValueError: `lr` is negative or `dataset_size` not positive.
@@ -78,7 +79,7 @@ class NewtonAscent(Optimizer):
 
     @torch.no_grad()
     def updates(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The updates of a step along these gradients with α = 1.
+        """Updates of a step along these gradients for α = 1, by parameter name.
 
         Raises:
             ValueError: A preconditioned gradient is not finite.

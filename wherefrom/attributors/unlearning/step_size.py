@@ -1,4 +1,4 @@
-"""Line search for the step size α that increases the query's loss by a given share."""
+"""Line search for the step size α that gives a wanted relative increase of the query's loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ _SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-12, 1e30  # float32 ends at 3e38
 
 
 def alpha_for_increase(apply: Callable[[float], float], target: float, guess: float) -> float:
-    """The α at which `apply(α)` = target, by doubling, then regula falsi with bisection; apply(0) < target.
+    """The α > 0 at which apply(α) = target, to 1 % of the target; apply(0) = 0.
+
+    Brackets the root by growing α, then takes secant (regula falsi) steps that stay at least 5 % inside the bracket.
 
     Args:
         apply: The relative loss increase at α.
         target: The increase wanted.
-        guess: Starting point, such as the α that a linear loss would need; the nearer, the fewer trials. A value
-            that is not positive or not finite is replaced by a very small one.
+        guess: Starting point, such as the α for a linear loss. A value that is not positive or not finite is replaced
+            by a very small one.
 
     Raises:
         ValueError: No α reaches the target.
@@ -25,7 +27,7 @@ def alpha_for_increase(apply: Callable[[float], float], target: float, guess: fl
 
     def excess(alpha: float) -> float:
         value = apply(alpha) - target
-        return math.inf if math.isnan(value) else value  # a step that breaks the model is too long
+        return math.inf if math.isnan(value) else value  # NaN losses: the step is too long
 
     low, high, value_low = 0.0, guess if _SMALLEST_ALPHA < guess < _LARGEST_ALPHA else _SMALLEST_ALPHA, -target
     value_high = excess(high)

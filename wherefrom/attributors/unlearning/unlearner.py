@@ -24,13 +24,13 @@ class UnlearningSettings:
 
     Attributes:
         steps: Number of steps.
-        noise_samples: (t, ε) samples that each step's gradient is the mean of; AbU takes 50,000.
-        relative_loss_increase: Choose α so that the query's loss increases by this share over all steps (ours: α
-            itself does not transfer between models).
+        noise_samples: Number of (t, ε) samples over which each step's gradient is averaged; AbU takes 50,000.
+        relative_loss_increase: Choose α by a line search so that L(ẑ; θ′) / L(ẑ; θ₀) - 1 after all steps is this
+            number (ours: a value of α does not transfer between models).
         alpha: α itself; instead of `relative_loss_increase`.
         newton: Precondition with the curvature; False is the SGD ablation.
-        pull: Keep the pull towards the pretrained weights.
-        measurement_samples: (t, ε) samples that the increase is measured on.
+        pull: Include the penalty towards the pretrained weights, see `NewtonAscent`.
+        measurement_samples: Number of (t, ε) samples over which the query's loss is averaged in the line search.
         seed: Seed of all noise samples.
     """
 
@@ -61,10 +61,10 @@ class UnlearningSettings:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """The weights after unlearning a query, and how they were reached.
+    """Weights after unlearning a query, with the step sizes and losses of the way there.
 
     Attributes:
-        moved: New values of the weights that moved.
+        moved: New values of the selected weights, by parameter name.
         alphas: α of each step.
         losses: The query's loss before the first step and after each.
         gradient_s: Seconds that the gradients took.
@@ -77,7 +77,7 @@ class Unlearned:
 
     @property
     def relative_loss_increase(self) -> float:
-        """Relative increase of the query's loss."""
+        """L(ẑ; θ′) / L(ẑ; θ₀) - 1."""
         return self.losses[-1] / self.losses[0] - 1.0
 
 
@@ -87,9 +87,9 @@ class Unlearner:
     Args:
         model: The pretrained model.
         query: The synthesized image and its prompt.
-        weights: Which weights move.
+        weights: Parameters that unlearning changes.
         curvature: F, fitted; not used where `settings.newton` is False.
-        dataset_size: N.
+        dataset_size: N, the number of training images.
         settings: How to unlearn.
         runner: Rank and world size of this process.
         batch_size: Noise samples at a time; does not change the result.

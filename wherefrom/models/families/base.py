@@ -1,6 +1,6 @@
 """What a model family says of itself; everything else is common to all families.
 
-One family is one file: which networks it is, what they are told of a caption (`conditioning`) and by which text
+One family is one file: which networks it is, what they are conditioned on (`conditioning`) and by which text
 encoders, how latents are made from pixels, which way the output points, which parameters are keys and values of the
 text. `wherefrom.models.families.registry` finds a network's family.
 
@@ -125,7 +125,7 @@ class ModelFamily:
         saved_as: How models are saved; None where they are only read.
 
     Raises:
-        ValueError: The network is told something that is not supported.
+        ValueError: The network takes conditioning that is not supported.
     """
 
     networks: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -154,14 +154,14 @@ class ModelFamily:
         Args:
             network: The network, with whatever weights it has now.
             noisy: x_t.
-            times: What it is told of t.
-            conditioning: What it is told of the captions.
+            times: Time input of the network.
+            conditioning: Conditioning of the captions.
         """
         raise TypeError(f"{type(self).__name__} does not say how its network is called.")
 
     def conditioning(self) -> Mapping[str, Shape]:
-        """Name -> shape of what the network is told of one caption; None is any length."""
-        raise TypeError(f"{type(self).__name__} does not say what its network is told.")
+        """Name -> shape of one caption's conditioning tensors; None is any length."""
+        raise TypeError(f"{type(self).__name__} does not declare its network's conditioning.")
 
     def check(self, latent: tuple[int, int, int], conditioning: Conditioning) -> None:
         """Refuses latents and conditioning that the network cannot take, before anything long.
@@ -182,7 +182,7 @@ class ModelFamily:
         check_declared(conditioning, self.conditioning(), self.kind)
 
     def prompt_encoder(self, parts: PipelineParts) -> CaptionEncoder:
-        """What turns captions into what the network is told.
+        """The encoder that turns captions into the network's conditioning.
 
         Raises:
             ValueError: A text encoder is missing.
@@ -190,7 +190,7 @@ class ModelFamily:
         raise TypeError(f"{type(self).__name__} does not say what reads its captions.")
 
     def latent_encoder(self, parts: PipelineParts) -> LatentEncoder:
-        """What turns images into latents, and captions into what the network is told.
+        """The encoder of images into latents and of captions into conditioning.
 
         Raises:
             ValueError: A text encoder is missing.

@@ -1,4 +1,4 @@
-"""PixArt: a transformer told T5's prompt embeddings under a mask."""
+"""PixArt: a transformer conditioned on T5's prompt embeddings under a mask."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class PixArtPrompts(PromptEncoder):
         """See `CaptionEncoder`."""
         numbers, mask = self.tokens(0, captions)
         states = self.models[0](numbers, attention_mask=mask)[0]
-        told = {PROMPT: states, MASK: mask.to(states)}
+        conditioning = {PROMPT: states, MASK: mask.to(states)}
         if self.size is not None:
             height, width = self.size
             sizes = torch.tensor([height, width, height / width]).to(states).expand(len(captions), -1)
-            told |= {RESOLUTION: sizes[:, :2], ASPECT_RATIO: sizes[:, 2:]}
-        return Conditioning(told)
+            conditioning |= {RESOLUTION: sizes[:, :2], ASPECT_RATIO: sizes[:, 2:]}
+        return Conditioning(conditioning)
 
 
 def masked_captions(path: str, length: int) -> PixArtPrompts:
-    """What a small transformer of PixArt's class is told, by any text encoder.
+    """Prompt encoder of a small transformer of PixArt's class, by any text encoder.
 
     Args:
         path: Folder, hub id or `package:NAME/FOLDER` of text encoder and tokenizer.

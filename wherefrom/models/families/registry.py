@@ -59,6 +59,6 @@ def family_of(network: nn.Module) -> ModelFamily:
     """How a network is called; any module of no family is called like Stable Diffusion's U-Net.
 
     Raises:
-        ValueError: The network is told something that is not supported.
+        ValueError: The network takes conditioning that is not supported.
     """
     return (family_class_of(network) or StableDiffusion)(network)

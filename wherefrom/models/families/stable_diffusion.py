@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2, and ours: a U-Net told prompt embeddings alone."""
+"""Stable Diffusion 1 and 2, and ours: a U-Net conditioned on prompt embeddings alone."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SAID_MORE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 
 
 class StableDiffusion(ModelFamily):
-    """A network that is told the caption's prompt embeddings alone.
+    """A network conditioned on the caption's prompt embeddings alone.
 
     Args:
         network: The U-Net, or any module that is called like one.
 
     Raises:
-        ValueError: The U-Net is told something else beside the caption.
+        ValueError: The U-Net takes conditioning besides the caption.
     """
 
     networks: ClassVar[tuple[type[nn.Module], ...]] = (UNet2DConditionModel,)
@@ -44,8 +44,8 @@ class StableDiffusion(ModelFamily):
         for name in _SAID_MORE if isinstance(network, UNet2DConditionModel) else ():
             if getattr(self.config, name) is not None:
                 raise ValueError(
-                    f"A U-Net with {name} {getattr(self.config, name)!r} is not supported: it is told more than the "
-                    "caption. Those of Stable Diffusion 1, 2 and XL are."
+                    f"A U-Net with {name} {getattr(self.config, name)!r} is not supported: it takes more conditioning "
+                    "than the caption. Those of Stable Diffusion 1, 2 and XL are."
                 )
 
     def __call__(
