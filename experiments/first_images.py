@@ -3,8 +3,8 @@
     python -m experiments.first_images
 
 Nothing is trained: losses of the 32 models of random training subsets come from `results/emoji/retrains.parquet`,
-scores from `results/emoji/judge`. For every method kept there, Spearman correlation (mean over the 20 queries, standard error)
-between each query's losses and the sums of the scores of what the models saw
+scores from `results/emoji/judge`. For every method kept there, Spearman correlation (mean over the 20 queries,
+standard error) between each query's losses and the sums of the scores of what the models saw
 
 * with all scores;
 * with only the first image's, the first two's, … (all other scores set to 0);
