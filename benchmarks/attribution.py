@@ -5,9 +5,9 @@ r"""What a query costs by each method: seconds and memory, and where the seconds
         --timesteps 20 --noise-samples 2000 --samples-per-image 5
 
 Attributes a few images drawn by the committed emoji model to its training images by every method of
-`configs/attributor`, at the few timesteps and draws that are given here. Each method runs in a process of its own with
-an empty store, so that its memory is its own and nothing is found that another method made. What it makes once for a
-model (curvature, losses before unlearning, features) is measured apart from what each query takes. Methods whose
+`configs/attributor`, at the few timesteps and samples that are given here. Each method runs in a process of its own
+with an empty store, so that its memory is its own and nothing is found that another method made. What it makes once for
+a model (curvature, losses before unlearning, features) is measured apart from what each query takes. Methods whose
 weights are not on this machine are skipped, with the reason: nothing is downloaded. An interrupted run goes on with the
 methods that are not measured yet.
 """

@@ -1,7 +1,7 @@
 """How long does EK-FAC take to fit, beside kronfluence?
 
     python -m benchmarks.curvature
-    python -m benchmarks.curvature --layers kv --pictures 256 --runs 5
+    python -m benchmarks.curvature --layers kv --images 256 --runs 5
 
 Fits the same layers on the same samples (the same timesteps, noise and captions) in the same batches and threads:
 cross-attention keys and values, and all linear and convolution layers. Runs are interleaved: the bare forward and

@@ -1,10 +1,10 @@
-"""How long the judge takes for a model, and what share of that is spent outside the training step.
+"""How long counterfactual evaluation takes for a model, and what share of that is spent outside the training step.
 
     python -m benchmarks.retraining --threads 2
 
 Trains the recipe once as `evaluate.py counterfactual` does, from the start of `fit` to the saved pipeline, with
 Lightning's profiler beside it. A training step is forward, backward and optimizer; outside it are start-up, batches,
-checkpoints, callbacks, loggers, the held-out loss and saving. Images, latents and caption states are in the store
+checkpoints, callbacks, loggers, the held-out loss and saving. Images, latents and conditioning are in the store
 before the clock starts, as they are for all models of a sweep but the first.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.images import SAMPLE, Census, ImageDataModule
-from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_images
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, load_image, split_images
 from wherefrom.data.image_metadata import read_rows
 from wherefrom.data.image_set import ImageSet
 from wherefrom.models.encoders import LatentEncoder
@@ -61,10 +61,10 @@ class ImageFolder(ImageDataModule):
 
         def decode() -> int:
             for row in rows[:SAMPLE]:
-                draw(self.folder / row.name, self.options.size)
+                load_image(self.folder / row.name, self.options.size)
             return len(rows[:SAMPLE])
 
-        height, width = draw(self.folder / rows[0].name, self.options.size).shape[:2]
+        height, width = load_image(self.folder / rows[0].name, self.options.size).shape[:2]
         return Census(training, held_out, (height, width), len(rows[0].captions), decode)
 
     def load(self) -> tuple[ImageSet, ImageSet]:

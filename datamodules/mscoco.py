@@ -8,7 +8,7 @@ from pathlib import Path
 from datamodules.images import SAMPLE, Census, ImageDataModule
 from wherefrom.data.cached_latents import read_cached_latents
 from wherefrom.data.encoded_images import EncodedImages
-from wherefrom.data.image_folder import draw
+from wherefrom.data.image_folder import load_image
 from wherefrom.data.image_set import ImageSet, read_ids
 from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions, select
 from wherefrom.models.encoders import LatentEncoder
@@ -95,7 +95,7 @@ class MSCOCO(ImageDataModule):
 
         def decode() -> int:
             for image in first[0]:
-                draw(self.folder / "train2017" / image.file_name, self.options.size)
+                load_image(self.folder / "train2017" / image.file_name, self.options.size)
             return len(first[0])
 
         side = self.options.size

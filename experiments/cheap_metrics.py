@@ -3,9 +3,9 @@
     python -m experiments.ranker_table --seeds 1
     python -m experiments.cheap_metrics
 
-Takes rankers and untuned features of `results/emoji/ranker_table.json`, has the judge of emoji-1k train without the
-`--k` images that each names (all queries in one pool, one seed), and correlates mAP(k) of the table with the rise of
-the queries' losses, own minus others. A ranker is one training run beside as many at random, and all of them are
+Takes rankers and untuned features of `results/emoji/ranker_table.json`, retrains emoji-1k without the `--k`
+images that each names (all queries in one group, one seed), and correlates mAP(k) of the table with the increase of
+the queries' losses, matched − mismatched. A ranker is one training run beside as many at random, and all of them are
 measured on the same queries: the interval of each correlation is a bootstrap over these. What was trained is not
 trained again.
 """
@@ -32,7 +32,7 @@ from wherefrom.metrics.standard_error import estimate
 from wherefrom.runtime.artifacts import write_json
 
 RESULT = Path("results/emoji/cheap_metrics.json")
-JUDGE = "configs/experiment/emoji_1k_judge.yaml"
+EVALUATION = "configs/experiment/emoji_1k_judge.yaml"
 ENCODERS = {
     "efficientnet": {"class_path": "wherefrom.features.base.EfficientNetLite0Encoder"},
     "minilm": {"class_path": "wherefrom.features.base.MiniLMEncoder.from_pretrained"},
@@ -40,7 +40,7 @@ ENCODERS = {
 # The methods that search by features as they are.
 UNTUNED = {"untuned: efficientnet": "efficientnet", "untuned: minilm": "caption"}
 CHOSEN = ("bce", "1 encoder: efficientnet", "1 encoder: minilm", "no skip", "30 queries")
-POOL, SAMPLES = 20, 2000  # all queries of the judge in one pool
+QUERY_GROUP, SAMPLES = 20, 2000  # all queries of the evaluation in one group
 
 
 def method_file(name: str, variant: Variant, options: argparse.Namespace) -> Path:
@@ -67,7 +67,7 @@ def slug(name: str) -> str:
 def correlations(
     precisions: Float[NDArray[np.float64], "r q"], loss_increases: Float[NDArray[np.float64], "r p"], seed: int
 ) -> tuple[float, float, float]:
-    """Spearman correlation over rankers of mean precision and mean rise, and its 95 % interval over queries."""
+    """Spearman correlation over rankers of mean precision and mean loss increase; 95 % interval over queries."""
 
     def one(first: NDArray[np.intp], second: NDArray[np.intp]) -> float:
         result = spearmanr(precisions[:, first].mean(axis=1), loss_increases[:, second].mean(axis=1))
@@ -81,31 +81,31 @@ def correlations(
 
 
 def loss_increases_of(result: Mapping[str, Any], method: str) -> list[float]:
-    """Each query's rise of its loss when its own images went, less that of queries whose images stayed."""
+    """Each query's loss increase when its own images were removed, less that of queries whose images stayed."""
     (row,) = (row for row in result["rows"] if row["method"] == method)
     return [a - b for a, b in zip(row["loss"]["matched"], row["loss"]["mismatched"], strict=True)]
 
 
-def judge(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
-    """What the judge says of the methods; the caption's ranking decides the pool, as everywhere."""
+def evaluated(files: Sequence[Path], k: int, output: Path) -> dict[str, Any]:
+    """Counterfactual evaluation of the methods; the caption's ranking decides the query group, as everywhere."""
     words = {
         "methods": json.dumps(["configs/attributor/caption.yaml", *map(str, files)]),
         "settings": "{}",
         "protocol.ks": f"[{k}]",
-        "protocol.query_groups": f"[{POOL}]",
+        "protocol.query_groups": f"[{QUERY_GROUP}]",
         "protocol.seeds": "[0]",
         "protocol.random": "1",
         "workers.engine": "local",
         "output": str(output / "judge"),
     }
     evaluate.main(
-        ["counterfactual", "-c", JUDGE, *(word for name, text in words.items() for word in (f"--{name}", text))]
+        ["counterfactual", "-c", EVALUATION, *(word for name, text in words.items() for word in (f"--{name}", text))]
     )
     return read_results(output / "judge" / COUNTERFACTUAL)
 
 
 def main() -> None:
-    """Judges what is not judged, and prints."""
+    """Evaluates what was not evaluated yet, and prints."""
     parser = script_parser(__doc__)
     parser.add_argument("--variants", nargs="+", default=[*UNTUNED, *CHOSEN])
     parser.add_argument("--k", type=int, default=5)
@@ -119,11 +119,11 @@ def main() -> None:
         raise SystemExit("A correlation over rankers needs at least three of them.")
     table = json.loads(TABLE.read_text())["rows"]
     chosen = {name: method_file(name, variants()[name], options) for name in options.variants}
-    result = judge([file for file in chosen.values() if file.stem != "caption"], options.k, options.output)
+    result = evaluated([file for file in chosen.values() if file.stem != "caption"], options.k, options.output)
     loss_increases = np.array([loss_increases_of(result, slug(name)) for name in chosen])
     depths = sorted(table[options.variants[0]]["0"]["ap"], key=int)
     collected: dict[str, Any] = {}
-    print(f"\n| ranker | {' | '.join(f'mAP({depth})' for depth in depths)} | ΔL own − others |")
+    print(f"\n| ranker | {' | '.join(f'mAP({depth})' for depth in depths)} | ΔL matched − mismatched |")
     print(f"|---{'|---' * (1 + len(depths))}|")
     for name, relative_loss_increase in zip(chosen, loss_increases, strict=True):
         cells = [table[name]["0"]["ap"][depth] for depth in depths] + [relative_loss_increase]

@@ -2,15 +2,15 @@
 
     python -m experiments.first_images
 
-Nothing is trained: losses of the 32 models of random halves come from `results/emoji/retrains.parquet`, scores from
-`results/emoji/judge`. For every method kept there, Spearman correlation (mean over the 20 queries, standard error)
-between each query's losses and the sums of the scores of what the models saw
+Nothing is trained: losses of the 32 models of random training subsets come from `results/emoji/retrains.parquet`,
+scores from `results/emoji/judge`. For every method kept there, Spearman correlation (mean over the 20 queries,
+standard error) between each query's losses and the sums of the scores of what the models saw
 
 * with all scores;
 * with only the first image's, the first two's, … (all other scores set to 0);
 * with all but the first two's, *beyond* those two: losses and sums, both less what a linear regression on the presence
   of these two images explains (a partial correlation), for the method's own first two and for AbU+'s. The last line
-  says what other seeds of the same halves reach, with and without the same control: how much there is to predict.
+  says what other seeds of the same subsets reach, with and without the same control: how much there is to predict.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def cut(
     return result
 
 
-def halves_losses(
+def subset_losses(
     ids: Sequence[str], subsets: Bool[NDArray[np.bool_], "m n"], queries: Sequence[str], seed: int
 ) -> Float[NDArray[np.float64], "q m"]:
-    """Each query's loss under the model of each half, from the committed table.
+    """Each query's loss under the model of each subset, from the committed table.
 
     Raises:
         SystemExit: The table does not hold one of the models.
@@ -78,7 +78,7 @@ def halves_losses(
         name = identity_hash({**identity, **parts})
         for column, query in enumerate(queries):
             if (name, query) not in loss:
-                raise SystemExit(f"results/emoji/retrains.parquet does not hold half {row} of seed {seed}.")
+                raise SystemExit(f"results/emoji/retrains.parquet does not hold subset {row} of seed {seed}.")
             result[column, row] = loss[name, query]
     return result
 
@@ -123,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = json.loads((KEPT / "lds.json").read_text())
     queries: list[str] = record["queries"]
     settings = record.get("random_subsets") or record["halves"]  # the committed record has the earlier name
-    halves = RandomSubsets(**{**settings, "further_seeds": tuple(settings["further_seeds"])})
-    subsets = halves.masks(images.ids)
-    losses = halves_losses(images.ids, subsets, queries, halves.seed)
+    design = RandomSubsets(**{**settings, "further_seeds": tuple(settings["further_seeds"])})
+    subsets = design.masks(images.ids)
+    losses = subset_losses(images.ids, subsets, queries, design.seed)
     kept: dict[str, Float[NDArray[np.float64], "q n"]] = {}
     for folder in sorted(path.parent for path in KEPT.glob("*/scores")):
         if folder.name not in PARTIAL:
@@ -133,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kept[folder.name] = np.stack([load_file(file)["scores"].astype(np.float64) for file in files])
     leading = np.argsort(-kept["abu_plus"], axis=1, kind="stable")[:, :CONTROLLED]
     table: dict[str, Any] = {name: of_method(scores, subsets, losses, leading) for name, scores in kept.items()}
-    few = subsets[: halves.repeated]
-    again = np.mean([halves_losses(images.ids, few, queries, seed) for seed in halves.further_seeds], axis=0)
-    pairs = list(zip(losses[:, : halves.repeated], again, leading, strict=True))
+    few = subsets[: design.repeated]
+    again = np.mean([subset_losses(images.ids, few, queries, seed) for seed in design.further_seeds], axis=0)
+    pairs = list(zip(losses[:, : design.repeated], again, leading, strict=True))
     table["another seed"] = {
         "all": [float(spearmanr(a, b).statistic) for a, b, _ in pairs],
         COLUMNS[-1]: [beyond(a, b, few[:, places].astype(np.float64)) for a, b, places in pairs],

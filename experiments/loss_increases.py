@@ -1,10 +1,10 @@
-"""Over which rises of the query's loss is the ranking stable? The step size of unlearning is chosen by that rise.
+"""Over which relative loss increases is the ranking stable? They set the step size of unlearning.
 
     python -m experiments.loss_increases
 
-Attributes a few images drawn by the committed emoji model at several rises and prints, for each: the rank correlation
-with the default's ranking and how much of its top 100 is kept, the split-half reliability, and where the training
-image with the prompt's own caption comes. An interrupted run goes on where it stopped.
+Attributes a few images drawn by the committed emoji model at several increases and prints, for each: the rank
+correlation with the default's ranking and how much of its top 100 is kept, the split-half reliability, and where the
+training image with the prompt's own caption comes. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from wherefrom.runtime.artifacts import Store, replacing, write_json
 from wherefrom.runtime.console import Console, Log, no_log
 from wherefrom.runtime.distributed import Runner
 
-# As the judge's (emoji_1k_judge.yaml).
+# As in the counterfactual evaluation (emoji_1k_judge.yaml).
 SETTINGS = {
     "grid.timesteps": 10,
     "grid.flips": False,
@@ -146,7 +146,7 @@ def planted(
     return World(Recipe(output / "recipe.yaml", store.root, train.main), data_module(config["data"], store))
 
 
-def judge_copies(
+def compare_copies(
     output: Path,
     *,
     world: World,
@@ -299,7 +299,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for method in methods.values():
         method.progress = console.progress
     source = QuerySource(sampling_steps=options.sampling_steps, eta=1.0, seed=options.seed)
-    result = judge_copies(
+    result = compare_copies(
         options.output,
         world=world,
         copies=copies,

@@ -1,10 +1,10 @@
-"""Do both protocols of the judge order the methods alike: pools of queries, and one query at a time?
+"""Do both protocols of counterfactual evaluation order the methods alike: query groups, and one query at a time?
 
-    python -m experiments.protocols runs/judge_pooled runs/judge_single
+    python -m experiments.protocols runs/judge_groups runs/judge_single
 
 Both are run folders of `evaluate.py counterfactual` (or their `counterfactual.json`): one with query groups, one with
 `protocol.query_groups: [1]`, which is the papers' protocol. Prints, for each K that both have, how far they agree on
-the order of the methods that both judged by matched ΔL (Kendall's and Spearman's correlation): for each query, as a
+the order of the methods that both evaluated by matched ΔL (Kendall's and Spearman's correlation): for each query, as a
 mean over the queries, and for the means of the methods over all queries; and how far the ΔLs themselves correlate.
 """
 
@@ -24,18 +24,18 @@ from experiments.support.arguments import script_parser
 from wherefrom.counterfactual.results_file import COUNTERFACTUAL, SEED_BASELINE, or_nan, read_results
 from wherefrom.metrics.standard_error import estimate
 
-Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # K -> method -> query -> ΔL own
+Effects = Mapping[int, Mapping[str, Mapping[str, float]]]  # K -> method -> query -> matched ΔL
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What two judgements say of the same methods and queries at one K.
+    """Agreement of two evaluations on the same methods and queries at one K.
 
     Attributes:
         k: Images that each query lost.
         methods: The methods.
         queries: The queries.
-        kendall: Kendall's τ-b of the methods' order, by query; NaN where all ΔLs of one judgement are equal.
+        kendall: Kendall's τ-b of the methods' order, by query; NaN where all ΔLs of one evaluation are equal.
         spearman: Spearman's correlation of the same.
         mean_kendall: Kendall's τ-b of the order of the methods' means over the queries.
         mean_spearman: Spearman's correlation of the same.
@@ -54,8 +54,8 @@ class Agreement:
     rank_correlation: float
 
 
-def read_judged(path: Path) -> tuple[Judged, dict[str, str]]:
-    """What a judgement says of its methods, removal at random among them, and the queries' prompts.
+def read_effects(path: Path) -> tuple[Effects, dict[str, str]]:
+    """Matched ΔL of an evaluation's methods, removal at random among them, and the queries' prompts.
 
     Args:
         path: A run folder of `evaluate.py counterfactual`, or its table of results.
@@ -72,15 +72,15 @@ def read_judged(path: Path) -> tuple[Judged, dict[str, str]]:
     return result, stored["prompts"]
 
 
-def agreements(first: Judged, second: Judged) -> list[Agreement]:
-    """Compares two judgements at each K that both have, on the methods and queries that both judged.
+def agreements(first: Effects, second: Effects) -> list[Agreement]:
+    """Compares two evaluations at each K that both have, on the methods and queries that both evaluated.
 
     Raises:
         ValueError: They share no K, fewer than two methods, or no query.
     """
     shared = sorted(set(first) & set(second))
     if not shared:
-        raise ValueError(f"The two judgements share no K: {sorted(first)} and {sorted(second)}.")
+        raise ValueError(f"The two evaluations share no K: {sorted(first)} and {sorted(second)}.")
     return [_agreement(k, first[k], second[k]) for k in shared]
 
 
@@ -89,11 +89,13 @@ def _agreement(
 ) -> Agreement:
     methods = [name for name in first if name in second]
     if len(methods) < 2:
-        raise ValueError(f"At K = {k} the judgements share {methods}: an order needs at least two methods.")
-    judged = [set(each[name]) for each in (first, second) for name in methods]
-    queries = sorted(set.intersection(*judged))
+        raise ValueError(f"At K = {k} the evaluations share {methods}: an order needs at least two methods.")
+    evaluated = [set(each[name]) for each in (first, second) for name in methods]
+    queries = sorted(set.intersection(*evaluated))
     if not queries:
-        raise ValueError(f"At K = {k} the judgements share no query: both must draw them from the same model and seed.")
+        raise ValueError(
+            f"At K = {k} the evaluations share no query: both must draw them from the same model and seed."
+        )
     both = [np.array([[each[name][query] for name in methods] for query in queries]) for each in (first, second)]
     pairs = list(zip(*both, strict=True))
     means = [each.mean(axis=0) for each in both]
@@ -133,7 +135,7 @@ def report(result: Sequence[Agreement], prompts: Mapping[str, str]) -> str:
             "",
             f"order of means: Kendall {each.mean_kendall:.2f}, Spearman {each.mean_spearman:.2f} (n = {m} methods)",
             "",
-            f"ΔL own itself: Pearson {each.pearson:.2f}, Spearman {each.rank_correlation:.2f} (n = {n * m} pairs)",
+            f"matched ΔL itself: Pearson {each.pearson:.2f}, Spearman {each.rank_correlation:.2f} (n = {n * m} pairs)",
             "",
         ]
     return "\n".join(lines)
@@ -146,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments.add_argument("single", type=Path)
     options = arguments.parse_args(args)
     try:
-        (pooled, prompts), (single, _) = read_judged(options.pooled), read_judged(options.single)
+        (pooled, prompts), (single, _) = read_effects(options.pooled), read_effects(options.single)
         print(report(agreements(pooled, single), prompts))
     except ValueError as error:
         if args is not None:

@@ -46,7 +46,7 @@ from lightning_modules.launch.runs import training_data
 from wherefrom.attributors import Scores, TrainingData
 from wherefrom.commands.attribute import attribute
 from wherefrom.data.emoji import EmojiOptions, build_emoji
-from wherefrom.data.image_folder import ImageFolderOptions, draw
+from wherefrom.data.image_folder import ImageFolderOptions, load_image
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import generate
 from wherefrom.rankings.ranking_file import normalised_ranks
@@ -93,7 +93,9 @@ def fluent_3d(archive: Path, name_of: dict[str, str]) -> Iterator[Drawing]:
             points = "-".join(point for point in Path(member.name).stem.split("-") if point != "fe0f")
             stream = package.extractfile(member) if member.name.endswith(".webp") and points in name_of else None
             if stream is not None and member.size <= LARGEST:
-                yield Drawing(name_of[points], "fluent 3d", "MIT", "Microsoft", draw(io.BytesIO(stream.read()), SIZE))
+                yield Drawing(
+                    name_of[points], "fluent 3d", "MIT", "Microsoft", load_image(io.BytesIO(stream.read()), SIZE)
+                )
 
 
 def drawings(npm: Path, store: Store) -> list[Drawing]:

@@ -155,9 +155,9 @@ def judge_scenes(
         denoised(model, latents=latents, conditioning=conditioning, keys=keys, timestep=timestep, steps=steps)
     )
     width = shown.shape[2] // 2
-    halves = np.stack([shown[:, :, :width], shown[:, :, width:]], axis=1)
+    sides = np.stack([shown[:, :, :width], shown[:, :, width:]], axis=1)
     ranks = judge.ranks(
-        halves.reshape(-1, *halves.shape[2:]),
+        sides.reshape(-1, *sides.shape[2:]),
         [concept for scene in scenes for concept in scene.concepts],
         [scene.style for scene in scenes for _ in scene.concepts],
     ).reshape(-1, 2)

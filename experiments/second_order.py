@@ -6,7 +6,7 @@
     python -m experiments.second_order
 
 Both sets score all training images of emoji-1k for the same queries. The corrected score is s + c · s² / σ (see
-`InfluenceBank`), so every c is judged from the bank's first-order scores: mAP(k) against AbU+, how often AbU+'s very
+`InfluenceBank`), so every c is evaluated from the bank's first-order scores: mAP(k) against AbU+, how often AbU+'s very
 first image is first, and among the last ten, and how many of AbU+'s first 1, 10 and 100 are among K candidates.
 """
 

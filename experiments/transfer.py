@@ -2,11 +2,11 @@
 
     python -m experiments.transfer
 
-Trains emoji-1k with another seed (as the judge's floor does: once for both), and has the bank rank all training
-images for the same prompts under both models. Rankers: one that learned from the first model, as it is; one that
-learns from the second model's `--queries` alone; and one that starts from the first's and learns from these. All are
-measured on the second model's test queries. Beside them, how far both models' own rankings agree: what a ranker of the
-first could reach at best. What was trained or curated is not made again.
+Trains emoji-1k with another seed (as the seed-variance baseline does: once for both), and has the bank rank all
+training images for the same prompts under both models. Rankers: one that learned from the first model, as it is; one
+that learns from the second model's `--queries` alone; and one that starts from the first's and learns from these. All
+are measured on the second model's test queries. Beside them, how far both models' own rankings agree: what a ranker of
+the first could reach at best. What was trained or curated is not made again.
 """
 
 from __future__ import annotations

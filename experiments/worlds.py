@@ -141,7 +141,7 @@ def run(*words: str | Path) -> str:
 
 
 def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> dict[str, Any]:
-    """The whole way of one world."""
+    """The commands of one world, from training to attribution."""
     model, store = output / "model", ("--store", output / "cache")
     options = (
         *("--data", f"configs/data/{name}.yaml", "--data.init_args.folder", data),

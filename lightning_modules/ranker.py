@@ -130,7 +130,7 @@ class LearningToRank(LightningModule):
         self.images = self.ranker.embed_all(self.data.training_features(), self.rows)
 
     def validation_step(self, batch: RankedQueries) -> Predictions:  # type: ignore[override]  # callbacks are handed it
-        """Logs the loss of all pairs that the teacher scored; callbacks judge the ranking."""
+        """Logs the loss of all pairs that the teacher scored; callbacks evaluate the ranking."""
         cosines = self.ranker.embed(batch.queries) @ self.images.T
         logits = self.ranker.logits(cosines)
         count = batch.rows.shape[1]

@@ -17,7 +17,7 @@ from wherefrom.runtime.artifacts import identity_hash
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "emoji"
-JUDGE = ROOT / "configs" / "experiment" / "emoji_1k_judge.yaml"
+EVALUATION = ROOT / "configs" / "experiment" / "emoji_1k_judge.yaml"
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ def test_every_model_of_the_committed_table_is_of_this_recipe(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("in_checkout")
-def test_the_methods_of_the_judge_have_the_identities_of_their_committed_runs() -> None:
-    config = yaml.safe_load(JUDGE.read_text())
-    files = [(JUDGE.parent / file).resolve() for file in config["methods"]]
+def test_the_methods_of_the_evaluation_have_the_identities_of_their_committed_runs() -> None:
+    config = yaml.safe_load(EVALUATION.read_text())
+    files = [(EVALUATION.parent / file).resolve() for file in config["methods"]]
     methods = load_methods(files, config["settings"])
     kept = {folder.name: folder / "manifest.json" for folder in (RESULTS / "judge").iterdir() if folder.is_dir()}
     compared = [name for name in methods if name in kept and kept[name].exists()]

@@ -38,7 +38,7 @@ WORDS: Mapping[str, str] = {
     "or set skip_unreadable": "or repair it",
     "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
     "--query": "queries",
-    "Ask for a smaller rise, or give alpha instead": "Give AttributionOptions(settings="
+    "Ask for a smaller relative_loss_increase, or give alpha instead": "Give AttributionOptions(settings="
     "{'unlearning.relative_loss_increase': 0.2}), or less",
 }
 

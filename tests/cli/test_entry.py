@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from wherefrom.cli.entry import COMMANDS, parser
+from wherefrom import api
+from wherefrom.attributors.unlearning.step_size import alpha_for_increase
+from wherefrom.cli.entry import COMMANDS, WORDS, parser
 from wherefrom.runtime.cli_errors import in_words_of, option_names
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +155,16 @@ def test_options_are_named_as_the_interface_names_them() -> None:
     with pytest.raises(ValueError, match="nothing") as kept, option_names(words):
         raise same
     assert kept.value is same
+
+
+@pytest.mark.parametrize(
+    "words, advice",
+    [(WORDS, "Give --set unlearning.relative_loss_increase=0.2"), (api.WORDS, r"Give AttributionOptions\(settings=")],
+    ids=["command", "python"],
+)
+def test_a_loss_increase_out_of_reach_is_answered_in_the_interfaces_words(words: dict[str, str], advice: str) -> None:
+    with pytest.raises(ValueError, match=rf"No step size raises .*{advice}"), option_names(words):
+        alpha_for_increase(lambda alpha: 0.1, 0.2, 1.0)
 
 
 def test_the_root_takes_no_abbreviations() -> None:

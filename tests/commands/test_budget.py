@@ -143,7 +143,7 @@ def test_a_census_counts_what_loading_finds(tmp_path: Path) -> None:
     [Protocol(ks=[2], query_groups=[2]), Protocol(ks=[1, 2], query_groups=[3, 1], seeds=[0, 1], random=2)],
     ids=["one", "several"],
 )
-def test_trainings_are_counted_as_the_judge_plans_them(protocol: Protocol) -> None:
+def test_trainings_are_counted_as_the_evaluation_plans_them(protocol: Protocol) -> None:
     ids = [f"p{index:03d}" for index in range(200)]
     rankings = {
         name: {f"q{query}": ids[shift + 10 * query :] + ids[: shift + 10 * query] for query in range(6)}
@@ -210,7 +210,7 @@ def test_a_command_without_a_budget_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("command", ["counterfactual", "lds"])
-def test_the_command_line_says_what_a_judgement_takes(
+def test_the_command_line_says_what_an_evaluation_takes(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = training_config(tmp_path, "recipe", steps=8)

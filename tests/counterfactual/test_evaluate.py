@@ -125,13 +125,13 @@ def test_a_measurement_is_the_mean_of_single_losses(base: DiffusionModel, panel:
     query = panel.queries[1]
     assert base.encoder is not None
     assert query.latent is not None
-    told, losses = base.encoder.text.encode([query.prompt]), []
+    conditioning, losses = base.encoder.text.encode([query.prompt]), []
     for index, timestep in enumerate(range(0, 1000, 100)):
         keys = keyed_random.combine(
             keyed_random.hash_texts([query.id]), keyed_random.combine(201, 0, 0, 0, timestep, 0)
         )
         noise = keyed_random.normal(keys, query.latent.shape, torch.float32)
-        loss = base.losses(query.latent[None], told, torch.tensor([timestep]), noise)
+        loss = base.losses(query.latent[None], conditioning, torch.tensor([timestep]), noise)
         assert measured[query.id].losses[index] == pytest.approx(float(loss), rel=1e-3), "kept in half precision"
         losses.append(float(loss))
     assert measured[query.id].loss == pytest.approx(float(np.mean(losses)), rel=1e-5)
@@ -186,7 +186,7 @@ def experiment_file(folder: Path, recipe_file: Path, name: str, store: str, **se
     return path
 
 
-def judge_until_killed(config: Path) -> None:
+def evaluate_until_killed(config: Path) -> None:
     """The command, whose process is killed when the second model is measured and before it is said so."""
     add, added = MeasurementTable.add, []
 
@@ -200,10 +200,10 @@ def judge_until_killed(config: Path) -> None:
     evaluate.main(["counterfactual", "-c", str(config)])
 
 
-def test_the_command_line_judges_and_goes_on_after_a_kill(recipe_file: Path, folder: Path) -> None:
+def test_the_command_line_evaluates_and_goes_on_after_a_kill(recipe_file: Path, folder: Path) -> None:
     config = experiment_file(folder, recipe_file, "killed", "killed store")
     table = folder / "killed" / "retrains.parquet"
-    assert exit_status_of(judge_until_killed, config) == -signal.SIGKILL
+    assert exit_status_of(evaluate_until_killed, config) == -signal.SIGKILL
     measured = len(pq.read_table(table))
     before = {path: path.stat().st_mtime_ns for path in retrained(folder / "killed store")}
     assert not (folder / "killed" / "counterfactual.json").exists()

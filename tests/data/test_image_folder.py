@@ -18,7 +18,7 @@ from PIL import Image
 
 from datamodules import ImageFolder
 from tests.support.folders import make, paint, write_metadata
-from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, draw, split_images
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, load_image, split_images
 from wherefrom.data.image_set import ImageSet
 from wherefrom.runtime.artifacts import StorageError, Store, read_manifest
 
@@ -28,8 +28,8 @@ from wherefrom.runtime.artifacts import StorageError, Store, read_manifest
 )
 def test_the_centre_is_cut_out(tmp_path: Path, size: tuple[int, int], across: slice, down: slice) -> None:
     pixels = paint(tmp_path / "x.png", 0, size)
-    np.testing.assert_array_equal(draw(tmp_path / "x.png", 4), pixels[down, across])
-    np.testing.assert_array_equal(draw(tmp_path / "x.png", None), pixels)
+    np.testing.assert_array_equal(load_image(tmp_path / "x.png", 4), pixels[down, across])
+    np.testing.assert_array_equal(load_image(tmp_path / "x.png", None), pixels)
 
 
 def test_reducing_averages(tmp_path: Path) -> None:
@@ -37,21 +37,21 @@ def test_reducing_averages(tmp_path: Path) -> None:
         np.indices((64, 64)).sum(0) % 2 * 200
     )  # a checkerboard of 0 and 200; taking every eighth pixel would give one
     Image.fromarray(fine.astype(np.uint8)).save(tmp_path / "x.png")
-    assert np.abs(draw(tmp_path / "x.png", 8).astype(int) - 100).max() <= 4
+    assert np.abs(load_image(tmp_path / "x.png", 8).astype(int) - 100).max() <= 4
 
 
 def test_transparency_is_put_on_white(tmp_path: Path) -> None:
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 3] = 0, 51, 255
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    assert draw(tmp_path / "rgba.png", None)[0, :, 0].tolist() == [255, 204, 0]
+    assert load_image(tmp_path / "rgba.png", None)[0, :, 0].tolist() == [255, 204, 0]
     Image.fromarray(rgba[:, :, 2:]).save(tmp_path / "la.png")
-    assert draw(tmp_path / "la.png", None)[0, :, 0].tolist() == [255, 204, 0]
+    assert load_image(tmp_path / "la.png", None)[0, :, 0].tolist() == [255, 204, 0]
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 0, 0, 0])
     palette.putpixel((1, 0), 1)
     palette.save(tmp_path / "p.png", transparency=1)
-    assert draw(tmp_path / "p.png", None)[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert load_image(tmp_path / "p.png", None)[0].tolist() == [[10, 20, 30], [255, 255, 255]]
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_images_stand_upright(tmp_path: Path, orientation: int, upright: Callabl
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(draw(tmp_path / "x.png", None), upright(pixels))
+    np.testing.assert_array_equal(load_image(tmp_path / "x.png", None), upright(pixels))
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)).save(tmp_path / "x.png")
-    assert draw(tmp_path / "x.png", None)[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert load_image(tmp_path / "x.png", None)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_floating_point_pixels_have_no_white(folder: Path, build: Callable[..., ImageSet]) -> None:

@@ -26,16 +26,18 @@ from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions
 from wherefrom.runtime.artifacts import Store, read_manifest
 
 ROOT = Path(__file__).parents[2]
-Told = dict[str, Any]
+CaptionsFile = dict[str, Any]
 
 
 @pytest.fixture
-def told(folder: Path) -> Told:
+def captions_file(folder: Path) -> CaptionsFile:
     return make_coco(folder)["train2017"]
 
 
 @pytest.fixture
-def coco(tmp_path: Path, folder: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageSet]:
+def coco(
+    tmp_path: Path, folder: Path, captions_file: CaptionsFile, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., ImageSet]:
     monkeypatch.setattr(mscoco, "_PART", 5)
 
     def build(store: str = "store", subset: Any = None, progress: Any = None, **options: Any) -> ImageSet:
@@ -53,16 +55,18 @@ def coco(tmp_path: Path, folder: Path, told: Told, monkeypatch: pytest.MonkeyPat
     return build
 
 
-def test_ids_captions_licences_and_pixels(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
+def test_ids_captions_licences_and_pixels(
+    folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
+) -> None:
     image_set = coco()
-    ids = sorted(image["id"] for image in told["images"])
+    ids = sorted(image["id"] for image in captions_file["images"])
     assert image_set.ids == tuple(map(str, ids))
     assert sorted(image_set.ids) != list(image_set.ids), "numbers are not sorted as text"
-    assert ids != [image["id"] for image in told["images"]], "nor is the file in their order"
+    assert ids != [image["id"] for image in captions_file["images"]], "nor is the file in their order"
     names = {entry["id"]: entry["name"] for entry in LICENSES}
-    images = {image["id"]: image for image in told["images"]}
+    images = {image["id"]: image for image in captions_file["images"]}
     for row, image in enumerate(ids):
-        written = [each["caption"] for each in told["annotations"] if each["image_id"] == image]
+        written = [each["caption"] for each in captions_file["annotations"] if each["image_id"] == image]
         assert image_set.captions[row] == tuple(written[:5])
         assert image_set.columns["license"][row] == names[images[image]["license"]]
         assert image_set.columns["url"][row] == images[image]["flickr_url"]
@@ -74,19 +78,21 @@ def test_ids_captions_licences_and_pixels(folder: Path, told: Told, coco: Callab
     assert isinstance(image_set.pixels, np.memmap)
 
 
-def test_the_first_captions_of_each_image(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
+def test_the_first_captions_of_each_image(
+    folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
+) -> None:
     five, two = coco(), coco(captions=2)
     assert two.captions == tuple(several[:2] for several in five.captions)
     with pytest.raises(ValueError, match=r"12 images have fewer than 6 captions"):
         coco(captions=6)
 
 
-def without(told: Told, name: str) -> Told:
-    return {key: value for key, value in told.items() if key != name}
+def without(captions_file: CaptionsFile, name: str) -> CaptionsFile:
+    return {key: value for key, value in captions_file.items() if key != name}
 
 
-def changed(told: Told, path: tuple[Any, ...], value: Any) -> Told:
-    made: Any = copy.deepcopy(told)
+def changed(captions_file: CaptionsFile, path: tuple[Any, ...], value: Any) -> CaptionsFile:
+    made: Any = copy.deepcopy(captions_file)
     place = made
     for key in path[:-1]:
         place = place[key]
@@ -97,46 +103,70 @@ def changed(told: Told, path: tuple[Any, ...], value: Any) -> Told:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda told: "{", r"captions_train2017\.json is not valid JSON"),
-        (lambda told: "[]", r"holds no JSON object"),
-        (lambda told: without(told, "images"), r"has no list 'images'.*captions_train2017"),
-        (lambda told: without(told, "annotations"), r"has no list 'annotations'"),
-        (lambda told: changed(told, ("images", 3), 5), r"images\[3\] has no 'id' of type int"),
-        (lambda told: changed(told, ("images", 3, "id"), "7"), r"images\[3\] has no 'id' of type int \('7'\)"),
+        (lambda captions_file: "{", r"captions_train2017\.json is not valid JSON"),
+        (lambda captions_file: "[]", r"holds no JSON object"),
+        (lambda captions_file: without(captions_file, "images"), r"has no list 'images'.*captions_train2017"),
+        (lambda captions_file: without(captions_file, "annotations"), r"has no list 'annotations'"),
+        (lambda captions_file: changed(captions_file, ("images", 3), 5), r"images\[3\] has no 'id' of type int"),
         (
-            lambda told: changed(told, ("annotations", 2), {"image_id": 9, "bbox": []}),
+            lambda captions_file: changed(captions_file, ("images", 3, "id"), "7"),
+            r"images\[3\] has no 'id' of type int \('7'\)",
+        ),
+        (
+            lambda captions_file: changed(captions_file, ("annotations", 2), {"image_id": 9, "bbox": []}),
             r"instances_… .*hold no captions",
         ),
-        (lambda told: changed(told, ("annotations", 0, "image_id"), 5), r"a caption is of image 5, which 'images'"),
-        (lambda told: changed(told, ("images", 1, "id"), told["images"][0]["id"]), r"1 image ids occur more than once"),
         (
-            lambda told: changed(told, ("images", 1, "file_name"), told["images"][0]["file_name"]),
+            lambda captions_file: changed(captions_file, ("annotations", 0, "image_id"), 5),
+            r"a caption is of image 5, which 'images'",
+        ),
+        (
+            lambda captions_file: changed(captions_file, ("images", 1, "id"), captions_file["images"][0]["id"]),
+            r"1 image ids occur more than once",
+        ),
+        (
+            lambda captions_file: changed(
+                captions_file, ("images", 1, "file_name"), captions_file["images"][0]["file_name"]
+            ),
             r"occur more than once: '0000000000",
         ),
-        (lambda told: changed(told, ("images", 1, "file_name"), "../x.jpg"), r"'\.\./x\.jpg', which leads elsewhere"),
-        (lambda told: changed(told, ("images", 1, "file_name"), "/etc/passwd"), r"which leads elsewhere"),
         (
-            lambda told: changed(
-                told, ("annotations",), [each for each in told["annotations"] if each["image_id"] != 9]
+            lambda captions_file: changed(captions_file, ("images", 1, "file_name"), "../x.jpg"),
+            r"'\.\./x\.jpg', which leads elsewhere",
+        ),
+        (
+            lambda captions_file: changed(captions_file, ("images", 1, "file_name"), "/etc/passwd"),
+            r"which leads elsewhere",
+        ),
+        (
+            lambda captions_file: changed(
+                captions_file,
+                ("annotations",),
+                [each for each in captions_file["annotations"] if each["image_id"] != 9],
             ),
             r"1 images have no caption: '9'",
         ),
         (
-            lambda told: changed(told, ("images", 1, "file_name"), "no.jpg"),
+            lambda captions_file: changed(captions_file, ("images", 1, "file_name"), "no.jpg"),
             r"train2017 lacks 1 of 12 images: 'no\.jpg'",
         ),
     ],
 )
 def test_bad_files_are_refused_before_anything_is_decoded(
-    tmp_path: Path, folder: Path, told: Told, coco: Callable[..., ImageSet], spoil: Callable[[Told], Any], message: str
+    tmp_path: Path,
+    folder: Path,
+    captions_file: CaptionsFile,
+    coco: Callable[..., ImageSet],
+    spoil: Callable[[CaptionsFile], Any],
+    message: str,
 ) -> None:
-    write_captions(folder, "train2017", spoil(told))
+    write_captions(folder, "train2017", spoil(captions_file))
     with pytest.raises(ValueError, match=message):
         coco()
     assert not (tmp_path / "store").exists()
 
 
-def test_missing_files_and_folders(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
+def test_missing_files_and_folders(folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]) -> None:
     (folder / "annotations" / "captions_train2017.json").rename(folder / "x.json")
     with pytest.raises(ValueError, match=r"captions_train2017\.json is not a file\. Unpack"):
         coco()
@@ -147,9 +177,13 @@ def test_missing_files_and_folders(folder: Path, told: Told, coco: Callable[...,
 
 
 def test_unreadable_images_are_named_or_skipped_and_counted(
-    tmp_path: Path, folder: Path, told: Told, coco: Callable[..., ImageSet], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    folder: Path,
+    captions_file: CaptionsFile,
+    coco: Callable[..., ImageSet],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    broken = folder / "train2017" / told["images"][2]["file_name"]
+    broken = folder / "train2017" / captions_file["images"][2]["file_name"]
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(ValueError, match=rf"{broken.name} cannot be read: .*skip_unreadable"):
         coco()
@@ -159,7 +193,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(
         assert f"11 images are used; skipped were 1 cannot be read: '{broken.name}'" in caplog.text
         caplog.clear()
     assert len(images) == len(images.pixels) == 11
-    assert str(told["images"][2]["id"]) not in images.ids
+    assert str(captions_file["images"][2]["id"]) not in images.ids
     (made,) = (path for path in (tmp_path / "store" / "mscoco").iterdir() if path.suffix != ".partial")
     assert [name for name, _, _ in read_manifest(made)["problems"]] == [broken.name]
 
@@ -182,14 +216,16 @@ def test_workers_and_places_change_nothing(coco: Callable[..., ImageSet]) -> Non
     np.testing.assert_array_equal(one.pixels, three.pixels)
 
 
-def test_the_store_is_used_until_a_file_changes(folder: Path, told: Told, coco: Callable[..., ImageSet]) -> None:
+def test_the_store_is_used_until_a_file_changes(
+    folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
+) -> None:
     seen: list[int] = []
     first = coco(progress=lambda done, total: seen.append(done))
     assert seen == [*range(1, 13)]
     coco(progress=lambda done, total: seen.append(done))
     assert len(seen) == 12
-    (folder / "train2017" / told["images"][0]["file_name"]).write_bytes(
-        (folder / "train2017" / told["images"][1]["file_name"]).read_bytes() + b" "
+    (folder / "train2017" / captions_file["images"][0]["file_name"]).write_bytes(
+        (folder / "train2017" / captions_file["images"][1]["file_name"]).read_bytes() + b" "
     )
     assert coco().fingerprint != first.fingerprint
 
@@ -220,14 +256,14 @@ def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, folder: Path,
     assert not list(made.glob("part-*"))
 
 
-def test_order_and_captions_can_be_read_alone(folder: Path, told: Told) -> None:
+def test_order_and_captions_can_be_read_alone(folder: Path, captions_file: CaptionsFile) -> None:
     images = read_captions(folder / "annotations" / "captions_train2017.json", 2)
-    assert [int(image.id) for image in images] == sorted(image["id"] for image in told["images"])
+    assert [int(image.id) for image in images] == sorted(image["id"] for image in captions_file["images"])
     assert {len(image.captions) for image in images} == {2}
 
 
-def test_data_module(tmp_path: Path, folder: Path, told: Told) -> None:
-    ids = [str(image["id"]) for image in told["images"]]
+def test_data_module(tmp_path: Path, folder: Path, captions_file: CaptionsFile) -> None:
+    ids = [str(image["id"]) for image in captions_file["images"]]
     (tmp_path / "subset.txt").write_text("\n".join(ids[:6]))
     data = MSCOCO(
         str(folder),
@@ -253,10 +289,10 @@ def coco_run(folder: Path, name: str, **init_args: Any) -> Path:
 
 
 def test_the_pipeline_attributes_to_coco(tmp_path: Path) -> None:
-    told = make_coco(tmp_path / "coco")["train2017"]
+    captions_file = make_coco(tmp_path / "coco")["train2017"]
     run = coco_run(tmp_path, "run")
     rows = pq.read_table(run / "ranking.parquet").to_pylist()
-    assert {row["image"] for row in rows} == {str(image["id"]) for image in told["images"]}
+    assert {row["image"] for row in rows} == {str(image["id"]) for image in captions_file["images"]}
     assert [row["rank"] for row in rows] == list(range(1, 13))
     assert all(0 < row["p_value"] <= 1 for row in rows), "val2017 is the null"
     page = (run / "report.html").read_text()

@@ -121,17 +121,17 @@ def test_broken_members_are_counted_by_name(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, text = jpeg_of(0, (16, 12)), b"a caption"
-    told = json.dumps({"caption": "from the json"}).encode()
+    metadata = json.dumps({"caption": "from the json"}).encode()
     members = [
         *[("ok.jpg", good), ("ok.txt", text)],
-        *[("json.jpg", good), ("json.json", told)],
+        *[("json.jpg", good), ("json.json", metadata)],
         *[("cut.jpg", good[:150]), ("cut.txt", text)],
         *[("not.png", b"<script>"), ("not.txt", text)],
         *[("mute.jpg", good), ("mute.json", b'{"caption": null}')],
         *[("blank.jpg", good), ("blank.txt", b" \n")],
         *[("half.jpg", good), ("half.json", b'{"caption": "\\ud800"}')],
         *[("latin.jpg", good), ("latin.txt", b"caf\xe9")],
-        *[("blind.txt", text), ("blind.json", told)],
+        *[("blind.txt", text), ("blind.json", metadata)],
         *[("bomb.png", jpeg_of(0, (30, 30), "PNG")), ("bomb.txt", text)],
         *[("warned.png", jpeg_of(0, (20, 15), "PNG")), ("warned.txt", text)],
         *[("big.jpg", good + bytes(5000)), ("big.txt", text)],

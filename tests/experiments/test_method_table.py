@@ -17,7 +17,7 @@ def ranked(values: np.ndarray) -> Scores:
     return Scores(query, NAMES, values, np.zeros(0), {"alpha": 3.0, "split_half_reliability": 0.5})
 
 
-def test_rises_are_compared_with_the_default() -> None:
+def test_loss_increases_are_compared_with_the_default() -> None:
     values = np.arange(200.0)
     flipped = np.where(values < 150, values, 349 - values)  # the 50 best in reverse: the same top 100
     result = {0.2: [ranked(values)], 0.5: [ranked(flipped)], 2.0: [ranked(-values)]}

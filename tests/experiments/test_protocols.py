@@ -23,7 +23,7 @@ def write(folder: Path, rows: dict[tuple[str, int], dict[str, float | None]]) ->
     return folder
 
 
-def test_orders_are_compared_on_what_both_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_orders_are_compared_on_what_both_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pooled = {
         ("abu", 5): {"q": 0.3, "r": 0.1, "only pooled": 9.0},
         ("clip", 5): {"q": 0.2, "r": 0.5, "only pooled": 9.0},
@@ -38,7 +38,7 @@ def test_orders_are_compared_on_what_both_judged(tmp_path: Path, capsys: pytest.
         ("random", 5): {"r": 0.4, "q": 0.2},
     }
     folders = [write(tmp_path / name, rows) for name, rows in (("pooled", pooled), ("single", single))]
-    (result,) = protocols.agreements(*(protocols.read_judged(folder)[0] for folder in folders))
+    (result,) = protocols.agreements(*(protocols.read_effects(folder)[0] for folder in folders))
     assert (result.k, result.methods, result.queries) == (5, ("abu", "clip", "random"), ("q", "r"))
     assert result.kendall == pytest.approx([1.0, kendalltau([0.1, 0.5, 0.2], [0.2, 0.15, 0.4]).statistic])
     assert result.kendall[1] == pytest.approx(-1 / 3)
@@ -56,34 +56,34 @@ def test_orders_are_compared_on_what_both_judged(tmp_path: Path, capsys: pytest.
     assert "(n = 6 pairs)" in printed
 
 
-def test_a_judgement_agrees_with_itself_and_not_with_its_reverse() -> None:
+def test_an_evaluation_agrees_with_itself_and_not_with_its_reverse() -> None:
     random = np.random.default_rng(0)
     queries = [f"query {index}" for index in range(5)]
-    judged = {3: {name: dict(zip(queries, random.normal(size=5), strict=True)) for name in ("a", "b", "c", "d")}}
-    turned = {3: {name: {query: -value for query, value in own.items()} for name, own in judged[3].items()}}
-    for other, sign in ((judged, 1.0), (turned, -1.0)):
-        (result,) = protocols.agreements(judged, other)
+    effects = {3: {name: dict(zip(queries, random.normal(size=5), strict=True)) for name in ("a", "b", "c", "d")}}
+    turned = {3: {name: {query: -value for query, value in own.items()} for name, own in effects[3].items()}}
+    for other, sign in ((effects, 1.0), (turned, -1.0)):
+        (result,) = protocols.agreements(effects, other)
         numbers = [*result.kendall, *result.spearman, result.mean_kendall, result.mean_spearman, result.pearson]
         assert numbers == pytest.approx([sign] * len(numbers))
 
 
 def test_equal_effects_have_no_order() -> None:
-    judged = {1: {"a": {"q": 1.0}, "b": {"q": 1.0}}}
-    (result,) = protocols.agreements(judged, {1: {"a": {"q": 1.0}, "b": {"q": 2.0}}})
+    effects = {1: {"a": {"q": 1.0}, "b": {"q": 1.0}}}
+    (result,) = protocols.agreements(effects, {1: {"a": {"q": 1.0}, "b": {"q": 2.0}}})
     assert np.isnan(result.kendall[0])
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    judged = {1: {"a": {"q": 1.0}, "b": {"q": 2.0}}}
+    effects = {1: {"a": {"q": 1.0}, "b": {"q": 2.0}}}
     for other, message in (
-        ({2: judged[1]}, r"share no K: \[1\] and \[2\]"),
+        ({2: effects[1]}, r"share no K: \[1\] and \[2\]"),
         ({1: {"a": {"q": 1.0}}}, "at least two methods"),
         ({1: {"a": {"x": 1.0}, "b": {"x": 2.0}}}, "share no query"),
     ):
         with pytest.raises(ValueError, match=message):
-            protocols.agreements(judged, other)
+            protocols.agreements(effects, other)
     with pytest.raises(ValueError, match="is missing: run"):
-        protocols.read_judged(tmp_path / "nowhere")
+        protocols.read_effects(tmp_path / "nowhere")
     (tmp_path / "counterfactual.json").write_text("{}")
     with pytest.raises(ValueError, match="lacks 'prompts'"):
-        protocols.read_judged(tmp_path)
+        protocols.read_effects(tmp_path)

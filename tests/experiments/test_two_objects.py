@@ -83,24 +83,26 @@ def test_denoising_starts_at_its_timestep() -> None:
     model, random = tiny_model(), torch.Generator().manual_seed(0)
     latents = torch.randn(3, 4, 4, 8, generator=random, dtype=torch.float64)  # twice as wide as it was trained on
     states = torch.randn(3, 6, 12, generator=random, dtype=torch.float64)
-    told = prompt_embeddings(states)
+    conditioning = prompt_embeddings(states)
     keys = keyed_random.hash_texts(["a", "b", "c"])
-    result = denoised(model, latents=latents, conditioning=told, keys=keys, timestep=TIMESTEP, steps=SAMPLING_STEPS)
+    result = denoised(
+        model, latents=latents, conditioning=conditioning, keys=keys, timestep=TIMESTEP, steps=SAMPLING_STEPS
+    )
     # diffusers keeps the signal levels in float32.
     torch.testing.assert_close(result, ddim(model, latents, states, keys), rtol=1e-4, atol=1e-5)
     alone = denoised(
         model,
         latents=latents[1:2],
-        conditioning=told.at(slice(1, 2)),
+        conditioning=conditioning.at(slice(1, 2)),
         keys=keys[1:2],
         timestep=TIMESTEP,
         steps=SAMPLING_STEPS,
     )
     torch.testing.assert_close(alone, result[1:2], rtol=1e-9, atol=1e-9)
-    barely = denoised(model, latents=latents, conditioning=told, keys=keys, timestep=0, steps=SAMPLING_STEPS)
+    barely = denoised(model, latents=latents, conditioning=conditioning, keys=keys, timestep=0, steps=SAMPLING_STEPS)
     assert (barely - latents).abs().max() < 0.1
     with pytest.raises(ValueError, match=r"between 0 and 999; given 1000"):
-        denoised(model, latents=latents, conditioning=told, keys=keys, timestep=1000, steps=SAMPLING_STEPS)
+        denoised(model, latents=latents, conditioning=conditioning, keys=keys, timestep=1000, steps=SAMPLING_STEPS)
 
 
 def test_scenes_are_tried_until_enough_are_admitted() -> None:

@@ -66,10 +66,10 @@ def test_shards_lose_only_what_lies_behind_the_cut(tmp_path: Path) -> None:
 def package(folder: Path, prefix: str, names: list[str], info: bool = True) -> Path:
     """An archive as `npm pack` leaves Iconify's."""
     icons = {"prefix": prefix, "width": 16, "icons": {name: {"body": SQUARE} for name in names}}
-    told = {"name": prefix, "author": {"name": "A. Drawer"}, "license": {"spdx": "CC-BY-4.0"}}
+    info_file = {"name": prefix, "author": {"name": "A. Drawer"}, "license": {"spdx": "CC-BY-4.0"}}
     path = folder / f"{prefix}.tgz"
     with tarfile.open(path, "w:gz") as tar:
-        for name, content in (("icons.json", icons), *((("info.json", told),) if info else ())):
+        for name, content in (("icons.json", icons), *((("info.json", info_file),) if info else ())):
             data = json.dumps(content).encode()
             member = tarfile.TarInfo(f"package/{name}")
             member.size = len(data)

@@ -17,12 +17,14 @@ from wherefrom.runtime.artifacts import Store
 
 def test_the_querys_loss_is_the_mean_of_single_draws() -> None:
     model, data = tiny_model(), tiny_latents(2)
-    latent, told = data.groups[0].latents[0, 0], data.groups[0].conditioning.at(0, 0)
+    latent, conditioning = data.groups[0].latents[0, 0], data.groups[0].conditioning.at(0, 0)
     losses = []
     for index in range(200):  # ten timesteps, twenty draws of each
         noise = keyed_random.normal(keyed_random.combine(702, 5, index)[None], latent.shape, model.dtype)
-        losses.append(float(model.losses(latent[None], told.at(None), torch.tensor([100 * (index // 20)]), noise)))
-    assert loss_of(model, latent, told, seed=5) == pytest.approx(np.mean(losses), rel=1e-12)
+        losses.append(
+            float(model.losses(latent[None], conditioning.at(None), torch.tensor([100 * (index // 20)]), noise))
+        )
+    assert loss_of(model, latent, conditioning, seed=5) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
 def test_typical_losses_are_those_of_images_chosen_by_their_ids(tmp_path: Path) -> None:

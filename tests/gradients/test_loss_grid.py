@@ -61,11 +61,13 @@ def test_losses_equal_a_loop_over_single_evaluations(prediction: str) -> None:
                         item = keyed_random.combine(LOSS, 4, flip, caption, timestep, draw)
                         key = keyed_random.combine(keyed_random.hash_text(name), item)
                         noise = keyed_random.normal(key[None], (4, 4, 4), torch.float64)[0]
-                        latent, told = LATENTS[n, flip], EMBEDDINGS[n, caption]
+                        latent, embeddings = LATENTS[n, flip], EMBEDDINGS[n, caption]
                         signal, spread = model.noise_schedule.signal[timestep], model.noise_schedule.spread[timestep]
                         with torch.no_grad():
                             output = model.denoiser(
-                                (signal * latent + spread * noise)[None], timestep, encoder_hidden_states=told[None]
+                                (signal * latent + spread * noise)[None],
+                                timestep,
+                                encoder_hidden_states=embeddings[None],
                             ).sample[0]
                         target = noise if prediction == "epsilon" else signal * noise - spread * latent
                         expected = (target - output).square().mean()

@@ -338,12 +338,12 @@ class TestCommandLine:
         main(["remove", str(folder), best.images[0], "--file", str(listed)])
         printed = capsys.readouterr().out
         assert "not in the index, and kept out from now on: not there" in printed
-        assert f"{COUNT - 2} images can be found; 3 were taken down" in printed
+        assert f"{COUNT - 2} images can be found; 3 were removed" in printed
         assert opened(folder).search(embeddings(QUERIES[:1]), 1)[0].images == (best.images[2],)
         main(["removed", str(folder)])
         assert capsys.readouterr().out.split("\n")[:-1] == sorted([*best.images[:2], "not there"])
         main(["restore", str(folder), "not there"])
-        assert "2 were taken down" in capsys.readouterr().out
+        assert "2 were removed" in capsys.readouterr().out
 
     def test_mistakes_change_nothing(self, store: Path, tmp_path: Path) -> None:
         folder = copy_of(store, tmp_path / "index", "Flat")

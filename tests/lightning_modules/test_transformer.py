@@ -90,9 +90,9 @@ def test_the_loss_is_that_of_flow_matching(done: tuple[Path, object]) -> None:
     random = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 4, 4, 4, generator=random)
     states = torch.randn(3, LENGTH + 1, 12, generator=random)[:, :LENGTH]
-    told = Conditioning({PROMPT: states, MASK: torch.ones(3, LENGTH)})  # all tokens count
+    conditioning = Conditioning({PROMPT: states, MASK: torch.ones(3, LENGTH)})  # all tokens count
     keys, times = torch.arange(3), torch.tensor([0.1, 0.5, 0.9])
-    result = module.recipe.losses(module.ema, LatentBatch(keys, times, latents, told))  # type: ignore[attr-defined]
+    result = module.recipe.losses(module.ema, LatentBatch(keys, times, latents, conditioning))  # type: ignore[attr-defined]
     noise = keyed_random.normal(keyed_random.combine(NOISE, keys), latents.shape[1:])
     sigmas = FlowMatchEulerDiscreteScheduler().sigmas.flip(0)[(times * 1000).long()]
     level = sigmas[:, None, None, None]

@@ -290,11 +290,14 @@ def test_gradients_are_those_of_the_written_out_loss(world: Path) -> None:
     table = text.get_input_embeddings().weight.requires_grad_(True)
     loss = torch.zeros(())
     for name, batch in batches.items():
-        told = module.text[0].embed(batch.captions) if name == "exemplars" else batch.conditioning
+        conditioning = module.text[0].embed(batch.captions) if name == "exemplars" else batch.conditioning
         noise = keyed_random.normal(
             keyed_random.combine(NOISE, batch.keys), batch.latents.shape[1:], batch.latents.dtype
         )
-        loss = loss + model.losses(batch.latents, told, (batch.times * model.noise_schedule.steps).long(), noise).mean()
+        loss = (
+            loss
+            + model.losses(batch.latents, conditioning, (batch.times * model.noise_schedule.steps).long(), noise).mean()
+        )
     loss.backward()
     result = read_customization(folder)
     for name, parameter in module.moved.items():

@@ -151,8 +151,8 @@ def test_stable_diffusion_3(tmp_path: Path, t5: bool) -> None:
 def test_each_loss_is_its_own_examples(tmp_path: Path, save: Callable[[Path], Path]) -> None:
     model = load_model(str(save(tmp_path)), torch.float64)
     assert model.encoder is not None
-    told = model.encoder.text.encode(PROMPTS)
-    alone = [model.losses(LATENTS[row], told.at(row), TIMES[row], NOISE[row]) for row in ([0], [1])]
+    conditioning = model.encoder.text.encode(PROMPTS)
+    alone = [model.losses(LATENTS[row], conditioning.at(row), TIMES[row], NOISE[row]) for row in ([0], [1])]
     torch.testing.assert_close(losses(model), torch.cat(alone), rtol=1e-9, atol=0)
     assert not torch.equal(*model.encoder.text.encode(["red", "a red"])[PROMPT])
 
@@ -189,9 +189,17 @@ def test_flow_matching_needs_its_scheduler_and_adds_no_noise(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="DDPMScheduler is not supported: flow matching needs"):
         FlowSchedule(DDPMScheduler())
     model = load_model(str(stable_diffusion_3(tmp_path)), torch.float64)
-    told = Conditioning({PROMPT: torch.zeros(1, 77 + 256, 24), POOLED: torch.zeros(1, 16)})
+    conditioning = Conditioning({PROMPT: torch.zeros(1, 77 + 256, 24), POOLED: torch.zeros(1, 16)})
     with pytest.raises(ValueError, match="eta must be 0"):
-        sample(model, conditioning=told, empty=told.at(0), keys=torch.tensor([1]), shape=(4, 4, 4), steps=2, eta=0.5)
+        sample(
+            model,
+            conditioning=conditioning,
+            empty=conditioning.at(0),
+            keys=torch.tensor([1]),
+            shape=(4, 4, 4),
+            steps=2,
+            eta=0.5,
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,11 +243,11 @@ def test_latents_and_states_of_another_model_are_refused(tmp_path: Path) -> None
         unet.check(torch.zeros(4, 4, 4), prompt_embeddings(torch.zeros(77, 16)))
     unet.check(torch.zeros(4, 6, 4), prompt_embeddings(torch.zeros(77, 12)))
     transformer = load_model(str(stable_diffusion_3(tmp_path / "sd3")))
-    told = Conditioning({PROMPT: torch.zeros(333, 24), POOLED: torch.zeros(16)})
+    conditioning = Conditioning({PROMPT: torch.zeros(333, 24), POOLED: torch.zeros(16)})
     for sides in ((4, 5), (18, 4)):
         with pytest.raises(ValueError, match="must be multiples of 2, the side of a patch, and no more than 16"):
-            transformer.check(torch.zeros(4, *sides), told)
-    transformer.check(torch.zeros(4, 6, 4), told)
+            transformer.check(torch.zeros(4, *sides), conditioning)
+    transformer.check(torch.zeros(4, 6, 4), conditioning)
 
 
 def test_what_can_only_be_read_is_not_saved(tmp_path: Path) -> None:
@@ -248,7 +256,7 @@ def test_what_can_only_be_read_is_not_saved(tmp_path: Path) -> None:
         save_pipeline(tmp_path / "again", model, "nowhere")
 
 
-def test_the_size_that_sdxl_is_told_is_the_images(tmp_path: Path) -> None:
+def test_the_size_condition_of_sdxl_is_the_images(tmp_path: Path) -> None:
     encoder = load_model(str(stable_diffusion_xl(tmp_path / "xl"))).encoder
     assert encoder is not None
     before = encoder.text.encode(["red"])
@@ -257,7 +265,7 @@ def test_the_size_that_sdxl_is_told_is_the_images(tmp_path: Path) -> None:
     random = np.random.default_rng(0).integers(0, 255, (2, 16, 24, 3), dtype=np.uint8)
     train = ImageSet(("a", "b"), (("red",), ("blue",)), random, {"license": ("", "")}, "wide")
     made = encode_image_set(train, encoder=encoder, store=Store(tmp_path / "store"))
-    told = made.conditioning_at(torch.arange(2), 0)
-    assert told["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
-    torch.testing.assert_close(told[PROMPT][:1], before[PROMPT])
+    conditioning = made.conditioning_at(torch.arange(2), 0)
+    assert conditioning["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+    torch.testing.assert_close(conditioning[PROMPT][:1], before[PROMPT])
     assert encoder.identity() != identity

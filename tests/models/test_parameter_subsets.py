@@ -92,15 +92,15 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(
     latents, noise = torch.randn(2, 3, 4, 4, 4, generator=random, dtype=torch.float64)
     tokens = torch.randn(3, 5, width, generator=random, dtype=torch.float64)
     beside = torch.rand(3, extra, generator=random, dtype=torch.float64)
-    told = Conditioning({PROMPT: tokens, **beside_tokens(model, beside)})
+    conditioning = Conditioning({PROMPT: tokens, **beside_tokens(model, beside)})
     steps, parameters = torch.tensor([10, 500, 900]), select_weights(network, subset)
     with PerSampleGradients(network, list(parameters)) as tap:
-        result = dict(tap.per_sample(model.losses(latents, told, steps, noise)))
+        result = dict(tap.per_sample(model.losses(latents, conditioning, steps, noise)))
     assert result.keys() == parameters.keys()
     for row in range(3):
         rows = slice(row, row + 1)
         with trainable(network, parameters):
-            loss = model.losses(latents[rows], told.at(rows), steps[rows], noise[rows])
+            loss = model.losses(latents[rows], conditioning.at(rows), steps[rows], noise[rows])
             alone = torch.autograd.grad(loss.sum(), list(parameters.values()))
         for name, gradient in zip(parameters, alone, strict=True):
             # Time embeddings and root-mean-square norms are computed in single precision.

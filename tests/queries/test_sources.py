@@ -140,8 +140,8 @@ def test_a_kept_trajectory_is_what_the_sampler_predicted(tmp_path: Path, eta: fl
         keep_trajectory=True,
     )
     assert model.encoder is not None
-    told = model.encoder.text.encode(["red", ""])
-    with_prompt, without = told.at(0), told.at(1)
+    conditioning = model.encoder.text.encode(["red", ""])
+    with_prompt, without = conditioning.at(0), conditioning.at(1)
     for with_steps, plain in zip(kept, bare, strict=True):
         assert plain.trajectory is None
         assert with_steps.id == plain.id

@@ -140,11 +140,11 @@ def test_methods_of_old_files_are_those_of_today_and_one_line_says_so(
         paths.append(tmp_path / f"{name}.yaml")
     with accepting_old_names([str(path) for path in paths]):
         made = load_methods(paths, {"influence/draws": 5}, strict=True)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert all(str(path) in told[0] for path in paths)
-    assert "draws → noise_samples" in told[0]
-    assert "AmongNearest → Rerank" in told[0]
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 1
+    assert all(str(path) in warned[0] for path in paths)
+    assert "draws → noise_samples" in warned[0]
+    assert "AmongNearest → Rerank" in warned[0]
     assert isinstance(made["influence"], InfluenceFunction)
     assert made["influence"].noise_samples == 5
     assert isinstance(made["among"], Rerank)

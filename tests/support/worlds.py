@@ -32,7 +32,7 @@ def jpeg_of(seed: int, size: tuple[int, int], kind: str = "JPEG") -> bytes:
 def make_coco(folder: Path, train: int = 12, validation: int = 4, captions: int = 5) -> dict[str, dict[str, Any]]:
     """Image folders beside captions files; ids are neither in order nor of one length, captions lie mixed."""
     random = np.random.default_rng(0)
-    told = {}
+    written = {}
     for split, count, first in (("train2017", train, 9), ("val2017", validation, 200)):
         ids = [int(first + 37 * index % 89 * 11) for index in range(count)]
         images, annotations = [], []
@@ -57,9 +57,9 @@ def make_coco(folder: Path, train: int = 12, validation: int = 4, captions: int 
             image = ids[number % count]
             caption = " ".join(random.choice(WORDS, 4)) + f" {number}"
             annotations.append({"image_id": image, "id": int(number) + 1, "caption": caption})
-        told[split] = {"info": {}, "licenses": LICENSES, "images": images, "annotations": annotations}
-        write_captions(folder, split, told[split])
-    return told
+        written[split] = {"info": {}, "licenses": LICENSES, "images": images, "annotations": annotations}
+        write_captions(folder, split, written[split])
+    return written
 
 
 def write_captions(folder: Path, split: str, content: Any) -> Path:
@@ -82,10 +82,17 @@ def sample_of(key: str, seed: int, order: int = 0) -> list[tuple[str, bytes]]:
     """The members of a sample, in one of six orders."""
     kind, extension = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))[seed % 3]
     caption = f"a big {WORDS[seed % len(WORDS)]} image"
-    told = {"key": key, "caption": caption, "url": f"http://x/{key}", "width": 16, "height": 12, "status": "success"}
+    metadata = {
+        "key": key,
+        "caption": caption,
+        "url": f"http://x/{key}",
+        "width": 16,
+        "height": 12,
+        "status": "success",
+    }
     members = [
         (f"{key}.{extension}", jpeg_of(seed, (16, 12), kind)),
-        (f"{key}.json", json.dumps(told).encode()),
+        (f"{key}.json", json.dumps(metadata).encode()),
         (f"{key}.txt", caption.encode()),
     ]
     orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))

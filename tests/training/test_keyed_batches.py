@@ -159,8 +159,8 @@ def latents() -> EncodedImages:
 
 def rows(batch: LatentBatch) -> list[tuple[float, ...]]:
     return [
-        (*(part.item() for part in (key, time)), *latent.flatten().tolist(), *told.flatten().tolist())
-        for key, time, latent, told in zip(*batch[:3], batch.conditioning[PROMPT], strict=True)
+        (*(part.item() for part in (key, time)), *latent.flatten().tolist(), *conditioning.flatten().tolist())
+        for key, time, latent, conditioning in zip(*batch[:3], batch.conditioning[PROMPT], strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from wherefrom.commands.budget import Sizes, as_table, drawing, encoding, method
 from wherefrom.commands.estimate import forward_rate, timed
 from wherefrom.commands.packaged_methods import load_packaged
 from wherefrom.commands.prepared_run import check_query_files, image_size, open_model
-from wherefrom.data.image_folder import draw
+from wherefrom.data.image_folder import load_image
 from wherefrom.data.image_metadata import read_rows
 from wherefrom.runtime.console import room
 from wherefrom.runtime.distributed import parse_device
@@ -40,7 +40,7 @@ def budget_of(request: Request) -> str:
 
     def decode() -> int:
         for row in rows[:_SAMPLE]:
-            draw(folder / row.name, size)
+            load_image(folder / row.name, size)
         return len(rows[:_SAMPLE])
 
     sizes = Sizes(training, held_out, (size, size), len(rows[0].captions), False)

@@ -48,7 +48,8 @@ WORDS = {
     "sampling_steps must": "--sampling-steps must",
     "guidance must": "--guidance must",
     "seed must": "--seed must",
-    "Ask for a smaller rise, or give alpha instead": "Give --set unlearning.relative_loss_increase=0.2, or less",
+    "Ask for a smaller relative_loss_increase, or give alpha instead": "Give --set "
+    "unlearning.relative_loss_increase=0.2, or less",
     "The data set has no column": "--group: the images have no column",
 }
 # Command -> where it is defined and a line about it. What a command needs is imported when it is chosen.

@@ -18,7 +18,7 @@ from wherefrom.attributors.magnitude import by_size
 from wherefrom.commands.attribute import attribute
 from wherefrom.commands.customization_tasks import Task, tasks_by_kind
 from wherefrom.data.encoded_images import EncodedImages, encode_image_set, joined
-from wherefrom.data.image_folder import draw
+from wherefrom.data.image_folder import load_image
 from wherefrom.data.image_set import ImageSet, joined_image_sets
 from wherefrom.metrics.retrieval import MeanAveragePrecision, RecallAtK
 from wherefrom.metrics.standard_error import estimate
@@ -103,7 +103,7 @@ def exemplar_images(task: Task, size: int, columns: Mapping[str, Any]) -> ImageS
         size: Side in pixels.
         columns: Columns of the background images, which are empty for exemplars.
     """
-    pixels = np.stack([draw(path, size) for path in task.exemplars])
+    pixels = np.stack([load_image(path, size) for path in task.exemplars])
     ids = tuple(f"exemplar/{task.name}/{number}" for number in range(len(task.exemplars)))
     fingerprint = identity_hash(
         {"ids": list(ids), "caption": task.caption, "files": [hash_file(path) for path in task.exemplars], "size": size}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from wherefrom.attributors.base import Attributor
 from wherefrom.data.encoded_images import encode_image_set, report_cut
-from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, draw
+from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model, model_from_pipeline
@@ -221,7 +221,7 @@ def _read(image: Any, prompt: str, size: int, resize: bool) -> Query:
     try:
         image.save(stream, "PNG")
         stream.seek(0)
-        pixels = draw(stream, size if resize else None)
+        pixels = load_image(stream, size if resize else None)
     except UNREADABLE as error:
         raise ValueError(f"queries: a PIL image of mode {image.mode} cannot be used: {error}.") from error
     if pixels.shape[:2] != (size, size):

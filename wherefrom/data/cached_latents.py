@@ -1,4 +1,4 @@
-"""Ready-made arrays of latents and text states (those of AbU on MSCOCO), used without any image or encoder."""
+"""Ready-made arrays of latents and prompt embeddings (those of AbU on MSCOCO), used without any image or encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wherefrom.models.conditioning import prompt_embeddings
 from wherefrom.runtime.artifacts import identity_hash
 from wherefrom.runtime.mapped_arrays import map_array
 
-_LOOKED_AT = 256  # rows whose bytes go into the fingerprint
+_SAMPLED_ROWS = 256  # rows whose bytes go into the fingerprint
 _PIXELS = 8  # pixels of a latent's side, for Stable Diffusion's autoencoder
 _GREY = 128
 
@@ -36,10 +36,10 @@ def _map(path: Path, what: str, rows: int, shape: str) -> Tensor:
     return array
 
 
-def _looked_at(array: Tensor) -> str:
+def _sample_hash(array: Tensor) -> str:
     """Hash of shape, type and evenly spaced rows: hashing hundreds of gigabytes at each start would take hours."""
     digest = hashlib.blake2b(f"{array.dtype} {tuple(array.shape)}".encode(), digest_size=16)
-    for row in np.unique(np.linspace(0, len(array) - 1, _LOOKED_AT).astype(np.intp)):
+    for row in np.unique(np.linspace(0, len(array) - 1, _SAMPLED_ROWS).astype(np.intp)):
         digest.update(array[int(row)].numpy().tobytes())
     return digest.hexdigest()
 
@@ -61,7 +61,7 @@ def read_cached_latents(
         ids: Ids of the images in the order of the rows. The papers' arrays do not hold them; those of COCO follow the
             numerical order of its ids, as `read_captions` does.
         captions: The K captions of each image.
-        null_states: Token states (L, D) of the empty caption; needed for training with caption dropout only.
+        null_states: Prompt embeddings (L, D) of the empty prompt; needed for training with caption dropout only.
 
     Raises:
         ValueError: An array is missing or has another shape, an id occurs twice, or captions do not fit.
@@ -89,9 +89,9 @@ def read_cached_latents(
     fingerprint = identity_hash(
         {
             "ids": list(ids),
-            "latents": _looked_at(given),
-            "states": _looked_at(texts),
-            "null": None if null_states is None else _looked_at(null[None]),
+            "latents": _sample_hash(given),
+            "states": _sample_hash(texts),
+            "null": None if null_states is None else _sample_hash(null[None]),
         }
     )
     height, width = (int(side) * _PIXELS for side in given.shape[2:])

@@ -1,4 +1,4 @@
-"""Latents and caption states of a data set, computed once, kept with a manifest and memory-mapped."""
+"""Latents and conditioning of a data set, computed once, kept with a manifest and memory-mapped."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def encode_image_set(
     half: bool = False,
     log: Callable[[str], None] = _silent,
 ) -> EncodedImages:
-    """Latents and caption states of the images, from the store if they are there.
+    """Latents and conditioning of the images, from the store if they are there.
 
     Latents are kept by the content of each image and conditioning by that of each caption, so what another set made is
     found again: a set that grows by 1 % costs 1 %, and a subset costs nothing. Neither is ever held in memory as a
@@ -366,7 +366,7 @@ class LatentVisits(Dataset[LatentBatch]):
         caption_dropout: Probability of the empty caption, for classifier-free guidance.
 
     Raises:
-        ValueError: Captions are to be dropped, but the states of the empty caption are not known.
+        ValueError: Captions are to be dropped, but the prompt embeddings of the empty prompt are not known.
     """
 
     def __init__(self, data: EncodedImages, seed: int, flip_share: float = 0.5, caption_dropout: float = 0.1) -> None:

@@ -76,7 +76,7 @@ class EncodedRows:
                 progress(self.batches[batch].stop, count)
 
         def quiet(_: int) -> None:
-            """The empty prompt is no progress."""
+            """Ignores the empty prompt, which is not counted as progress."""
 
         several = len(self.captions) // max(count, 1)
         of_captions = [range(batch.start * several, batch.stop * several) for batch in self.batches]

@@ -61,7 +61,7 @@ class ImageFolderOptions:
     skip_unreadable: bool = False
 
 
-def draw(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
+def load_image(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
     """Loads an image as RGB: upright, on white and, given a size, cropped to its largest centred square and resized.
 
     Raises:
@@ -104,7 +104,7 @@ def _write_pixels(
             if progress is not None:
                 progress(index, len(rows))
             try:
-                pixels = draw(folder / row.name, options.size)
+                pixels = load_image(folder / row.name, options.size)
             except UNREADABLE as error:
                 if not options.skip_unreadable:
                     raise ValueError(

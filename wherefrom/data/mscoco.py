@@ -20,7 +20,7 @@ from wherefrom.data.decoding import (
     join_parts,
     log_skipped,
 )
-from wherefrom.data.image_folder import draw
+from wherefrom.data.image_folder import load_image
 from wherefrom.data.image_metadata import shown
 from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
@@ -227,7 +227,7 @@ def build_mscoco(
     def decode(part: int) -> Iterator[Sample | SkippedItem]:
         for image in parts[part]:
             try:
-                pixels = draw(folder / image.file_name, options.size)
+                pixels = load_image(folder / image.file_name, options.size)
             except NOT_DECODABLE as error:
                 if not options.skip_unreadable:
                     raise ValueError(

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wherefrom.data.decoding import NOT_DECODABLE, Progress, Sample, SkippedItem, decode_parts, join_parts, log_skipped
-from wherefrom.data.image_folder import draw
+from wherefrom.data.image_folder import load_image
 from wherefrom.data.image_metadata import shown
 from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
 from wherefrom.data.shards import IMAGES, ShardSample, check_shard, read_shard
@@ -154,7 +154,7 @@ def decode_shard(
             yield SkippedItem(name, NO_CAPTION)
         else:
             try:
-                pixels = draw(io.BytesIO(image), options.size)
+                pixels = load_image(io.BytesIO(image), options.size)
             except NOT_DECODABLE as error:
                 # The message contains the buffer's address, which differs between runs.
                 detail = type(error).__name__ if "BytesIO" in str(error) else str(error)

@@ -64,7 +64,7 @@ def change(options: argparse.Namespace) -> None:
     else:
         for name in index.remove(ids):
             print(f"not in the index, and kept out from now on: {name}")
-    print(f"{len(index):,} images can be found; {len(index.removed):,} were taken down")
+    print(f"{len(index):,} images can be found; {len(index.removed):,} were removed")
 
 
 def run(words: Sequence[str] | None, prog: str = "wherefrom index") -> None:

@@ -248,7 +248,7 @@ def save_customized(folder: Path, base: str, model: DiffusionModel, words: list[
 
 
 def base_of(folder: Path) -> str | None:
-    """Where the base of a customized model is; None if the folder is none of ours.
+    """Path of a customized model's base; None if the folder holds no customized model.
 
     Raises:
         ValueError: The file that says so is damaged.

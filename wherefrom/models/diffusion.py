@@ -153,7 +153,7 @@ class SquareOutput(DiffusionModel):
         self.bf16, self.compiled = model.bf16, model.compiled
 
     def fingerprint(self) -> str:
-        """That of the model, marked: its losses are others."""
+        """The model's fingerprint, marked: its losses differ."""
         return f"{super().fingerprint()}/square output"
 
     def losses(

@@ -56,7 +56,7 @@ class CaptionEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     def prepared(self, caption: str) -> str:

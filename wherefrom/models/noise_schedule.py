@@ -1,4 +1,4 @@
-"""Forward processes: what noise does to an image, what the network is asked to say of it, and the way back.
+"""Forward processes: how noise is added to an image, what the network predicts, and sampling.
 
 Shape letters: B = batch, C = latent channels, H and W = latent height and width.
 """
@@ -109,7 +109,7 @@ class NoiseSchedule:
         return signal * noise - spread * latents
 
     def sampler(self, steps: int, eta: float = 0.0) -> Sampler:
-        """The way from noise to an image in so many steps."""
+        """A sampler of this many steps."""
         return DDIM(self, steps, eta)
 
 
@@ -156,7 +156,7 @@ class FlowSchedule(NoiseSchedule):
         return noise - latents
 
     def sampler(self, steps: int, eta: float = 0.0) -> Sampler:
-        """The way from noise to an image in so many steps.
+        """A sampler of this many steps.
 
         Raises:
             ValueError: `eta` is not 0: no noise is added on the way.

@@ -1,4 +1,4 @@
-"""Base of the encoders that tell a network more of a caption than prompt embeddings; each family's are in its file.
+"""Base of the encoders whose conditioning is more than prompt embeddings; each family's are in its file.
 
 Shape letters: N = captions, L = tokens, D = width of a prompt embedding, P = width of a pooled vector.
 """

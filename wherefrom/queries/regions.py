@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.data.image_folder import UNREADABLE, draw
+from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.runtime.artifacts import hash_file
 
 _GREY, _FADED = 160.0, 0.25  # what is outside keeps this share of its colours
@@ -87,7 +87,7 @@ class Region:
         if not file.is_file():
             raise ValueError(f"Mask {file} is not a file.")
         try:
-            mask = draw(file, None)[..., 0].astype(np.float32) / 255.0
+            mask = load_image(file, None)[..., 0].astype(np.float32) / 255.0
         except UNREADABLE as error:
             raise ValueError(f"Mask {file} cannot be read: {error}.") from error
         if mask.shape != size:

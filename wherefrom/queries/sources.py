@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.data.encoded_images import report_cut
-from wherefrom.data.image_folder import UNREADABLE, draw
+from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.sampling import Trajectory, sample
 from wherefrom.queries.regions import Region
@@ -178,7 +178,7 @@ def read_query(image: QueryImage, size: tuple[int, int], resize: bool = False) -
     if not path.is_file():
         raise ValueError(f"Query image {path} is not a file.")
     try:
-        pixels = draw(path, size[0] if resize else None)
+        pixels = load_image(path, size[0] if resize else None)
     except UNREADABLE as error:
         raise ValueError(f"Query image {path} cannot be read: {error}.") from error
     if pixels.shape[:2] != size:

@@ -1,4 +1,4 @@
-"""What is asked and what is answered: a query, the training data that it is attributed to, and its scores."""
+"""Types of attribution: a query, the training data that it is attributed to, and its scores."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Query:
 
     @property
     def name(self) -> str:
-        """What tells it apart in a run: its id, and the region's name where only a part is asked for."""
+        """Name that identifies it in a run: its id, and the region's name where only a part is asked for."""
         return self.id if self.region is None else f"{self.id}, {self.region.name}"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is attributed to, and what the answers are compared with.
+    """The training data, and the model that is attributed.
 
     Attributes:
         images: The training images.
@@ -70,7 +70,7 @@ class Scores:
         ids: Training images scored.
         scores: One score an image, higher = more influential.
         null: Scores of images never trained on, by the same method.
-        facts: What else was measured, by name (split-half reliability, α, rise, seconds …).
+        facts: What else was measured, by name (split-half reliability, α, relative loss increase, seconds …).
         parts: The same scores from a part of what they were measured on, by its name (a band of timesteps, a caption).
         estimates: What a calibrated fast method says of each image's influence, in its teacher's unit.
     """

@@ -124,9 +124,9 @@ def test_it_says_how_large_a_bank_will_be(model: DiffusionModel, tmp_path: Path)
         store = Store(tmp_path / compression.keep)
         data = TrainingData(TRAIN.images, TRAIN)
         bank(compression=compression, half=True).fit(data, model, store, one_process(), said.append)
-        (told,) = [float(word) for line in said if "bank" in line for word in line.split() if word[0].isdigit()][-1:]
+        (logged,) = [float(word) for line in said if "bank" in line for word in line.split() if word[0].isdigit()][-1:]
         (rows,) = store.root.glob("bank/*/rows.npy")
-        assert told * 2**20 == pytest.approx(rows.stat().st_size, abs=2**20 / 200 + 200)
+        assert logged * 2**20 == pytest.approx(rows.stat().st_size, abs=2**20 / 200 + 200)
 
 
 def test_the_largest_coordinates_are_found_over_all_tensors() -> None:

@@ -1,4 +1,4 @@
-"""The α that gives a rise, whatever the shape of the loss and wherever the search begins."""
+"""The α that gives a relative loss increase, whatever the shape of the loss and wherever the search begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES: dict[str, tuple[Callable[[float], float], float]] = {
 
 @pytest.mark.parametrize("guess", [0.0, -1.0, float("nan"), float("inf"), 1e-9, 1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_the_rise_is_reached_from_any_guess(shape: str, guess: float) -> None:
+def test_the_increase_is_reached_from_any_guess(shape: str, guess: float) -> None:
     relative_loss_increase, expected = SHAPES[shape]
     result = alpha_for_increase(relative_loss_increase, 0.2, guess)
     assert relative_loss_increase(result) == pytest.approx(0.2, rel=0.011)
@@ -42,6 +42,6 @@ def test_a_step_that_breaks_the_model_is_too_long() -> None:
     assert result == pytest.approx(0.2, rel=0.011)
 
 
-def test_a_rise_that_no_step_reaches_is_an_error() -> None:
+def test_an_increase_that_no_step_reaches_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"No step size raises the query's loss by 20\.0%"):
         alpha_for_increase(lambda alpha: 0.1, 0.2, 1.0)

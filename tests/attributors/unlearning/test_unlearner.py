@@ -1,4 +1,4 @@
-"""Unlearning: closed forms on a linear model, the rise that was asked for, and a model left as it was."""
+"""Unlearning: closed forms on a linear model, the loss increase that was asked for, and a model left as it was."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def run(
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("newton", [True, False])
-def test_the_rise_is_hit(steps: int, newton: bool) -> None:
+def test_the_relative_loss_increase_is_hit(steps: int, newton: bool) -> None:
     result = run(tiny_model(), steps=steps, newton=newton, relative_loss_increase=1e-2)
     assert result.relative_loss_increase == pytest.approx(1e-2, rel=0.011)
     assert len(result.alphas) == steps
@@ -231,7 +231,7 @@ def test_only_the_chosen_weights_move(subset: Subset) -> None:
     assert any(not torch.equal(result.moved[name], value) for name, value in chosen.items())
 
 
-def test_a_rise_out_of_reach_is_an_error() -> None:
+def test_an_increase_out_of_reach_is_an_error() -> None:
     # Keys and values of text cross-attention alone cannot make this model as bad as that.
     with pytest.raises(
         ValueError, match=r"No step size raises the query's loss by .*Ask for a smaller relative_loss_increase"

@@ -1,4 +1,4 @@
-"""What a model family says of itself; everything else is common to all families.
+"""Interface of a model family; everything else is common to all families.
 
 One family is one file: which networks it is, what they are conditioned on (`conditioning`) and by which text
 encoders, how latents are made from pixels, which way the output points, which parameters are keys and values of the
@@ -157,7 +157,7 @@ class ModelFamily:
             times: Time input of the network.
             conditioning: Conditioning of the captions.
         """
-        raise TypeError(f"{type(self).__name__} does not say how its network is called.")
+        raise TypeError(f"{type(self).__name__} does not define how its network is called.")
 
     def conditioning(self) -> Mapping[str, Shape]:
         """Name -> shape of one caption's conditioning tensors; None is any length."""
@@ -187,7 +187,7 @@ class ModelFamily:
         Raises:
             ValueError: A text encoder is missing.
         """
-        raise TypeError(f"{type(self).__name__} does not say what reads its captions.")
+        raise TypeError(f"{type(self).__name__} does not define its prompt encoder.")
 
     def latent_encoder(self, parts: PipelineParts) -> LatentEncoder:
         """The encoder of images into latents and of captions into conditioning.

@@ -58,7 +58,7 @@ def masked_captions(path: str, length: int) -> PixArtPrompts:
 class PixArt(TransformerFamily):
     """PixArt's transformer: beside the prompt embeddings, their mask and, in the larger models, the image's size.
 
-    It also says how sure it is of each value (a learned variance), which the loss leaves out.
+    The network also predicts a variance of each value (learned sigma), which the loss leaves out.
 
     Args:
         network: The transformer.
