@@ -158,7 +158,7 @@ def test_options_are_named_as_the_interface_names_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "words, advice",
+    ("words", "advice"),
     [(WORDS, "Give --set unlearning.relative_loss_increase=0.2"), (api.WORDS, r"Give AttributionOptions\(settings=")],
     ids=["command", "python"],
 )
