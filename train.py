@@ -41,7 +41,8 @@ class CommandLine(LightningCLI):
 
     def _parse_words(self, parser: LightningArgumentParser, words: list[str]) -> None:
         accept_old_curvature()
-        with accepting_old_names(words_in_new_form(words)) as current:
+        with accepting_old_names(words) as renamed:
+            current = words_in_new_form(renamed)
             super().parse_arguments(parser, current)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         weights = config.pop("weights", None)  # asks for this run only: the saved config.yaml does not hold it

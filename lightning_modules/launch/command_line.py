@@ -47,7 +47,7 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, Any]:
     root, module = parser([command]), module_of(command)
     torch.set_float32_matmul_precision("high")
     accept_old_curvature()
-    with accepting_old_names(words_in_new_form(words)) as current:
-        config = root.parse_args(current)
+    with accepting_old_names(words) as current:
+        config = root.parse_args(words_in_new_form(current))
         made = root.instantiate(config)
         return module, module.Settings.of(made[command], config[command].as_dict())

@@ -45,7 +45,7 @@ def write(folder: Path, name: str, arguments: dict[str, Any], kind: str = "Attri
 
 @pytest.mark.parametrize("name", list(NEW))
 def test_the_old_form_makes_the_same_method(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    curvature_settings._warn.cache_clear()
+    curvature_settings._print_warning.cache_clear()
     made = load_methods([write(tmp_path, name, OLD[name])])[name]
     assert made.identity() == NEW[name].identity()
     assert isinstance(made, AttributionByUnlearning)

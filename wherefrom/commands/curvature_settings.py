@@ -14,6 +14,8 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from wherefrom.runtime.renamed_settings import mention
+
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
@@ -149,8 +151,14 @@ def accept_old_curvature() -> None:
 _hooked: list[bool] = []
 
 
-@cache
 def _warn() -> None:
+    """Adds the earlier form to the run's line of warning, or prints a line of its own, once."""
+    if not mention("a method", "curvature: ekfac", "curvature: {class_path: EKFAC, init_args: {fisher: …}}"):
+        _print_warning()
+
+
+@cache
+def _print_warning() -> None:
     print(
         "warning: `curvature: ekfac` with `fisher` or `damping` beside it goes in the next release; write "
         "`curvature: {class_path: EKFAC, init_args: {fisher: …}}`.",

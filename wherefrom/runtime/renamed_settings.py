@@ -256,6 +256,20 @@ def accepting_old_names(words: Sequence[str] = ()) -> Iterator[list[str]]:
         yield result
 
 
+def mention(place: str, old: str, new: str) -> bool:
+    """Adds an old name to the line of warning of the run; False where no block collects one.
+
+    Args:
+        place: Where it was read.
+        old: What was written.
+        new: What to write instead.
+    """
+    seen = _SEEN.get()
+    if seen is not None:
+        seen.changes.append((place, old, new))
+    return seen is not None
+
+
 @contextmanager
 def _collecting() -> Iterator[_Seen]:
     outer = _SEEN.get()
