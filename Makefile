@@ -41,7 +41,7 @@ train: setup ## train the emoji world's autoencoder and diffusion model into wei
 	$(RUN) train.py fit -c configs/experiment/emoji_diffusion.yaml --weights weights/emoji
 
 test: setup ## run the tests; the ten slowest come last
-	$(RUN) -m pytest -q -n auto --dist loadfile --durations=10
+	$(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=10
 
 check: setup ## format, lint, types
 	$(VENV)/bin/ruff format --check .
