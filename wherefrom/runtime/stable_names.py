@@ -9,7 +9,7 @@ renamed have a row too, for the same reason.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from typing import Any
 
 # Stable name -> where the class is now.
@@ -68,6 +68,24 @@ def current(path: str) -> str:
     return CLASSES.get(path, path)
 
 
+_ADDED = "added"
+
+
+def added_setting(default: Any) -> Any:
+    """A field of a settings data class that came after its identities: it enters one only where it was changed.
+
+    What was stored before the setting existed is therefore found again, as long as the default does what was done then.
+
+    Args:
+        default: The field's default, which must not be mutable.
+    """
+    return field(default=default, metadata={_ADDED: True})
+
+
+def _enters(each: Field[Any], settings: Any) -> bool:
+    return not (each.metadata.get(_ADDED) and getattr(settings, each.name) == each.default)
+
+
 def settings_identity(settings: Any) -> dict[str, Any]:
     """The fields of a settings data class by their stable names, nested ones included, for an identity.
 
@@ -83,7 +101,9 @@ def settings_identity(settings: Any) -> dict[str, Any]:
         return value
 
     return {
-        _STABLE_SETTING.get(field.name, field.name): plain(getattr(settings, field.name)) for field in fields(settings)
+        _STABLE_SETTING.get(each.name, each.name): plain(getattr(settings, each.name))
+        for each in fields(settings)
+        if _enters(each, settings)
     }
 
 
