@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import PIL
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from wherefrom.data.folder_decoding import decode_rows
+from wherefrom.data.image_files import UNREADABLE as UNREADABLE
+from wherefrom.data.image_files import load_image as load_image
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
-from wherefrom.data.image_set import PIXELS, ImageSet, read_image_set, write_pixels_header, write_table
-from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest, replacing
+from wherefrom.data.image_set import PIXELS, ImageSet, read_image_set, write_table
+from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import settings_identity
 
-# Pillow would also open formats that run external programs (EPS), and some that are not images.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
-# Pillow raises many unrelated types on damaged files.
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 _logger = logging.getLogger(__name__)
 
 
@@ -59,80 +40,6 @@ class ImageFolderOptions:
     caption: str = "text"
     columns: tuple[str, ...] | None = None
     skip_unreadable: bool = False
-
-
-def load_image(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
-    """Loads an image as RGB: upright, on white and, given a size, cropped to its largest centred square and resized.
-
-    Raises:
-        ValueError: The pixel mode has no defined white level.
-    """
-    Image.init()
-    with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion to 8 bits clips instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"pixels of Pillow's mode {image.mode!r} have no defined white level; save it with 8 or 16 bits per channel"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
-
-
-def _write_pixels(
-    folder: Path,
-    path: Path,
-    rows: Sequence[Row],
-    options: ImageFolderOptions,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[Row], list[str], str]:
-    """Streams the pixels to disk; returns the rows that were read, the names of skipped images, and the pixel hash."""
-    read: list[Row] = []
-    skipped: list[str] = []
-    shape: tuple[int, ...] = ()
-    digest = hashlib.blake2b(digest_size=16)
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        for index, row in enumerate(rows):
-            if progress is not None:
-                progress(index, len(rows))
-            try:
-                pixels = load_image(folder / row.name, options.size)
-            except UNREADABLE as error:
-                if not options.skip_unreadable:
-                    raise ValueError(
-                        f"{folder / row.name} ({row.where}) cannot be read: {error}. Repair it, remove it with its "
-                        "row, or set skip_unreadable."
-                    ) from error
-                skipped.append(row.name)
-                continue
-            if not read:
-                shape = pixels.shape
-                write_pixels_header(stream, (len(rows), *shape))
-                start = stream.tell()
-            if pixels.shape != shape:
-                raise ValueError(
-                    f"{folder / row.name} has the wrong size: {pixels.shape[1]}x{pixels.shape[0]} pixels, while "
-                    f"{read[0].name!r} has {shape[1]}x{shape[0]}. Set the option 'size' to resize all to one size."
-                )
-            read.append(row)
-            stream.write(pixels.data)
-            digest.update(pixels.data)
-        if not read:
-            raise ValueError(f"None of the {len(rows)} images in {folder} can be read. Is it the right folder?")
-        stream.seek(0)
-        write_pixels_header(stream, (len(read), *shape))
-        assert stream.tell() == start, "the header must not grow into the pixels"
-    if progress is not None:
-        progress(len(rows), len(rows))
-    return read, skipped, digest.hexdigest()
 
 
 def _contents(folder: Path, rows: Sequence[Row]) -> str:
@@ -180,7 +87,14 @@ def build_image_folder(
     }
 
     def build(partial: Path) -> Mapping[str, Any]:
-        read, skipped, pixels = _write_pixels(folder, partial / PIXELS, rows, options, progress)
+        read, skipped, pixels = decode_rows(
+            partial / PIXELS,
+            rows,
+            open_image=lambda row: folder / row.name,
+            size=options.size,
+            skip=options.skip_unreadable,
+            progress=progress,
+        )
         ids, captions = [row.id for row in read], [row.captions for row in read]
         columns = {
             name: [row.columns.get(name, "") for row in read] for name in sorted({n for r in read for n in r.columns})
