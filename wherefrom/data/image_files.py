@@ -10,7 +10,10 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+
+from wherefrom.data.framing import AnySize, Framing
+from wherefrom.models.image_sizes import Size
 
 # Pillow would also open formats that run external programs (EPS), and some that are not images.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
@@ -30,27 +33,48 @@ UNREADABLE = (
 )
 
 
-def load_image(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
+def _open(source: Path | BinaryIO) -> Image.Image:
+    Image.init()
+    return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def _check_mode(mode: str) -> None:
+    if mode in ("I", "F"):
+        raise ValueError(
+            f"pixels of Pillow's mode {mode!r} have no defined white level; save it with 8 or 16 bits per channel"
+        )
+
+
+def load_image(
+    source: Path | BinaryIO, size: AnySize | None, framing: Framing = Framing()
+) -> UInt8[NDArray[np.uint8], "h w 3"]:
     """Loads an image as RGB: upright, on white and, given a size, cropped to its largest centred square and resized.
 
+    Args:
+        source: The file, or its open stream.
+        size: Side of the square, or (height, width); None keeps the image's own.
+        framing: What else may be done than is said above.
+
     Raises:
-        ValueError: The pixel mode has no defined white level.
+        ValueError: The pixel mode has no defined white level, or the image is too small for a bucket.
     """
-    Image.init()
-    with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
-        image = ImageOps.exif_transpose(opened)
+    with _open(source) as opened:
+        image = framing.upright(opened)
     if image.mode.startswith("I;16"):  # Pillow's own conversion to 8 bits clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"pixels of Pillow's mode {image.mode!r} have no defined white level; save it with 8 or 16 bits per channel"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    _check_mode(image.mode)
+    return np.asarray(framing.fitted(framing.opaque(image), size))
+
+
+def read_header(source: Path | BinaryIO) -> Size:
+    """(height, width) as stored, from the header alone; nothing is decoded.
+
+    What a header shows is found in this way before anything long: a format that is not opened, a file that is empty or
+    cut short within its header, a size above Pillow's limit, pixels without a white level.
+
+    Raises:
+        ValueError: See `load_image`; and whatever else of `UNREADABLE`.
+    """
+    with _open(source) as opened:
+        _check_mode(opened.mode)
+        return opened.height, opened.width

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import PIL
 
-from wherefrom.data.folder_decoding import decode_rows
+from wherefrom.data.folder_decoding import FolderDecoding, decode_rows
+from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
 from wherefrom.data.image_files import UNREADABLE as UNREADABLE
 from wherefrom.data.image_files import load_image as load_image
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
-from wherefrom.data.image_set import PIXELS, ImageSet, read_image_set, write_table
+from wherefrom.data.image_set import ImageSet, read_image_set, write_table
+from wherefrom.data.on_error import OnError, checked, reading_identity
 from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
-from wherefrom.runtime.stable_names import settings_identity
+from wherefrom.runtime.stable_names import added_setting, settings_identity
 
+WORK = "decoded_images"  # kind of what an interrupted reading leaves
 _logger = logging.getLogger(__name__)
 
 
@@ -28,28 +31,43 @@ class ImageFolderOptions:
     """Options of reading an image folder.
 
     Attributes:
-        size: Side in pixels to which every image is cropped (largest centred square) and resized; None keeps images
-            unchanged and requires all to have the same size.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized, or (height, width);
+            None keeps images unchanged and requires all to have the same size.
         caption: Name of the caption column; a cell holds one caption or, in `.jsonl` and `.parquet`, a list of them.
         columns: Further columns to keep (`license` always is); None keeps all.
-        skip_unreadable: Skip images that cannot be read instead of raising; they are logged, and listed in the
+        on_error: `skip` leaves out images that cannot be read instead of raising; they are logged, and listed in the
             manifest.
+        framing: Padding, aspect buckets, EXIF and transparency, where they are not as usual.
+        skip_unreadable: The name of `on_error: skip` before; goes with the next release.
+
+    Raises:
+        ValueError: An unknown choice.
     """
 
-    size: int | None = None
+    size: AnySize | None = None
     caption: str = "text"
     columns: tuple[str, ...] | None = None
-    skip_unreadable: bool = False
+    on_error: OnError = "stop"
+    framing: Framing = added_setting(Framing())
+    skip_unreadable: InitVar[bool | None] = None
+
+    def __post_init__(self, skip_unreadable: bool | None) -> None:
+        object.__setattr__(self, "on_error", checked(self.on_error, skip_unreadable))
+        object.__setattr__(self, "size", one_number(self.size))
 
 
-def _contents(folder: Path, rows: Sequence[Row]) -> str:
-    """Hashes the names and bytes of all images."""
+def _content(folder: Path, row: Row) -> str:
+    """Hashes the bytes of an image's file."""
+    try:
+        return hash_file(folder / row.name)
+    except OSError:
+        return "unreadable"  # loading it raises the reason
+
+
+def _together(rows: Sequence[Row], contents: Sequence[str]) -> str:
+    """Hashes the names and contents of all images."""
     digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        try:
-            content = hash_file(folder / row.name)
-        except OSError:
-            content = "unreadable"  # loading it raises the reason
+    for row, content in zip(rows, contents, strict=True):
         digest.update(f"{row.name}\0{content}\0".encode())
     return digest.hexdigest()
 
@@ -76,34 +94,46 @@ def build_image_folder(
         ValueError: The metadata or an image cannot be used; the message names the file and the remedy.
         StorageError: The store could not be written.
     """
-    if options.size is not None and options.size < 1:
-        raise ValueError(f"size {options.size} is not a number of pixels. Give at least 1, or None.")
+    if options.size is not None:
+        sides_of(options.size)
+    options = replace(options, framing=options.framing.resolved(options.size))
     rows = read_rows(folder, options.caption, options.columns)
+    contents = [_content(folder, row) for row in rows]
     identity: dict[str, Any] = {
-        **settings_identity(options),
+        **reading_identity(options),
         "metadata": {path.relative_to(folder).as_posix(): hash_file(path) for path in metadata_files(folder)},
-        "contents": _contents(folder, rows),
+        "contents": _together(rows, contents),
         "pillow": PIL.__version__,
     }
 
     def build(partial: Path) -> Mapping[str, Any]:
-        read, skipped, pixels = decode_rows(
-            partial / PIXELS,
-            rows,
-            open_image=lambda row: folder / row.name,
-            size=options.size,
-            skip=options.skip_unreadable,
-            progress=progress,
-        )
-        ids, captions = [row.id for row in read], [row.captions for row in read]
-        columns = {
-            name: [row.columns.get(name, "") for row in read] for name in sorted({n for r in read for n in r.columns})
+        how = FolderDecoding(lambda row: folder / row.name, options.size, options.framing, options.on_error == "skip")
+        work = {
+            "size": options.size,
+            **settings_identity(options.framing),
+            "folder": str(folder.resolve()),
+            "pillow": PIL.__version__,
         }
-        if read[0].split:
-            columns["split"] = [row.split for row in read]
+        with store.lock(WORK, work):
+            made = decode_rows(
+                store.partial(WORK, work),
+                target=partial,
+                rows=rows,
+                contents=contents,
+                how=how,
+                progress=progress,
+            )
+        ids, captions = [row.id for row in made.rows], [row.captions for row in made.rows]
+        names = sorted({name for row in made.rows for name in row.columns})
+        columns = {name: [row.columns.get(name, "") for row in made.rows] for name in names}
+        if made.rows[0].split:
+            columns["split"] = [row.split for row in made.rows]
         write_table(partial, ids, captions, columns)
-        fingerprint = identity_hash({"ids": ids, "captions": canonical_json(captions), "pixels": pixels})
-        return {"fingerprint": fingerprint, "skipped": skipped}
+        content = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
+        if len(set(made.sizes)) > 1:
+            content["sizes"] = [list(size) for size in made.sizes]
+        reasons = {"reasons": dict(made.skipped)} if made.skipped else {}
+        return {"fingerprint": identity_hash(content), "skipped": list(made.skipped), **reasons}
 
     artifact = store.make("image_folder", identity, build)
     skipped = read_manifest(artifact)["skipped"]
