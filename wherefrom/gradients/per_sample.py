@@ -290,8 +290,8 @@ class PerSampleGradients:
         if missing:
             raise ValueError(
                 f"No per-sample gradient for {', '.join(missing[:5])}{' …' if missing[5:] else ''}: the model does not "
-                f"call {'these layers' if missing[1:] else 'this layer'} (it may use a weight without its layer). Choose "
-                "a weight subset without such layers."
+                f"call {'these layers' if missing[1:] else 'this layer'} (it may use a weight without its layer). "
+                "Choose a weight subset without such layers."
             )
         result: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for call, grad in zip(calls, self._gradients(losses, calls), strict=True):
