@@ -11,6 +11,7 @@ from wherefrom.cli.run_inputs import inputs_of, report_options
 from wherefrom.commands.attribute import kept_queries, kept_scores, rewrite_page
 from wherefrom.commands.compare import COST, REPORT
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
+from wherefrom.data.image_set import ImageSet
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.reports.comparison_report import write_comparison_report
 from wherefrom.runtime.artifacts import MANIFEST, Store
@@ -80,8 +81,9 @@ def _training_images(request: Request, size: int, store: str) -> TrainingData:
     if not folder.is_dir():
         raise ValueError(f"images: the run's folder {request.images!r} is not there any more.")
     options = ImageFolderOptions(size=size, caption=request.caption)
-    every = build_image_folder(Store(store), folder, options)
-    if "split" not in every.columns:
-        return TrainingData(every)
-    held_out = every.where("split", "validation")
-    return TrainingData(every.where("split", "train"), held_out=held_out if len(held_out) else None)
+
+    def read(place: Path) -> ImageSet:
+        return build_image_folder(Store(store), place, options)
+
+    ranked, null, _ = inputs_of(request)[1].choice.of(read(folder), read)
+    return TrainingData(ranked, held_out=null)

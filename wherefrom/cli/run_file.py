@@ -11,11 +11,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from wherefrom.data.split_names import split_named
+
 RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
-_LISTS: Mapping[str, type] = {"queries": dict, "method": str, "regions": dict, "groups": str}
+_LISTS: Mapping[str, type] = {"queries": dict, "method": str, "regions": dict, "groups": str, "split": str}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Request:
         device: Where to compute.
         resize: Bring query images to the model's size.
         caption: Name of the caption column.
+        split: Splits whose images are ranked, or `all`.
+        null: Images never trained on: a split, a folder, or `none`.
         seed: Seed of drawn images.
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
@@ -56,6 +60,8 @@ class Request:
     device: str = ""
     resize: bool = False
     caption: str = "text"
+    split: tuple[str, ...] = ()
+    null: str = ""
     seed: int = 0
     sampling_steps: int = 50
     guidance: float = 2.0
@@ -120,6 +126,10 @@ def read_request(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys; write model, images, queries and method.")
+    # YAML reads the bare key null, and the bare value, as nothing.
+    tree = {"null" if key is None else key: value for key, value in tree.items()}
+    if "null" in tree and tree["null"] is None:
+        tree["null"] = "none"
     defaults = {each.name: each.default for each in fields(Request)}
     for key in tree:
         if key == "inputs":  # a run's own record, which also says what its files held
@@ -168,7 +178,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def _place(name: str) -> str:
     """A path on disk as seen from everywhere; a hub id or a packaged name as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def _hash(path: str) -> str:
@@ -203,6 +213,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
         request,
         model=_place(request.model),
         images=_place(request.images),
+        null=request.null if request.null == "none" or split_named(request.null) else _place(request.null),
         queries=queries,
         regions=regions,
         method=methods,

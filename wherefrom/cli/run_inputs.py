@@ -28,6 +28,8 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
         caption=request.caption,
+        split=request.split,
+        null=request.null,
         seed=request.seed,
         sampling_steps=request.sampling_steps,
         guidance=request.guidance,

@@ -261,7 +261,7 @@ def _write_page(
             "Method": method,
             "Model": str(identity["model"]),
             "Training images": f"{len(data.images):,}",
-            "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
+            **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=options.notes,
         methods_note="Shares of groups are of the influence above the median among the images shown; "

@@ -13,14 +13,17 @@ import torch
 from PIL import Image
 
 from wherefrom.attributors.base import Attributor
+from wherefrom.commands.null_warnings import check_choice, warn_of_null
 from wherefrom.data.encoded_images import encode_image_set, report_cut
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.ranked_images import RankedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model, model_from_pipeline
 from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.cli_errors import as_spoken
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.tensor_hash import hash_tensors
@@ -45,6 +48,10 @@ class AttributionOptions:
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
         progress: Show on stderr what is being done, and bars.
+        split: Splits whose images are ranked, one or several, or `all`; without any, `train` where the images have
+            splits and all images where they have none.
+        null: Images that the model was never trained on, which p-values are measured against: the name of a split, a
+            folder of images, images, or `none`; "" is the images' own split `validation` where they have one.
 
     Raises:
         ValueError: A value is out of range.
@@ -62,6 +69,8 @@ class AttributionOptions:
     guidance: float = 2.0
     eta: float = 0.0
     progress: bool = True
+    split: str | Sequence[str] = ()
+    null: str | Path | ImageSet = ""
 
     def __post_init__(self) -> None:
         if self.sampling_steps < 1:
@@ -72,6 +81,11 @@ class AttributionOptions:
             raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
+
+    @property
+    def choice(self) -> RankedImages:
+        """Which images are ranked, and which are the null."""
+        return RankedImages.of_options(self.split, self.null)
 
 
 @dataclass(frozen=True)
@@ -145,12 +159,12 @@ def read_training_data(
     encode: bool,
     console: Console,
 ) -> TrainingData:
-    """The training images at the model's size, and the images of the validation split: the null.
+    """The ranked images at the model's size, and the null if there is one.
 
     Args:
         images: A folder in Hugging Face's `imagefolder` layout, or images.
         model: The model that was trained on them.
-        options: Names the caption column.
+        options: Names the caption column, and says which images are ranked and which are the null.
         store: Where images and latents are kept.
         encode: Whether the method needs latents.
         console: Shows what is being read and encoded.
@@ -159,19 +173,19 @@ def read_training_data(
         ValueError: The folder or an image cannot be used, or none of the images is for training.
     """
     size = image_size(model)
-    every = images
-    if not isinstance(every, ImageSet):
-        how = ImageFolderOptions(size=size, caption=options.caption)
-        every = build_image_folder(store, Path(every), how, console.progress)
-    if tuple(every.pixels.shape[1:3]) != (size, size):
-        height, width = every.pixels.shape[1:3]
-        raise ValueError(f"images: they are {width} × {height} pixels, the model's are {size} × {size}.")
-    split = "split" in every.columns
-    train = every.where("split", "train") if split else every
-    held_out = every.where("split", "validation") if split else None
-    if not len(train):
-        raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
-    held_out = held_out if held_out is not None and len(held_out) else None
+    how = ImageFolderOptions(size=size, caption=options.caption)
+
+    def read(folder: Path) -> ImageSet:
+        return build_image_folder(store, folder, how, console.progress)
+
+    every = images if isinstance(images, ImageSet) else read(Path(images))
+    train, held_out, lines = options.choice.of(every, read)
+    for each in (train, held_out):
+        if each is not None and tuple(each.pixels.shape[1:3]) != (size, size):
+            height, width = each.pixels.shape[1:3]
+            raise ValueError(f"images: they are {width} × {height} pixels, the model's are {size} × {size}.")
+    for line in lines:
+        console.log(as_spoken(line))
     if not encode:
         return TrainingData(train, None, held_out, None)
     assert model.encoder is not None
@@ -299,6 +313,7 @@ def prepare_run(
     check_query_files(queries)
     if not isinstance(images, ImageSet) and not Path(images).is_dir():
         raise ValueError(f"images: there is no folder {str(images)!r}.")
+    check_choice(images, options.choice, options.caption)
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
@@ -316,4 +331,6 @@ def prepare_run(
         read()  # the others find it in the store
     runner.barrier()
     data = read()
+    if runner.is_main:
+        warn_of_null(data.held_out, data.images, made)
     return PreparedRun(opened, data, made, store, runner, console)
