@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from datamodules.held_out import HoldsOut
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.image_set import ImageSet, keep_indices, read_ids
 from wherefrom.models.encoders import LatentEncoder
@@ -66,7 +66,7 @@ class Census:
     decode: Callable[[], int] | None = None
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(HoldsOut):
     """Training and held-out images with captions, and training batches of them.
 
     A subclass says where the images come from (`load`).
@@ -138,7 +138,8 @@ class ImageDataModule(LightningDataModule):
         self.train_images, self.validation_images = train.subset(kept), validation
         if self.encoder is not None:
             self.train_latents = self.latents_of(train, True).subset(kept)
-            self.validation_latents = self.latents_of(validation, False)
+            held_out = self.latents_of(validation, False) if len(validation) else self.train_latents.subset([])
+            self.validation_latents = held_out
 
     def visits(self, images: ImageSet, latents: EncodedImages | None, training: bool) -> VisitDataset:
         """Training batches, or (without flips and dropout) held-out ones."""
@@ -178,8 +179,7 @@ class ImageDataModule(LightningDataModule):
         """The held-out images, each visited `VALIDATION_VISITS` times with its own noise."""
         data = self.visits(self.validation_images, getattr(self, "validation_latents", None), training=False)
         visits = 1 if self.encoder is None else VALIDATION_VISITS
-        size = len(self.validation_images)
-        steps = -(-size * visits // self.batch_size)
+        steps = -(-len(self.validation_images) * visits // self.batch_size)
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         batches = KeyedBatches(
