@@ -35,7 +35,10 @@ WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
     "the option 'caption'": "AttributionOptions.caption",
-    "or set skip_unreadable": "or repair it",
+    "the option 'size'": "AttributionOptions.size",
+    "on_error: skip": "AttributionOptions(on_error='skip')",
+    "buckets.upscale: true": "upscale=True in its buckets",
+    "set buckets": "give AttributionOptions(framing=Framing(buckets=Buckets()))",
     "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
     "--query": "queries",
     "Ask for a smaller relative_loss_increase, or give alpha instead": "Give AttributionOptions(settings="

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from wherefrom.cli.run_sizes import bucket_numbers, size_text
+
 RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
@@ -35,6 +37,13 @@ class Request:
         device: Where to compute.
         resize: Bring query images to the model's size.
         caption: Name of the caption column.
+        size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
+        fit: How images are brought to it: crop, pad or stretch.
+        pad_color: Colour of the margins of pad.
+        exif: Turn photographs upright (apply), or not (ignore).
+        alpha: Transparent images are put on white, or their transparency is dropped (drop).
+        buckets: Aspect buckets: `{}` for the usual ones, or their numbers; None for one size.
+        on_error: stop at training images that cannot be read, or skip them.
         seed: Seed of drawn images.
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
@@ -56,6 +65,13 @@ class Request:
     device: str = ""
     resize: bool = False
     caption: str = "text"
+    size: str = ""
+    fit: str = "crop"
+    pad_color: str = "white"
+    exif: str = "apply"
+    alpha: str = "white"
+    buckets: Mapping[str, Any] | None = None
+    on_error: str = "stop"
     seed: int = 0
     sampling_steps: int = 50
     guidance: float = 2.0
@@ -85,6 +101,10 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: settings takes a mapping, such as {{unlearning.noise_samples: 500}}.")
         return dict(_flat(value))
+    if key == "size":
+        return size_text(value, f"{where}: size")
+    if key == "buckets":
+        return bucket_numbers(value, f"{where}: buckets")
     kind = type(default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:

@@ -22,7 +22,7 @@ from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identi
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import added_setting, settings_identity
 
-WORK = "decoded_images"  # kind of what an interrupted reading leaves
+WORK = "image_folder_decoding"  # kind of what an interrupted reading leaves
 _logger = logging.getLogger(__name__)
 
 
