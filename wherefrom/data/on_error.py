@@ -31,4 +31,5 @@ def reading_identity(options: Any) -> dict[str, Any]:
         options: An instance of a data class with a field `on_error`.
     """
     said = settings_identity(options)
-    return {**said, "skip_unreadable": said.pop("on_error") == "skip"}
+    skip = said.pop("on_error") == "skip"
+    return {**said, "skip_unreadable": skip}
