@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
 from wherefrom.data.image_files import load_image, unreadable_headers
 from wherefrom.data.image_metadata import shown
 from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
-from wherefrom.data.on_error import OnError, checked, reading_identity
+from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.mapped_arrays import announce_size
 from wherefrom.runtime.stable_names import added_setting
@@ -35,6 +35,7 @@ _SIZE = 128
 UNREADABLE_IMAGE = "cannot be read"
 
 
+@takes_skip_unreadable
 @dataclass(frozen=True)
 class CocoOptions:
     """Options of reading COCO.
@@ -47,7 +48,6 @@ class CocoOptions:
             manifest.
         workers: Number of decoding threads; does not change the result.
         framing: Padding, EXIF and transparency, where they are not as usual.
-        skip_unreadable: The name of `on_error: skip` before; goes with the next release.
 
     Raises:
         ValueError: An unknown choice, or buckets, which are for folders of images alone.
@@ -58,10 +58,9 @@ class CocoOptions:
     on_error: OnError = "stop"
     workers: int = 1
     framing: Framing = added_setting(Framing())
-    skip_unreadable: InitVar[bool | None] = None
 
-    def __post_init__(self, skip_unreadable: bool | None) -> None:
-        object.__setattr__(self, "on_error", checked(self.on_error, skip_unreadable))
+    def __post_init__(self) -> None:
+        checked(self.on_error)
         object.__setattr__(self, "size", one_number(self.size))
         self.framing.of_one_size()
 

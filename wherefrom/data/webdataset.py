@@ -72,7 +72,7 @@ class ShardOptions:
     framing: Framing = added_setting(Framing())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "on_error", checked(self.on_error))
+        checked(self.on_error)
         object.__setattr__(self, "size", one_number(self.size))
         self.framing.of_one_size()
 
