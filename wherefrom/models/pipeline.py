@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import AutoModel
 
+from wherefrom.models.adapter_sources import LORA as LORA
+from wherefrom.models.adapter_sources import AdapterSource
+from wherefrom.models.adapters import (
+    adapters_beside,
+    add_adapter,
+    add_adapters,
+    note_fused,
+    pipeline_parts,
+    read_adapters,
+)
 from wherefrom.models.customization import base_of, customize, read_customization
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder, freeze
@@ -21,10 +32,8 @@ from wherefrom.models.noise_schedule import pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.prompt_encoders import PromptEncoder
 from wherefrom.runtime.artifacts import write_json
-from wherefrom.runtime.optional_dependencies import require_peft
 
 TEXT_SOURCE = "text_encoder/source.json"
-LORA = "pytorch_lora_weights.safetensors"
 
 
 def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: torch.dtype = torch.float16) -> None:
@@ -83,20 +92,25 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
     )
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_pipeline(
+    path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterSource] = ()
+) -> DiffusionPipeline:
     """Loads a diffusers pipeline from a folder or a hub id.
 
-    Where a folder holds `pytorch_lora_weights.safetensors`, as diffusers' training scripts and `save_lora_weights`
-    write it, that adapter is loaded too.
+    Where a folder holds an adapter, such as `pytorch_lora_weights.safetensors`, which diffusers' training scripts and
+    `save_lora_weights` write, it is loaded too; see `wherefrom.models.adapters`.
+
+    Args:
+        path: Folder or hub id.
+        dtype: Type of number.
+        lora: Adapters that the caller adds afterwards, which are therefore not loaded as lying beside the pipeline.
 
     Raises:
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id.
+        ValueError: The path is neither a folder nor a hub id, or not all of an adapter has a place in the model.
     """
-    source, lora = Path(path) / TEXT_SOURCE, Path(path) / LORA
-    if lora.is_file():
-        require_peft(f"The adapter {lora}")
+    source, beside = Path(path) / TEXT_SOURCE, adapters_beside(Path(path), lora)
     parts: dict[str, Any] = {}
     if source.is_file():
         parts["text_encoder"] = _text_encoder(json.loads(source.read_text())["path"]).to(dtype)
@@ -106,9 +120,8 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
         parts |= dict.fromkeys(name for name in absent if name.startswith(("text_encoder", "tokenizer")))
     pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
     network = PipelineParts(pipeline).network
-    if lora.is_file():
-        loadable: Any = pipeline
-        loadable.load_lora_weights(path, weight_name=LORA)
+    for adapter in beside:
+        add_adapter(pipeline_parts(PipelineParts(pipeline)), adapter)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
     return pipeline
@@ -147,24 +160,33 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
             f"Its network takes {config.in_channels} channels and its autoencoder gives {vae.config.latent_channels}: "
             "pipelines that edit or fill in images are no text-to-image models"
         )
+    note_fused(parts)
     encoder = family.latent_encoder(parts)
     return DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+def load_model(path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterSource] = ()) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
+
+    Args:
+        path: Folder or hub id.
+        dtype: Type of number.
+        lora: Adapters that are added to it.
 
     Raises:
         FileNotFoundError: A customized model's folder lacks a file.
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, or a
-            customized model does not belong to its base.
+        ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, a
+            customized model does not belong to its base, or an adapter cannot be found or does not fit.
     """
+    files = read_adapters(lora)  # before the pipeline, which may be large
     base = base_of(Path(path))
-    if base is not None:
-        return load_customized(base, path, dtype)
-    return model_from_pipeline(load_pipeline(path, dtype))
+    model = (
+        model_from_pipeline(load_pipeline(path, dtype, lora)) if base is None else load_customized(base, path, dtype)
+    )
+    add_adapters(model, files)
+    return model
 
 
 def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionModel:
