@@ -95,7 +95,7 @@ def add_adapter(parts: Mapping[str, nn.Module], file: AdapterFile, weight: float
         _register(parts[owner], names[owner], config)
     network = [change for owner, change in fit.changes if owner == NETWORK]
     fused = any(not change.apart for change in (network or [change for _, change in fit.changes]))
-    layers = names[NETWORK] if NETWORK in configs else ""
+    layers = names.get(NETWORK, "") if NETWORK in configs else ""
     record = AdapterRecord(file.path.name, file.digest, weight, fused, bool(network), layers)
     note_adapter(parts[NETWORK], record)
     return record
@@ -147,22 +147,33 @@ def note_fused(parts: PipelineParts) -> None:
             note_adapter(network, AdapterRecord(name, "", fused=True))
 
 
-def adapters_beside(folder: Path, asked: Sequence[AdapterSource] = ()) -> list[AdapterFile]:
-    """The adapter at the top of a pipeline's folder, before the pipeline is loaded.
+def adapters_beside(
+    folder: Path, asked: Sequence[AdapterSource] = (), whole: bool = True
+) -> tuple[list[AdapterFile], list[str]]:
+    """The adapter at the top of a pipeline's folder, before the pipeline is loaded, and what is to be said of others.
+
+    Args:
+        folder: The folder.
+        asked: Adapters that are loaded anyway.
+        whole: Look at all files, and not only for the usual name: for a user's folder, not a copy of the hub's.
 
     Raises:
         ImportError: There is an adapter, but peft is not installed.
-        ValueError: There are several, a file there cannot be told from an adapter, or it is a pickle or damaged.
+        ValueError: Which file is the model's adapter cannot be told, or it is a pickle or damaged.
     """
     named = [Path(each.place) for each in asked if Path(each.place).is_file()]
-    found = []
+    found, checkpoints = [], []
     for path in files_beside(folder, named):
+        if not whole and path.name != LORA:
+            continue
         if path.name == LORA:
             require_peft(f"The adapter {path}")
         keys = keys_of(path)
-        if is_adapter(keys):
+        if path.name == LORA or is_adapter(keys):
             found.append(path)
-        elif not is_checkpoint(keys) and not is_embedding(keys):
+        elif is_checkpoint(keys):
+            checkpoints.append(path)
+        elif not is_embedding(keys):
             raise ValueError(
                 f"{path} lies beside a pipeline, and what it is cannot be told: its tensors are called "
                 f"{', '.join(repr(key) for key in keys[:2])}. Move it out of the folder if it is no part of the model."
@@ -170,11 +181,17 @@ def adapters_beside(folder: Path, asked: Sequence[AdapterSource] = ()) -> list[A
     if len(found) > 1:
         raise ValueError(
             f"{folder} holds several adapters beside the pipeline ({', '.join(path.name for path in found)}): which of "
-            "them belong to the model? Name them all with lora, each with its weight, or move the others away."
+            "them belong to the model? Name these with lora, each with its weight, and move the others away."
+        )
+    if found and checkpoints and found[0].name != LORA:
+        raise ValueError(
+            f"{found[0]} lies beside a pipeline and {checkpoints[0].name}, as in a copy of a whole repository: does it "
+            "belong to the model? Name it with lora if it does, or move it away."
         )
     if found:
         require_peft(f"The adapter {found[0]}")
-    return [read_adapter(path) for path in found]
+    notes = [f"{path.name} beside the pipeline is a whole model, which is not used." for path in checkpoints]
+    return [read_adapter(path) for path in found], notes
 
 
 def read_adapters(asked: Sequence[AdapterSource]) -> list[tuple[AdapterFile, float]]:
