@@ -35,6 +35,8 @@ WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
     "the option 'caption'": "AttributionOptions.caption",
+    "the option 'lora'": "AttributionOptions.lora",
+    "lora:": "AttributionOptions.lora:",
     "or set skip_unreadable": "or repair it",
     "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
     "--query": "queries",
@@ -155,7 +157,7 @@ def attribute_images(
         runner = Runner.current(parse_device(options.device))
         run = prepare_run(model, images=images, queries=queries, methods=[given], options=options, runner=runner)
         given.check(run.queries)
-    about = {"Method": name, "Model": run.model.fingerprint()}
+    about = {"Method": name, "Model": run.model.description()}
     notes = [*([QUICK_NOTE] if options.quick else []), *run.model.notes]
     return AttributedImages(run, given, notes=notes, about=about)
 

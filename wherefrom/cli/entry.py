@@ -41,6 +41,8 @@ WORDS = {
     "the option 'columns'": "fewer columns",
     "or set skip_unreadable": "then run the command again",
     "model:": "--model:",
+    "lora:": "--lora:",
+    "the option 'lora'": "--lora",
     "images:": "--images:",
     "method:": "--method:",
     "settings:": "--set:",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LORA = "pytorch_lora_weights.safetensors"
-_PEFT = "adapter_model.safetensors"
+_PEFT, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _USUAL = (LORA, _PEFT)
 _PICKLED = tuple(f"{Path(name).stem}{suffix}" for name in _USUAL for suffix in (".bin", ".pt", ".ckpt"))
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -122,6 +122,19 @@ def file_of(source: AdapterSource) -> Path:
     return _from_hub(source.place)
 
 
+def local_files(source: AdapterSource) -> list[Path]:
+    """The files of an adapter on disk, for a record of what they hold; none of one of the hub.
+
+    Raises:
+        ValueError: A folder holds no adapter, or several.
+    """
+    if not Path(source.place).exists():
+        return []
+    file = file_of(source)
+    settings = file.with_name(SETTINGS)
+    return [file, *([settings] if file.name == _PEFT and settings.is_file() else [])]
+
+
 def _only(folder: Path, names: Sequence[str], place: str) -> Path:
     return folder / _only_name(names, place)
 
@@ -160,8 +173,8 @@ def _from_hub(place: str) -> Path:
             kept = Path(snapshot_download(f"{owner}/{name}", local_files_only=True))
             return _only(kept, [each.name for each in sorted(kept.iterdir())], place)
         chosen = _only_name([each for each in names if "/" not in each], place)
-        if chosen == _PEFT and "adapter_config.json" in names:
-            hf_hub_download(f"{owner}/{name}", "adapter_config.json")
+        if chosen == _PEFT and SETTINGS in names:
+            hf_hub_download(f"{owner}/{name}", SETTINGS)
         return Path(hf_hub_download(f"{owner}/{name}", chosen))
     except unreachable as error:
         raise ValueError(

@@ -7,7 +7,7 @@ own weights becomes peft's layers; DoRA and whole differences are added to these
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from wherefrom.models.adapter_files import (
 )
 from wherefrom.models.adapter_install import arrived, base_layer, merge, wrap
 from wherefrom.models.adapter_match import NETWORK, TEXTS, Component, Fit, match, refusal
-from wherefrom.models.adapter_sources import LORA, AdapterSource, file_of, files_beside
+from wherefrom.models.adapter_sources import LORA, AdapterSource, file_of, files_beside, local_files
 from wherefrom.models.adapter_states import (
     AdapterRecord,
     adapter_layers,
@@ -161,7 +161,7 @@ def adapters_beside(
         ImportError: There is an adapter, but peft is not installed.
         ValueError: Which file is the model's adapter cannot be told, or it is a pickle or damaged.
     """
-    named = [Path(each.place) for each in asked if Path(each.place).is_file()]
+    named = [path for each in asked for path in local_files(each)]
     found, checkpoints = [], []
     for path in files_beside(folder, named):
         if not whole and path.name != LORA:
@@ -181,12 +181,12 @@ def adapters_beside(
     if len(found) > 1:
         raise ValueError(
             f"{folder} holds several adapters beside the pipeline ({', '.join(path.name for path in found)}): which of "
-            "them belong to the model? Name these with lora, each with its weight, and move the others away."
+            "them belong to the model? Name these with the option 'lora', each with its weight; move the others."
         )
     if found and checkpoints and found[0].name != LORA:
         raise ValueError(
             f"{found[0]} lies beside a pipeline and {checkpoints[0].name}, as in a copy of a whole repository: does it "
-            "belong to the model? Name it with lora if it does, or move it away."
+            "belong to the model? Name it with the option 'lora' if it does, or move it away."
         )
     if found:
         require_peft(f"The adapter {found[0]}")
@@ -229,4 +229,14 @@ def add_adapters(model: DiffusionModel, files: Sequence[tuple[AdapterFile, float
             raise ValueError(
                 f"lora: {file.path} is in the model already, as the same file beside the pipeline; leave it out."
             )
-        add_adapter(network_parts(model), file, weight)
+        record = add_adapter(network_parts(model), file, weight)
+        model.notes = (*model.notes, *fused_notes([record]))
+
+
+def fused_notes(records: Iterable[AdapterRecord]) -> list[str]:
+    """What a page says of adapters that cannot be told apart from the model."""
+    return [
+        f"The adapter {each} is fused: added to the model's own weights, from which it cannot be told apart."
+        for each in records
+        if each.fused
+    ]

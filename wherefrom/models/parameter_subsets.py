@@ -51,12 +51,12 @@ def _check_apart(denoiser: nn.Module, counting: Mapping[str, bool]) -> None:
     if fused:
         raise ValueError(
             f"The adapter {fused[0]} is fused: added to the weights of {type(denoiser).__name__}, from which it cannot "
-            "be told apart. Choose other weights than 'adapter', such as 'cross_attention_kv'; they hold both."
+            "be told apart. Choose other weights than adapter, such as cross_attention_kv; they hold both."
         )
     if counting and not any(counting.values()):
         raise ValueError(
             f"The adapters of {type(denoiser).__name__} are disabled, inactive or at weight zero, so none of their "
-            "weights takes part. Choose other weights than 'adapter', or set the adapters before."
+            "weights takes part. Choose other weights than adapter, or set the adapters before."
         )
 
 

@@ -15,10 +15,12 @@ from transformers import AutoModel
 
 from wherefrom.models.adapter_sources import LORA as LORA
 from wherefrom.models.adapter_sources import AdapterSource
+from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.adapters import (
     adapters_beside,
     add_adapter,
     add_adapters,
+    fused_notes,
     note_fused,
     pipeline_parts,
     read_adapters,
@@ -187,7 +189,7 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     note_fused(parts)
     encoder = family.latent_encoder(parts)
     model = DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
-    model.notes = tuple(notes)
+    model.notes = (*notes, *fused_notes(known_adapters(network)))
     return model
 
 
