@@ -48,6 +48,8 @@ WORDS = {
     "size:": "--size:",
     "pad_color is": "--pad-color is",
     "model:": "--model:",
+    "lora:": "--lora:",
+    "the option 'lora'": "--lora",
     "images:": "--images:",
     "method:": "--method:",
     "settings:": "--set:",

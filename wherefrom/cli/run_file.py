@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from wherefrom.cli.run_sizes import bucket_numbers, size_text
+from wherefrom.models.adapter_sources import check_place, local_files, parse_adapter
 
 RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
-_LISTS: Mapping[str, type] = {"queries": dict, "method": str, "regions": dict, "groups": str}
+_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Request:
 
     Attributes:
         model: A diffusers pipeline: folder or hub id.
+        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
@@ -54,6 +56,7 @@ class Request:
     """
 
     model: str = ""
+    lora: tuple[str, ...] = ()
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
@@ -192,7 +195,8 @@ def _place(name: str) -> str:
 
 
 def _hash(path: str) -> str:
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def completed(request: Request, with_methods: bool = True) -> Request:
@@ -204,6 +208,9 @@ def completed(request: Request, with_methods: bool = True) -> Request:
     for key, flag in (("model", "--model"), ("images", "--images")):
         if not getattr(request, key):
             raise ValueError(f"{flag} is missing: give it, or {key} in a -c file.")
+    adapters = [parse_adapter(given) for given in request.lora]
+    for adapter in adapters:
+        check_place(adapter)
     if not request.queries:
         raise ValueError("--query is missing: give an image with its --prompt, or a --prompt alone to draw one.")
     for query in request.queries:
@@ -222,6 +229,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
     placed = replace(
         request,
         model=_place(request.model),
+        lora=tuple(str(replace(adapter, place=_place(adapter.place))) for adapter in adapters),
         images=_place(request.images),
         queries=queries,
         regions=regions,
@@ -242,6 +250,7 @@ def record_of(request: Request) -> dict[str, Any]:
     files = [query["image"] for query in request.queries if query.get("image")]
     files += [region["mask"] for region in request.regions if region.get("mask")]
     files += [name for name in request.method if name.endswith((".yaml", ".yml"))]
+    files += [str(path) for given in request.lora for path in local_files(parse_adapter(given))]
     return {**said, "inputs": {path: _hash(path) for path in files if Path(path).is_file()}}
 
 

@@ -71,6 +71,12 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add = made.add_argument
     add("-c", "--config", metavar="FILE", help="a YAML file; see below")
     add("--model", metavar="MODEL", help="a diffusers pipeline: folder or hub id")
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="an adapter trained on the model, as style.safetensors:0.8; a folder or hub id; may be repeated",
+    )
     add("--images", metavar="FOLDER", help="the training images with their captions; see below")
     add("--query", action=Asked, dest="asked", metavar="FILE", help="an image to attribute")
     add("--prompt", action=Asked, dest="asked", metavar="TEXT", help="its prompt; or alone, to draw an image")

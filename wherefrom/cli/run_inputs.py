@@ -25,6 +25,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
     return queries, AttributionOptions(
         settings=request.settings or {},
         quick=request.quick,
+        lora=request.lora,
         store=request.store,
         device=request.device or None,
         resize=request.resize,

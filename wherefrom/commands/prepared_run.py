@@ -18,6 +18,8 @@ from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.on_error import OnError, checked
+from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
+from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
@@ -39,6 +41,8 @@ class AttributionOptions:
     Attributes:
         settings: Values that replace the method's own, such as `{"unlearning.noise_samples": 500}`.
         quick: A first look: few timesteps and noise samples.
+        lora: Adapters that are added to a model that is given by its path or hub id: a file, a folder or a hub id, as
+            `"style.safetensors"`, `"style.safetensors:0.8"` or `("style.safetensors", 0.8)`.
         store: Folder for what is computed once.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
         resize: Bring query images to the model's size instead of refusing other sizes.
@@ -60,6 +64,7 @@ class AttributionOptions:
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     quick: bool = False
+    lora: Sequence[AdapterInput] = ()
     store: str | Path = "cache"
     device: str | None = None
     resize: bool = False
@@ -112,13 +117,25 @@ def image_size(model: DiffusionModel) -> int:
     return height
 
 
-def open_model(model: Any) -> DiffusionModel:
+def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
     """A model, a loaded pipeline's model, or the model at a path or hub id.
 
+    Args:
+        model: The model.
+        lora: Adapters that are added to it; see `AttributionOptions`.
+
     Raises:
-        ValueError: It is none of these, or of a kind that is not supported.
+        ImportError: There is an adapter, but peft is not installed.
+        ValueError: It is none of these, or of a kind that is not supported; or an adapter does not fit, or the model is
+            loaded already, so that it would be changed.
         OSError: The folder holds no whole pipeline.
     """
+    if lora and not isinstance(model, str | Path):
+        raise ValueError(
+            f"lora: the model is a loaded {type(model).__name__}, which would be changed. Load the adapter into "
+            "the pipeline before (load_lora_weights, set_adapters), or give the model by its folder or hub id."
+        )
+    adapters = [parse_adapter(each) for each in lora]
     if isinstance(model, DiffusionModel):
         return model
     if isinstance(model, str | Path):
@@ -127,7 +144,7 @@ def open_model(model: Any) -> DiffusionModel:
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
             raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
         try:
-            return load_model(str(model))
+            return load_model(str(model), lora=adapters)
         except OSError as error:
             if path.exists():
                 raise
@@ -314,7 +331,9 @@ def prepare_run(
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
-    opened = open_model(model).to(runner.device)
+    opened = open_model(model, options.lora).to(runner.device)
+    for adapter in known_adapters(opened.denoiser):
+        console.log(f"with LoRA {adapter}")
     for note in opened.notes:
         console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
