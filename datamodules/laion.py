@@ -9,6 +9,7 @@ from pathlib import Path
 from datamodules.held_out import checked_share
 from datamodules.images import SAMPLE, Census, ImageDataModule
 from wherefrom.data.decoding import Sample
+from wherefrom.data.framing import sides_of
 from wherefrom.data.image_set import ImageSet, read_ids
 from wherefrom.data.ranked_images import RankedImages
 from wherefrom.data.webdataset import ShardOptions, build_laion, decode_shard, plan_shards
@@ -70,7 +71,7 @@ class LAION(ImageDataModule):
         shards = plan_shards(
             self.folder, self.options, None if self.subset is None else read_ids(self.subset, "subset")
         )
-        total, side = sum(shards.counts), self.options.size
+        total = sum(shards.counts)
         null = self.choice.null_folder(())
         if null is not None:
             held_out, training = sum(plan_shards(null, self.options).counts), total
@@ -82,7 +83,7 @@ class LAION(ImageDataModule):
             result = islice(decode_shard(shards.paths[0], self.options, shards.subset), SAMPLE)
             return sum(isinstance(each, Sample) for each in result)
 
-        return Census(training, held_out, (side, side), 1, decode)
+        return Census(training, held_out, sides_of(self.options.side), 1, decode)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The training images and the held-out ones."""

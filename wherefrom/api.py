@@ -35,11 +35,16 @@ WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
     "the option 'caption'": "AttributionOptions.caption",
-    "or set skip_unreadable": "or repair it",
     "null: none, split: all": "AttributionOptions(null='none', split='all')",
     "null: none": "AttributionOptions(null='none')",
     "split: all": "AttributionOptions(split='all')",
     "in split:": "in AttributionOptions.split",
+    "the option 'size'": "AttributionOptions.size",
+    "on_error: skip": "AttributionOptions(on_error='skip')",
+    "buckets.upscale: true": "upscale=True in its buckets",
+    "set buckets": "give AttributionOptions(framing=Framing(buckets=Buckets()))",
+    "the option 'lora'": "AttributionOptions.lora",
+    "lora:": "AttributionOptions.lora:",
     "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
     "--query": "queries",
     "Ask for a smaller relative_loss_increase, or give alpha instead": "Give AttributionOptions(settings="
@@ -160,7 +165,7 @@ def attribute_images(
         runner = Runner.current(parse_device(options.device))
         run = prepare_run(model, images=images, queries=queries, methods=[given], options=options, runner=runner)
         given.check(run.queries)
-    about = {"Method": name, "Model": run.model.fingerprint()}
+    about = {"Method": name, "Model": run.model.description()}
     notes = [*([QUICK_NOTE] if options.quick else []), *run.model.notes]
     return AttributedImages(run, given, notes=notes, about=about)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from wherefrom.data.image_files import UNREADABLE as UNREADABLE
 from wherefrom.data.image_files import load_image as load_image
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
 from wherefrom.data.image_set import ImageSet, read_image_set, write_table
-from wherefrom.data.on_error import OnError, checked, reading_identity
+from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
 from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import added_setting, settings_identity
 
-WORK = "decoded_images"  # kind of what an interrupted reading leaves
+WORK = "image_folder_decoding"  # kind of what an interrupted reading leaves
 _logger = logging.getLogger(__name__)
 
 
+@takes_skip_unreadable
 @dataclass(frozen=True)
 class ImageFolderOptions:
     """Options of reading an image folder.
@@ -38,7 +39,6 @@ class ImageFolderOptions:
         on_error: `skip` leaves out images that cannot be read instead of raising; they are logged, and listed in the
             manifest.
         framing: Padding, aspect buckets, EXIF and transparency, where they are not as usual.
-        skip_unreadable: The name of `on_error: skip` before; goes with the next release.
 
     Raises:
         ValueError: An unknown choice.
@@ -49,10 +49,9 @@ class ImageFolderOptions:
     columns: tuple[str, ...] | None = None
     on_error: OnError = "stop"
     framing: Framing = added_setting(Framing())
-    skip_unreadable: InitVar[bool | None] = None
 
-    def __post_init__(self, skip_unreadable: bool | None) -> None:
-        object.__setattr__(self, "on_error", checked(self.on_error, skip_unreadable))
+    def __post_init__(self) -> None:
+        checked(self.on_error)
         object.__setattr__(self, "size", one_number(self.size))
 
 

@@ -229,7 +229,7 @@ def read_image_set(folder: Path) -> ImageSet:
         pixels=_read_pixels(folder),
         columns={name: tuple(column) for name, column in columns.items()},
         fingerprint=manifest["fingerprint"],
-        skipped=tuple(manifest.get("skipped", ())),
+        skipped=tuple(manifest.get("skipped") or [name for name, *_ in manifest.get("problems", ())]),
     )
 
 
