@@ -171,6 +171,7 @@ class ImageDataModule(LightningDataModule):
             start_step=trainer.global_step,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            repeats=self.train_images.weights,
         )
         return KeyedLoader(data, batches)
 
@@ -187,7 +188,6 @@ class ImageDataModule(LightningDataModule):
             seed=self.seed,
             batch_size=self.batch_size,
             steps=steps,
-            start_step=0,
             rank=rank,
             world_size=world,
         )

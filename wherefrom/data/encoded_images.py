@@ -18,19 +18,14 @@ from torch.utils.data import Dataset
 
 from wherefrom.data.encoded_rows import EncodedRows
 from wherefrom.data.image_set import ImageSet, joined_image_sets, keep_indices
+from wherefrom.data.weighted_images import WeightedImages
 from wherefrom.models.conditioning import Conditioning, concatenated
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store, identity_hash
 from wherefrom.runtime.content_rows import KEY_BYTES, Keys
-from wherefrom.runtime.mapped_arrays import (
-    JoinedRows,
-    RowView,
-    join_rows,
-    take_rows,
-    write_array,
-)
+from wherefrom.runtime.mapped_arrays import JoinedRows, RowView, join_rows, take_rows, write_array
 from wherefrom.runtime.salts import Salt
 from wherefrom.training.keyed_batches import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
 
@@ -68,7 +63,7 @@ class LatentGroup:
 
 
 @dataclass(frozen=True)
-class EncodedImages:
+class EncodedImages(WeightedImages):
     """A training set as the diffusion model sees it, in groups by the shape of the latents.
 
     Attributes:

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
 from wherefrom.data.image_set import PIXELS, ImageSet, read_image_set, write_pixels_header, write_table
+from wherefrom.data.repeats import REPEATS, parse_repeats
 from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest, replacing
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import settings_identity
@@ -172,6 +173,7 @@ def build_image_folder(
     if options.size is not None and options.size < 1:
         raise ValueError(f"size {options.size} is not a number of pixels. Give at least 1, or None.")
     rows = read_rows(folder, options.caption, options.columns)
+    parse_repeats((row.id for row in rows), (row.columns.get(REPEATS, "") for row in rows))  # before all is decoded
     identity: dict[str, Any] = {
         **settings_identity(options),
         "metadata": {path.relative_to(folder).as_posix(): hash_file(path) for path in metadata_files(folder)},

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
+from wherefrom.data.repeats import REPEATS, parse_repeats, weighted_fingerprint
 from wherefrom.runtime.artifacts import identity_hash, read_manifest, replacing
 from wherefrom.runtime.mapped_arrays import JoinedRows, RowView, join_rows, take_rows
 
@@ -28,7 +30,8 @@ class ImageSet:
         ids: Unique string ids that the data set owns (never positions).
         captions: The captions of each image; every image has the same number of them.
         pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of a memory-mapped array.
-        columns: Further columns, one string per image: `license` always, and groups such as `author`, `style`.
+        columns: Further columns, one string per image: `license` always, and groups such as `author`, `style`. The
+            column `repeats` has a meaning: see `weights`.
         fingerprint: Hash of ids, captions and pixels; part of the identity of every artifact built from them.
         joined_from: The sets that this one is the concatenation of, if any; see `parts`.
     """
@@ -48,6 +51,27 @@ class ImageSet:
         counts = {len(captions) for captions in self.captions}
         if len(counts) > 1:
             raise ValueError(f"Images must have equally many captions each; found {sorted(counts)}.")
+
+    @cached_property
+    def weights(self) -> Float[NDArray[np.float64], " n"] | None:
+        """How often training sees each image, by the column `repeats`; None where it sees each once.
+
+        Training descends the weighted mean Σ wᵢ ℓᵢ / Σ wᵢ of the images' losses.
+
+        Raises:
+            ValueError: A cell of the column is no positive whole number.
+        """
+        return parse_repeats(self.ids, self.columns[REPEATS]) if REPEATS in self.columns else None
+
+    @property
+    def seen(self) -> int:
+        """Number of images that an epoch of training sees: Σ wᵢ, the number of images where each is seen once."""
+        return len(self) if self.weights is None else int(self.weights.sum())
+
+    @property
+    def weighted_fingerprint(self) -> str:
+        """The fingerprint with the weights, for what depends on them; the plain one where each image is seen once."""
+        return weighted_fingerprint(self.fingerprint, self.weights)
 
     @property
     def parts(self) -> tuple[ImageSet, ...]:
