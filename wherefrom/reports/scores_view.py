@@ -48,8 +48,14 @@ class ScoresView(Scores):
     ) -> ScoresView:
         """The same scores, beside the training images."""
         kept = {name: getattr(scores, name) for name in ("query", "ids", "scores", "null", "facts", "parts")}
-        more = {"estimates": scores.estimates, "per_copy": scores.per_copy}
-        return cls(**kept, **more, data=data, notes=tuple(notes), about=about or {})
+        return cls(
+            **kept,
+            estimates=scores.estimates,
+            per_copy=scores.per_copy,
+            data=data,
+            notes=tuple(notes),
+            about=about or {},
+        )
 
     @property
     def images(self) -> ImageSet:
