@@ -26,13 +26,13 @@ class Request:
 
     Attributes:
         model: A diffusers pipeline: folder or hub id.
-        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
         method: Packaged methods, or YAML files.
         settings: Values that replace the methods' own.
         quick: A first look.
+        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         output: The run folder.
         store: Folder for what is computed once.
         device: Where to compute.
@@ -48,13 +48,13 @@ class Request:
     """
 
     model: str = ""
-    lora: tuple[str, ...] = ()
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
     method: tuple[str, ...] = (DEFAULT_METHOD,)
     settings: Mapping[str, Any] | None = None
     quick: bool = False
+    lora: tuple[str, ...] = ()
     output: str = ""
     store: str = "cache"
     device: str = ""
