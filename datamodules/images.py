@@ -18,7 +18,6 @@ from wherefrom.models.encoders import LatentEncoder
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.keyed_random import hash_texts
-from wherefrom.runtime.ranges import check_ranges
 from wherefrom.training.keyed_batches import KeyedBatches, PixelVisits, VisitDataset
 
 SAMPLE = 16  # images that are decoded to see how long that takes
@@ -103,7 +102,6 @@ class ImageDataModule(LightningDataModule):
         caption_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        check_ranges(batch_size=batch_size, seed=seed, flip_share=flip_share, caption_dropout=caption_dropout)
         self.encoder, self.store, self.batch_size, self.seed = encoder, Store(store), batch_size, seed
         self.exclude: Sequence[str] | str | Path | None = exclude
         self.flip_share, self.caption_dropout = flip_share, caption_dropout
