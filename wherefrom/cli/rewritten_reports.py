@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.reports.comparison_report import write_comparison_report
 from wherefrom.runtime.artifacts import MANIFEST, Store
+from wherefrom.runtime.checked_files import read_object
 from wherefrom.runtime.measured_cost import Cost
 
 _COUNTERFACTUAL = "counterfactual.json"
@@ -60,7 +60,10 @@ def rewrite(folder: Path, *, top: int | None, title: str | None, store: str) -> 
     pages = [rewrite_page(run, results[run.name], data, options) for run in runs]
     if single:
         return pages
-    costs = {run.name: Cost(**json.loads((run / COST).read_text())) for run in runs}
+    costs = {
+        run.name: Cost(**read_object(run / COST, remedy="Delete it: only what earlier runs took is lost"))
+        for run in runs
+    }
     write_comparison_report(folder / REPORT, results, costs, data.images, options)
     return [folder / REPORT, *pages]
 

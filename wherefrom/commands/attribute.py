@@ -187,14 +187,19 @@ def _read_scores(folder: Path, query: Query, images: ImageSet) -> Scores | None:
     path = _scores_file(folder, query)
     if not path.exists():
         return None
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "np") as stream:
-        metadata = stream.metadata()
-        facts: dict[str, float] = json.loads(metadata["facts"])
-        names: list[str] = json.loads(metadata["parts"])
-    arrays = load_file(path)
-    parts = {name: arrays[_PART + name] for name in names}
+    try:
+        with safe_open(path, "np") as stream:
+            metadata = stream.metadata()
+            facts: dict[str, float] = json.loads(metadata["facts"])
+            names: list[str] = json.loads(metadata["parts"])
+        arrays = load_file(path)
+        parts = {name: arrays[_PART + name] for name in names}
+        if len(arrays["scores"]) != len(images):
+            raise ValueError(f"it holds {len(arrays['scores'])} scores of {len(images)} images")
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete the file: its query is then scored again.") from error
     estimated = {name.removeprefix(_ESTIMATE): values for name, values in arrays.items() if name.startswith(_ESTIMATE)}
     estimates = Estimates(**estimated) if estimated else None
     return Scores(query, images.ids, arrays["scores"], arrays["null"], facts, parts, estimates)

@@ -154,7 +154,7 @@ def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") 
             raise ValueError(
                 f"{option}: {path} is not a file. Give a list of ids, or a text file with one id per line."
             )
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     return tuple(given)
 
 
