@@ -81,7 +81,9 @@ def prepare_trial(settings: TrialSettings, train_main: TrainMain, seed: int, tim
     data = training_data_of(module)
     check_recipe_images(recipe, data.images, store)
     assert data.latents is not None
-    models = RetrainedModels(store, recipe.identity(), data.latents.ids, data.latents.fingerprint, recipe.train)
+    models = RetrainedModels(
+        store, recipe.identity(), data.latents.ids, data.latents.weighted_fingerprint, recipe.train
+    )
     if settings.model is not None:
         models.publish(RetrainingJob((), seed), Path(settings.model))
     console.log("the model with all images")

@@ -1,6 +1,6 @@
 """The diagonal of the empirical Fisher information (AbU, section 3.2).
 
-Mean squared per-sample gradients over the training set.
+Mean squared per-sample gradients over the training set, in which an image counts as often as training sees it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class FisherPass(SampledPass):
         super().__init__(model, data, names, settings, batch_size)
         self.sums = zeros_like_parameters(model, names)
 
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"], roots: Float[Tensor, " b"] | None) -> None:
         """Adds the squared gradients of a batch."""
         for name, gradients in tap.per_sample(losses):
             self.sums[name] += finite(name, gradients.square().sum(dim=0))
@@ -166,7 +166,7 @@ def fit_diagonal(
     """
     identity: dict[str, Any] = {
         "model": model.fingerprint(),
-        "data": data.fingerprint,
+        "data": data.weighted_fingerprint,
         "weights": sorted(names),
         "dtype": str(model.dtype),
         **settings_identity(settings),

@@ -200,7 +200,7 @@ def block_identity(model: DiffusionModel, data: EncodedImages, block: LayerPlan,
     """Identity of a block's covariances, eigenvectors and eigenvalues in the store."""
     return {
         "model": model.fingerprint(),
-        "data": data.fingerprint,
+        "data": data.weighted_fingerprint,
         "weights": sorted(block.names),
         "dtype": str(model.dtype),
         **settings_identity(settings),

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from wherefrom.data.encoded_rows import EncodedRows
 from wherefrom.data.image_set import ImageSet, joined_image_sets, keep_indices
 from wherefrom.data.latent_group import LatentGroup as LatentGroup
+from wherefrom.data.weighted_images import WeightedImages
 from wherefrom.models.conditioning import Conditioning, concatenated
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
@@ -39,7 +40,7 @@ _KEYS = "image_keys.npy"
 
 
 @dataclass(frozen=True)
-class EncodedImages:
+class EncodedImages(WeightedImages):
     """A training set as the diffusion model sees it, in groups by the shape of the latents.
 
     Attributes:

@@ -51,6 +51,12 @@ class ProjectedGradients(Attributor):
 
     `fit` stores φ of images and mirror images, shape (N, F, D), and the Cholesky factor of ΦᵀΦ + λI, for each model.
 
+    Where training sees image i wᵢ times, the kernel is ΦᵀWΦ + λI with W = diag(w), and the score of image i is wᵢ
+    φ(ẑ)ᵀ (ΦᵀWΦ + λI)⁻¹ φ(zᵢ). TRAK's score is a one-step approximation of what removing an image does to the linearised
+    model, whose Newton step from the weighted objective Σ wⱼ ℓⱼ without its i-th term is wᵢ (ΦᵀWΦ + λI)⁻¹ φ(zᵢ) times
+    the slope of the loss (the leverage 1 / (1 - wᵢ hᵢ) is dropped, as in the paper): all copies go together. It is the
+    sum of the scores that wᵢ copies under ids of their own would have; `per_copy` holds that of one.
+
     Args:
         weights: Parameters whose gradients are projected; the papers take all.
         projection: P, the random projection to D dimensions.
@@ -159,7 +165,7 @@ class ProjectedGradients(Attributor):
             if data.held_out_latents is not None:
                 self.null.append(self._project(each, data.held_out_latents, store, runner))
             images = self.features[-1].values[:, 0]  # without their mirror images
-            self.kernels.append(Kernel(images, self.relative_lambda, self.absolute_lambda))
+            self.kernels.append(Kernel(images, self.relative_lambda, self.absolute_lambda, data.latents.weights))
 
     def _project(self, model: DiffusionModel, part: EncodedImages, store: Store, runner: Runner) -> Rows:
         names = list(select_weights(model.denoiser, self.weights))
@@ -225,10 +231,11 @@ class ProjectedGradients(Attributor):
                 scores = self.products(self.features, directions)[0][chosen]
                 null = self.products(self.null, directions)[0] if self.null else np.zeros(0)
                 query_s = gradient_s + time.monotonic() - started
-                yield Scores(query, ids, scores, null, {"gradient_s": gradient_s, "query_s": query_s})
+                of_copies = Scores(query, ids, scores, null, {"gradient_s": gradient_s, "query_s": query_s})
+                yield of_copies.counting(None if data.images.weights is None else data.images.weights[chosen])
 
     def products(self, features: Sequence[Rows], directions: Sequence[Float[Tensor, "s d"]]) -> np.ndarray:
-        """Scores of all images by each direction, shape (S, N): the mean over models, then the flips reduced."""
+        """Scores of one copy of all images by each direction, (S, N): the mean over models, then the flips reduced."""
         result = [
             torch.cat([block @ direction.T for block in in_double(each.values)])
             for each, direction in zip(features, directions, strict=True)

@@ -174,13 +174,15 @@ class JourneyTRAK(ProjectedGradients):
         )
 
     def step_scores(self, query: Query) -> tuple[Sequence[int], Float[NDArray[np.float64], "s n"]]:
-        """The S timesteps, and the scores of all training images at each step separately.
+        """The S timesteps, and the scores of all training images (with all copies) at each step separately.
 
         Raises:
             ValueError: `fit` has not run, or the query has no such trajectory.
         """
         (directions,) = self.directions([query])
-        return self.query_steps(query), self.products(self.features, directions)
+        assert self._ready is not None
+        scores, weights = self.products(self.features, directions), self._ready[0].images.weights
+        return self.query_steps(query), scores if weights is None else scores * weights
 
     def _trajectory(self, query: Query) -> Trajectory:
         if query.trajectory is None:
