@@ -19,8 +19,8 @@ from wherefrom.models.encoders import LatentEncoder
 from wherefrom.queries.run_size import RunSize
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Console
-from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.keyed_random import hash_texts
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.training.keyed_batches import KeyedBatches, PixelVisits, VisitDataset
 
 SAMPLE = 16  # images that are decoded to see how long that takes
