@@ -11,13 +11,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from wherefrom.cli.run_sizes import bucket_numbers, size_text
+from wherefrom.data.split_names import split_named
 from wherefrom.models.adapter_sources import check_place, local_files, parse_adapter
 
 RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
-_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str}
+_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Request:
         device: Where to compute.
         resize: Bring query images to the model's size.
         caption: Name of the caption column.
+        split: Splits whose images are ranked, or `all`.
+        null: Images never trained on: a split, a folder, or `none`.
+        size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
+        fit: How images are brought to it: crop, pad or stretch.
+        pad_color: Colour of the margins of pad.
+        exif: Turn photographs upright (apply), or not (ignore).
+        alpha: Transparent images are put on white, or their transparency is dropped (drop).
+        buckets: Aspect buckets: `{}` for the usual ones, or their numbers; None for one size.
+        on_error: stop at training images that cannot be read, or skip them.
         seed: Seed of drawn images.
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
@@ -60,6 +71,15 @@ class Request:
     device: str = ""
     resize: bool = False
     caption: str = "text"
+    split: tuple[str, ...] = ()
+    null: str = ""
+    size: str = ""
+    fit: str = "crop"
+    pad_color: str = "white"
+    exif: str = "apply"
+    alpha: str = "white"
+    buckets: Mapping[str, Any] | None = None
+    on_error: str = "stop"
     seed: int = 0
     sampling_steps: int = 50
     guidance: float = 2.0
@@ -89,6 +109,10 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: settings takes a mapping, such as {{unlearning.noise_samples: 500}}.")
         return dict(_flat(value))
+    if key == "size":
+        return size_text(value, f"{where}: size")
+    if key == "buckets":
+        return bucket_numbers(value, f"{where}: buckets")
     kind = type(default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
@@ -124,6 +148,10 @@ def read_request(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys; write model, images, queries and method.")
+    # YAML reads the bare key null, and the bare value, as nothing.
+    tree = {"null" if key is None else key: value for key, value in tree.items()}
+    if "null" in tree and tree["null"] is None:
+        tree["null"] = "none"
     defaults = {each.name: each.default for each in fields(Request)}
     for key in tree:
         if key == "inputs":  # a run's own record, which also says what its files held
@@ -172,7 +200,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def _place(name: str) -> str:
     """A path on disk as seen from everywhere; a hub id or a packaged name as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def _hash(path: str) -> str:
@@ -212,6 +240,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
         model=_place(request.model),
         lora=tuple(str(replace(adapter, place=_place(adapter.place))) for adapter in adapters),
         images=_place(request.images),
+        null=request.null if request.null == "none" or split_named(request.null) else _place(request.null),
         queries=queries,
         regions=regions,
         method=methods,
