@@ -26,6 +26,7 @@ from wherefrom.rankings.estimates import Estimates
 from wherefrom.rankings.ranking_file import write_parts, write_ranking
 from wherefrom.rankings.score_table import PART_ROWS, ScoreTable
 from wherefrom.reports.attribution_report import write_report
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.query_section import ReportOptions, page_of
 from wherefrom.runtime.artifacts import (
     MANIFEST,
@@ -261,6 +262,7 @@ def _write_page(
             "Method": method,
             "Model": str(identity["model"]),
             "Training images": f"{len(data.images):,}",
+            **image_facts(data.images),
             "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
         },
         notes=options.notes,
