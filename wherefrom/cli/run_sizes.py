@@ -60,7 +60,8 @@ def bucket_numbers(value: Any, where: str) -> dict[str, Any] | None:
         pairs = [word.partition("=") for word in value.split(",") if word.strip()]
         value = {key.strip(): text.strip() for key, _, text in pairs}
     made: dict[str, Any] = {}
-    for key, each in ({} if value is True else value).items() if isinstance(value, Mapping | bool) else [("", value)]:
+    given: Mapping[str, Any] = {} if value is True else value if isinstance(value, Mapping) else {"": value}
+    for key, each in given.items():
         text = str(each).lower()
         if key == "upscale" and text in ("true", "false"):
             made[key] = text == "true"

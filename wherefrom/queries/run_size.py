@@ -76,7 +76,7 @@ class RunSize:
 
     def line(self) -> str:
         """What is to be said about the size; "" where it is the model's own and the only one."""
-        said = [] if self.own in (None, self.size) else [f"the model's own is {words_of(self.own or self.size)}"]
+        said = [] if self.own is None or self.own == self.size else [f"the model's own is {words_of(self.own)}"]
         buckets = self.framing.buckets
         if buckets is not None:
             count = f"{len(buckets.sizes)} sizes" if buckets.upscale else "sizes of their own"
