@@ -117,6 +117,7 @@ class PreparedRun:
     store: Store
     runner: Runner
     console: Console
+    size: RunSize | None = None
 
 
 def image_size(model: DiffusionModel) -> int:
@@ -364,4 +365,9 @@ def prepare_run(
     data = read()
     if runner.is_main:
         warn_of_null(data.held_out, data.images, made)
-    return PreparedRun(opened, data, made, store, runner, console)
+    skipped = {Path(name).name for name in data.images.skipped}
+    files = {Path(each[0]).name for each in queries if not isinstance(each, str) and isinstance(each[0], str | Path)}
+    for name in sorted(files & skipped):
+        console.log(f"the training image {name}, called like a query, could not be read: it is not among the ranked")
+    size = RunSize.of(opened, options.size, options.framing)
+    return PreparedRun(opened, data, made, store, runner, console, size)
