@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import AutoModel
 
+from wherefrom.models.allowed_parts import check_pipeline
 from wherefrom.models.customization import base_of, customize, read_customization
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder, freeze
@@ -20,6 +21,7 @@ from wherefrom.models.families.registry import families, family_class_of, family
 from wherefrom.models.noise_schedule import pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.prompt_encoders import PromptEncoder
+from wherefrom.models.textual_inversions import load_inversions
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.optional_dependencies import require_peft
 
@@ -87,7 +89,7 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     """Loads a diffusers pipeline from a folder or a hub id.
 
     Where a folder holds `pytorch_lora_weights.safetensors`, as diffusers' training scripts and `save_lora_weights`
-    write it, that adapter is loaded too.
+    write it, that adapter is loaded too, and so are textual inversions; see `wherefrom.models.textual_inversions`.
 
     Raises:
         ImportError: There is an adapter, but peft is not installed.
@@ -111,6 +113,8 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
         loadable.load_lora_weights(path, weight_name=LORA)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
+    if Path(path).is_dir():
+        load_inversions(pipeline, Path(path))
     return pipeline
 
 
@@ -130,7 +134,7 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
 
     Raises:
         ValueError: The pipeline's network is of a kind that is not supported, cannot read captions or takes more than
-            noisy latents; or a part is missing.
+            noisy latents; a part is missing; or one computes what its weights do not say.
     """
     parts = PipelineParts(pipeline)
     network, vae = parts.network, parts.components.get("vae")
@@ -147,6 +151,7 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
             f"Its network takes {config.in_channels} channels and its autoencoder gives {vae.config.latent_channels}: "
             "pipelines that edit or fill in images are no text-to-image models"
         )
+    check_pipeline(parts, family)
     encoder = family.latent_encoder(parts)
     return DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
 
