@@ -16,6 +16,7 @@ from wherefrom.attributors.base import Attributor
 from wherefrom.data.encoded_images import encode_image_set, report_cut
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
+from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model, model_from_pipeline
 from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
@@ -44,6 +45,7 @@ class AttributionOptions:
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        clip_skip: Captions and prompts are read this many layers before CLIP's last, as diffusers counts.
         progress: Show on stderr what is being done, and bars.
 
     Raises:
@@ -61,6 +63,7 @@ class AttributionOptions:
     sampling_steps: int = 50
     guidance: float = 2.0
     eta: float = 0.0
+    clip_skip: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class AttributionOptions:
             raise ValueError(f"guidance must be a number from 0 on; given {self.guidance}.")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
+        if self.clip_skip < 0:
+            raise ValueError(f"clip_skip must be a number from 0 on; given {self.clip_skip}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
 
@@ -302,7 +307,7 @@ def prepare_run(
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
-    opened = open_model(model).to(runner.device)
+    opened = with_clip_skip(open_model(model), options.clip_skip).to(runner.device)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
     console.log("reading the training images")
     encode = bool(needs & {"model", "gradients", "trajectory"})

@@ -48,8 +48,15 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     def is_plain(value: Any) -> bool:
         return all(map(is_plain, value)) if isinstance(value, tuple) else value is None or isinstance(value, _PLAIN)
 
+    def is_method(name: str, value: Any) -> bool:  # in its class's place: the concern of who looks at the code
+        return callable(value) and hasattr(type(module), name)
+
     given = {name: plain(value) for name, value in vars(module).items() if not name.startswith(("_", "tile_"))}
-    return {name: value for name, value in given.items() if name not in _FREE and is_plain(value)}
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in _FREE and is_plain(value) and not is_method(name, value)
+    }
 
 
 def _layers_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -140,8 +147,8 @@ def check_against_fresh(part: nn.Module, what: str) -> None:
 def _check_layer(module: nn.Module, usual: FreshLayer, where: str) -> None:
     if type(module) is not usual.kind:
         raise ValueError(
-            f"{where} is a {type(module).__name__} where its configuration makes a {usual.kind.__name__}: something "
-            "exchanged it. Load the pipeline anew without that."
+            f"{where} is a {type(module).__name__} of {type(module).__module__} where its configuration makes a "
+            f"{usual.kind.__name__}: something exchanged it. Load the pipeline anew without that."
         )
     check_processor(module, usual.processor, where)
     missing = usual.layers - _layers_of(module).keys()

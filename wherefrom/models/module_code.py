@@ -40,7 +40,7 @@ def code_place(code: Any) -> tuple[str, str]:
     while isinstance(code, partial | MethodType):
         code = code.func if isinstance(code, partial) else code.__func__
     if isinstance(code, FunctionType):
-        return str(code.__globals__.get("__name__", "?")), code.__qualname__
+        return str(code.__globals__.get("__name__", "?")), code.__code__.co_qualname
     named = code if isinstance(code, type) or hasattr(code, "__qualname__") else type(code)
     return str(getattr(named, "__module__", None) or "builtins"), str(named.__qualname__)
 
@@ -80,7 +80,10 @@ def _check_class(kind: type[nn.Module], where: str, own: str) -> None:
             f"{where} is a {kind.__name__} of {kind.__module__}, which is not known: what it computes is neither in "
             "the weights nor in the fingerprint. Load the pipeline anew without what replaced it."
         )
-    roots = _CODE | {own}
+    _check_methods_of(kind, where, _CODE | {own})
+
+
+def _check_methods_of(kind: type, where: str, roots: frozenset[str]) -> None:
     for base in kind.__mro__:
         if _root(base.__module__) not in roots or base is object:
             continue
@@ -154,7 +157,10 @@ def check_code(part: nn.Module, what: str) -> None:
         where = f"{what}{f' ({name})' if name else ''}"
         if type(module) not in kinds:
             _check_class(type(module), where, own)
-            kinds.add(type(module))
+        processor = type(getattr(module, "processor", None))
+        if processor not in kinds:
+            _check_methods_of(processor, where, _CODE | {own})
+        kinds |= {type(module), processor}
         _check_hooks(module, _HOOKS, where)
         _check_methods(module, where)
     for name, parameter in part.named_parameters():

@@ -183,7 +183,8 @@ def load_inversions(pipeline: Any, folder: Path) -> list[str]:
     if custom:
         raise ValueError(
             f"{custom[0]} stands beside a whole pipeline, which does not read it. Put it and its new words into a "
-            'folder of their own with a customized.json that says {"base": "where the pipeline is"}, and give that folder.'
+            'folder of their own with a customized.json that says {"base": "where the pipeline is"}, and give that '
+            "folder."
         )
     files = inversion_files(folder)
     if files and not isinstance(pipeline, TextualInversionLoaderMixin):
