@@ -184,6 +184,9 @@ class LatentEncoder:
         vae: A diffusers autoencoder, or where to load one from.
         text: A `CaptionEncoder`, or where to load one from.
         length: Tokens per caption, when `text` is a path.
+
+    Raises:
+        ValueError: The autoencoder's statistics of latents are half there, or cannot be what is meant.
     """
 
     def __init__(self, vae: AutoencoderKL | str, text: CaptionEncoder | str, length: int = 77) -> None:
@@ -193,6 +196,7 @@ class LatentEncoder:
             else vae
         )
         self.vae = freeze(loaded)
+        _ = self.statistics  # refuses halves before anything long
         self.text = CaptionEncoder.from_pretrained(text, length) if isinstance(text, str) else text
 
     @property
@@ -231,18 +235,22 @@ class LatentEncoder:
             ValueError: The autoencoder would encode them in tiles.
         """
         parameter, vae = next(self.vae.parameters()), self.vae
-        tile = getattr(vae, "tile_sample_min_size", 0)
-        if getattr(vae, "use_tiling", False) and max(pixels.shape[-2:]) > tile:
-            raise ValueError(
-                f"{AUTOENCODER} encodes in tiles of {tile} pixels, and the images are larger: their latents would not "
-                "be those of training. Call `pipeline.vae.disable_tiling()` first."
-            )
+        self._check_tiles("encodes", pixels, "tile_sample_min_size", "pixels")
         shift, factor = self.scale
         mean: Tensor = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mean
         if self.statistics is not None:
             centre, deviation = (each.to(mean) for each in self.statistics)
             mean = (mean - centre) / deviation
         return ((mean - shift) * factor).float().cpu()
+
+    def _check_tiles(self, does: str, given: Tensor, setting: str, of: str) -> None:
+        """Refuses tiles, whose edges are blended, where the autoencoder is set to make them and they would be made."""
+        tile = getattr(self.vae, setting, 0)
+        if getattr(self.vae, "use_tiling", False) and max(given.shape[-2:]) > tile:
+            raise ValueError(
+                f"{AUTOENCODER} {does} in tiles of {tile} {of}, and the images are larger: the result would not be "
+                "that of training. Call `pipeline.vae.disable_tiling()` first."
+            )
 
     def encode_image(self, pixels: UInt8[NDArray[np.uint8], "h w 3"]) -> Float[Tensor, "c i j"]:
         """The scaled mean latent of one image, on the CPU."""
@@ -255,7 +263,12 @@ class LatentEncoder:
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c i j"]) -> Float[Tensor, "b 3 h w"]:
-        """Images in [-1, 1] from scaled latents."""
+        """Images in [-1, 1] from scaled latents.
+
+        Raises:
+            ValueError: The autoencoder would decode them in tiles.
+        """
+        self._check_tiles("decodes", latents, "tile_latent_min_size", "latent cells")
         parameter = next(self.vae.parameters())
         shift, factor = self.scale
         scaled = latents.to(parameter.device, parameter.dtype)
