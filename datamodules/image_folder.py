@@ -61,10 +61,10 @@ class ImageFolder(ImageDataModule):
 
         def decode() -> int:
             for row in rows[:SAMPLE]:
-                load_image(self.folder / row.name, self.options.size)
+                load_image(self.folder / row.name, self.options.size, self.options.framing)
             return len(rows[:SAMPLE])
 
-        height, width = load_image(self.folder / rows[0].name, self.options.size).shape[:2]
+        height, width = load_image(self.folder / rows[0].name, self.options.size, self.options.framing).shape[:2]
         return Census(training, held_out, (height, width), len(rows[0].captions), decode)
 
     def load(self) -> tuple[ImageSet, ImageSet]:

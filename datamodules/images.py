@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.image_set import ImageSet, keep_indices, read_ids
+from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder
+from wherefrom.queries.run_size import RunSize
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.keyed_random import hash_texts
@@ -85,10 +87,12 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         half: Keep latents and caption states in float16.
+        options: How the images are read, where they come from files: with `size`, `framing`, `on_error`.
         console: Where what is made once is announced and shown.
     """
 
     half = False
+    options: Any = None
 
     def __init__(
         self,
@@ -106,6 +110,21 @@ class ImageDataModule(LightningDataModule):
         self.exclude: Sequence[str] | str | Path | None = exclude
         self.flip_share, self.caption_dropout = flip_share, caption_dropout
         self.console = Console()
+
+    def take_size(self, model: DiffusionModel) -> RunSize | None:
+        """Reads the images at the model's own size where the options name none, and checks the one that they name.
+
+        Returns:
+            The size; None where the images have one of their own.
+
+        Raises:
+            ValueError: The model cannot take it.
+        """
+        if not hasattr(self.options, "framing"):
+            return None
+        size = RunSize.of(model, self.options.size, self.options.framing)
+        self.options = replace(self.options, size=size.option, framing=size.framing)
+        return size
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The training images and the held-out ones, before `exclude`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datamodules.images import SAMPLE, Census, ImageDataModule
 from wherefrom.data.decoding import Sample
+from wherefrom.data.framing import sides_of
 from wherefrom.data.image_folder import split_images
 from wherefrom.data.image_set import ImageSet, read_ids
 from wherefrom.data.webdataset import ShardOptions, build_laion, decode_shard, plan_shards
@@ -64,14 +65,14 @@ class LAION(ImageDataModule):
         shards = plan_shards(
             self.folder, self.options, None if self.subset is None else read_ids(self.subset, "subset")
         )
-        total, side = sum(shards.counts), self.options.size
+        total = sum(shards.counts)
         held_out = round(self.validation_share * total)
 
         def decode() -> int:
             result = islice(decode_shard(shards.paths[0], self.options, shards.subset), SAMPLE)
             return sum(isinstance(each, Sample) for each in result)
 
-        return Census(total - held_out, held_out, (side, side), 1, decode)
+        return Census(total - held_out, held_out, sides_of(self.options.side), 1, decode)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The training images and the held-out ones."""

@@ -35,7 +35,12 @@ WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
     "the option 'caption'": "AttributionOptions.caption",
-    "or set skip_unreadable": "or repair it",
+    "the option 'size'": "AttributionOptions.size",
+    "on_error: skip": "AttributionOptions(on_error='skip')",
+    "buckets.upscale: true": "upscale=True in its buckets",
+    "set buckets": "give AttributionOptions(framing=Framing(buckets=Buckets()))",
+    "the option 'lora'": "AttributionOptions.lora",
+    "lora:": "AttributionOptions.lora:",
     "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
     "--query": "queries",
     "Ask for a smaller relative_loss_increase, or give alpha instead": "Give AttributionOptions(settings="
@@ -155,8 +160,9 @@ def attribute_images(
         runner = Runner.current(parse_device(options.device))
         run = prepare_run(model, images=images, queries=queries, methods=[given], options=options, runner=runner)
         given.check(run.queries)
-    about = {"Method": name, "Model": run.model.fingerprint()}
-    return AttributedImages(run, given, notes=[QUICK_NOTE] if options.quick else [], about=about)
+    about = {"Method": name, "Model": run.model.description()}
+    notes = [*([QUICK_NOTE] if options.quick else []), *run.model.notes]
+    return AttributedImages(run, given, notes=notes, about=about)
 
 
 def _attributor(method: Method, options: AttributionOptions) -> tuple[Attributor, str]:
@@ -217,7 +223,10 @@ def compare(
             options=report,
             log=run.console.log,
         )
-    return {name: [ScoresView.of(scores, run.data) for scores in result] for name, result in results.items()}
+    notes = run.model.notes
+    return {
+        name: [ScoresView.of(scores, run.data, notes=notes) for scores in result] for name, result in results.items()
+    }
 
 
 def attribute_pictures(

@@ -129,7 +129,9 @@ def _with_queries(settings: ModelSettings) -> tuple[list[Stage], TrainingData, f
 
 
 def _encoded(settings: ModelSettings) -> tuple[list[Stage], TrainingData, float]:
-    return _stages_of_data(settings.data, settings.trainer.accelerate(load_model(settings.model)))
+    model = settings.trainer.accelerate(load_model(settings.model))
+    settings.data.take_size(model)
+    return _stages_of_data(settings.data, model)
 
 
 def _stages_of_data(data: ImageDataModule, model: DiffusionModel) -> tuple[list[Stage], TrainingData, float]:

@@ -241,7 +241,7 @@ def test_an_image_is_attributed_without_a_prompt(run: Path, folder: Path) -> Non
 def test_an_image_of_another_size_is_refused_or_resized(run: Path, folder: Path, size: tuple[int, int]) -> None:
     name = f"{size[0]} by {size[1]}"
     given = {"images": [{"file": str(image(folder, f"{name}.png", size)), "prompt": "red"}]}
-    message = rf"by.*\.png is {size[0]} × {size[1]} pixels, the model's images are 8 × 8.*queries\.resize"
+    message = rf"by.*\.png is {size[0]} × {size[1]} pixels, the images of this run are 8 × 8.*queries\.resize"
     with pytest.raises(ValueError, match=message):
         quick(folder, name, queries=given)
     out = quick(folder, f"{name} resized", "--queries.resize", "true", queries=given)

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderTiny,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
@@ -42,11 +41,17 @@ from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_model, load_pipeline, model_from_pipeline
 
 Change = Callable[[nn.Module], Any]
+# The others have parts of the same classes.
+OWN = ("sd1", "sdxl", "pixart", "sd3")
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {kind: load_pipeline(str(save(tmp_path_factory.mktemp("pipeline")))) for kind, save in KINDS.items()}
+    return {
+        kind: load_pipeline(str(save(tmp_path_factory.mktemp("pipeline"))))
+        for kind, save in KINDS.items()
+        if kind in OWN
+    }
 
 
 class Copies(Mapping[str, Any]):
@@ -137,7 +142,6 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "forward pre-hook": (lambda part: part.register_forward_pre_hook(watch), "forward pre hook of unknown origin"),
     "hook that is an object": (lambda part: part.register_forward_hook(Doubled()), "unknown origin, 'Doubled'"),
     "backward hook": (lambda part: a_layer(part).register_full_backward_hook(watch), "backward hook of unknown origin"),
-    "gradient hook": (lambda part: next(part.parameters()).register_hook(lambda _: None), "backward hook of unknown"),
     "forward": (replace_forward, "'forward' was replaced by .*replace_forward.*of tests.models"),
     "class": (exchange_class, "is a Merging of tests.* where its configuration makes a (Linear|Conv2d)"),
     "layer": (exchange_layer, "is a Identity of torch.* where its configuration makes a|is a layer, .*does not make"),
@@ -146,6 +150,14 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "pruned": (lambda part: prune.random_unstructured(a_layer(part), "weight", 0.5), "forward pre hook of unknown"),
     "cast": (lambda part: part.add_module("extra", nn.Linear(1, 1)), r"\(extra\) is a layer, Linear"),
 }
+
+
+def hook_a_gradient(part: nn.Module) -> None:
+    next(part.parameters()).requires_grad_(True).register_hook(lambda _: None)
+
+
+# Copies, of which a model consists, have no such hooks; it is refused where somebody adds one to the model.
+GRADIENT_HOOK: tuple[Change, str] = (hook_a_gradient, "backward hook of unknown origin")
 
 
 @pytest.mark.parametrize("what", ["network", "vae", "text_encoder"])
@@ -166,35 +178,31 @@ def test_what_changes_a_part_is_refused_by_name(loaded: dict[str, Any], what: st
             setattr(pipeline, name, whole)
 
 
-@pytest.mark.parametrize("change", ["forward hook", "forward", "class", "number"])
+@pytest.mark.parametrize("change", ["forward hook", "forward", "class", "number", "gradient hook"])
 def test_what_is_changed_later_is_seen_where_identities_are_computed(pipelines: Copies, change: str) -> None:
-    apply, message = CHANGES[change]
+    apply, message = {**CHANGES, "gradient hook": GRADIENT_HOOK}[change]
     for pipeline in pipelines.values():
         model = model_from_pipeline(pipeline)
         assert model.encoder is not None
         before = model.encoder.identity()
-        apply(network(pipeline))
+        apply(model.denoiser)
         with pytest.raises(ValueError, match=f"The network.*({message})"):
             model.fingerprint()
         assert model.encoder.identity() == before
-        apply(pipeline.text_encoder)
+        text: Any = model.encoder.text
+        apply(text.models[-1] if hasattr(text, "models") else text.model)
         with pytest.raises(ValueError, match=f"The text encoder.*({message})"):
             model.encoder.identity()
-        apply(pipeline.vae)
+        apply(model.encoder.vae)
         with pytest.raises(ValueError, match=f"The autoencoder.*({message})"):
             model.encoder.identity()
 
 
 def test_the_second_text_encoder_is_looked_at_too(pipelines: Copies) -> None:
     for kind, suffix in (("sdxl", "_2"), ("sd3", "_3")):
-        pipeline = pipelines[kind]
-        model = model_from_pipeline(pipeline)
-        getattr(pipeline, f"text_encoder{suffix}").register_forward_hook(watch)
-        assert model.encoder is not None
-        with pytest.raises(ValueError, match=r"The text encoder.*unknown origin, 'watch'"):
-            model.encoder.identity()
+        getattr(pipelines[kind], f"text_encoder{suffix}").register_forward_hook(watch)
         with pytest.raises(ValueError, match=rf"The text encoder \(text_encoder{suffix}\) has a forward hook"):
-            model_from_pipeline(pipeline)
+            model_from_pipeline(pipelines[kind])
 
 
 @pytest.mark.parametrize(
@@ -217,11 +225,10 @@ def test_attention_processors_that_nobody_knows_are_refused(pipelines: Copies, p
 
 def test_processors_that_compute_the_same_change_no_fingerprint(pipelines: Copies) -> None:
     for kind in ("sd1", "sdxl", "pixart"):
-        model = model_from_pipeline(pipelines[kind])
-        before = model.fingerprint()
+        before = model_from_pipeline(pipelines[kind]).fingerprint()
         for processor in (AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(2)):
             network(pipelines[kind]).set_attn_processor(processor)
-            assert model.fingerprint() == before
+            assert model_from_pipeline(pipelines[kind]).fingerprint() == before
         network(pipelines[kind]).enable_gradient_checkpointing()
         pipelines[kind].vae.enable_slicing()
         assert model_from_pipeline(pipelines[kind]).fingerprint() == before
@@ -238,18 +245,22 @@ def test_an_attention_of_few_bits_is_refused(pipelines: Copies) -> None:
         model_from_pipeline(pipelines["sd1"])
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_freeu_is_refused_until_it_is_switched_off(pipelines: Copies, kind: str) -> None:
     pipeline = pipelines[kind]
     model = model_from_pipeline(pipeline)
-    before = model.fingerprint()
+    before, unet = model.fingerprint(), model.denoiser
     pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
-    for look in (model.fingerprint, lambda: model_from_pipeline(pipeline)):
-        with pytest.raises(ValueError, match=r"up_blocks.0\) has FreeU switched on \(b1 = 1.5.*disable_freeu\(\)"):
-            look()
+    with pytest.raises(ValueError, match=r"up_blocks.0\) has FreeU switched on \(b1 = 1.5.*disable_freeu\(\)"):
+        model_from_pipeline(pipeline)
+    assert model.fingerprint() == before  # it has a copy of the network
     pipeline.disable_freeu()
-    assert model.fingerprint() == before
     assert model_from_pipeline(pipeline).fingerprint() == before
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"up_blocks.0\) has FreeU switched on"):
+        model.fingerprint()
+    unet.disable_freeu()  # type: ignore[operator]
+    assert model.fingerprint() == before
 
 
 @pytest.mark.parametrize("owner", [UNet2DConditionModel, Attention, AttnProcessor2_0, nn.Conv2d])
@@ -283,20 +294,12 @@ def test_patched_functions_and_hooks_on_all_modules_are_refused(
 
 
 def test_caches_of_diffusers_are_refused(pipelines: Copies) -> None:
+    model = model_from_pipeline(pipelines["sd3"])
     HookRegistry.check_if_exists_or_initialize(pipelines["sd3"].transformer).register_hook(ModelHook(), "cache")
-    with pytest.raises(ValueError, match=r"The network runs under the hook 'ModelHook' of diffusers.hooks"):
+    with pytest.raises(ValueError, match=r"The pipeline's transformer has diffusers' hook 'cache'"):
         model_from_pipeline(pipelines["sd3"])
-
-
-def test_what_only_moves_parts_between_devices_is_let_through(pipelines: Copies) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = model_from_pipeline(pipelines["sd1"])
-    before = model.fingerprint()
-    hook = accelerate.hooks.AlignDevicesHook(execution_device="cpu")
-    accelerate.hooks.add_hook_to_module(model.denoiser, hook)
-    assert model.fingerprint() == before
-    accelerate.hooks.add_hook_to_module(model.denoiser, accelerate.hooks.ModelHook(), append=True)
-    with pytest.raises(ValueError, match=r"runs under the hook 'AlignDevicesHook'|runs under the hook 'ModelHook'"):
+    HookRegistry.check_if_exists_or_initialize(model.denoiser).register_hook(ModelHook(), "cache")
+    with pytest.raises(ValueError, match=r"The network: its 'forward' was replaced by .* of diffusers.hooks"):
         model.fingerprint()
 
 
@@ -338,7 +341,7 @@ def test_settings_that_the_network_itself_heeds_are_no_reason(tmp_path: Path) ->
     assert "/settings " in model.fingerprint()
 
 
-def test_other_pipelines_and_autoencoders_are_refused(pipelines: Copies) -> None:
+def test_other_pipelines_are_refused(pipelines: Copies) -> None:
     plain = pipelines["sd1"]
     before = model_from_pipeline(plain).fingerprint()
     for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline):
@@ -353,14 +356,6 @@ def test_other_pipelines_and_autoencoders_are_refused(pipelines: Copies) -> None
 
     with pytest.raises(ValueError, match="A Mine is not supported"):
         model_from_pipeline(Mine(**plain.components, requires_safety_checker=False))
-    plain.vae = AutoencoderTiny(
-        encoder_block_out_channels=(4,),
-        decoder_block_out_channels=(4,),
-        num_encoder_blocks=(1,),
-        num_decoder_blocks=(1,),
-    )
-    with pytest.raises(ValueError, match="The autoencoder is a AutoencoderTiny"):
-        model_from_pipeline(plain)
 
 
 def test_a_store_is_not_poisoned_by_freeu(pipelines: Copies, tmp_path: Path) -> None:
@@ -374,8 +369,9 @@ def test_a_store_is_not_poisoned_by_freeu(pipelines: Copies, tmp_path: Path) -> 
     from wherefrom.queries.sources import generate
     from wherefrom.runtime.artifacts import Store
 
-    pipeline, store, train = pipelines["sd1"], Store(tmp_path / "store"), images(3)
-    model = model_from_pipeline(pipeline)
+    store, train = Store(tmp_path / "store"), images(3)
+    model = model_from_pipeline(pipelines["sd1"])
+    unet: Any = model.denoiser
     assert model.encoder is not None
     data = TrainingData(train, encode_image_set(train, encoder=model.encoder, store=store))
     queries = generate(model, prompts=["stripes"], seed=0, shape=(4, 4, 4), sampling_steps=2)
@@ -392,14 +388,14 @@ def test_a_store_is_not_poisoned_by_freeu(pipelines: Copies, tmp_path: Path) -> 
         return next(iter(method.score(queries))).scores
 
     made = {path.name for path in (tmp_path / "store").rglob("*")}
-    pipeline.enable_freeu(s1=0.5, s2=0.2, b1=1.5, b2=1.6)
+    unet.enable_freeu(s1=0.5, s2=0.2, b1=1.5, b2=1.6)
     with pytest.raises(ValueError, match="has FreeU switched on"):
         scores()
     assert {path.name for path in (tmp_path / "store").rglob("*")} == made
-    pipeline.disable_freeu()
+    unet.disable_freeu()
     first = scores()
-    pipeline.enable_freeu(s1=0.5, s2=0.2, b1=1.5, b2=1.6)
+    unet.enable_freeu(s1=0.5, s2=0.2, b1=1.5, b2=1.6)
     with pytest.raises(ValueError, match="has FreeU switched on"):
         scores()
-    pipeline.disable_freeu()
+    unet.disable_freeu()
     assert (scores() == first).all()

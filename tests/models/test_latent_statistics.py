@@ -103,17 +103,17 @@ def test_where_the_pipeline_leaves_them_out_they_are_refused(tmp_path: Path, sav
 
 
 def test_tiles_are_refused_where_they_would_be_made(tmp_path: Path) -> None:
-    pipeline: Any = load_pipeline(str(stable_diffusion(tmp_path)))
-    encoder = model_from_pipeline(pipeline).encoder
+    encoder = load_model(str(stable_diffusion(tmp_path))).encoder
     assert encoder is not None
     small, large = torch.zeros(1, 3, 8, 8), torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)
     expected, before = encoder.encode_pixels(small), encoder.encode_pixels(large)
-    pipeline.vae.enable_tiling()
+    vae: Any = encoder.vae
+    vae.enable_tiling()
     assert torch.equal(encoder.encode_pixels(small), expected)
     with pytest.raises(ValueError, match=r"encodes in tiles of 8 pixels.*disable_tiling"):
         encoder.encode_pixels(large)
     with pytest.raises(ValueError, match=r"decodes in tiles of 4.*disable_tiling"):
         encoder.decode(torch.zeros(1, 4, 8, 8))
-    pipeline.vae.disable_tiling()
-    pipeline.vae.enable_slicing()
+    vae.disable_tiling()
+    vae.enable_slicing()
     assert torch.equal(encoder.encode_pixels(large), before)

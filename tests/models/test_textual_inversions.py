@@ -64,26 +64,35 @@ def same(pipeline: Any, model: DiffusionModel, prompts: list[str]) -> bool:
 
 def test_words_of_several_vectors_are_read_as_the_pipeline_reads_them(sd: Path) -> None:
     pipeline: Any = load_pipeline(str(sd))
-    model = model_from_pipeline(pipeline)
-    assert model.encoder is not None
-    plain, before = ours(model, WORDS), model.encoder.text.identity()
-    pipeline.load_textual_inversion({"<cat>": vectors(3)})  # after it was wrapped
+    earlier = model_from_pipeline(pipeline)
+    assert earlier.encoder is not None
+    (were,), before = ours(earlier, WORDS), earlier.encoder.text.identity()
+    pipeline.load_textual_inversion({"<cat>": vectors(3)})
     pipeline.load_textual_inversion({"<dog>": vectors(1, seed=4)})
     assert several_vectors(pipeline.tokenizer) == ["<cat>"]
+    model = model_from_pipeline(pipeline)
     assert same(pipeline, model, WORDS)
-    assert same(pipeline, model_from_pipeline(pipeline), WORDS)
-    (embeddings,), (were,) = ours(model, WORDS), plain
+    (embeddings,) = ours(model, WORDS)
     assert not torch.equal(embeddings[0], were[0])
     torch.testing.assert_close(embeddings[2:4], were[2:4])
+    # What was wrapped before has its own tokenizer and its own table, and stays what it was.
+    assert torch.equal(ours(earlier, WORDS)[0], were)
+    assert earlier.encoder.text.identity() == before
     # The three vectors follow each other: what the word alone would say is something else.
     tokens = pipeline.tokenizer("a <cat> <cat>_1 <cat>_2 in red").input_ids
     assert len(tokens) == 2 + 1 + 3 + 5
+    assert model.encoder is not None
     identity = model.encoder.text.identity()
-    assert {"text_encoder", "tokenizer", "several_vectors"} <= {
-        name for name in identity if identity[name] != before.get(name)
-    }
+    changed = {name for name in identity if identity[name] != before.get(name)}
+    assert changed == {"text_encoder", "tokenizer", "several_vectors"}
     pipeline.unload_textual_inversion()
-    assert model.encoder.text.identity() == before
+    again = model_from_pipeline(pipeline).encoder
+    assert again is not None
+    assert again.text.identity() == before
+    text = earlier.encoder.text  # a word that the model itself is taught later is seen too
+    pipeline.load_textual_inversion({"<cat>": vectors(3)}, tokenizer=text.tokenizer, text_encoder=text.model)
+    assert text.identity() != before
+    assert torch.equal(ours(earlier, WORDS[:1])[0], embeddings[:1])
 
 
 def test_captions_of_training_images_are_written_out_too(sd: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_excess import excess, loss_of, typical_losses
 from wherefrom.gradients.query_loss import encode_query
 from wherefrom.metrics.null_distribution import p_values
+from wherefrom.models.adapter_states import AdapterRecord, known_adapters
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.estimates import Estimates
@@ -104,6 +105,7 @@ def attribute(
     """
     if options is not None:
         options.columns(data.images)
+        options = replace(options, notes=[*options.notes, *(() if model is None else model.notes)])
     names = [query.name for query in queries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -136,7 +138,10 @@ def attribute(
             log(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
     results = [finished[query.name] for query in queries]
     if runner.is_main:
-        _write_results(folder, results=results, data=data, options=options, identity=identity, cut=cut)
+        adapters = [] if model is None else [asdict(each) for each in known_adapters(model.denoiser)]
+        _write_results(
+            folder, results=results, data=data, options=options, identity=identity, cut=cut, adapters=adapters
+        )
     runner.barrier()
     return results
 
@@ -203,6 +208,7 @@ def _write_results(
     options: ReportOptions | None,
     identity: Mapping[str, Any],
     cut: int | None,
+    adapters: Sequence[Mapping[str, Any]],
 ) -> None:
     rankings: dict[str, tuple[Sequence[str], Any]] = {each.query.name: (each.ids, each.scores) for each in results}
     if cut is not None:
@@ -218,12 +224,13 @@ def _write_results(
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     if options is not None:
-        _write_page(folder, results=results, data=data, options=options, identity=identity)
+        _write_page(folder, results=results, data=data, options=options, identity=identity, adapters=adapters)
     write_manifest(
         folder,
         identity,
         complete=True,
         cut=cut,
+        **({"adapters": adapters} if adapters else {}),
         facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
     )
 
@@ -246,19 +253,21 @@ def _write_page(
     data: TrainingData,
     options: ReportOptions,
     identity: Mapping[str, Any],
+    adapters: Sequence[Mapping[str, Any]],
 ) -> None:
     for scores in results:
         with replacing(_pixels_file(folder, scores.query.name)) as temporary:
             Image.fromarray(scores.query.pixels).save(temporary, "PNG")
     pages = [page_of(scores, data, options) for scores in results]
     method = str(identity["attributor"]["method"])
+    loras = ", ".join(str(AdapterRecord(**each)) for each in adapters)
     write_report(
         folder / "report.html",
         title=options.title,
         queries=pages,
         facts={
             "Method": method,
-            "Model": str(identity["model"]),
+            "Model": f"{identity['model']}{f' with LoRA {loras}' if loras else ''}",
             "Training images": f"{len(data.images):,}",
             "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
         },
@@ -326,9 +335,11 @@ def rewrite_page(folder: Path, results: Sequence[Scores], data: TrainingData, op
         ValueError: The run is not complete, or is of other images.
         StorageError: The page could not be written.
     """
-    identity = read_run(folder)["identity"]
+    manifest = read_run(folder)
+    identity = manifest["identity"]
     ids = identity_hash({"of": data.images.fingerprint, "ids": list(data.images.ids)})
     if identity["training_pictures"] != ids:
         raise ValueError(f"{folder} is a run over other training images than these: they were changed since.")
-    _write_page(folder, results=results, data=data, options=options, identity=identity)
+    adapters = manifest.get("adapters", [])
+    _write_page(folder, results=results, data=data, options=options, identity=identity, adapters=adapters)
     return folder / "report.html"

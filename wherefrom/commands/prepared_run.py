@@ -14,11 +14,17 @@ from PIL import Image
 
 from wherefrom.attributors.base import Attributor
 from wherefrom.data.encoded_images import encode_image_set, report_cut
+from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.on_error import OnError, checked
+from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
+from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
+from wherefrom.queries.run_size import RunSize
 from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
@@ -36,6 +42,8 @@ class AttributionOptions:
     Attributes:
         settings: Values that replace the method's own, such as `{"unlearning.noise_samples": 500}`.
         quick: A first look: few timesteps and noise samples.
+        lora: Adapters that are added to a model that is given by its path or hub id: a file, a folder or a hub id, as
+            `"style.safetensors"`, `"style.safetensors:0.8"` or `("style.safetensors", 0.8)`.
         store: Folder for what is computed once.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
         resize: Bring query images to the model's size instead of refusing other sizes.
@@ -47,6 +55,10 @@ class AttributionOptions:
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
         clip_skip: Captions and prompts are read this many layers before CLIP's last, as diffusers counts.
         progress: Show on stderr what is being done, and bars.
+        size: Size of all images, queries and training images alike: the side of a square, or (height, width); None is
+            the model's own.
+        framing: How images are brought to it: padding, aspect buckets, EXIF, transparency.
+        on_error: `skip` leaves out training images that cannot be read; `stop` refuses them.
 
     Raises:
         ValueError: A value is out of range.
@@ -54,6 +66,7 @@ class AttributionOptions:
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     quick: bool = False
+    lora: Sequence[AdapterInput] = ()
     store: str | Path = "cache"
     device: str | None = None
     resize: bool = False
@@ -65,8 +78,14 @@ class AttributionOptions:
     eta: float = 0.0
     clip_skip: int = 0
     progress: bool = True
+    size: AnySize | None = None
+    framing: Framing = Framing()
+    on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
+        checked(self.on_error)
+        if self.size is not None:
+            sides_of(self.size)
         if self.sampling_steps < 1:
             raise ValueError(f"sampling_steps must be at least 1; given {self.sampling_steps}.")
         if not 0 <= self.guidance < float("inf"):
@@ -92,31 +111,36 @@ class PreparedRun:
 
 
 def image_size(model: DiffusionModel) -> int:
-    """Side in pixels of the images that a model draws: its latents' side times the autoencoder's reduction.
+    """Side in pixels of the square images that a model draws: its latents' side times the autoencoder's reduction.
 
     Raises:
-        ValueError: The model has no encoder.
+        ValueError: The model has no encoder, its images are not square, or its configuration does not say.
     """
-    if model.encoder is None:
-        raise ValueError("The model has no encoder, so the size of its images is not known.")
-    config: Any = model.denoiser.config
-    reduction: int = 2 ** (len(model.encoder.vae.config.block_out_channels) - 1)
-    return int(config.sample_size) * reduction
+    height, width = own_size(model)
+    if height != width:
+        raise ValueError(f"The model's images are {words_of((height, width))}, so they have no one side.")
+    return height
 
 
-def latent_shape(model: DiffusionModel) -> tuple[int, int, int]:
-    """(C, H, W) of the model's latents."""
-    config: Any = model.denoiser.config
-    return int(config.in_channels), int(config.sample_size), int(config.sample_size)
-
-
-def open_model(model: Any) -> DiffusionModel:
+def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
     """A model, a loaded pipeline's model, or the model at a path or hub id.
 
+    Args:
+        model: The model.
+        lora: Adapters that are added to it; see `AttributionOptions`.
+
     Raises:
-        ValueError: It is none of these, or of a kind that is not supported.
+        ImportError: There is an adapter, but peft is not installed.
+        ValueError: It is none of these, or of a kind that is not supported; or an adapter does not fit, or the model is
+            loaded already, so that it would be changed.
         OSError: The folder holds no whole pipeline.
     """
+    if lora and not isinstance(model, str | Path):
+        raise ValueError(
+            f"lora: the model is a loaded {type(model).__name__}, which would be changed. Load the adapter into "
+            "the pipeline before (load_lora_weights, set_adapters), or give the model by its folder or hub id."
+        )
+    adapters = [parse_adapter(each) for each in lora]
     if isinstance(model, DiffusionModel):
         return model
     if isinstance(model, str | Path):
@@ -125,7 +149,7 @@ def open_model(model: Any) -> DiffusionModel:
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
             raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
         try:
-            return load_model(str(model))
+            return load_model(str(model), lora=adapters)
         except OSError as error:
             if path.exists():
                 raise
@@ -163,14 +187,12 @@ def read_training_data(
     Raises:
         ValueError: The folder or an image cannot be used, or none of the images is for training.
     """
-    size = image_size(model)
+    size = RunSize.of(model, options.size, options.framing)
     every = images
     if not isinstance(every, ImageSet):
-        how = ImageFolderOptions(size=size, caption=options.caption)
+        how = ImageFolderOptions(size.option, options.caption, on_error=options.on_error, framing=size.framing)
         every = build_image_folder(store, Path(every), how, console.progress)
-    if tuple(every.pixels.shape[1:3]) != (size, size):
-        height, width = every.pixels.shape[1:3]
-        raise ValueError(f"images: they are {width} × {height} pixels, the model's are {size} × {size}.")
+    size.check_images(every)
     split = "split" in every.columns
     train = every.where("split", "train") if split else every
     held_out = every.where("split", "validation") if split else None
@@ -210,10 +232,10 @@ def check_query_files(queries: Iterable[QueryInput]) -> None:
             raise ValueError(f"queries: there is no image file {str(query[0])!r}.")
 
 
-def _read(image: Any, prompt: str, size: int, resize: bool) -> Query:
+def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
     """A query from a file, a PIL image or an array."""
     if isinstance(image, str | Path):
-        return read_query(QueryImage(str(image), prompt), (size, size), resize)
+        return read_query(QueryImage(str(image), prompt), size, resize)
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
@@ -226,13 +248,14 @@ def _read(image: Any, prompt: str, size: int, resize: bool) -> Query:
     try:
         image.save(stream, "PNG")
         stream.seek(0)
-        pixels = load_image(stream, size if resize else None)
+        pixels = load_image(stream, *size.query_framing(resize))
     except UNREADABLE as error:
         raise ValueError(f"queries: a PIL image of mode {image.mode} cannot be used: {error}.") from error
-    if pixels.shape[:2] != (size, size):
+    unfit = size.unfit((int(pixels.shape[0]), int(pixels.shape[1])))
+    if unfit:
         raise ValueError(
-            f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, the model's images are {size} × "
-            f"{size}. Resize it, or set queries.resize: true to use its largest centred square."
+            f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. Resize it, or set "
+            "queries.resize: true to bring it there as training images are."
         )
     return Query(f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}", prompt, pixels)
 
@@ -250,7 +273,9 @@ def make_query_list(
     Raises:
         ValueError: An image or a region cannot be used, or an image is given twice.
     """
-    size = image_size(model)
+    size = RunSize.of(model, options.size, options.framing)
+    if size.line():
+        console.log(size.line())
     assert model.encoder is not None
     report_cut(model.encoder.text, [each if isinstance(each, str) else each[1] for each in queries], "prompts")
     read = {n: _read(*each, size, options.resize) for n, each in enumerate(queries) if not isinstance(each, str)}
@@ -259,7 +284,11 @@ def make_query_list(
     if twice:
         raise ValueError(f"queries: the image {twice[0]} is given twice; results are told apart by it.")
     sources = [each if isinstance(each, str) else str(each[0]) for each in queries]
-    regions = read_regions(options.regions, sources, (size, size))
+    sizes = {
+        source: (int(read[n].pixels.shape[0]), int(read[n].pixels.shape[1])) if n in read else size.size
+        for n, source in enumerate(sources)
+    }
+    regions = read_regions(options.regions, sources, sizes)
     places = [n for n, each in enumerate(queries) if isinstance(each, str)]
     if places:
         console.log("drawing the queries")
@@ -267,7 +296,7 @@ def make_query_list(
         model,
         prompts=[sources[n] for n in places],
         seed=options.seed,
-        shape=latent_shape(model),
+        shape=size.latent_shape,
         sampling_steps=options.sampling_steps,
         guidance=options.guidance,
         eta=options.eta,
@@ -307,7 +336,11 @@ def prepare_run(
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
-    opened = with_clip_skip(open_model(model), options.clip_skip).to(runner.device)
+    opened = with_clip_skip(open_model(model, options.lora), options.clip_skip).to(runner.device)
+    for adapter in known_adapters(opened.denoiser):
+        console.log(f"with LoRA {adapter}")
+    for note in opened.notes:
+        console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
     console.log("reading the training images")
     encode = bool(needs & {"model", "gradients", "trajectory"})

@@ -12,19 +12,27 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import AutoencoderKL
 from torch import nn
 
-from wherefrom.models.fresh_parts import check_against_fresh
-from wherefrom.models.module_code import check_code
+from wherefrom.models.fresh_parts import check_against_fresh, made_fresh
+from wherefrom.models.module_code import check_code, check_hooks
 
 if TYPE_CHECKING:
     from wherefrom.models.families.base import ModelFamily, PipelineParts
 
 NETWORK, AUTOENCODER, TEXT_ENCODER = "The network", "The autoencoder", "The text encoder"
+_NAMES = {
+    "unet": NETWORK,
+    "transformer": NETWORK,
+    "vae": AUTOENCODER,
+    "text_encoder": TEXT_ENCODER,
+    "text_encoder_2": f"{TEXT_ENCODER} (text_encoder_2)",
+    "text_encoder_3": f"{TEXT_ENCODER} (text_encoder_3)",
+}
 # Settings that classes of before have left in configurations, all of which say that something is off.
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], (), {})
 _LEFT_OUT = "this kind of pipeline leaves it out when it draws, so it is not known what was trained"
+_STATISTICS = {"latents_mean": _LEFT_OUT, "latents_std": _LEFT_OUT}
 
 
 def check_part(part: nn.Module, what: str) -> None:
@@ -56,16 +64,33 @@ def check_settings(part: Any, what: str, refused: Mapping[str, str]) -> None:
     for name, value in dict(part.config).items():
         if name.startswith("_") or value in _OFF:
             continue
-        if name not in known:
+        if name not in known and name not in _registered(part):
             raise ValueError(
                 f"{what} has {name} = {value!r} in its configuration, which {type(part).__name__} of diffusers "
                 f"{diffusers.__version__} does not know and leaves out: it may have been trained otherwise. Take the "
                 "diffusers version that it was made with, or remove the setting if it says nothing."
             )
-        if name in refused and value != known[name].default:
+        if name in refused and name in known and value != known[name].default:
             raise ValueError(
                 f"{what} has {name} = {value!r} in its configuration, which is not supported: {refused[name]}."
             )
+
+
+def _registered(part: Any) -> Mapping[str, Any]:
+    """The configuration of a fresh part, to which some classes add settings of their own."""
+    made: Any = made_fresh(part)
+    return {} if made is None else dict(made.config)
+
+
+def check_components(components: Mapping[str, Any]) -> None:
+    """Refuses hooks of unknown origin on a pipeline's parts, before anything is made of them.
+
+    Raises:
+        ValueError: There is one; the message names it.
+    """
+    for name, part in components.items():
+        if isinstance(part, nn.Module):
+            check_hooks(part, _NAMES.get(name, f"The pipeline's {name}"))
 
 
 def check_pipeline(parts: PipelineParts, family: ModelFamily) -> None:
@@ -81,13 +106,13 @@ def check_pipeline(parts: PipelineParts, family: ModelFamily) -> None:
     kind, network, vae = type(parts.pipeline), parts.network, parts.components["vae"]
     if family.pipelines:
         _check_class(kind, family.pipelines)
-        _check_autoencoder(vae, family.latent_statistics)
+        check_settings(vae, AUTOENCODER, {} if family.latent_statistics else _STATISTICS)
     check_settings(network, NETWORK, family.refused_settings)
     check_part(network, NETWORK)
     check_part(vae, AUTOENCODER)
     for name, part in parts.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
-            check_part(part, TEXT_ENCODER if name == "text_encoder" else f"{TEXT_ENCODER} ({name})")
+            check_part(part, _NAMES.get(name, f"{TEXT_ENCODER} ({name})"))
 
 
 def _check_class(kind: type, allowed: Sequence[str]) -> None:
@@ -97,13 +122,3 @@ def _check_class(kind: type, allowed: Sequence[str]) -> None:
             "do not follow. If its network was trained as a text-to-image model, hand it over as one: "
             f"`diffusers.{allowed[0]}.from_pipe(pipeline)`, which `save_pretrained` saves."
         )
-
-
-def _check_autoencoder(vae: Any, statistics: bool) -> None:
-    if type(vae) is not AutoencoderKL:
-        raise ValueError(
-            f"{AUTOENCODER} is a {type(vae).__name__}, which is not supported: latents of the training images are made "
-            "by an AutoencoderKL. Load the pipeline with the autoencoder that it was trained with."
-        )
-    refused = {} if statistics else {"latents_mean": _LEFT_OUT, "latents_std": _LEFT_OUT}
-    check_settings(vae, AUTOENCODER, refused)

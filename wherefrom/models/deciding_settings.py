@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderTiny,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +52,10 @@ def _sd3(config: Any) -> dict[str, Any]:
     return {"num_attention_heads": max(2, config.num_attention_heads * config.attention_head_dim // 64)}
 
 
+def _autoencoder(config: Any) -> dict[str, Any]:
+    return {"norm_num_groups": _groups(config.block_out_channels[0])}
+
+
 # Class -> its settings that weights do not show, and the usual values where these are not the class's own.
 _SETTINGS: Mapping[type, tuple[tuple[str, ...], Usual]] = {
     UNet2DConditionModel: (
@@ -72,10 +83,9 @@ _SETTINGS: Mapping[type, tuple[tuple[str, ...], Usual]] = {
     ),
     PixArtTransformer2DModel: (("num_attention_heads", "activation_fn", "norm_eps", "norm_type"), _pixart),
     SD3Transformer2DModel: (("num_attention_heads",), _sd3),
-    AutoencoderKL: (
-        ("act_fn", "norm_num_groups"),
-        lambda config: {"norm_num_groups": _groups(config.block_out_channels[0])},
-    ),
+    AutoencoderKL: (("act_fn", "norm_num_groups"), _autoencoder),
+    AsymmetricAutoencoderKL: (("act_fn", "norm_num_groups"), lambda config: {}),
+    AutoencoderTiny: (("act_fn", "upsample_fn", "upsampling_scaling_factor"), lambda config: {}),
 }
 # Settings of transformers' text models under the names that their configurations have for them.
 _HEADS = ("num_attention_heads", "num_heads")
@@ -94,10 +104,10 @@ _TEXT = (
 _MINILM = {384: 12}  # its heads are 32 wide, where other text encoders have 64
 
 
-def _of_network(part: nn.Module) -> dict[str, Any]:
-    names, usual_of = _SETTINGS[type(part)]
+def _of_network(part: nn.Module, kind: type) -> dict[str, Any]:
+    names, usual_of = _SETTINGS[kind]
     config: Any = part.config
-    usual, parameters = usual_of(config), inspect.signature(type(part).__init__).parameters
+    usual, parameters = usual_of(config), inspect.signature(kind.__init__).parameters
     result = {}
     for name in names:
         value = config.get(name, parameters[name].default)
@@ -145,8 +155,9 @@ def deciding_settings(part: nn.Module) -> dict[str, Any]:
     Args:
         part: Network, autoencoder or text encoder; one of another library's has none that are known.
     """
-    if type(part) in _SETTINGS:
-        return _of_network(part)
+    kind = next((each for each in _SETTINGS if isinstance(part, each)), None)
+    if kind is not None:
+        return _of_network(part, kind)
     if isinstance(part, PreTrainedModel):
         return _of_text_model(part)
     return {}

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from wherefrom.models.adapter_states import adapter_identity
 from wherefrom.models.allowed_parts import AUTOENCODER, TEXT_ENCODER, check_part
+from wherefrom.models.autoencoders import latent_of
 from wherefrom.models.conditioning import Conditioning, concatenated, prompt_embeddings
 from wherefrom.models.deciding_settings import deciding_settings, settings_hash
 from wherefrom.models.package_paths import resolve_path
@@ -137,7 +139,7 @@ class CaptionEncoder:
         """Does nothing: the model is not conditioned on the images' (height, width)."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the embeddings: weights, tokenizer and length, and whatever is set otherwise than usual.
+        """What decides the embeddings: weights, how strongly adapters count, tokenizer, length, and what is unusual.
 
         Raises:
             ValueError: The model does not compute what its weights say; see `check_part`.
@@ -148,6 +150,7 @@ class CaptionEncoder:
             "text_encoder": hash_tensors(self.model.state_dict()),
             "tokenizer": hashlib.blake2b(repr(words).encode(), digest_size=8).hexdigest(),
             "length": self.length,
+            **adapter_identity(self.model),
             **self.unusual([self.model], [self.tokenizer]),
             **self._padding(),
         }
@@ -234,10 +237,10 @@ class LatentEncoder:
         Raises:
             ValueError: The autoencoder would encode them in tiles.
         """
-        parameter, vae = next(self.vae.parameters()), self.vae
+        parameter = next(self.vae.parameters())
         self._check_tiles("encodes", pixels, "tile_sample_min_size", "pixels")
         shift, factor = self.scale
-        mean: Tensor = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mean
+        mean: Tensor = latent_of(self.vae, pixels.to(parameter.device, parameter.dtype))
         if self.statistics is not None:
             centre, deviation = (each.to(mean) for each in self.statistics)
             mean = (mean - centre) / deviation

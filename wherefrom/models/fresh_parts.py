@@ -63,7 +63,7 @@ def _layers_of(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
-def _made(part: nn.Module) -> nn.Module | None:
+def made_fresh(part: nn.Module) -> nn.Module | None:
     """A fresh part without numbers; None where the class does not make itself from a configuration."""
     config: Any = getattr(part, "config", None)
     kind: Any = type(part)
@@ -85,7 +85,7 @@ def fresh_layers(part: nn.Module) -> Mapping[str, FreshLayer] | None:
     said = config.to_json_string(use_diff=False) if isinstance(part, PreTrainedModel) else repr(sorted(config.items()))
     key = (type(part), said)
     if key not in _known:
-        made = _made(part)
+        made = made_fresh(part)
         assert made is not None
         while len(_known) >= _KEPT:
             _known.pop(next(iter(_known)))

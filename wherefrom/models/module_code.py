@@ -17,8 +17,6 @@ import torch.nn.functional
 from torch import nn
 from torch.nn.modules import module as all_modules
 
-from wherefrom.models.offloaded_parts import is_offloaded, offloading_hooks
-
 # Packages whose classes make up the parts of a pipeline, and those from which their methods' code may come.
 _PACKAGES = frozenset({"torch", "diffusers", "transformers", "peft", "wherefrom"})
 _CODE = _PACKAGES | {"accelerate", "huggingface_hub", "contextlib", "functools", "typing", "abc", "builtins"}
@@ -111,15 +109,8 @@ def _check_hooks(owner: Any, names: tuple[str, ...], where: str) -> None:
 
 def _check_methods(module: nn.Module, where: str) -> None:
     """Refuses methods that were replaced on the module itself."""
-    for hook in offloading_hooks(module):
-        if not is_offloaded(module):
-            raise ValueError(
-                f"{where} runs under the hook {_said(hook)}, which is not known to leave what is computed as it is. "
-                "Remove it, or load the pipeline anew."
-            )
-    moved = {"forward"} if is_offloaded(module) else set()
     for name, value in module.__dict__.items():
-        if name in _HARMLESS | moved or isinstance(value, nn.Module) or not callable(value):
+        if name in _HARMLESS or isinstance(value, nn.Module) or not callable(value):
             continue
         if hasattr(type(module), name):
             raise ValueError(
@@ -139,6 +130,20 @@ def _check_functions() -> None:
             )
 
 
+def check_hooks(part: nn.Module, what: str) -> None:
+    """Refuses hooks of unknown origin on any of a part's modules.
+
+    Args:
+        part: Network, autoencoder or text encoder.
+        what: Names it in messages.
+
+    Raises:
+        ValueError: There is one; the message names it.
+    """
+    for name, module in part.named_modules():
+        _check_hooks(module, _HOOKS, f"{what}{f' ({name})' if name else ''}")
+
+
 def check_code(part: nn.Module, what: str) -> None:
     """Refuses a part that runs code of unknown origin.
 
@@ -152,6 +157,7 @@ def check_code(part: nn.Module, what: str) -> None:
     own = _root(type(part).__module__)
     _check_functions()
     _check_hooks(all_modules, _GLOBAL_HOOKS, "torch.nn.Module")
+    check_hooks(part, what)
     kinds: set[type] = set()
     for name, module in part.named_modules():
         where = f"{what}{f' ({name})' if name else ''}"
@@ -161,7 +167,6 @@ def check_code(part: nn.Module, what: str) -> None:
         if processor not in kinds:
             _check_methods_of(processor, where, _CODE | {own})
         kinds |= {type(module), processor}
-        _check_hooks(module, _HOOKS, where)
         _check_methods(module, where)
     for name, parameter in part.named_parameters():
         _check_hooks(parameter, ("_backward_hooks",), f"{what} ({name})")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,34 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import AutoModel
 
-from wherefrom.models.allowed_parts import check_pipeline
+from wherefrom.models.adapter_sources import LORA as LORA
+from wherefrom.models.adapter_sources import AdapterSource
+from wherefrom.models.adapter_states import known_adapters
+from wherefrom.models.adapters import (
+    adapters_beside,
+    add_adapter,
+    add_adapters,
+    fused_notes,
+    note_fused,
+    pipeline_parts,
+    read_adapters,
+)
+from wherefrom.models.allowed_parts import check_components, check_pipeline
+from wherefrom.models.autoencoders import autoencoder_fault
 from wherefrom.models.customization import base_of, customize, read_customization
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder, freeze
 from wherefrom.models.families.base import PipelineParts
 from wherefrom.models.families.registry import families, family_class_of, family_of
+from wherefrom.models.loaded_parts import INDEX, check_loaded, load_part, load_parts, local_folder, read_index
 from wherefrom.models.noise_schedule import pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
+from wherefrom.models.plain_parts import plain_parts
 from wherefrom.models.prompt_encoders import PromptEncoder
 from wherefrom.models.textual_inversions import load_inversions
 from wherefrom.runtime.artifacts import write_json
-from wherefrom.runtime.optional_dependencies import require_peft
 
 TEXT_SOURCE = "text_encoder/source.json"
-LORA = "pytorch_lora_weights.safetensors"
 
 
 def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: torch.dtype = torch.float16) -> None:
@@ -88,55 +103,80 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Loads a diffusers pipeline from a folder or a hub id.
 
-    Where a folder holds `pytorch_lora_weights.safetensors`, as diffusers' training scripts and `save_lora_weights`
-    write it, that adapter is loaded too, and so are textual inversions; see `wherefrom.models.textual_inversions`.
+    Where a folder holds an adapter, such as `pytorch_lora_weights.safetensors`, which diffusers' training scripts and
+    `save_lora_weights` write, it is loaded too, and so are textual
+    inversions; see `wherefrom.models.adapters` and `wherefrom.models.textual_inversions`.
 
     Raises:
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id.
+        ValueError: The path is neither a folder nor a hub id, a tensor is missing or damaged, or not all of an adapter
+            has a place in the model.
     """
-    source, lora = Path(path) / TEXT_SOURCE, Path(path) / LORA
-    if lora.is_file():
-        require_peft(f"The adapter {lora}")
+    return _read_pipeline(path, dtype)[0]
+
+
+def _read_pipeline(
+    path: str, dtype: torch.dtype, lora: Sequence[AdapterSource] = ()
+) -> tuple[DiffusionPipeline, list[str]]:
+    """A pipeline, and what is to be said of how it was loaded.
+
+    Args:
+        path: Folder or hub id.
+        dtype: Type of number.
+        lora: Adapters that are added afterwards, so that they do not also count as lying beside the pipeline.
+    """
+    folder = local_folder(path)
+    source, (beside, notes) = folder / TEXT_SOURCE, adapters_beside(folder, lora, whole=Path(path).is_dir())
     parts: dict[str, Any] = {}
     if source.is_file():
         parts["text_encoder"] = _text_encoder(json.loads(source.read_text())["path"]).to(dtype)
-    index = Path(path) / "model_index.json"
-    if index.is_file():  # a text encoder that was left out must be named, or the pipeline takes it for a damaged one
-        absent = [name for name, kind in json.loads(index.read_text()).items() if kind == [None, None]]
+    if (folder / INDEX).is_file():
+        # A text encoder that was left out must be named, or the pipeline takes it for a damaged one.
+        absent = [name for name, kind in read_index(folder).items() if kind == [None, None]]
         parts |= dict.fromkeys(name for name in absent if name.startswith(("text_encoder", "tokenizer")))
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
+        loaded, more = load_parts(folder, dtype, parts)
+        notes += more
+        parts |= loaded
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, low_cpu_mem_usage=False, **parts)
     network = PipelineParts(pipeline).network
-    if lora.is_file():
-        loadable: Any = pipeline
-        loadable.load_lora_weights(path, weight_name=LORA)
+    for adapter in beside:
+        add_adapter(pipeline_parts(PipelineParts(pipeline)), adapter)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
     if Path(path).is_dir():
         load_inversions(pipeline, Path(path))
-    return pipeline
+    return pipeline, notes
 
 
 def _text_encoder(path: str) -> nn.Module:
     """A text encoder from a folder, `package:NAME/FOLDER`, a hub id, or a folder of a hub id (`OWNER/NAME/FOLDER`)."""
     resolved = resolve_path(path)
     parts = resolved.split("/")
-    if len(parts) > 2 and not Path(resolved).exists() and parts[0]:
-        result: nn.Module = AutoModel.from_pretrained("/".join(parts[:2]), subfolder="/".join(parts[2:]))
-    else:
-        result = AutoModel.from_pretrained(resolved)
+    if Path(resolved).is_dir():
+        return load_part(Path(resolved), AutoModel)[0]
+    subfolder = {"subfolder": "/".join(parts[2:])} if len(parts) > 2 and parts[0] else {}
+    name = "/".join(parts[:2]) if subfolder else resolved
+    text, info = AutoModel.from_pretrained(name, output_loading_info=True, **subfolder)
+    check_loaded(text, info, Path(path))
+    result: nn.Module = text
     return result
 
 
 def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     """The parts of a loaded pipeline as a `DiffusionModel`, frozen and in evaluation mode.
 
+    The pipeline is left as it is; the model has copies of its parts, which share their weights with it where these are
+    in float32.
+
     Raises:
         ValueError: The pipeline's network is of a kind that is not supported, cannot read captions or takes more than
             noisy latents; a part is missing; or one computes what its weights do not say.
     """
     parts = PipelineParts(pipeline)
+    check_components(parts.components)
+    parts.components, notes = plain_parts(parts.components)
+    parts.components |= {name: copy.deepcopy(part) for name, part in parts.components.items() if "tokenizer" in name}
     network, vae = parts.network, parts.components.get("vae")
     if family_class_of(network) is None or vae is None:
         *first, last = [family.description for family in families()]
@@ -146,30 +186,47 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     config: Any = network.config
     if not any(family.subsets["cross_attention_kv"](f".{name}") for name, _ in network.named_parameters()):
         raise parts.unsupported("Its network has no cross-attention, so it cannot read captions")
+    fault = autoencoder_fault(vae)
+    if fault is not None:
+        raise parts.unsupported(fault)
     if config.in_channels != vae.config.latent_channels:
         raise parts.unsupported(
             f"Its network takes {config.in_channels} channels and its autoencoder gives {vae.config.latent_channels}: "
             "pipelines that edit or fill in images are no text-to-image models"
         )
+    note_fused(parts)
     check_pipeline(parts, family)
     encoder = family.latent_encoder(parts)
-    return DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
+    model = DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
+    model.notes = (*notes, *fused_notes(known_adapters(network)))
+    return model
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+def load_model(path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterSource] = ()) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
+
+    Args:
+        path: Folder or hub id.
+        dtype: Type of number.
+        lora: Adapters that are added to it.
 
     Raises:
         FileNotFoundError: A customized model's folder lacks a file.
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, or a
-            customized model does not belong to its base.
+        ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, a
+            customized model does not belong to its base, or an adapter cannot be found or does not fit.
     """
+    files = read_adapters(lora)  # before the pipeline, which may be large
     base = base_of(Path(path))
     if base is not None:
-        return load_customized(base, path, dtype)
-    return model_from_pipeline(load_pipeline(path, dtype))
+        model = load_customized(base, path, dtype)
+    else:
+        pipeline, notes = _read_pipeline(path, dtype, lora)
+        model = model_from_pipeline(pipeline)
+        model.notes = (*notes, *model.notes)
+    add_adapters(model, files)
+    return model
 
 
 def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionModel:

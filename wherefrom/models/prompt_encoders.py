@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from wherefrom.models.adapter_states import adapter_identity
 from wherefrom.models.allowed_parts import TEXT_ENCODER, check_part
 from wherefrom.models.encoders import CaptionEncoder, layers_before_last, longer_than
 from wherefrom.runtime.tensor_hash import hash_tensors
@@ -90,5 +91,6 @@ class PromptEncoder(CaptionEncoder):
             "tokenizer": hashlib.blake2b(repr((words, pads)).encode(), digest_size=8).hexdigest(),
             "length": self.lengths,
             **({} if self.size is None else {"size": list(self.size)}),
+            **adapter_identity(self.model),
             **self.unusual(self.models, self.tokenizers),
         }
