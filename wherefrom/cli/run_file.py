@@ -53,6 +53,7 @@ class Request:
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        clip_skip: Captions and prompts are read this many layers before CLIP's last.
         top: Training images that the page shows for each query.
         groups: Columns whose shares are shown; none is all that group.
         title: Title of the page.
@@ -84,6 +85,7 @@ class Request:
     sampling_steps: int = 50
     guidance: float = 2.0
     eta: float = 0.0
+    clip_skip: int = 0
     top: int = 20
     groups: tuple[str, ...] = ()
     title: str = "Where did these images come from?"
