@@ -32,6 +32,7 @@ from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.stable_names import settings_identity
 
 _REFERENCE = 256  # training images over which the spread of each timestep's loss changes is estimated
@@ -82,6 +83,7 @@ class PreconditionedAttributor(Attributor):
             raise ValueError(f"curvature must be DiagonalFisher(), EKFAC() or Identity(); given {curvature!r}.")
         if timestep_weights not in ("equal", "spread"):
             raise ValueError(f"Unknown timestep_weights {timestep_weights!r}; choose 'equal' or 'spread'.")
+        check_ranges(batch_size=batch_size)
         breakdown.check(grid.timesteps)
         self.weights: Subset = weights
         self.curvature, self.grid, self.flip = curvature, grid, flip

@@ -29,6 +29,7 @@ from wherefrom.rankings.estimates import Estimates
 from wherefrom.rankings.ranking_file import write_parts, write_ranking
 from wherefrom.rankings.score_table import PART_ROWS, ScoreTable
 from wherefrom.reports.attribution_report import write_report
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.query_section import ReportOptions, page_of
 from wherefrom.runtime.artifacts import (
     MANIFEST,
@@ -191,14 +192,19 @@ def _read_scores(folder: Path, query: Query, images: ImageSet) -> Scores | None:
     path = _scores_file(folder, query)
     if not path.exists():
         return None
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "np") as stream:
-        metadata = stream.metadata()
-        facts: dict[str, float] = json.loads(metadata["facts"])
-        names: list[str] = json.loads(metadata["parts"])
-    arrays = load_file(path)
-    parts = {name: arrays[_PART + name] for name in names}
+    try:
+        with safe_open(path, "np") as stream:
+            metadata = stream.metadata()
+            facts: dict[str, float] = json.loads(metadata["facts"])
+            names: list[str] = json.loads(metadata["parts"])
+        arrays = load_file(path)
+        parts = {name: arrays[_PART + name] for name in names}
+        if len(arrays["scores"]) != len(images):
+            raise ValueError(f"it holds {len(arrays['scores'])} scores of {len(images)} images")
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete the file: its query is then scored again.") from error
     estimated = {name.removeprefix(_ESTIMATE): values for name, values in arrays.items() if name.startswith(_ESTIMATE)}
     estimates = Estimates(**estimated) if estimated else None
     per_copy = arrays.get(_PER_COPY)
@@ -285,7 +291,8 @@ def _write_page(
             "Method": method,
             "Model": f"{identity['model']}{f' with LoRA {loras}' if loras else ''}",
             "Training images": f"{len(data.images):,}",
-            "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
+            **image_facts(data.images),
+            **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=options.notes,
         methods_note="Shares of groups are of the influence above the median among the images shown; "

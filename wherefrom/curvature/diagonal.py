@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.curvature.base import CurvatureMatrix, finite_rows
@@ -20,6 +19,7 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Store, read_manifest
+from wherefrom.runtime.checked_files import read_tensors
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import RESULT, run_pass
 from wherefrom.runtime.distributed import Runner
@@ -207,7 +207,7 @@ def load_diagonal(
             "curvature_from declares "
             f"{declared}. Fit it on this model, or, if that one is its base, set curvature_from: {made_on}."
         )
-    state = load_file(folder / RESULT)
+    state = read_tensors(folder / RESULT, [_COUNT])
     samples = int(state.pop(_COUNT))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.denoiser.named_parameters()}
     for name, total in state.items():

@@ -14,6 +14,7 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 
 _NOT_FINITE = "The gradient of {!r} is not finite: check the model's weights and latents."
@@ -34,8 +35,7 @@ class FisherSettings:
     flips: bool = True
 
     def __post_init__(self) -> None:
-        if self.samples_per_image < 1:
-            raise ValueError(f"samples_per_image must be at least 1; given {self.samples_per_image}.")
+        check_ranges(samples_per_image=self.samples_per_image, seed=self.seed)
 
     @property
     def per_image(self) -> int:

@@ -31,6 +31,7 @@ from wherefrom.runtime.mapped_arrays import (
     join_rows,
     write_array,
 )
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 from wherefrom.training.keyed_batches import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
 
@@ -371,6 +372,7 @@ class LatentVisits(Dataset[LatentBatch]):
                 "caption_dropout needs the states of the empty caption, which the ready-made arrays do not hold: give "
                 "null_states, or set caption_dropout to 0."
             )
+        check_ranges(flip_share=flip_share, caption_dropout=caption_dropout)
         self.data, self.seed = data, seed
         self.id_keys = data.id_keys
         self.flip_share, self.caption_dropout = flip_share, caption_dropout

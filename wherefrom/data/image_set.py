@@ -105,6 +105,11 @@ class ImageSet:
         """(height, width) of every image."""
         return sizes_of(self.pixels)
 
+    @property
+    def distinct_sizes(self) -> list[Size]:
+        """Every (height, width) that occurs, in order."""
+        return sorted(size for size, _ in by_size(self.pixels))
+
     def by_size(self) -> Iterator[tuple[Size, ImageSet, NDArray[np.intp]]]:
         """The images of each size, with their positions here."""
         for size, positions in by_size(self.pixels):
@@ -178,7 +183,7 @@ def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") 
             raise ValueError(
                 f"{option}: {path} is not a file. Give a list of ids, or a text file with one id per line."
             )
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     return tuple(given)
 
 

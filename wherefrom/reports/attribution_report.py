@@ -15,7 +15,7 @@ from pathlib import Path
 from wherefrom.metrics.group_shares import Share
 from wherefrom.reports.html import Markup, shorten, tag, write_page
 from wherefrom.reports.images import LABEL, Pixels, check_pixels, foreign, image_tag, thumbnail_row
-from wherefrom.reports.legend import LEGEND, REPEATS_LEGEND
+from wherefrom.reports.legend import LEGEND, OF_A_NULL, REPEATS_LEGEND
 
 __all__ = ["QueryReport", "RankedImage", "Share", "write_report"]
 
@@ -321,9 +321,14 @@ def write_report(
     for query in queries:
         _check(query)
     lead = "Beside each generated image: the training images that influenced it most, in order. "
+    null = any(image.p_value is not None for query in queries for image in query.ranked)
     repeated = any(image.repeats is not None for query in queries for image in query.ranked)
     words = {**LEGEND, **(REPEATS_LEGEND if repeated else {})}
-    legend = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in words.items()]
+    legend = [
+        tag("div", tag("dt", name), tag("dd", meaning))
+        for name, meaning in words.items()
+        if null or name not in OF_A_NULL
+    ]
     body = tag(
         "body",
         tag(

@@ -33,3 +33,4 @@ LEGEND = {
     "without it, or who owns what. Scores need not add up over images. Only training again without the images "
     "proves their influence.",
 }
+OF_A_NULL = ("p-value", "Family-wise p")  # entries that mean nothing where there is no null

@@ -16,6 +16,7 @@ from wherefrom.metrics.null_distribution import family_wise_p_value, p_values
 from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import flatness_of, order_of
 from wherefrom.reports.attribution_report import QueryReport, RankedImage
+from wherefrom.runtime.ranges import check_ranges
 
 _NOTHING = 0.05  # family-wise p-value above which nothing stands out
 _MOST_GROUPS = 50
@@ -38,6 +39,9 @@ class ReportOptions:
     groups: list[str] | None = None
     title: str = "Where did these images come from?"
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_ranges(top=self.top)
 
     def columns(self, images: ImageSet) -> list[str]:
         """The group columns.

@@ -15,6 +15,7 @@ from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.reports.attribution_report import write_report
 from wherefrom.reports.html import Markup, shorten, tag
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.images import foreign, image_tag
 from wherefrom.reports.query_section import ReportOptions, page_of
 from wherefrom.runtime.optional_dependencies import require_pandas
@@ -218,7 +219,8 @@ def save_report(path: str | Path, results: Sequence[ScoresView], options: Report
         facts={
             **results[0].about,
             "Training images": f"{len(data.images):,}",
-            "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
+            **image_facts(data.images),
+            **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=list(dict.fromkeys([*options.notes, *(note for scores in results for note in scores.notes)])),
     )

@@ -25,6 +25,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 
 
 class InfluenceFunction(PreconditionedAttributor):
@@ -82,10 +83,7 @@ class InfluenceFunction(PreconditionedAttributor):
             breakdown=breakdown,
             timestep_weights=timestep_weights,
         )
-        if noise_samples < 1 or queries_per_pass < 1:
-            raise ValueError(
-                f"noise_samples and queries_per_pass must be at least 1; given {noise_samples} and {queries_per_pass}."
-            )
+        check_ranges(noise_samples=noise_samples, queries_per_pass=queries_per_pass, seed=seed)
         self.noise_samples, self.queries_per_pass, self.seed = noise_samples, queries_per_pass, seed
 
     def identity(self) -> dict[str, Any]:

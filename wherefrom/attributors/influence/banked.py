@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 
 
 class InfluenceBank(PreconditionedAttributor):
@@ -85,10 +85,7 @@ class InfluenceBank(PreconditionedAttributor):
             breakdown=Breakdown(),
             timestep_weights=timestep_weights,
         )
-        if noise_samples < 1:
-            raise ValueError(f"noise_samples must be at least 1; given {noise_samples}.")
-        if not (math.isfinite(second_order) and second_order >= 0):
-            raise ValueError(f"second_order must be at least 0 and finite; given {second_order}.")
+        check_ranges(noise_samples=noise_samples, seed=seed, second_order=second_order)
         self.noise_samples, self.compression, self.half, self.seed = noise_samples, compression, half, seed
         self.second_order = second_order
         self._banks: tuple[Bank | TokenBank, Bank | TokenBank | None] | None = None

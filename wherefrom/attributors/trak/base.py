@@ -34,6 +34,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.row_cache import Rows
 from wherefrom.runtime.stable_names import settings_identity
 
@@ -94,6 +95,7 @@ class ProjectedGradients(Attributor):
     ) -> None:
         check_ridge(relative_lambda, absolute_lambda)
         check_projection(projection)
+        check_ranges(noise_samples=noise_samples, batch_size=batch_size, seed=seed)
         self.weights: Subset = weights
         self.projection, self.grid, self.noise_samples = projection, grid, noise_samples
         self.relative_lambda, self.absolute_lambda = relative_lambda, absolute_lambda

@@ -22,6 +22,7 @@ from wherefrom.models.sampling import Trajectory
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 
 
@@ -109,8 +110,7 @@ class JourneyTRAK(ProjectedGradients):
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        if steps < 1 or resamplings < 1:
-            raise ValueError(f"steps and resamplings must be at least 1; given {steps} and {resamplings}.")
+        check_ranges(steps=steps, resamplings=resamplings)
         if timesteps is not None and (not timesteps or len(set(timesteps)) < len(timesteps)):
             raise ValueError(f"timesteps must be different ones, or null to take {steps}; given {timesteps}.")
         super().__init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -190,7 +191,7 @@ def check_ridge(relative: float | None, absolute: float | None) -> None:
         )
     value = relative if relative is not None else absolute
     assert value is not None
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"lambda must be positive, got {value}: without it the kernel has no inverse.")
 
 
