@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet
+from wherefrom.metrics.ties import is_constant
 from wherefrom.models.sampling import Trajectory
 from wherefrom.queries.regions import Region
 from wherefrom.rankings.estimates import Estimates
@@ -83,9 +84,15 @@ class Scores:
     parts: Mapping[str, Float[NDArray[np.float64], " n"]] = field(default_factory=dict)
     estimates: Estimates | None = None
 
+    @property
+    def all_equal(self) -> bool:
+        """Whether the scores tell no two images apart, as far as their precision can tell: they have no order then."""
+        return len(self.ids) > 1 and is_constant(self.scores)
+
     def __repr__(self) -> str:
         """One line: the query, how many images were scored, and the first."""
         first = f", the first is {self.top(1)[0][0]!r}" if len(self.ids) else ""
+        first = ", all scores are equal" if self.all_equal else first
         said = f", {self.query.prompt!r}" if self.query.prompt else ""
         return f"<{type(self).__name__} of {self.query.name!r}{said}: {len(self.ids):,} training images{first}>"
 

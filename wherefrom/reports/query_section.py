@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,8 +100,11 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
         return result
 
     facts, notes = _facts(scores)
+    notes += tie_notes(scores, options.top)
     shares = {}
-    if scores.scores.max() > np.median(scores.scores):
+    if scores.all_equal:
+        pass
+    elif scores.scores.max() > np.median(scores.scores):
         positions = [where[name] for name in scores.ids]
         top = min(options.top, len(positions))
         shares = {
@@ -116,12 +120,35 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
     return QueryReport(query.name, query.prompt, pixels, first, shares, facts, notes, parts)
 
 
+def tie_notes(scores: Scores, shown: int) -> list[str]:
+    """What must be said of scores that are equal: that there is no order, or that it ends in a tie.
+
+    Args:
+        scores: The scores.
+        shown: How many of the first images are shown.
+    """
+    if scores.all_equal:
+        return [
+            "All scores are equal: for this image the method does not tell the training images apart. They are listed "
+            "by their names, and their order says nothing."
+        ]
+    ordered = np.sort(scores.scores)[::-1]
+    last = ordered[min(shown, len(ordered)) - 1]
+    tied, before = int((ordered == last).sum()), int((ordered > last).sum())
+    if before + tied <= shown:
+        return []
+    return [
+        f"From place {before + 1} on, {tied:,} training images have the same score: which of them are shown, and in "
+        "what order, is decided by their names."
+    ]
+
+
 def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
     facts, notes = {}, []
     if scores.query.region is not None:
         facts["Region"] = f"{scores.query.region.name}; the rest is shown faded"
     reliability = scores.facts.get("split_half_reliability")
-    if reliability is not None:
+    if reliability is not None and math.isfinite(reliability):
         facts["Split-half reliability"] = f"{reliability:.3f}"
         if reliability < 0.8:
             notes.append(
@@ -138,14 +165,14 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
         if name in scores.facts:
             facts[label] = f"{scores.facts[name]:.1f} s"
     for count in (1, 10, 100):
-        if f"influence_of_first_{count}" in scores.facts:
+        if math.isfinite(scores.facts.get(f"influence_of_first_{count}", math.nan)):
             facts[f"Influence of the first {count}"] = (
                 f"{scores.facts[f'influence_of_first_{count}']:.0%} of all, estimated"
             )
     if "effective_pictures" in scores.facts:
         facts["Effective number of images"] = f"{scores.facts['effective_pictures']:.1f}, estimated"
     flatness = flatness_of(scores.scores)
-    if flatness > _FLAT:
+    if flatness > _FLAT and not scores.all_equal:
         notes.append(
             "The scores are nearly uniform: the influence above the median is spread over "
             f"{flatness:.0%} of the images that have any. The order tells little."

@@ -16,7 +16,7 @@ from wherefrom.rankings.ranking_file import order_of
 from wherefrom.reports.attribution_report import write_report
 from wherefrom.reports.html import Markup, shorten, tag
 from wherefrom.reports.images import foreign, image_tag
-from wherefrom.reports.query_section import ReportOptions, page_of
+from wherefrom.reports.query_section import ReportOptions, page_of, tie_notes
 from wherefrom.runtime.optional_dependencies import require_pandas
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class ScoresView(Scores):
         order, rows = self._first(count)
         said = f"  {self.query.prompt!r}" if self.query.prompt else "  (no prompt)"
         width = max((len(self.ids[position]) for position in order), default=0)
-        lines = [f"{self.query.name}{said}"]
+        lines = [f"{self.query.name}{said}", *tie_notes(self, count)]
         for rank, (position, row) in enumerate(zip(order, rows, strict=True), start=1):
             caption = " ".join(self.images.captions[row][0].split())
             lines.append(
@@ -151,7 +151,7 @@ class ScoresView(Scores):
                     style=_ITEM,
                 )
             )
-        notes = [tag("p", foreign(note, 2000)) for note in self.notes]
+        notes = [tag("p", foreign(note, 2000)) for note in (*self.notes, *tie_notes(self, count))]
         return tag("div", *notes, tag("ol", *items, style=_ROW))
 
     def plot(self, count: int = 20) -> Figure:
