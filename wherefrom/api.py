@@ -156,7 +156,8 @@ def attribute_images(
         run = prepare_run(model, images=images, queries=queries, methods=[given], options=options, runner=runner)
         given.check(run.queries)
     about = {"Method": name, "Model": run.model.fingerprint()}
-    return AttributedImages(run, given, notes=[QUICK_NOTE] if options.quick else [], about=about)
+    notes = [*([QUICK_NOTE] if options.quick else []), *run.model.notes]
+    return AttributedImages(run, given, notes=notes, about=about)
 
 
 def _attributor(method: Method, options: AttributionOptions) -> tuple[Attributor, str]:
@@ -217,7 +218,10 @@ def compare(
             options=report,
             log=run.console.log,
         )
-    return {name: [ScoresView.of(scores, run.data) for scores in result] for name, result in results.items()}
+    notes = run.model.notes
+    return {
+        name: [ScoresView.of(scores, run.data, notes=notes) for scores in result] for name, result in results.items()
+    }
 
 
 def attribute_pictures(

@@ -195,10 +195,18 @@ def spoil(folder: Path) -> list[str]:
 
 
 def test_unreadable_images_are_named(folder: Path, build: Callable[..., ImageSet]) -> None:
-    for name in spoil(folder):
-        with pytest.raises(ValueError, match=rf"{name} \(.*metadata\.jsonl, line .*cannot be read: .*skip_unreadable"):
-            build()
+    spoil(folder)
+    with pytest.raises(
+        ValueError,
+        match=r"^2 of 5 images .*headers.*: 2\.png \(.*metadata\.jsonl, line 3\) cannot be read: .*; 4\.png \(.*line 5"
+        r".*on_error: skip",
+    ):
+        build()
+    for name in ("2.png", "4.png"):
         paint(folder / name, 0)
+    with pytest.raises(ValueError, match=r"1\.png \(.*line 2\) cannot be read: .*number 2 of 5; .*on_error: skip"):
+        build()
+    paint(folder / "1.png", 0)
     assert len(build()) == 5
 
 
@@ -208,15 +216,15 @@ def test_unreadable_images_are_skipped_if_asked_and_counted(
     spoiled = spoil(folder)
     for _ in range(2):  # built, then found in the store
         with caplog.at_level(logging.WARNING):
-            images = build(skip_unreadable=True)
+            images = build(on_error="skip")
         assert "skipped 3 of 5 images that cannot be read: '1.png', '2.png', '4.png'" in caplog.text
         caplog.clear()
     assert images.ids == ("0.png", "3.png")
     expected = np.stack([np.asarray(Image.open(folder / name)) for name in images.ids])
     np.testing.assert_array_equal(images.pixels, expected)
     (made,) = (tmp_path / "store" / "image_folder").iterdir()
-    assert read_manifest(made)["skipped"] == spoiled
-    with pytest.raises(ValueError, match=r"1\.png"):
+    assert read_manifest(made)["skipped"] == spoiled == list(read_manifest(made)["reasons"]) == list(images.skipped)
+    with pytest.raises(ValueError, match=r"2\.png"):
         build()
 
 
@@ -224,7 +232,7 @@ def test_a_folder_without_any_readable_image(folder: Path, build: Callable[..., 
     make(folder, 1)
     (folder / "0.png").write_text("x")
     with pytest.raises(ValueError, match="None of the 1 images"):
-        build(skip_unreadable=True)
+        build(on_error="skip")
 
 
 def test_decompression_bombs_are_named(

@@ -104,6 +104,7 @@ def attribute(
     """
     if options is not None:
         options.columns(data.images)
+        options = replace(options, notes=[*options.notes, *(() if model is None else model.notes)])
     names = [query.name for query in queries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -82,7 +82,8 @@ def compare(
         )
     if runner.is_main:
         _write_tables(folder, results, costs)
-        write_comparison_report(folder / REPORT, results, costs, data.images, options)
+        noted = replace(options, notes=[*options.notes, *(() if model is None else model.notes)])
+        write_comparison_report(folder / REPORT, results, costs, data.images, noted)
     runner.barrier()
     return results
 

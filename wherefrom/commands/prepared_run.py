@@ -303,6 +303,8 @@ def prepare_run(
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
     opened = open_model(model).to(runner.device)
+    for note in opened.notes:
+        console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
     console.log("reading the training images")
     encode = bool(needs & {"model", "gradients", "trajectory"})

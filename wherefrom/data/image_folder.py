@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import PIL
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from wherefrom.data.folder_decoding import FolderDecoding, decode_rows
+from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
+from wherefrom.data.image_files import UNREADABLE as UNREADABLE
+from wherefrom.data.image_files import load_image as load_image
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
-from wherefrom.data.image_set import PIXELS, ImageSet, read_image_set, write_pixels_header, write_table
-from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest, replacing
+from wherefrom.data.image_set import ImageSet, read_image_set, write_table
+from wherefrom.data.on_error import OnError, checked, reading_identity
+from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
-from wherefrom.runtime.stable_names import settings_identity
+from wherefrom.runtime.stable_names import added_setting, settings_identity
 
-# Pillow would also open formats that run external programs (EPS), and some that are not images.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
-# Pillow raises many unrelated types on damaged files.
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+WORK = "decoded_images"  # kind of what an interrupted reading leaves
 _logger = logging.getLogger(__name__)
 
 
@@ -47,102 +31,43 @@ class ImageFolderOptions:
     """Options of reading an image folder.
 
     Attributes:
-        size: Side in pixels to which every image is cropped (largest centred square) and resized; None keeps images
-            unchanged and requires all to have the same size.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized, or (height, width);
+            None keeps images unchanged and requires all to have the same size.
         caption: Name of the caption column; a cell holds one caption or, in `.jsonl` and `.parquet`, a list of them.
         columns: Further columns to keep (`license` always is); None keeps all.
-        skip_unreadable: Skip images that cannot be read instead of raising; they are logged, and listed in the
+        on_error: `skip` leaves out images that cannot be read instead of raising; they are logged, and listed in the
             manifest.
-    """
-
-    size: int | None = None
-    caption: str = "text"
-    columns: tuple[str, ...] | None = None
-    skip_unreadable: bool = False
-
-
-def load_image(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
-    """Loads an image as RGB: upright, on white and, given a size, cropped to its largest centred square and resized.
+        framing: Padding, aspect buckets, EXIF and transparency, where they are not as usual.
+        skip_unreadable: The name of `on_error: skip` before; goes with the next release.
 
     Raises:
-        ValueError: The pixel mode has no defined white level.
+        ValueError: An unknown choice.
     """
-    Image.init()
-    with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion to 8 bits clips instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"pixels of Pillow's mode {image.mode!r} have no defined white level; save it with 8 or 16 bits per channel"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+
+    size: AnySize | None = None
+    caption: str = "text"
+    columns: tuple[str, ...] | None = None
+    on_error: OnError = "stop"
+    framing: Framing = added_setting(Framing())
+    skip_unreadable: InitVar[bool | None] = None
+
+    def __post_init__(self, skip_unreadable: bool | None) -> None:
+        object.__setattr__(self, "on_error", checked(self.on_error, skip_unreadable))
+        object.__setattr__(self, "size", one_number(self.size))
 
 
-def _write_pixels(
-    folder: Path,
-    path: Path,
-    rows: Sequence[Row],
-    options: ImageFolderOptions,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[Row], list[str], str]:
-    """Streams the pixels to disk; returns the rows that were read, the names of skipped images, and the pixel hash."""
-    read: list[Row] = []
-    skipped: list[str] = []
-    shape: tuple[int, ...] = ()
+def _content(folder: Path, row: Row) -> str:
+    """Hashes the bytes of an image's file."""
+    try:
+        return hash_file(folder / row.name)
+    except OSError:
+        return "unreadable"  # loading it raises the reason
+
+
+def _together(rows: Sequence[Row], contents: Sequence[str]) -> str:
+    """Hashes the names and contents of all images."""
     digest = hashlib.blake2b(digest_size=16)
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        for index, row in enumerate(rows):
-            if progress is not None:
-                progress(index, len(rows))
-            try:
-                pixels = load_image(folder / row.name, options.size)
-            except UNREADABLE as error:
-                if not options.skip_unreadable:
-                    raise ValueError(
-                        f"{folder / row.name} ({row.where}) cannot be read: {error}. Repair it, remove it with its "
-                        "row, or set skip_unreadable."
-                    ) from error
-                skipped.append(row.name)
-                continue
-            if not read:
-                shape = pixels.shape
-                write_pixels_header(stream, (len(rows), *shape))
-                start = stream.tell()
-            if pixels.shape != shape:
-                raise ValueError(
-                    f"{folder / row.name} has the wrong size: {pixels.shape[1]}x{pixels.shape[0]} pixels, while "
-                    f"{read[0].name!r} has {shape[1]}x{shape[0]}. Set the option 'size' to resize all to one size."
-                )
-            read.append(row)
-            stream.write(pixels.data)
-            digest.update(pixels.data)
-        if not read:
-            raise ValueError(f"None of the {len(rows)} images in {folder} can be read. Is it the right folder?")
-        stream.seek(0)
-        write_pixels_header(stream, (len(read), *shape))
-        assert stream.tell() == start, "the header must not grow into the pixels"
-    if progress is not None:
-        progress(len(rows), len(rows))
-    return read, skipped, digest.hexdigest()
-
-
-def _contents(folder: Path, rows: Sequence[Row]) -> str:
-    """Hashes the names and bytes of all images."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        try:
-            content = hash_file(folder / row.name)
-        except OSError:
-            content = "unreadable"  # loading it raises the reason
+    for row, content in zip(rows, contents, strict=True):
         digest.update(f"{row.name}\0{content}\0".encode())
     return digest.hexdigest()
 
@@ -169,27 +94,46 @@ def build_image_folder(
         ValueError: The metadata or an image cannot be used; the message names the file and the remedy.
         StorageError: The store could not be written.
     """
-    if options.size is not None and options.size < 1:
-        raise ValueError(f"size {options.size} is not a number of pixels. Give at least 1, or None.")
+    if options.size is not None:
+        sides_of(options.size)
+    options = replace(options, framing=options.framing.resolved(options.size))
     rows = read_rows(folder, options.caption, options.columns)
+    contents = [_content(folder, row) for row in rows]
     identity: dict[str, Any] = {
-        **settings_identity(options),
+        **reading_identity(options),
         "metadata": {path.relative_to(folder).as_posix(): hash_file(path) for path in metadata_files(folder)},
-        "contents": _contents(folder, rows),
+        "contents": _together(rows, contents),
         "pillow": PIL.__version__,
     }
 
     def build(partial: Path) -> Mapping[str, Any]:
-        read, skipped, pixels = _write_pixels(folder, partial / PIXELS, rows, options, progress)
-        ids, captions = [row.id for row in read], [row.captions for row in read]
-        columns = {
-            name: [row.columns.get(name, "") for row in read] for name in sorted({n for r in read for n in r.columns})
+        how = FolderDecoding(lambda row: folder / row.name, options.size, options.framing, options.on_error == "skip")
+        work = {
+            "size": options.size,
+            **settings_identity(options.framing),
+            "folder": str(folder.resolve()),
+            "pillow": PIL.__version__,
         }
-        if read[0].split:
-            columns["split"] = [row.split for row in read]
+        with store.lock(WORK, work):
+            made = decode_rows(
+                store.partial(WORK, work),
+                target=partial,
+                rows=rows,
+                contents=contents,
+                how=how,
+                progress=progress,
+            )
+        ids, captions = [row.id for row in made.rows], [row.captions for row in made.rows]
+        names = sorted({name for row in made.rows for name in row.columns})
+        columns = {name: [row.columns.get(name, "") for row in made.rows] for name in names}
+        if made.rows[0].split:
+            columns["split"] = [row.split for row in made.rows]
         write_table(partial, ids, captions, columns)
-        fingerprint = identity_hash({"ids": ids, "captions": canonical_json(captions), "pixels": pixels})
-        return {"fingerprint": fingerprint, "skipped": skipped}
+        content = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
+        if len(set(made.sizes)) > 1:
+            content["sizes"] = [list(size) for size in made.sizes]
+        reasons = {"reasons": dict(made.skipped)} if made.skipped else {}
+        return {"fingerprint": identity_hash(content), "skipped": list(made.skipped), **reasons}
 
     artifact = store.make("image_folder", identity, build)
     skipped = read_manifest(artifact)["skipped"]

@@ -244,6 +244,11 @@ def image_features(
     parts = images.parts
     if len(parts) > 1:
         return torch.cat([image_features(part, encoder, store, progress) for part in parts])
+    by_size = list(images.by_size())
+    if len(by_size) > 1:  # encoders take batches of one size
+        found = [(where, image_features(each, encoder, store, progress)) for _, each, where in by_size]
+        order = np.argsort(np.concatenate([where for where, _ in found]))
+        return torch.cat([features for _, features in found])[torch.from_numpy(order)]
     identity = {
         "pictures": images.fingerprint,
         "ids": identity_hash({"ids": list(images.ids)}),

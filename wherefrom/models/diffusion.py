@@ -40,6 +40,7 @@ class DiffusionModel:
             weights by less than bfloat16 can hold, so changes of losses drown in rounding (measured on the emoji world:
             Spearman 0.00 with all passes in bfloat16, 0.13 with the moved layers in float32, 0.998 as it is).
         compiled: The compiled network, which passes without gradients go through; None compiles nothing.
+        notes: What pages and consoles say of how the model was loaded.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class DiffusionModel:
         self.family = family_of(denoiser)
         self.bf16 = False
         self.compiled: Callable[..., Any] | None = None
+        self.notes: tuple[str, ...] = ()
 
     def accelerate(self, bf16: bool = False, compile: bool = False, checkpoint: bool = False) -> DiffusionModel:
         """Sets what makes passes faster or smaller, none of which should change a ranking.
@@ -150,7 +152,7 @@ class SquareOutput(DiffusionModel):
 
     def __init__(self, model: DiffusionModel) -> None:
         super().__init__(model.denoiser, model.noise_schedule, model.encoder)
-        self.bf16, self.compiled = model.bf16, model.compiled
+        self.bf16, self.compiled, self.notes = model.bf16, model.compiled, model.notes
 
     def fingerprint(self) -> str:
         """The model's fingerprint, marked: its losses differ."""

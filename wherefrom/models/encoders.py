@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from wherefrom.models.autoencoders import latent_of
 from wherefrom.models.conditioning import Conditioning, concatenated, prompt_embeddings
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.pixels import to_float
@@ -123,7 +124,7 @@ class LatentEncoder:
         """The scaled mean latent of images in [-1, 1], on the CPU."""
         parameter = next(self.vae.parameters())
         shift, factor = self.scale
-        mean: Tensor = self.vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mean
+        mean = latent_of(self.vae, pixels.to(parameter.device, parameter.dtype))
         return ((mean - shift) * factor).float().cpu()
 
     def encode_image(self, pixels: UInt8[NDArray[np.uint8], "h w 3"]) -> Float[Tensor, "c i j"]:

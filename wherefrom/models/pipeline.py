@@ -12,13 +12,16 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import AutoModel
 
+from wherefrom.models.autoencoders import autoencoder_fault
 from wherefrom.models.customization import base_of, customize, read_customization
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder, freeze
 from wherefrom.models.families.base import PipelineParts
 from wherefrom.models.families.registry import families, family_class_of, family_of
+from wherefrom.models.loaded_parts import INDEX, check_loaded, load_part, load_parts, local_folder, read_index
 from wherefrom.models.noise_schedule import pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
+from wherefrom.models.plain_parts import plain_parts
 from wherefrom.models.prompt_encoders import PromptEncoder
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.optional_dependencies import require_peft
@@ -92,47 +95,63 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     Raises:
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id.
+        ValueError: The path is neither a folder nor a hub id, or a tensor is missing or damaged.
     """
-    source, lora = Path(path) / TEXT_SOURCE, Path(path) / LORA
+    return _read_pipeline(path, dtype)[0]
+
+
+def _read_pipeline(path: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, list[str]]:
+    """A pipeline, and what is to be said of how it was loaded."""
+    folder = local_folder(path)
+    source, lora = folder / TEXT_SOURCE, folder / LORA
     if lora.is_file():
         require_peft(f"The adapter {lora}")
     parts: dict[str, Any] = {}
     if source.is_file():
         parts["text_encoder"] = _text_encoder(json.loads(source.read_text())["path"]).to(dtype)
-    index = Path(path) / "model_index.json"
-    if index.is_file():  # a text encoder that was left out must be named, or the pipeline takes it for a damaged one
-        absent = [name for name, kind in json.loads(index.read_text()).items() if kind == [None, None]]
+    notes: list[str] = []
+    if (folder / INDEX).is_file():
+        # A text encoder that was left out must be named, or the pipeline takes it for a damaged one.
+        absent = [name for name, kind in read_index(folder).items() if kind == [None, None]]
         parts |= dict.fromkeys(name for name in absent if name.startswith(("text_encoder", "tokenizer")))
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **parts)
+        loaded, notes = load_parts(folder, dtype, parts)
+        parts |= loaded
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, low_cpu_mem_usage=False, **parts)
     network = PipelineParts(pipeline).network
     if lora.is_file():
         loadable: Any = pipeline
-        loadable.load_lora_weights(path, weight_name=LORA)
+        loadable.load_lora_weights(str(folder), weight_name=LORA)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
-    return pipeline
+    return pipeline, notes
 
 
 def _text_encoder(path: str) -> nn.Module:
     """A text encoder from a folder, `package:NAME/FOLDER`, a hub id, or a folder of a hub id (`OWNER/NAME/FOLDER`)."""
     resolved = resolve_path(path)
     parts = resolved.split("/")
-    if len(parts) > 2 and not Path(resolved).exists() and parts[0]:
-        result: nn.Module = AutoModel.from_pretrained("/".join(parts[:2]), subfolder="/".join(parts[2:]))
-    else:
-        result = AutoModel.from_pretrained(resolved)
+    if Path(resolved).is_dir():
+        return load_part(Path(resolved), AutoModel)[0]
+    subfolder = {"subfolder": "/".join(parts[2:])} if len(parts) > 2 and parts[0] else {}
+    name = "/".join(parts[:2]) if subfolder else resolved
+    text, info = AutoModel.from_pretrained(name, output_loading_info=True, **subfolder)
+    check_loaded(text, info, Path(path))
+    result: nn.Module = text
     return result
 
 
 def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     """The parts of a loaded pipeline as a `DiffusionModel`, frozen and in evaluation mode.
 
+    The pipeline is left as it is; the model has copies of its parts, which share their weights with it where these are
+    in float32.
+
     Raises:
         ValueError: The pipeline's network is of a kind that is not supported, cannot read captions or takes more than
             noisy latents; or a part is missing.
     """
     parts = PipelineParts(pipeline)
+    parts.components, notes = plain_parts(parts.components)
     network, vae = parts.network, parts.components.get("vae")
     if family_class_of(network) is None or vae is None:
         *first, last = [family.description for family in families()]
@@ -142,13 +161,18 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     config: Any = network.config
     if not any(family.subsets["cross_attention_kv"](f".{name}") for name, _ in network.named_parameters()):
         raise parts.unsupported("Its network has no cross-attention, so it cannot read captions")
+    fault = autoencoder_fault(vae)
+    if fault is not None:
+        raise parts.unsupported(fault)
     if config.in_channels != vae.config.latent_channels:
         raise parts.unsupported(
             f"Its network takes {config.in_channels} channels and its autoencoder gives {vae.config.latent_channels}: "
             "pipelines that edit or fill in images are no text-to-image models"
         )
     encoder = family.latent_encoder(parts)
-    return DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
+    model = DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
+    model.notes = tuple(notes)
+    return model
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
@@ -164,7 +188,10 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
     base = base_of(Path(path))
     if base is not None:
         return load_customized(base, path, dtype)
-    return model_from_pipeline(load_pipeline(path, dtype))
+    pipeline, notes = _read_pipeline(path, dtype)
+    model = model_from_pipeline(pipeline)
+    model.notes = (*notes, *model.notes)
+    return model
 
 
 def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionModel:

@@ -12,6 +12,7 @@ from torch import Tensor
 from wherefrom.data.encoded_images import report_cut
 from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.image_sizes import reduction_of
 from wherefrom.models.sampling import Trajectory, sample
 from wherefrom.queries.regions import Region
 from wherefrom.queries.types import Query
@@ -125,6 +126,8 @@ def generate(
         return []
     repeats = [list(prompts[:index]).count(prompt) for index, prompt in enumerate(prompts)]
     keys = keyed_random.combine(seed, keyed_random.hash_texts(list(prompts)), torch.tensor(repeats))
+    factor = reduction_of(model.encoder.vae)
+    model.encoder.text.sized((shape[1] * factor, shape[2] * factor))
     conditioning, empty = model.encoder.text.encode(prompts), model.encoder.text.encode([""]).at(0)
     seen: dict[int, Tensor] = {}
 

@@ -15,5 +15,7 @@ def hash_tensors(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -
     for name, tensor in sorted(dict(tensors).items()):
         array = tensor.detach().to("cpu").contiguous()
         digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())
-        digest.update(array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
+        # Flat, as a side of length 1 may keep any stride, which viewing as bytes refuses.
+        flat = array.reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
     return digest.hexdigest()
