@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from wherefrom.data.encoded_images import report_cut
@@ -14,6 +15,7 @@ from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import reduction_of
 from wherefrom.models.sampling import Trajectory, sample
+from wherefrom.queries.generation_metadata import read_generation_metadata
 from wherefrom.queries.regions import Region
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
@@ -27,11 +29,12 @@ class QueryImage:
 
     Attributes:
         file: The image.
-        prompt: The prompt that made it; "" where it is not known (it is never guessed).
+        prompt: The prompt that made it; "" where it is not known (it is never guessed); None takes the one that the
+            file itself states (`generation_metadata`), and "" where it states none.
     """
 
     file: str
-    prompt: str
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,21 @@ def read_query(image: QueryImage, size: tuple[int, int], resize: bool = False) -
             f"{size[1]} × {size[0]}. "
             "Resize it, or set queries.resize: true to use its largest centred square."
         )
-    return Query(f"{path.stem}-{hash_file(path)[:8]}", image.prompt, pixels)
+    return with_prompt(Query(f"{path.stem}-{hash_file(path)[:8]}", "", pixels), path, image.prompt)
+
+
+def with_prompt(query: Query, image: Path | Image, prompt: str | None) -> Query:
+    """The query with its prompt: the one that is given, else the one that the image itself states, else none.
+
+    Args:
+        query: The query.
+        image: The file, or what Pillow opened.
+        prompt: The prompt that is given; None gives none.
+    """
+    metadata = read_generation_metadata(image)
+    own = prompt is None and metadata is not None and metadata.prompt is not None
+    chosen = (metadata.prompt if own and metadata is not None else prompt) or ""
+    return replace(query, prompt=chosen, metadata=metadata, own_prompt=own)
 
 
 def read_regions(
@@ -252,7 +269,7 @@ def make_queries(
     files = [image.file for image in source.images]
     regions = read_regions(source.regions, [*files, *source.prompts], size)
     if model.encoder is not None:
-        prompts = [*source.prompts, *(image.prompt for image in source.images)]
+        prompts = [*source.prompts, *(query.prompt for query in read)]
         report_cut(model.encoder.text, prompts, "prompts")
     drawn = generate(
         model,

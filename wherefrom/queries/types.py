@@ -14,6 +14,7 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet
 from wherefrom.metrics.ties import is_constant
 from wherefrom.models.sampling import Trajectory
+from wherefrom.queries.generation_metadata import GenerationMetadata
 from wherefrom.queries.regions import Region
 from wherefrom.rankings.estimates import Estimates
 from wherefrom.rankings.ranking_file import order_of
@@ -30,6 +31,8 @@ class Query:
         latent: The sampler's last latent where there is one, else the encoded image; scaled, shape (C, H, W).
         region: The part of the image that is asked for; None is all of it.
         trajectory: What the sampler predicted on its way, where it was kept.
+        metadata: What the image file says of how it was made, if anything.
+        own_prompt: Whether the prompt is the one that the file says, because none was given.
     """
 
     id: str
@@ -38,6 +41,8 @@ class Query:
     latent: Float[Tensor, "c h w"] | None = None
     region: Region | None = None
     trajectory: Trajectory | None = None
+    metadata: GenerationMetadata | None = None
+    own_prompt: bool = False
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_excess import FAR_OUT
 from wherefrom.metrics.group_shares import group_shares
 from wherefrom.metrics.null_distribution import family_wise_p_value, p_values
-from wherefrom.queries.types import Scores, TrainingData
+from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.ranking_file import flatness_of, order_of
 from wherefrom.reports.attribution_report import QueryReport, RankedImage
 
@@ -117,7 +117,8 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
     pixels = query.pixels if query.region is None else query.region.show(query.pixels)
     first = ranked(scores.scores, options.top, tail)
     parts = {name: ranked(values, min(_PART, options.top)) for name, values in scores.parts.items()}
-    return QueryReport(query.name, query.prompt, pixels, first, shares, facts, notes, parts)
+    stated = {} if query.metadata is None else query.metadata.table()
+    return QueryReport(query.name, query.prompt, pixels, first, shares, facts, notes, parts, stated)
 
 
 def tie_notes(scores: Scores, shown: int) -> list[str]:
@@ -141,6 +142,19 @@ def tie_notes(scores: Scores, shown: int) -> list[str]:
         f"From place {before + 1} on, {tied:,} training images have the same score: which of them are shown, and in "
         "what order, is decided by their names."
     ]
+
+
+def metadata_notes(query: Query) -> list[str]:
+    """Warnings of what the image file says: where the prompt is from, what differs, what is not interpreted."""
+    metadata = query.metadata
+    if metadata is None:
+        return []
+    notes = [f"{note[:1].upper()}{note[1:]}." for note in metadata.notes]
+    if query.own_prompt:
+        return [f"No prompt was given: the image's own is used, from its {metadata.source}.", *notes]
+    if metadata.prompt is not None and " ".join(metadata.prompt.split()) != " ".join(query.prompt.split()):
+        return ["The prompt is another than the one that the image file states.", *notes]
+    return notes
 
 
 def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
@@ -183,6 +197,7 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
             f"{scores.facts['loss_excess']:.1f} interquartile ranges above the upper quartile of training images' "
             "losses. It may not have drawn it."
         )
+    notes += metadata_notes(scores.query)
     if not scores.query.prompt:
         notes.append(
             "The prompt is not known: the empty prompt was used, so what only the words brought in cannot be found."
