@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.generation_metadata import GenerationMetadata
 from wherefrom.queries.types import Query
@@ -60,7 +63,8 @@ def adapter_names(model: DiffusionModel) -> list[str]:
     """Names of the LoRAs that are in a model, as far as they are known."""
     text = None if model.encoder is None else model.encoder.text
     parts: list[Any] = [model.denoiser, *getattr(text, "models", []), getattr(text, "model", None)]
-    return list(dict.fromkeys(name for part in parts for name in getattr(part, "peft_config", None) or {}))
+    records = (record for part in parts if isinstance(part, nn.Module) for record in known_adapters(part))
+    return list(dict.fromkeys(record.name for record in records))
 
 
 def _stem(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from wherefrom.data.decoded_pixels import DecodedPixels, Place, stream_of
 from wherefrom.data.framing import AnySize, Framing
-from wherefrom.data.image_files import UNREADABLE, load_image, read_header
+from wherefrom.data.image_files import UNREADABLE, load_image, read_header, reason_of
 from wherefrom.data.image_metadata import Row
 from wherefrom.models.image_sizes import Size
 from wherefrom.runtime.artifacts import StorageError, write_json
@@ -72,7 +72,7 @@ def check_headers(rows: Sequence[Row], how: FolderDecoding) -> dict[str, str]:
             if how.framing.buckets is not None:
                 how.framing.place(size, how.size)
         except UNREADABLE as error:
-            wrong[row.name], where[row.name] = _reason(error), row.where
+            wrong[row.name], where[row.name] = reason_of(error), row.where
             continue
         first = first or (row, size)
         if sorted(size) != sorted(first[1]):  # the sides may be exchanged when it is turned upright
@@ -85,12 +85,6 @@ def check_headers(rows: Sequence[Row], how: FolderDecoding) -> dict[str, str]:
         (row, size), more = unlike[0], len(unlike) - 1
         raise _wrong_size(row, size, *first, f" and {more} more" if more else "")
     return wrong
-
-
-def _reason(error: BaseException) -> str:
-    """The error's message in one line, without a stream's address, which differs from run to run."""
-    said = " ".join(str(error).split())
-    return type(error).__name__ if not said or "BytesIO" in said else said
 
 
 def _unreadable(wrong: Mapping[str, str], where: Mapping[str, str], count: int) -> ValueError:
@@ -176,11 +170,11 @@ def _decode(
                         raise
                     if not how.skip:
                         raise ValueError(
-                            f"{row.name} ({row.where}) cannot be read: {_reason(error)}. It is number {index + 1} of "
+                            f"{row.name} ({row.where}) cannot be read: {reason_of(error)}. It is number {index + 1} of "
                             f"{len(rows)}; those before it are kept and will not be decoded again. Repair it, remove "
                             "it with its row, or set on_error: skip."
                         ) from error
-                    skipped[row.name] = _reason(error)
+                    skipped[row.name] = reason_of(error)
             places.append(place)
             if place is not None:
                 first = first or (row, place)

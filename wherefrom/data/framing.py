@@ -68,6 +68,15 @@ class Framing:
         except ValueError as error:
             raise ValueError(f"pad_color is a colour such as white or #808080; given {self.pad_color!r}.") from error
 
+    def of_one_size(self) -> None:
+        """Refuses buckets, where all images are brought to one size.
+
+        Raises:
+            ValueError: There are buckets.
+        """
+        if self.buckets is not None:
+            raise ValueError("buckets: these images are brought to one size; only folders of images go into buckets.")
+
     def resolved(self, size: AnySize | None, multiple: int = 1) -> Framing:
         """The same with the buckets' numbers said; see `Buckets.resolved`.
 

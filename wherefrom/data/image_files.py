@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,3 +81,35 @@ def read_header(source: Path | BinaryIO) -> Size:
     with _open(source) as opened:
         _check_mode(opened.mode)
         return opened.height, opened.width
+
+
+def reason_of(error: BaseException) -> str:
+    """Why an image cannot be read, in one line; without a stream's address, which differs from run to run."""
+    said = " ".join(str(error).split())
+    return type(error).__name__ if not said or "BytesIO" in said else said
+
+
+def unreadable_headers(images: Sequence[tuple[str, Callable[[], Path | BinaryIO]]], workers: int = 1) -> dict[str, str]:
+    """Images that cannot be read by their headers: name -> reason.
+
+    Args:
+        images: The name of each, and what opens it.
+        workers: Threads.
+    """
+
+    def reason(image: tuple[str, Callable[[], Path | BinaryIO]]) -> str | None:
+        try:
+            read_header(image[1]())
+        except (*UNREADABLE, Image.DecompressionBombWarning) as error:
+            return reason_of(error)
+        return None
+
+    # Pillow only warns of images between its limit and twice that; where parts are decoded, they count as too large.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if workers > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                found = list(pool.map(reason, images))
+        else:
+            found = [reason(image) for image in images]
+    return {name: why for (name, _), why in zip(images, found, strict=True) if why is not None}

@@ -8,7 +8,7 @@ refused, as autograd itself refuses it.
 
 For a linear layer with input a and output gradient g of one sample, the weight's gradient is Σ_positions g aᵀ; a
 convolution is one over its unfolded patches; a normalisation's scale has Σ g x̂. A table that a transformer adds to each
-sample (`scale_shift_table` of PixArt's blocks) is replaced by a copy for each. Nothing here needs vmap.
+sample (`scale_shift_table` of PixArt's blocks) is replaced by a copy for each. `adapter_rules` has LoHa and LoKr.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from diffusers.models.normalization import RMSNorm
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from wherefrom.gradients.adapter_rules import factor_rule, innermost, wrapping_layer
 
 _PerSample = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -211,10 +213,17 @@ class PerSampleGradients:
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         self._layers: dict[str, tuple[nn.Module, dict[str, _PerSample]]] = {}
+        self._called: dict[str, nn.Module] = {}  # what is called for parameters that stand in a table
         for name in names:
             owner, _, parameter = name.rpartition(".")
-            layer = module.get_submodule(owner)
-            self._layers.setdefault(owner, (layer, {}))[1][parameter] = _rule(layer, name, parameter)
+            layer, wrapping = module.get_submodule(owner), wrapping_layer(module, owner)
+            if wrapping is not None:
+                of_weight = _rule(innermost(wrapping), name, "weight")
+                rule = factor_rule(wrapping, owner.rpartition(".")[2], parameter, of_weight)
+                self._called[owner] = wrapping
+            else:
+                rule = _rule(layer, name, parameter)
+            self._layers.setdefault(owner, (layer, {}))[1][parameter] = rule
         _refuse_shared(module, names)
         self._anchor = torch.zeros((), requires_grad=True)
         self._calls: list[_Call] = []
@@ -227,7 +236,8 @@ class PerSampleGradients:
                 self._handles.append(layer.register_forward_pre_hook(self._copy_table(owner), with_kwargs=True))
                 self._handles.append(layer.register_forward_hook(_restore_table, always_call=True))
             else:
-                self._handles.append(layer.register_forward_hook(self._hook(owner), with_kwargs=True))
+                called = self._called.get(owner, layer)
+                self._handles.append(called.register_forward_hook(self._hook(owner), with_kwargs=True))
         return self
 
     def __exit__(

@@ -27,8 +27,8 @@ Belongs = Callable[[str], bool]
 
 
 def of_adapter(name: str) -> bool:
-    """Whether a weight belongs to a LoRA adapter, by peft's names."""
-    return ".lora_" in name
+    """Whether a weight belongs to an adapter, by peft's names; `adapter_states` knows those of every kind."""
+    return any(kind in name for kind in (".lora_", ".hada_", ".lokr_"))
 
 
 # Names as in diffusers' U-Nets and PixArt: attn1 is self-attention, attn2 the cross-attention to the text.
