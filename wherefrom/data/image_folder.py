@@ -18,6 +18,7 @@ from wherefrom.data.image_files import load_image as load_image
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
 from wherefrom.data.image_set import ImageSet, read_image_set, write_table
 from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
+from wherefrom.data.repeats import REPEATS, parse_repeats
 from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import added_setting, settings_identity
@@ -97,6 +98,7 @@ def build_image_folder(
         sides_of(options.size)
     options = replace(options, framing=options.framing.resolved(options.size))
     rows = read_rows(folder, options.caption, options.columns)
+    parse_repeats((row.id for row in rows), (row.columns.get(REPEATS, "") for row in rows))  # before all is decoded
     contents = [_content(folder, row) for row in rows]
     identity: dict[str, Any] = {
         **reading_identity(options),
@@ -128,7 +130,7 @@ def build_image_folder(
         if made.rows[0].split:
             columns["split"] = [row.split for row in made.rows]
         write_table(partial, ids, captions, columns)
-        content = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
+        content: dict[str, Any] = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
         if len(set(made.sizes)) > 1:
             content["sizes"] = [list(size) for size in made.sizes]
         reasons = {"reasons": dict(made.skipped)} if made.skipped else {}
