@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +88,11 @@ def run(words: Sequence[str]) -> None:
 
         budget.run(words[1:], train.main)
         return
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     from lightning_modules.launch.folders import claimed
     from lightning_modules.launch.settings import RunSettings
-    from wherefrom.commands.tracking import track
+    from wherefrom.commands.tracking import track, tracked
 
     module, settings = command_line.parse(words)
     arguments: tuple[Any, ...] = (settings,)
@@ -98,17 +100,21 @@ def run(words: Sequence[str]) -> None:
         import train
 
         arguments = (settings, train.main)
-    with claimed(words[0], settings, words) if isinstance(settings, RunSettings) else nullcontext():
+    if not isinstance(settings, RunSettings):
+        module.run(*arguments)
+        return
+    about: dict[str, Any] = {"job": words[0], "folder": settings.output, "config": settings.given}
+    is_main = rank_zero_only.rank in (None, 0) and os.environ.get("NODE_RANK", "0") == "0"
+    with claimed(words[0], settings, words), tracked(settings.wandb, **about, is_main=is_main) as opened:
         outputs = module.run(*arguments)
     if outputs is not None and outputs.is_main:
         track(
             settings.wandb,
-            job=words[0],
-            folder=settings.output,
-            config=settings.given,
+            **about,
             store=outputs.store,
             results=outputs.results,
             images=outputs.images,
+            run=opened,
         )
 
 

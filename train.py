@@ -21,6 +21,7 @@ import callbacks
 import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
 from lightning_modules.launch.committed import places_of_training, refuse_committed
+from lightning_modules.launch.opened_wandb import hand_over, open_wandb
 from lightning_modules.result import LeavesResult
 from lightning_modules.whole_checkpoints import WholeCheckpoints, readable_checkpoint
 from wherefrom.commands.curvature_settings import accept_old_curvature, words_in_new_form
@@ -36,6 +37,17 @@ class CommandLine(LightningCLI):
         parser.add_argument(
             "--weights", type=str | None, help="save the trained model here instead of model.init_args.save_to"
         )
+
+    def instantiate_classes(self) -> None:
+        """Opens W&B where a logger asks for it, then makes model, data and trainer."""
+        opened = open_wandb(self._get(self.config, "trainer", default={}).get("logger")) if self.subcommand else []
+        try:
+            super().instantiate_classes()
+        except BaseException:
+            for run in opened:
+                run.finish(exit_code=1)
+            raise
+        hand_over(self.trainer, opened)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with checkpoints that are whole or absent unless the settings name others."""

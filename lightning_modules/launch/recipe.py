@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import wandb
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
+from lightning_modules.launch.opened_wandb import finish
 from wherefrom.counterfactual.retraining import PIPELINE, RetrainingJob
 from wherefrom.runtime.artifacts import hash_file
 from wherefrom.runtime.stable_names import stable
@@ -129,9 +129,7 @@ class Recipe:
                 raise ValueError(f"Training in {folder} ended with exit status {done.returncode}; see above.")
         else:
             with _quiet():
-                self.train_main(arguments)
-            if wandb.run is not None:
-                wandb.finish()  # or the next training of this process would be logged as the same run
+                finish(self.train_main(arguments).trainer)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _many_devices(self) -> bool:

@@ -15,7 +15,7 @@ import evaluate
 import train
 from tests.support.tiny import attribution_config, one_process, tiny_folder, training_config
 from wherefrom.attributors import PixelSimilarity, Query, TrainingData
-from wherefrom.commands.tracking import Tracking, artifact_of, ranked, track
+from wherefrom.commands.tracking import Tracking, artifact_of, ranked, run_is_open, track
 from wherefrom.data.image_folder import build_image_folder
 from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest, write_manifest
 
@@ -137,3 +137,74 @@ def test_a_training_logs_the_model_that_it_saved(tmp_path: Path, kept: Kept) -> 
     assert (start.type, saved.type) == ("start", "LatentDiffusion")
     assert saved.metadata["inputs"] == [start.name]
     assert "model_index.json" in saved.manifest.entries
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: Any) -> Any:
+        raise wandb.errors.CommError(f"project {settings['project']!r} is not there.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_wrong_project_fails_before_data_are_read_and_models_loaded(tmp_path: Path) -> None:
+    data = {"class_path": "ImageFolder", "init_args": {"folder": str(tmp_path / "no such folder")}}
+    config = attribution_config(tmp_path, data=data, model=str(tmp_path / "no such model"))
+    with pytest.raises(ValueError, match=r"wandb: project 'wrong' is not there.*--wandb\.project and --wandb\.entity"):
+        evaluate.main(["attribute", "-c", str(config), "--wandb.project", "wrong"])
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "store").exists()
+
+    logger = {"class_path": "WandbLogger", "init_args": {"project": "wrong", "save_dir": str(tmp_path)}}
+    recipe = training_config(tmp_path, "recipe")
+    words = ["--trainer.logger", json.dumps(logger), "--data.init_args.encoder.init_args.vae", str(tmp_path / "none")]
+    with pytest.raises(ValueError, match=r"wandb: project 'wrong' is not there.*the logger's project"):
+        train.main(["fit", "-c", str(recipe), *words])
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_command_that_fails_leaves_a_failed_run_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int | None] = []
+    finish = wandb.Run.finish
+
+    def noted(run: wandb.Run, exit_code: int | None = None, **settings: Any) -> None:
+        codes.append(exit_code)
+        finish(run, exit_code=exit_code, **settings)
+
+    monkeypatch.setattr(wandb.Run, "finish", noted)
+    config = attribution_config(tmp_path, model=str(tmp_path / "no such model"))
+    with pytest.raises((ValueError, OSError), match="no such model"):
+        evaluate.main(["attribute", "-c", str(config), "--wandb.project", "tests"])
+    assert codes == [1]
+    assert not run_is_open()
+    assert not (tmp_path / "run").exists(), "else it would be taken by a run that never was"
+
+
+@pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_trainings_inside_of_a_command_are_runs_of_their_own(tmp_path: Path, kept: Kept) -> None:
+    recipe = training_config(tmp_path, "recipe", steps=5)
+    content = json.loads(recipe.read_text())
+    offline = {"offline": True, "save_dir": str(tmp_path / "trainings"), "project": "tests"}
+    content["trainer"]["logger"].append({"class_path": "WandbLogger", "init_args": offline})
+    recipe.write_text(json.dumps(content))
+    (tmp_path / "pixel.yaml").write_text(json.dumps({"class_path": "PixelSimilarity"}))
+    config = {
+        "recipe": str(recipe),
+        "data": content["data"],
+        "methods": [str(tmp_path / "pixel.yaml")],
+        "queries": {"prompts": ["red square"], "sampling_steps": 2},
+        "random_subsets": {"count": 3, "repeated": 0},
+        "timesteps": 2,
+        "output": str(tmp_path / "lds"),
+        "store": str(tmp_path / "store"),
+        "wandb": {"project": "tests"},
+    }
+    (tmp_path / "lds.yaml").write_text(json.dumps(config))
+    evaluate.main(["lds", "-c", str(tmp_path / "lds.yaml")])
+    assert kept.config["command"] == "lds", "the command's own run is the last to end"
+    assert len(list((tmp_path / "lds").glob("wandb/offline-run-*"))) == 1
+    assert len(list((tmp_path / "trainings").glob("wandb/offline-run-*"))) == 4
+    assert not run_is_open()

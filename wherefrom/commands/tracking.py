@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 RESULTS = ("retrieval.json", "counterfactual.json", "lds.json", "customized.json")
 _ROWS = ("rows", "lines")
+_open: list[str] = []  # ids of the runs that `tracked` has open in this process
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,98 @@ def log_lineage(run: wandb.Run, folder: Path, kind: str, inputs: Mapping[Path, s
     run.log_artifact(artifact_of(folder, kind, [artifact.name for artifact in used], upload))
 
 
+def open_run(tracking: Tracking, *, job: str, folder: Path, config: Mapping[str, Any]) -> wandb.Run:
+    """Opens a W&B run beside whatever other runs this process has, such as those of trainings.
+
+    Args:
+        tracking: W&B settings.
+        job: Name of the command, the job type of the run.
+        folder: Run folder.
+        config: Configuration of the command.
+
+    Raises:
+        ValueError: W&B refuses it, or cannot be reached.
+    """
+    import wandb
+
+    with refused_by_wandb("--wandb.project", "--wandb.entity"):
+        return wandb.init(
+            project=tracking.project,
+            entity=tracking.entity,
+            name=tracking.name or folder.name,
+            job_type=job,
+            dir=str(folder),
+            config={"command": job, **json.loads(json.dumps(config, default=str))},
+            reinit="create_new",
+        )
+
+
+@contextmanager
+def refused_by_wandb(*options: str) -> Iterator[None]:
+    """Turns what W&B says into a user's error.
+
+    Args:
+        options: What names project and entity in the interface in use.
+
+    Raises:
+        ValueError: W&B refused what was done, or cannot be reached.
+    """
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.Error as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"wandb: {said} Check {' and '.join(options)} and `wandb login`, or set WANDB_MODE=offline, which keeps "
+            "the run on disk for `wandb sync`."
+        ) from error
+
+
+def run_is_open() -> bool:
+    """Whether a command's run is open in this process: another one must then be asked for as a new one."""
+    return bool(_open)
+
+
+@contextmanager
+def tracked(
+    tracking: Tracking, *, job: str, folder: Path, config: Mapping[str, Any], is_main: bool = True
+) -> Iterator[wandb.Run | None]:
+    """Opens the W&B run before a command does anything long; `track` gives it what the command made.
+
+    A command that fails leaves a failed run, and no folder where there was none.
+
+    Args:
+        tracking: W&B settings.
+        job: Name of the command.
+        folder: Run folder.
+        config: Configuration of the command.
+        is_main: Whether this process logs.
+
+    Raises:
+        ValueError: W&B refuses it, or cannot be reached.
+    """
+    if not tracking.project or not is_main:
+        yield None
+        return
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)  # else wandb writes to the machine's temporary folder
+    run = None
+    try:
+        run = open_run(tracking, job=job, folder=folder, config=config)
+        _open.append(run.id)
+        yield run
+    except BaseException:
+        if run is not None:
+            run.finish(exit_code=1)
+        if new and {path.name for path in folder.iterdir()} <= {"wandb"}:
+            shutil.rmtree(folder)  # or the folder would be taken by a run that never was
+        raise
+    finally:
+        if run is not None:
+            _open.remove(run.id)
+
+
 def track(
     tracking: Tracking,
     *,
@@ -102,6 +197,7 @@ def track(
     store: Store | None = None,
     results: Sequence[Scores] = (),
     images: ImageSet | None = None,
+    run: wandb.Run | None = None,
 ) -> None:
     """Logs a finished run to W&B; does nothing without a project.
 
@@ -113,19 +209,11 @@ def track(
         store: Store whose artifacts the run used or built.
         results: Scores of its queries, if it attributed any.
         images: Training images, for the table of ranked images.
+        run: The W&B run, if it is open already.
     """
     if not tracking.project:
         return
-    import wandb
-
-    run = wandb.init(
-        project=tracking.project,
-        entity=tracking.entity,
-        name=tracking.name or folder.name,
-        job_type=job,
-        dir=str(folder),
-        config={"command": job, **json.loads(json.dumps(config, default=str))},
-    )
+    run = open_run(tracking, job=job, folder=folder, config=config) if run is None else run
     try:
         for name in RESULTS:
             if (folder / name).exists():
