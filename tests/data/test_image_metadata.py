@@ -49,9 +49,12 @@ def test_several_captions(folder: Path, build: Callable[..., ImageSet], kind: st
 def test_the_caption_column_has_a_name(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, captions="better")
     assert build(caption="captions").captions == (("better",),) * 3
-    with pytest.raises(ValueError, match=r"line 1: there is a column 'captions' beside 'text'"):
-        build()
+    images = build()
+    assert images.captions[0] == ("number 0",), "`text` comes first"
+    assert "captions" not in images.columns
     assert build(columns=()).captions[0] == ("number 0",)
+    with pytest.raises(ValueError, match=r"line 1: there is a column 'captions' beside 'text'"):
+        build(columns=("captions",))
 
 
 def test_licences_are_never_dropped(folder: Path, build: Callable[..., ImageSet]) -> None:
@@ -156,11 +159,15 @@ def test_a_class_called_train_is_no_split(folder: Path, build: Callable[..., Ima
 
 
 def test_no_folder_no_metadata_two_metadata(folder: Path, build: Callable[..., ImageSet]) -> None:
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="there is no folder"):
         build()
+    with pytest.raises(ValueError, match="is not a folder"):
+        build(layout="imagefolder")
     make(folder)
     (folder / "metadata.jsonl").rename(folder / "captions.jsonl")
     with pytest.raises(ValueError, match=r"no metadata file\. Add metadata\.jsonl, metadata\.csv or metadata\.parquet"):
+        build(layout="imagefolder")
+    with pytest.raises(ValueError, match=r"is of no layout .*(?s:.)*imagefolder: images beside metadata\.jsonl"):
         build()
     make(folder)
     make(folder, kind="csv")
@@ -173,8 +180,8 @@ def test_metadata_above_and_below(folder: Path, build: Callable[..., ImageSet]) 
     make(folder / "train")
     with pytest.raises(ValueError, match=r"holds a metadata file and so do its subfolders .*train/metadata\.jsonl"):
         build()
-    (folder / "train").rename(folder / "val")
-    with pytest.raises(ValueError, match=r"val/metadata\.jsonl would not be read: .*train, validation, test below it"):
+    (folder / "train").rename(folder / "more")
+    with pytest.raises(ValueError, match=r"more/metadata\.jsonl would not be read: .*train, validation, test below it"):
         build()
 
 
@@ -191,15 +198,8 @@ def test_images_that_no_metadata_names(folder: Path, build: Callable[..., ImageS
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text": ""}, r"line 2: the caption \('text'\) is missing"),
-        ({"text": " \n"}, r"line 2: the caption \('text'\) is missing"),
-        ({"text": None}, r"line 2: the caption \('text'\) is missing"),
-        ({"text": float("nan")}, r"line 2: the caption \('text'\) is missing"),
-        ({"text": []}, r"line 2: the caption \('text'\) is missing"),
-        ({"text": ["x", ""]}, r"line 2: the caption \('text'\) is missing"),
         ({"text": {"en": "x"}}, r"line 2: 'text' holds a dict, not text"),
         ({"text": ["x", ["y"]]}, r"line 2: 'text' holds a list, not text"),
-        ({"text": ["x", "y"]}, r"line 2: the image has 2 captions, but that of .*line 1 has 1"),
         ({"text": "\ud83d"}, r"line 2: 'text' holds half a surrogate pair"),
         ({"file_name": None}, r"line 2: 'file_name' is missing"),
         ({"file_name": "nosuch.png"}, r"line 2: there is no file 'nosuch\.png' in .*Add the image or remove the row"),
@@ -220,7 +220,7 @@ def test_images_that_no_metadata_names(folder: Path, build: Callable[..., ImageS
         ({"id": "0.png"}, r"line 1 and .*line 2 have the same id '0\.png'"),
         ({"file_name": "./0.png"}, r"line 1 and .*line 2 have the same id '0\.png'.* as a list"),
         ({"split": "train"}, r"line 1: the split is missing, while other images have one"),
-        ({"split": "dev"}, r"line 2: the split 'dev' is not one of train, validation, test"),
+        ({"split": "holdout"}, r"line 2: the split 'holdout' is not one of train, validation, test"),
     ],
 )
 def test_bad_rows(
@@ -305,3 +305,89 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column(
     path = folder / f"metadata.{kind}"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(build()) == 3
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None, float("nan"), []])
+def test_an_empty_caption_is_the_empty_text(
+    folder: Path, build: Callable[..., ImageSet], empty: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = make(folder)
+    write_metadata(folder, [rows[0], {**rows[1], "text": empty}, rows[2]])
+    assert build().captions == (("number 0",), ("",), ("number 2",))
+    assert "1 image of 3 without a caption, which are taken as ''" in caplog.text
+
+
+def test_fewer_captions_are_repeated_so_that_each_is_drawn_as_often(
+    folder: Path, build: Callable[..., ImageSet]
+) -> None:
+    rows = make(folder)
+    texts = [["a", "b"], ["c", "", "d"], "e"]
+    write_metadata(folder, [{**row, "text": text} for row, text in zip(rows, texts, strict=True)])
+    assert build().captions == (("a", "b") * 3, ("c", "", "d") * 2, ("e",) * 6)
+    texts = [[str(n) for n in range(7)], [str(n) for n in range(9)], "e"]
+    write_metadata(folder, [{**row, "text": text} for row, text in zip(rows, texts, strict=True)])
+    with pytest.raises(ValueError, match=r"line 2: the image has 9 captions, that of .*line 3 has 1: .*63 of each"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("cells", "taken", "said"),
+    [
+        ({"prompt": "p", "caption": "c"}, "c", "which differ for 3 images: takes 'caption'"),
+        ({"prompt": "p"}, "p", "takes the captions from the column 'prompt'"),
+        ({"captions": ["x", "y"]}, ("x", "y"), "from the column 'captions'"),
+        ({"tags": ["1girl", "hat"]}, "1girl, hat", "from the column 'tags'"),
+        ({"tags": "1girl, hat", "text": "t"}, "t", "'text' and 'tags', which differ"),
+    ],
+)
+def test_the_caption_column_is_found(
+    folder: Path,
+    build: Callable[..., ImageSet],
+    caplog: pytest.LogCaptureFixture,
+    cells: dict[str, Any],
+    taken: str | tuple[str, ...],
+    said: str,
+) -> None:
+    rows = make(folder)
+    write_metadata(folder, [{"file_name": row["file_name"], **cells} for row in rows])
+    assert build().captions == (((taken,) if isinstance(taken, str) else taken),) * 3
+    assert said in caplog.text
+
+
+def test_a_list_of_tags_is_one_caption_also_where_it_was_named(folder: Path, build: Callable[..., ImageSet]) -> None:
+    rows = make(folder)
+    write_metadata(folder, [{**row, "tags": ["1girl", "hat"]} for row in rows])
+    assert build(caption="tags").captions == (("1girl, hat",),) * 3
+    assert build().columns["tags"] == ("1girl, hat",) * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *((name, "validation") for name in ("val", "VALID", "Validation", "dev", "eval")),
+        *((name, "train") for name in ("Train", "training")),
+        *((name, "test") for name in ("TEST", "testing")),
+    ],
+)
+def test_splits_have_many_names(
+    tmp_path: Path, folder: Path, build: Callable[..., ImageSet], name: str, split: str
+) -> None:
+    other = "test" if split == "train" else "train"
+    rows = make(folder, 2)
+    write_metadata(folder, [{**rows[0], "split": name}, {**rows[1], "split": other}])
+    assert build().columns["split"] == (split, other), "in cells"
+    for index, place in enumerate((name, other)):
+        (folder / place).mkdir()
+        (folder / f"{index}.png").rename(folder / place / "x.png")
+    write_metadata(folder, [{"file_name": f"{place}/x.png", "text": "x"} for place in (name, other)])
+    assert sorted(build().columns["split"]) == sorted((split, other)), "as folders below the metadata"
+    (folder / "metadata.jsonl").unlink()
+    for place in (name, other):
+        write_metadata(folder / place, [{"file_name": "x.png", "text": "x"}], "csv")
+    assert sorted(build().columns["split"]) == sorted((split, other)), "as folders with metadata each"
+
+
+@pytest.mark.parametrize("name", ["train", "training"])
+def test_a_folder_of_training_images_alone(folder: Path, build: Callable[..., ImageSet], name: str) -> None:
+    make(folder / name, 3, "csv")
+    assert build().columns["split"] == ("train",) * 3
