@@ -30,6 +30,7 @@ from wherefrom.rankings.estimates import Estimates
 from wherefrom.rankings.ranking_file import write_parts, write_ranking
 from wherefrom.rankings.score_table import PART_ROWS, ScoreTable
 from wherefrom.reports.attribution_report import write_report
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.query_section import ReportOptions, page_of
 from wherefrom.runtime.artifacts import (
     MANIFEST,
@@ -298,6 +299,7 @@ def _write_page(
             "Method": method,
             "Model": f"{identity['model']}{f' with LoRA {loras}' if loras else ''}",
             "Training images": f"{len(data.images):,}",
+            **image_facts(data.images),
             **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=options.notes,

@@ -15,6 +15,7 @@ from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.reports.attribution_report import write_report
 from wherefrom.reports.html import Markup, shorten, tag
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.images import foreign, image_tag
 from wherefrom.reports.query_section import ReportOptions, page_of, tie_notes
 from wherefrom.runtime.optional_dependencies import require_pandas
@@ -48,8 +49,14 @@ class ScoresView(Scores):
     ) -> ScoresView:
         """The same scores, beside the training images."""
         kept = {name: getattr(scores, name) for name in ("query", "ids", "scores", "null", "facts", "parts")}
-        more = {"estimates": scores.estimates, "per_copy": scores.per_copy}
-        return cls(**kept, **more, data=data, notes=tuple(notes), about=about or {})
+        return cls(
+            **kept,
+            estimates=scores.estimates,
+            per_copy=scores.per_copy,
+            data=data,
+            notes=tuple(notes),
+            about=about or {},
+        )
 
     @property
     def images(self) -> ImageSet:
@@ -212,6 +219,7 @@ def save_report(path: str | Path, results: Sequence[ScoresView], options: Report
         facts={
             **results[0].about,
             "Training images": f"{len(data.images):,}",
+            **image_facts(data.images),
             **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=list(dict.fromkeys([*options.notes, *(note for scores in results for note in scores.notes)])),
