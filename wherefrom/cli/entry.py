@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from wherefrom.cli.suggestions import SuggestingParser
 from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names, spoken_words
 
 DESCRIPTION = """\
@@ -97,7 +98,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """The command line without any command's options, which are read by the command."""
-    root = argparse.ArgumentParser(
+    root = SuggestingParser(
         prog="wherefrom",
         description=DESCRIPTION,
         epilog="commands:\n"

@@ -10,6 +10,7 @@ from typing import Any
 from wherefrom.cli.entry import Help
 from wherefrom.cli.run_file import DEFAULT_METHOD, Request, parse_settings, read_request
 from wherefrom.cli.run_sizes import add_size_flags, bucket_numbers, size_text
+from wherefrom.cli.suggestions import SuggestingParser
 
 DETAILS = """\
 queries:
@@ -67,7 +68,7 @@ class Asked(argparse.Action):
 
 def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser:
     """The flags of a command that asks a model about queries."""
-    made = argparse.ArgumentParser(
+    made = SuggestingParser(
         prog=f"wherefrom {command}",
         description=f"{line[0].upper()}{line[1:]}.",
         epilog=f"example:\n\n  {example}\n\n{DETAILS}",
