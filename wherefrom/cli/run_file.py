@@ -28,13 +28,13 @@ class Request:
 
     Attributes:
         model: A diffusers pipeline: folder or hub id.
-        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
         method: Packaged methods, or YAML files.
         settings: Values that replace the methods' own.
         quick: A first look.
+        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         output: The run folder.
         store: Folder for what is computed once.
         device: Where to compute.
@@ -53,19 +53,20 @@ class Request:
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        clip_skip: Captions and prompts are read this many layers before CLIP's last.
         top: Training images that the page shows for each query.
         groups: Columns whose shares are shown; none is all that group.
         title: Title of the page.
     """
 
     model: str = ""
-    lora: tuple[str, ...] = ()
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
     method: tuple[str, ...] = (DEFAULT_METHOD,)
     settings: Mapping[str, Any] | None = None
     quick: bool = False
+    lora: tuple[str, ...] = ()
     output: str = ""
     store: str = "cache"
     device: str = ""
@@ -84,6 +85,7 @@ class Request:
     sampling_steps: int = 50
     guidance: float = 2.0
     eta: float = 0.0
+    clip_skip: int = 0
     top: int = 20
     groups: tuple[str, ...] = ()
     title: str = "Where did these images come from?"

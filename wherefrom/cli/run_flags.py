@@ -105,6 +105,7 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--sampling-steps", type=int, metavar="N", help="sampling steps of drawn images (default: 50)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance of drawn images (default: 2)")
     add("--eta", type=float, metavar="X", help="0 is DDIM, 1 with all timesteps DDPM (default: 0)")
+    add("--clip-skip", type=int, metavar="N", help="read captions N layers before CLIP's last, as diffusers counts")
     add("--top", type=int, metavar="N", help="training images that the page shows (default: 20)")
     add("--group", action="append", dest="groups", metavar="COLUMN", help="show shares of this column's groups")
     add("--title", metavar="TEXT", help="title of the page")

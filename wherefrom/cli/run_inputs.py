@@ -40,6 +40,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         sampling_steps=request.sampling_steps,
         guidance=request.guidance,
         eta=request.eta,
+        clip_skip=request.clip_skip,
     )
 
 

@@ -22,6 +22,7 @@ from wherefrom.data.on_error import OnError, checked
 from wherefrom.data.ranked_images import RankedImages
 from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
 from wherefrom.models.adapter_states import known_adapters
+from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
@@ -55,6 +56,7 @@ class AttributionOptions:
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        clip_skip: Captions and prompts are read this many layers before CLIP's last, as diffusers counts.
         progress: Show on stderr what is being done, and bars.
         size: Size of all images, queries and training images alike: the side of a square, or (height, width); None is
             the model's own.
@@ -81,6 +83,7 @@ class AttributionOptions:
     sampling_steps: int = 50
     guidance: float = 2.0
     eta: float = 0.0
+    clip_skip: int = 0
     progress: bool = True
     size: AnySize | None = None
     framing: Framing = Framing()
@@ -98,6 +101,8 @@ class AttributionOptions:
             raise ValueError(f"guidance must be a number from 0 on; given {self.guidance}.")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
+        if self.clip_skip < 0:
+            raise ValueError(f"clip_skip must be a number from 0 on; given {self.clip_skip}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
 
@@ -347,7 +352,7 @@ def prepare_run(
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
-    opened = open_model(model, options.lora).to(runner.device)
+    opened = with_clip_skip(open_model(model, options.lora), options.clip_skip).to(runner.device)
     for adapter in known_adapters(opened.denoiser):
         console.log(f"with LoRA {adapter}")
     for note in opened.notes:
