@@ -80,7 +80,7 @@ def test_keys_captions_columns_and_pixels(tmp_path: Path, folder: Path, keys: li
 def test_a_sample_that_is_skipped_can_stop_the_reading(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
     path = folder / "00001.tar"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"damaged shards: '00001\.tar' .*on_error: skip; finished parts are kept"):
+    with pytest.raises(ValueError, match=r"00001\.tar.*on_error: skip; finished parts are kept"):
         build(tmp_path, folder, on_error="stop")
     partial = next((tmp_path / "store" / "laion").iterdir())
     assert [file.name for file in partial.glob("part-*.json")] == ["part-000000.json"]
