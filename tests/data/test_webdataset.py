@@ -85,7 +85,7 @@ def test_a_sample_that_is_skipped_can_stop_the_reading(tmp_path: Path, folder: P
     partial = next((tmp_path / "store" / "laion").iterdir())
     assert [file.name for file in partial.glob("part-*.json")] == ["part-000000.json"]
     images = build(tmp_path, folder)
-    assert len(images) < 30
+    assert len(images) == sum(map(len, keys)) - 10
     assert "00001.tar" in images.skipped
     with pytest.raises(ValueError, match=r"damaged shards: '00001\.tar'.*on_error: skip, which leaves them out"):
         build(tmp_path, folder, on_error="stop")
