@@ -32,10 +32,11 @@ def budget_of(request: Request) -> str:
     methods = load_packaged(request.method, options.settings, options.quick)
     folder = Path(request.images)
     rows = read_rows(folder, options.caption, None)
-    held_out = sum(row.split == "validation" for row in rows)
-    training = sum(row.split in ("train", "") for row in rows)
-    if not training:
-        raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
+    splits = [row.split for row in rows]
+    parts, null = options.choice.parts(splits), options.choice.null_folder(set(splits))
+    training, held_out = len(parts.ranked), len(parts.null)
+    if null is not None:
+        held_out = len(read_rows(null, options.caption, None))
     model = open_model(request.model, options.lora).to(parse_device(options.device))
     size = RunSize.of(model, options.size, options.framing)
 

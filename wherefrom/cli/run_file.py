@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from wherefrom.cli.run_sizes import bucket_numbers, size_text
+from wherefrom.data.split_names import split_named
 from wherefrom.models.adapter_sources import check_place, local_files, parse_adapter
 
 RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
-_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str}
+_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,20 @@ class Request:
 
     Attributes:
         model: A diffusers pipeline: folder or hub id.
-        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
         method: Packaged methods, or YAML files.
         settings: Values that replace the methods' own.
         quick: A first look.
+        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         output: The run folder.
         store: Folder for what is computed once.
         device: Where to compute.
         resize: Bring query images to the model's size.
         caption: Name of the caption column.
+        split: Splits whose images are ranked, or `all`.
+        null: Images never trained on: a split, a folder, or `none`.
         size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
         fit: How images are brought to it: crop, pad or stretch.
         pad_color: Colour of the margins of pad.
@@ -57,18 +60,20 @@ class Request:
     """
 
     model: str = ""
-    lora: tuple[str, ...] = ()
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
     method: tuple[str, ...] = (DEFAULT_METHOD,)
     settings: Mapping[str, Any] | None = None
     quick: bool = False
+    lora: tuple[str, ...] = ()
     output: str = ""
     store: str = "cache"
     device: str = ""
     resize: bool = False
     caption: str = "text"
+    split: tuple[str, ...] = ()
+    null: str = ""
     size: str = ""
     fit: str = "crop"
     pad_color: str = "white"
@@ -145,6 +150,10 @@ def read_request(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys; write model, images, queries and method.")
+    # YAML reads the bare key null, and the bare value, as nothing.
+    tree = {"null" if key is None else key: value for key, value in tree.items()}
+    if "null" in tree and tree["null"] is None:
+        tree["null"] = "none"
     defaults = {each.name: each.default for each in fields(Request)}
     for key in tree:
         if key == "inputs":  # a run's own record, which also says what its files held
@@ -193,7 +202,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def _place(name: str) -> str:
     """A path on disk as seen from everywhere; a hub id or a packaged name as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def _hash(path: str) -> str:
@@ -233,6 +242,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
         model=_place(request.model),
         lora=tuple(str(replace(adapter, place=_place(adapter.place))) for adapter in adapters),
         images=_place(request.images),
+        null=request.null if request.null == "none" or split_named(request.null) else _place(request.null),
         queries=queries,
         regions=regions,
         method=methods,

@@ -21,9 +21,11 @@ queries:
 
 images:
   A folder with images and metadata.jsonl, .csv or .parquet: a column file_name, a column text
-  (see --caption), and further ones such as license and author. Rows whose split is
-  validation were never trained on: p-values are measured against them. They are brought to
-  the model's own size as --fit says, unless --size or --buckets asks for others.
+  (see --caption), and further ones such as license and author. All are ranked. Where rows
+  have a split, those of train are, and those of validation are the null: images that the model
+  was never trained on, which p-values are measured against. --split and --null choose others.
+  They are brought to the model's own size as --fit says, unless --size or --buckets asks for
+  others.
 
 file:
   -c FILE.yaml holds the same by these keys; flags win over it:
@@ -95,6 +97,10 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--resize", action="store_true", help="bring query images to the training images' size")
     add_size_flags(made)
     add("--caption", metavar="COLUMN", help="the metadata's caption column (default: text)")
+    add(
+        "--split", action="append", metavar="NAME", help="rank images of this split; repeat it, or all (default: train)"
+    )
+    add("--null", metavar="WHAT", help="never trained on: a split, a FOLDER, or none (default: validation)")
     add("--seed", type=int, metavar="N", help="seed of drawn images (default: 0)")
     add("--sampling-steps", type=int, metavar="N", help="sampling steps of drawn images (default: 50)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance of drawn images (default: 2)")

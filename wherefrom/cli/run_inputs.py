@@ -31,6 +31,8 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
         caption=request.caption,
+        split=request.split,
+        null=request.null,
         size=size_of(request.size),
         framing=framing_of(request),
         on_error=checked(request.on_error),

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from wherefrom.attributors.base import Attributor
+from wherefrom.commands.null_warnings import check_choice, warn_of_null
 from wherefrom.data.encoded_images import encode_image_set, report_cut
 from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.on_error import OnError, checked
+from wherefrom.data.ranked_images import RankedImages
 from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.clip_skip import with_clip_skip
@@ -28,6 +30,7 @@ from wherefrom.queries.run_size import RunSize
 from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.cli_errors import as_spoken
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.tensor_hash import hash_tensors
@@ -59,6 +62,10 @@ class AttributionOptions:
             the model's own.
         framing: How images are brought to it: padding, aspect buckets, EXIF, transparency.
         on_error: `skip` leaves out training images that cannot be read; `stop` refuses them.
+        split: Splits whose images are ranked, one or several, or `all`; without any, `train` where the images have
+            splits and all images where they have none.
+        null: Images that the model was never trained on, which p-values are measured against: the name of a split, a
+            folder of images, images, or `none`; "" is the images' own split `validation` where they have one.
 
     Raises:
         ValueError: A value is out of range.
@@ -81,6 +88,8 @@ class AttributionOptions:
     size: AnySize | None = None
     framing: Framing = Framing()
     on_error: OnError = "stop"
+    split: str | Sequence[str] = ()
+    null: str | Path | ImageSet = ""
 
     def __post_init__(self) -> None:
         checked(self.on_error)
@@ -97,6 +106,11 @@ class AttributionOptions:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
 
+    @property
+    def choice(self) -> RankedImages:
+        """Which images are ranked, and which are the null."""
+        return RankedImages.of_options(self.split, self.null)
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -108,6 +122,7 @@ class PreparedRun:
     store: Store
     runner: Runner
     console: Console
+    size: RunSize | None = None
 
 
 def image_size(model: DiffusionModel) -> int:
@@ -174,12 +189,12 @@ def read_training_data(
     encode: bool,
     console: Console,
 ) -> TrainingData:
-    """The training images at the model's size, and the images of the validation split: the null.
+    """The ranked images at the model's size, and the null if there is one.
 
     Args:
         images: A folder in Hugging Face's `imagefolder` layout, or images.
         model: The model that was trained on them.
-        options: Names the caption column.
+        options: Names the caption column, and says which images are ranked and which are the null.
         store: Where images and latents are kept.
         encode: Whether the method needs latents.
         console: Shows what is being read and encoded.
@@ -188,17 +203,17 @@ def read_training_data(
         ValueError: The folder or an image cannot be used, or none of the images is for training.
     """
     size = RunSize.of(model, options.size, options.framing)
-    every = images
-    if not isinstance(every, ImageSet):
-        how = ImageFolderOptions(size.option, options.caption, on_error=options.on_error, framing=size.framing)
-        every = build_image_folder(store, Path(every), how, console.progress)
-    size.check_images(every)
-    split = "split" in every.columns
-    train = every.where("split", "train") if split else every
-    held_out = every.where("split", "validation") if split else None
-    if not len(train):
-        raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
-    held_out = held_out if held_out is not None and len(held_out) else None
+    how = ImageFolderOptions(size.option, options.caption, on_error=options.on_error, framing=size.framing)
+
+    def read(folder: Path) -> ImageSet:
+        return build_image_folder(store, folder, how, console.progress)
+
+    train, held_out, lines = options.choice.of(images if isinstance(images, ImageSet) else read(Path(images)), read)
+    for each in (train, held_out):
+        if each is not None:
+            size.check_images(each)
+    for line in lines:
+        console.log(as_spoken(line))
     if not encode:
         return TrainingData(train, None, held_out, None)
     assert model.encoder is not None
@@ -333,6 +348,7 @@ def prepare_run(
     check_query_files(queries)
     if not isinstance(images, ImageSet) and not Path(images).is_dir():
         raise ValueError(f"images: there is no folder {str(images)!r}.")
+    check_choice(images, options.choice, options.caption)
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
@@ -352,4 +368,11 @@ def prepare_run(
         read()  # the others find it in the store
     runner.barrier()
     data = read()
-    return PreparedRun(opened, data, made, store, runner, console)
+    if runner.is_main:
+        warn_of_null(data.held_out, data.images, made)
+    skipped = {Path(name).name for name in data.images.skipped}
+    files = {Path(each[0]).name for each in queries if not isinstance(each, str) and isinstance(each[0], str | Path)}
+    for name in sorted(files & skipped):
+        console.log(f"the training image {name}, called like a query, could not be read: it is not among the ranked")
+    size = RunSize.of(opened, options.size, options.framing)
+    return PreparedRun(opened, data, made, store, runner, console, size)

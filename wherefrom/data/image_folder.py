@@ -18,6 +18,7 @@ from wherefrom.data.image_files import load_image as load_image
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
 from wherefrom.data.image_set import ImageSet, read_image_set, write_table
 from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
+from wherefrom.data.repeats import REPEATS, parse_repeats
 from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import added_setting, settings_identity
@@ -97,6 +98,7 @@ def build_image_folder(
         sides_of(options.size)
     options = replace(options, framing=options.framing.resolved(options.size))
     rows = read_rows(folder, options.caption, options.columns)
+    parse_repeats((row.id for row in rows), (row.columns.get(REPEATS, "") for row in rows))  # before all is decoded
     contents = [_content(folder, row) for row in rows]
     identity: dict[str, Any] = {
         **reading_identity(options),
@@ -128,7 +130,7 @@ def build_image_folder(
         if made.rows[0].split:
             columns["split"] = [row.split for row in made.rows]
         write_table(partial, ids, captions, columns)
-        content = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
+        content: dict[str, Any] = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
         if len(set(made.sizes)) > 1:
             content["sizes"] = [list(size) for size in made.sizes]
         reasons = {"reasons": dict(made.skipped)} if made.skipped else {}
@@ -143,24 +145,51 @@ def build_image_folder(
     return read_image_set(artifact)
 
 
-def split_images(images: ImageSet, validation_share: float) -> tuple[ImageSet, ImageSet]:
+def split_images(images: ImageSet, validation_share: float | None) -> tuple[ImageSet, ImageSet]:
     """Splits images into (training, validation): by the column `split`, else a share by the hash of the id.
+
+    Args:
+        images: The images.
+        validation_share: See `hold_out`; for images that name no validation split.
+
+    Raises:
+        ValueError: No image is for training, or a share is held out that is none or all of them.
+    """
+    if "split" not in images.columns:
+        return hold_out(images, validation_share)
+    train, validation = images.where("split", "train"), images.where("split", "validation")
+    if not len(validation) and len(train):
+        return hold_out(train, validation_share)
+    if not len(train):
+        raise _one_is_empty(len(images), 0, len(validation), validation_share)
+    return train, validation
+
+
+def hold_out(images: ImageSet, validation_share: float | None) -> tuple[ImageSet, ImageSet]:
+    """Splits images into (training, validation) by the hashes of their ids.
 
     The assignment of an image does not depend on the others.
 
+    Args:
+        images: The images.
+        validation_share: Share that is held out; None or 0 holds none out.
+
     Raises:
-        ValueError: One of the two would be empty.
+        ValueError: There is no image, or a share is held out that is none or all of them.
     """
-    train, validation = images, images.subset([])
-    if "split" in images.columns:
-        train, validation = images.where("split", "train"), images.where("split", "validation")
-    if not len(validation):
-        held = [hash_text(f"validation/{name}") % 10_000 < validation_share * 10_000 for name in train.ids]
-        validation = train.subset([index for index, out in enumerate(held) if out])
-        train = train.subset([index for index, out in enumerate(held) if not out])
-    if not len(train) or not len(validation):
-        raise ValueError(
-            f"Of {len(images)} images, {len(train)} are for training and {len(validation)} for validation, but "
-            f"both need some. Change validation_share ({validation_share}), or the column 'split'."
-        )
-    return train, validation
+    share = validation_share or 0.0
+    held = [hash_text(f"validation/{name}") % 10_000 < share * 10_000 for name in images.ids] if share else []
+    out, kept = sum(held), len(images) - sum(held)
+    if not kept or (share and not out):
+        raise _one_is_empty(len(images), kept, out, validation_share)
+    if not out:
+        return images, images.subset([])
+    train, validation = ([index for index, each in enumerate(held) if each is side] for side in (False, True))
+    return images.subset(train), images.subset(validation)
+
+
+def _one_is_empty(images: int, training: int, validation: int, share: float | None) -> ValueError:
+    return ValueError(
+        f"Of {images} images, {training} are for training and {validation} for validation, but both need some. Change "
+        f"validation_share ({share}), or the column 'split'."
+    )

@@ -20,6 +20,7 @@ from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import hash_file, identity_hash
 from wherefrom.runtime.console import Progress
+from wherefrom.runtime.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class QuerySource:
         guidance: Classifier-free guidance.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
         resize: Bring image files to the model's size instead of refusing other sizes.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -90,6 +94,9 @@ class QuerySource:
     guidance: float = 2.0
     eta: float = 0.0
     resize: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(seed=self.seed, sampling_steps=self.sampling_steps, guidance=self.guidance, eta=self.eta)
 
 
 def generate(
