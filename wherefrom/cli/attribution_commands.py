@@ -147,7 +147,8 @@ def run_compare(request: Request, runner: Runner) -> None:
     for number, query in enumerate(made.queries):
         print(f"{query.name}  {query.prompt!r}")
         for name, scores in results.items():
-            print(f"  {name}: {', '.join(image for image, _ in scores[number].top(3))}")
+            first = ", ".join(image for image, _ in scores[number].top(3))
+            print(f"  {name}: {'all scores are equal' if scores[number].all_equal else first}")
     print(f"\nreport:  {output / 'report.html'}\ntable:   {output / 'methods.parquet'}")
 
 

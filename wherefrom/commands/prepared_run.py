@@ -14,6 +14,7 @@ from PIL import Image
 
 from wherefrom.attributors.base import Attributor
 from wherefrom.commands.null_warnings import check_choice, warn_of_null
+from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.data.encoded_images import encode_image_set, report_cut
 from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
@@ -26,6 +27,7 @@ from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
+from wherefrom.queries.own_prompts import with_prompt
 from wherefrom.queries.run_size import RunSize
 from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
@@ -35,7 +37,7 @@ from wherefrom.runtime.console import Console
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.tensor_hash import hash_tensors
 
-QueryInput = str | tuple[Any, str]
+QueryInput = str | tuple[Any, str | None]
 
 
 @dataclass(frozen=True)
@@ -239,15 +241,16 @@ def check_query_files(queries: Iterable[QueryInput]) -> None:
         if isinstance(query, str):
             continue
         pair: Any = query
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str)):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str | None)):
             raise ValueError(
-                f"queries: {query!r} is neither a prompt nor an (image, prompt) pair; an unknown prompt is ''."
+                f"queries: {query!r} is neither a prompt nor an (image, prompt) pair; an unknown prompt is '', and "
+                "None takes the one that the image file states."
             )
         if isinstance(query[0], str | Path) and not Path(query[0]).is_file():
             raise ValueError(f"queries: there is no image file {str(query[0])!r}.")
 
 
-def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
+def _read(image: Any, prompt: str | None, size: RunSize, resize: bool) -> Query:
     """A query from a file, a PIL image or an array."""
     if isinstance(image, str | Path):
         return read_query(QueryImage(str(image), prompt), size, resize)
@@ -272,7 +275,8 @@ def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
             f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. Resize it, or set "
             "queries.resize: true to bring it there as training images are."
         )
-    return Query(f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}", prompt, pixels)
+    name = f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}"
+    return with_prompt(Query(name, "", pixels), image, prompt)
 
 
 def make_query_list(
@@ -292,8 +296,9 @@ def make_query_list(
     if size.line():
         console.log(size.line())
     assert model.encoder is not None
-    report_cut(model.encoder.text, [each if isinstance(each, str) else each[1] for each in queries], "prompts")
     read = {n: _read(*each, size, options.resize) for n, each in enumerate(queries) if not isinstance(each, str)}
+    prompts = [each if isinstance(each, str) else read[n].prompt for n, each in enumerate(queries)]
+    report_cut(model.encoder.text, prompts, "prompts")
     names = [query.id for query in read.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -358,6 +363,8 @@ def prepare_run(
     for note in opened.notes:
         console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
+    file = Path(model) if isinstance(model, str | Path) and Path(model).is_file() else None
+    made = checked_queries(made, opened, checkpoint=file, log=console.log)
     console.log("reading the training images")
     encode = bool(needs & {"model", "gradients", "trajectory"})
 

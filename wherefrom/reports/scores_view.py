@@ -17,7 +17,7 @@ from wherefrom.reports.attribution_report import write_report
 from wherefrom.reports.html import Markup, shorten, tag
 from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.images import foreign, image_tag
-from wherefrom.reports.query_section import ReportOptions, page_of
+from wherefrom.reports.query_section import ReportOptions, page_of, tie_notes
 from wherefrom.runtime.optional_dependencies import require_pandas
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class ScoresView(Scores):
         order, rows = self._first(count)
         said = f"  {self.query.prompt!r}" if self.query.prompt else "  (no prompt)"
         width = max((len(self.ids[position]) for position in order), default=0)
-        lines = [f"{self.query.name}{said}"]
+        lines = [f"{self.query.name}{said}", *tie_notes(self, count)]
         for rank, (position, row) in enumerate(zip(order, rows, strict=True), start=1):
             caption = " ".join(self.images.captions[row][0].split())
             lines.append(
@@ -159,7 +159,7 @@ class ScoresView(Scores):
                     style=_ITEM,
                 )
             )
-        notes = [tag("p", foreign(note, 2000)) for note in self.notes]
+        notes = [tag("p", foreign(note, 2000)) for note in (*self.notes, *tie_notes(self, count))]
         return tag("div", *notes, tag("ol", *items, style=_ROW))
 
     def plot(self, count: int = 20) -> Figure:
