@@ -238,8 +238,8 @@ def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.fl
     model = load_model(base, dtype)
     if known := known_adapters(model.denoiser):
         raise ValueError(
-            f"The base {base} of {folder} has an adapter ({known[0].name}): whose weights were customized, its own or those "
-            "with the adapter? Name a base without one, or one that it is merged into."
+            f"The base {base} of {folder} has an adapter ({known[0].name}): whose weights were customized, its own or "
+            "those with the adapter? Name a base without one, or one that it is merged into."
         )
     return customize(model, customization)
 
