@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from datamodules.images import ImageDataModule
 from lightning_modules.launch.settings import RunSettings
 from wherefrom.attributors import Attributor, Query, TrainingData
+from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
@@ -111,6 +112,7 @@ def prepare(
         progress=console.progress,
         keep_trajectory=keep_trajectory,
     )
+    queries = checked_queries(queries, model, log=console.log)
     return Run(model, data, queries, store, runner, console)
 
 
