@@ -20,7 +20,7 @@ from wherefrom.data.encoded_images import encode_image_set, report_cut
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.layouts.detection import OpenedImages, open_images
-from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
+from wherefrom.models.adapter_sources import AdapterInput
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
@@ -82,7 +82,6 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
             f"lora: the model is a loaded {type(model).__name__}, which would be changed. Load the adapter into "
             "the pipeline before (load_lora_weights, set_adapters), or give the model by its folder or hub id."
         )
-    adapters = [parse_adapter(each) for each in lora]
     if isinstance(model, DiffusionModel):
         return model
     if isinstance(model, str | Path):
@@ -91,7 +90,7 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
             raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
         try:
-            return load_model(str(model), lora=adapters)
+            return load_model(str(model), lora=lora)
         except OSError as error:
             if path.exists():
                 raise
