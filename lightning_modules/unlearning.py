@@ -39,6 +39,8 @@ class Unlearning(LeavesResult):
         save_to: File for the moved weights.
     """
 
+    trains_on_images = False  # the model is trained already: none of the images is held out
+
     def __init__(
         self,
         model: str,

@@ -23,7 +23,7 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.queries.sources import QueryRegion
 from wherefrom.reports.query_section import ReportOptions
 from wherefrom.reports.scores_view import ScoresView, save_report
-from wherefrom.runtime.cli_errors import option_names
+from wherefrom.runtime.cli_errors import option_names, spoken_words
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner, parse_device
 
@@ -35,6 +35,15 @@ WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
     "the option 'caption'": "AttributionOptions.caption",
+    "the option 'layout'": "AttributionOptions.layout",
+    "layout: sidecar": "AttributionOptions(layout='sidecar')",
+    "the option 'one_caption'": "AttributionOptions.one_caption",
+    "the option 'trigger'": "AttributionOptions.trigger",
+    "caption_lines: first or whole": "AttributionOptions.caption_lines",
+    "null: none, split: all": "AttributionOptions(null='none', split='all')",
+    "null: none": "AttributionOptions(null='none')",
+    "split: all": "AttributionOptions(split='all')",
+    "in split:": "in AttributionOptions.split",
     "the option 'size'": "AttributionOptions.size",
     "on_error: skip": "AttributionOptions(on_error='skip')",
     "buckets.upscale: true": "upscale=True in its buckets",
@@ -143,9 +152,10 @@ def attribute_images(
 
     Args:
         model: A loaded diffusers text-to-image pipeline, its folder or hub id, or a `DiffusionModel`.
-        images: The training images: a folder in Hugging Face's `imagefolder` layout, or an `ImageSet`. Images of its
-            validation split, which the model was never trained on, are the null of the p-values; without one there
-            are no p-values.
+        images: The training images: a folder (or a file that names them) in any layout that is known, or an `ImageSet`.
+            All are ranked, unless they have splits: then `train` is, and images of their own split `validation`, which
+            the model was never trained on, are the null of the p-values. `AttributionOptions.split` and `null` choose
+            others; without a null there are no p-values.
         queries: (image, prompt) pairs, the image a file, a PIL image or a uint8 array (H, W, 3), and the prompt `""`
             where it is not known; or prompts alone, whose images are drawn from the model.
         method: A packaged method's name, a YAML file, or an attributor.
@@ -155,7 +165,7 @@ def attribute_images(
         ValueError: The model, the images, a query, the method or a setting cannot be used; the message says why.
         OSError: There is no pipeline at that path.
     """
-    with option_names(WORDS):
+    with option_names(WORDS), spoken_words(WORDS):
         given, name = _attributor(method, options)
         runner = Runner.current(parse_device(options.device))
         run = prepare_run(model, images=images, queries=queries, methods=[given], options=options, runner=runner)
@@ -206,7 +216,7 @@ def compare(
         ValueError: See `attribute_images`; or the folder holds a run with other settings.
         OSError: There is no pipeline at that path, or the folder could not be written.
     """
-    with option_names(WORDS):
+    with option_names(WORDS), spoken_words(WORDS):
         named = load_packaged([str(method) for method in methods], options.settings, options.quick)
         runner = Runner.current(parse_device(options.device))
         run = prepare_run(model, images=images, queries=queries, methods=named.values(), options=options, runner=runner)

@@ -266,10 +266,17 @@ def test_a_share_is_taken_from_training_images_only() -> None:
     assert set(validation.columns["split"]) == {"train"}
 
 
-@pytest.mark.parametrize(("split", "share"), [("train", 0.0), ("train", 1.0), ("validation", 0.1), ("test", 0.1)])
+@pytest.mark.parametrize(("split", "share"), [("train", 1e-9), ("train", 1.0), ("validation", 0.1), ("test", 0.1)])
 def test_both_splits_need_images(split: str, share: float) -> None:
     with pytest.raises(ValueError, match=r"Of 5 images, \d are for training and \d for validation.*validation_share"):
         split_images(unsplit(5, split=(split,) * 5), share)
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_nothing_is_held_out_unless_a_share_is_asked_for(share: float | None) -> None:
+    for images in (unsplit(200), unsplit(200, split=("train",) * 200)):
+        train, validation = split_images(images, share)
+        assert (train.ids, len(validation)) == (images.ids, 0)
 
 
 def test_data_module_trains_on_what_is_neither_held_out_nor_excluded(tmp_path: Path, folder: Path) -> None:

@@ -46,15 +46,79 @@ def test_several_captions(folder: Path, build: Callable[..., ImageSet], kind: st
     assert build().captions == tuple((f"number {index}", "other") for index in range(3))
 
 
+def test_empty_captions_are_captions_and_fewer_are_repeated(folder: Path, build: Callable[..., ImageSet]) -> None:
+    rows = make(folder)
+    several: list[Any] = ["", ["x", " ", "y"], ["p", "q"]]
+    write_metadata(folder, [{**row, "text": text} for row, text in zip(rows, several, strict=True)])
+    assert build().captions == (("",) * 6, ("x", "", "y") * 2, ("p", "q") * 3)
+    many = [["a"] * 61, ["b"] * 2, "c"]
+    write_metadata(folder, [{**row, "text": text} for row, text in zip(rows, many, strict=True)])
+    with pytest.raises(ValueError, match=r"0\.png|line 1: the image has 61 captions.*122 of each"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "expected"),
+    [
+        ("caption", "a cat", ("a cat",)),
+        ("prompt", "a cat", ("a cat",)),
+        ("captions", ["a", "b"], ("a", "b")),
+        ("tags", ["1girl", "solo"], ("1girl, solo",)),
+        ("tags", "1girl, solo", ("1girl, solo",)),
+    ],
+)
+def test_caption_columns_are_found(
+    folder: Path, build: Callable[..., ImageSet], column: str, cell: Any, expected: tuple[str, ...]
+) -> None:
+    rows = make(folder)
+    write_metadata(folder, [{"file_name": row["file_name"], column: cell, "author": "x"} for row in rows])
+    images = build()
+    assert images.captions == (expected,) * 3
+    assert images.columns["author"] == ("x",) * 3
+    write_metadata(folder, [{**row, column: cell} for row in rows])
+    assert build().captions[0] == ("number 0",), "text comes first"
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train", "val"), ("train", "validation")),
+        (("Training", "VALID"), ("train", "validation")),
+        (("train", "dev"), ("train", "validation")),
+        (("train", "Eval"), ("train", "validation")),
+        (("TRAIN", "testing"), ("train", "test")),
+        (("train",), ("train",)),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_splits_are_what_people_call_them(
+    folder: Path, build: Callable[..., ImageSet], names: tuple[str, ...], splits: tuple[str, ...], inside: bool
+) -> None:
+    rows = []
+    for name in names:
+        made = make(folder / name, 2)
+        rows += [{**row, "file_name": f"{name}/{row['file_name']}"} for row in made]
+        if not inside:
+            (folder / name / "metadata.jsonl").unlink()
+    if not inside:
+        write_metadata(folder, rows)
+    images = build()
+    assert dict(zip(images.columns["file_name"], images.columns["split"], strict=True)) == {
+        f"{name}/{index}.png": split for name, split in zip(names, splits, strict=True) for index in range(2)
+    }
+    if not inside:
+        write_metadata(folder, [{**row, "split": row["file_name"].split("/")[0]} for row in rows])
+        assert build().columns["split"] == images.columns["split"]
+
+
 def test_the_caption_column_has_a_name(folder: Path, build: Callable[..., ImageSet]) -> None:
     make(folder, captions="better")
     assert build(caption="captions").captions == (("better",),) * 3
-    images = build()
-    assert images.captions[0] == ("number 0",), "`text` comes first"
-    assert "captions" not in images.columns
-    assert build(columns=()).captions[0] == ("number 0",)
+    assert build().captions[0] == ("number 0",)
+    assert "captions" not in build().columns, "it is the name of the captions themselves"
     with pytest.raises(ValueError, match=r"line 1: there is a column 'captions' beside 'text'"):
         build(columns=("captions",))
+    assert build(columns=()).captions[0] == ("number 0",)
 
 
 def test_licences_are_never_dropped(folder: Path, build: Callable[..., ImageSet]) -> None:
@@ -159,15 +223,11 @@ def test_a_class_called_train_is_no_split(folder: Path, build: Callable[..., Ima
 
 
 def test_no_folder_no_metadata_two_metadata(folder: Path, build: Callable[..., ImageSet]) -> None:
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="there is no folder or file"):
         build()
-    with pytest.raises(ValueError, match="is not a folder"):
-        build(layout="imagefolder")
     make(folder)
     (folder / "metadata.jsonl").rename(folder / "captions.jsonl")
-    with pytest.raises(ValueError, match=r"no metadata file\. Add metadata\.jsonl, metadata\.csv or metadata\.parquet"):
-        build(layout="imagefolder")
-    with pytest.raises(ValueError, match=r"is of no layout .*(?s:.)*imagefolder: images beside metadata\.jsonl"):
+    with pytest.raises(ValueError, match="holds 3 images and no captions"):
         build()
     make(folder)
     make(folder, kind="csv")
@@ -180,7 +240,10 @@ def test_metadata_above_and_below(folder: Path, build: Callable[..., ImageSet]) 
     make(folder / "train")
     with pytest.raises(ValueError, match=r"holds a metadata file and so do its subfolders .*train/metadata\.jsonl"):
         build()
-    (folder / "train").rename(folder / "more")
+    (folder / "train").rename(folder / "val")
+    with pytest.raises(ValueError, match=r"holds a metadata file and so do its subfolders .*val/metadata\.jsonl"):
+        build()
+    (folder / "val").rename(folder / "more")
     with pytest.raises(ValueError, match=r"more/metadata\.jsonl would not be read: .*train, validation, test below it"):
         build()
 
@@ -198,6 +261,9 @@ def test_images_that_no_metadata_names(folder: Path, build: Callable[..., ImageS
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"text": None}, r"line 2: the caption \('text'\) is missing"),
+        ({"text": float("nan")}, r"line 2: the caption \('text'\) is missing"),
+        ({"text": []}, r"line 2: the caption \('text'\) is missing"),
         ({"text": {"en": "x"}}, r"line 2: 'text' holds a dict, not text"),
         ({"text": ["x", ["y"]]}, r"line 2: 'text' holds a list, not text"),
         ({"text": "\ud83d"}, r"line 2: 'text' holds half a surrogate pair"),
@@ -305,89 +371,3 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column(
     path = folder / f"metadata.{kind}"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(build()) == 3
-
-
-@pytest.mark.parametrize("empty", ["", " \n", None, float("nan"), []])
-def test_an_empty_caption_is_the_empty_text(
-    folder: Path, build: Callable[..., ImageSet], empty: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = make(folder)
-    write_metadata(folder, [rows[0], {**rows[1], "text": empty}, rows[2]])
-    assert build().captions == (("number 0",), ("",), ("number 2",))
-    assert "1 image of 3 without a caption, which are taken as ''" in caplog.text
-
-
-def test_fewer_captions_are_repeated_so_that_each_is_drawn_as_often(
-    folder: Path, build: Callable[..., ImageSet]
-) -> None:
-    rows = make(folder)
-    texts = [["a", "b"], ["c", "", "d"], "e"]
-    write_metadata(folder, [{**row, "text": text} for row, text in zip(rows, texts, strict=True)])
-    assert build().captions == (("a", "b") * 3, ("c", "", "d") * 2, ("e",) * 6)
-    texts = [[str(n) for n in range(7)], [str(n) for n in range(9)], "e"]
-    write_metadata(folder, [{**row, "text": text} for row, text in zip(rows, texts, strict=True)])
-    with pytest.raises(ValueError, match=r"line 2: the image has 9 captions, that of .*line 3 has 1: .*63 of each"):
-        build()
-
-
-@pytest.mark.parametrize(
-    ("cells", "taken", "said"),
-    [
-        ({"prompt": "p", "caption": "c"}, "c", "which differ for 3 images: takes 'caption'"),
-        ({"prompt": "p"}, "p", "takes the captions from the column 'prompt'"),
-        ({"captions": ["x", "y"]}, ("x", "y"), "from the column 'captions'"),
-        ({"tags": ["1girl", "hat"]}, "1girl, hat", "from the column 'tags'"),
-        ({"tags": "1girl, hat", "text": "t"}, "t", "'text' and 'tags', which differ"),
-    ],
-)
-def test_the_caption_column_is_found(
-    folder: Path,
-    build: Callable[..., ImageSet],
-    caplog: pytest.LogCaptureFixture,
-    cells: dict[str, Any],
-    taken: str | tuple[str, ...],
-    said: str,
-) -> None:
-    rows = make(folder)
-    write_metadata(folder, [{"file_name": row["file_name"], **cells} for row in rows])
-    assert build().captions == (((taken,) if isinstance(taken, str) else taken),) * 3
-    assert said in caplog.text
-
-
-def test_a_list_of_tags_is_one_caption_also_where_it_was_named(folder: Path, build: Callable[..., ImageSet]) -> None:
-    rows = make(folder)
-    write_metadata(folder, [{**row, "tags": ["1girl", "hat"]} for row in rows])
-    assert build(caption="tags").captions == (("1girl, hat",),) * 3
-    assert build().columns["tags"] == ("1girl, hat",) * 3
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        *((name, "validation") for name in ("val", "VALID", "Validation", "dev", "eval")),
-        *((name, "train") for name in ("Train", "training")),
-        *((name, "test") for name in ("TEST", "testing")),
-    ],
-)
-def test_splits_have_many_names(
-    tmp_path: Path, folder: Path, build: Callable[..., ImageSet], name: str, split: str
-) -> None:
-    other = "test" if split == "train" else "train"
-    rows = make(folder, 2)
-    write_metadata(folder, [{**rows[0], "split": name}, {**rows[1], "split": other}])
-    assert build().columns["split"] == (split, other), "in cells"
-    for index, place in enumerate((name, other)):
-        (folder / place).mkdir()
-        (folder / f"{index}.png").rename(folder / place / "x.png")
-    write_metadata(folder, [{"file_name": f"{place}/x.png", "text": "x"} for place in (name, other)])
-    assert sorted(build().columns["split"]) == sorted((split, other)), "as folders below the metadata"
-    (folder / "metadata.jsonl").unlink()
-    for place in (name, other):
-        write_metadata(folder / place, [{"file_name": "x.png", "text": "x"}], "csv")
-    assert sorted(build().columns["split"]) == sorted((split, other)), "as folders with metadata each"
-
-
-@pytest.mark.parametrize("name", ["train", "training"])
-def test_a_folder_of_training_images_alone(folder: Path, build: Callable[..., ImageSet], name: str) -> None:
-    make(folder / name, 3, "csv")
-    assert build().columns["split"] == ("train",) * 3

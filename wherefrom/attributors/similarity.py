@@ -24,6 +24,7 @@ from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 
 
 class _PairwiseBaseline(Attributor):
@@ -65,6 +66,7 @@ class Random(_PairwiseBaseline):
     """
 
     def __init__(self, seed: int = 0) -> None:
+        check_ranges(seed=seed)
         self.seed = seed
 
     def identity(self) -> dict[str, Any]:
@@ -87,6 +89,7 @@ class PixelSimilarity(_PairwiseBaseline):
     requires: frozenset[Need] = frozenset({"features"})
 
     def __init__(self, size: int | None = None) -> None:
+        check_ranges(size=size)
         self.size = size
         self._vectors: dict[tuple[str, tuple[str, ...]], Tensor] = {}
 
@@ -126,7 +129,7 @@ class PixelSimilarity(_PairwiseBaseline):
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
         """Cosine with each image; the larger of query and mirrored query."""
-        sizes = set(images.sizes)
+        sizes = images.distinct_sizes
         if len(sizes) == 1 and query.pixels.shape[:2] not in sizes:
             raise ValueError(
                 f"Query {query.id!r} has shape {query.pixels.shape}, the training images "

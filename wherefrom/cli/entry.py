@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names
+from wherefrom.cli.suggestions import SuggestingParser
+from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names, spoken_words
 
 DESCRIPTION = """\
 Which training images did this image come from?
@@ -39,6 +40,20 @@ WORDS = {
     "queries:": "--query:",
     "the option 'caption'": "--caption",
     "the option 'columns'": "fewer columns",
+    "the option 'layout'": "--layout",
+    "layout: sidecar": "--layout sidecar",
+    "layout:": "--layout:",
+    "the option 'one_caption'": "--one-caption",
+    "the option 'trigger'": "--trigger",
+    "caption_lines: first or whole": "--caption-lines first or whole",
+    "caption_lines is": "--caption-lines is",
+    "caption:": "--caption:",
+    "null: none, split: all": "--null none --split all",
+    "null: none": "--null none",
+    "split: all": "--split all",
+    "null:": "--null:",
+    "in split:": "in --split",
+    "split:": "--split:",
     "the option 'size'": "--size",
     "on_error: skip": "--on-error skip",
     "on_error is": "--on-error is",
@@ -57,6 +72,7 @@ WORDS = {
     "sampling_steps must": "--sampling-steps must",
     "guidance must": "--guidance must",
     "seed must": "--seed must",
+    "clip_skip ": "--clip-skip ",
     "Ask for a smaller relative_loss_increase, or give alpha instead": "Give --set "
     "unlearning.relative_loss_increase=0.2, or less",
     "The data set has no column": "--group: the images have no column",
@@ -82,7 +98,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """The command line without any command's options, which are read by the command."""
-    root = argparse.ArgumentParser(
+    root = SuggestingParser(
         prog="wherefrom",
         description=DESCRIPTION,
         epilog="commands:\n"
@@ -119,7 +135,7 @@ def main(args: Sequence[str] | None = None) -> None:
         root.print_help()
         raise SystemExit(2)
     run: Callable[[str, Sequence[str]], None] = import_module(COMMANDS[options.command][0]).run
-    with mistakes_in_one_line(called_from_python=args is not None), option_names(WORDS):
+    with mistakes_in_one_line(called_from_python=args is not None), option_names(WORDS), spoken_words(WORDS):
         try:
             run(options.command, words[place + 1 :])
         except KeyboardInterrupt:

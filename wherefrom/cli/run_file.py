@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from wherefrom.cli.run_sizes import bucket_numbers, size_text
+from wherefrom.data.split_names import split_named
 from wherefrom.models.adapter_sources import check_place, local_files, parse_adapter
 
 RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
-_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str}
+# A run's own record also says what its files held.
+_RECORDED = ("inputs", "stated")
+# Texts of which the empty one says something.
+_TEXTS = ("one_caption", "trigger")
+_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,25 @@ class Request:
 
     Attributes:
         model: A diffusers pipeline: folder or hub id.
-        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         images: Folder of the training images with their captions.
-        queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
+        queries: Each `{image, prompt}`, `{image}` alone, whose file may state its prompt, or `{prompt}` alone, whose
+            image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
         method: Packaged methods, or YAML files.
         settings: Values that replace the methods' own.
         quick: A first look.
+        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         output: The run folder.
         store: Folder for what is computed once.
         device: Where to compute.
         resize: Bring query images to the model's size.
-        caption: Name of the caption column.
+        caption: Name of the caption column, or suffix of the caption files; "" finds it.
+        layout: Layout of the folder; "" finds it.
+        one_caption: The caption of all images of a folder without captions.
+        trigger: What stands for `[trigger]` in captions.
+        caption_lines: What the lines of a caption file are: each, first or whole.
+        split: Splits whose images are ranked, or `all`.
+        null: Images never trained on: a split, a folder, or `none`.
         size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
         fit: How images are brought to it: crop, pad or stretch.
         pad_color: Colour of the margins of pad.
@@ -50,24 +62,31 @@ class Request:
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        clip_skip: Captions and prompts are read this many layers before CLIP's last.
         top: Training images that the page shows for each query.
         groups: Columns whose shares are shown; none is all that group.
         title: Title of the page.
     """
 
     model: str = ""
-    lora: tuple[str, ...] = ()
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
     method: tuple[str, ...] = (DEFAULT_METHOD,)
     settings: Mapping[str, Any] | None = None
     quick: bool = False
+    lora: tuple[str, ...] = ()
     output: str = ""
     store: str = "cache"
     device: str = ""
     resize: bool = False
-    caption: str = "text"
+    caption: str = ""
+    layout: str = ""
+    one_caption: str | None = None
+    trigger: str | None = None
+    caption_lines: str = ""
+    split: tuple[str, ...] = ()
+    null: str = ""
     size: str = ""
     fit: str = "crop"
     pad_color: str = "white"
@@ -79,6 +98,7 @@ class Request:
     sampling_steps: int = 50
     guidance: float = 2.0
     eta: float = 0.0
+    clip_skip: int = 0
     top: int = 20
     groups: tuple[str, ...] = ()
     title: str = "Where did these images come from?"
@@ -108,7 +128,7 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         return size_text(value, f"{where}: size")
     if key == "buckets":
         return bucket_numbers(value, f"{where}: buckets")
-    kind = type(default)
+    kind = str if key in _TEXTS else type(default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
         return float(value)
@@ -143,13 +163,17 @@ def read_request(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys; write model, images, queries and method.")
+    # YAML reads the bare key null, and the bare value, as nothing.
+    tree = {"null" if key is None else key: value for key, value in tree.items()}
+    if "null" in tree and tree["null"] is None:
+        tree["null"] = "none"
     defaults = {each.name: each.default for each in fields(Request)}
     for key in tree:
-        if key == "inputs":  # a run's own record, which also says what its files held
+        if key in _RECORDED:
             continue
         if key not in defaults:
             raise ValueError(f"{path}: there is no key {key!r}; {closest(str(key), defaults)}")
-    values = {key: _typed(key, value, defaults[key], str(path)) for key, value in tree.items() if key != "inputs"}
+    values = {key: _typed(key, value, defaults[key], str(path)) for key, value in tree.items() if key not in _RECORDED}
     for query in values.get("queries", ()):
         _check_entry(query, "queries", ("image", "prompt"), path)
         if not query.get("image") and not query.get("prompt"):
@@ -191,7 +215,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def _place(name: str) -> str:
     """A path on disk as seen from everywhere; a hub id or a packaged name as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def _hash(path: str) -> str:
@@ -231,6 +255,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
         model=_place(request.model),
         lora=tuple(str(replace(adapter, place=_place(adapter.place))) for adapter in adapters),
         images=_place(request.images),
+        null=request.null if request.null == "none" or split_named(request.null) else _place(request.null),
         queries=queries,
         regions=regions,
         method=methods,
@@ -251,7 +276,18 @@ def record_of(request: Request) -> dict[str, Any]:
     files += [region["mask"] for region in request.regions if region.get("mask")]
     files += [name for name in request.method if name.endswith((".yaml", ".yml"))]
     files += [str(path) for given in request.lora for path in local_files(parse_adapter(given))]
-    return {**said, "inputs": {path: _hash(path) for path in files if Path(path).is_file()}}
+    stated = _stated(request)
+    inputs = {path: _hash(path) for path in files if Path(path).is_file()}
+    return {**said, "inputs": inputs, **({"stated": stated} if stated else {})}
+
+
+def _stated(request: Request) -> dict[str, dict[str, Any]]:
+    """What image files without a given prompt say of how they were made: the prompt that is used, and the rest."""
+    from wherefrom.queries.generation_metadata import read_generation_metadata
+
+    asked = [query["image"] for query in request.queries if query.get("image") and "prompt" not in query]
+    found = {path: read_generation_metadata(path) for path in asked if Path(path).is_file()}
+    return {path: each.as_json() for path, each in found.items() if each is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -10,20 +10,29 @@ from typing import Any
 from wherefrom.cli.entry import Help
 from wherefrom.cli.run_file import DEFAULT_METHOD, Request, parse_settings, read_request
 from wherefrom.cli.run_sizes import add_size_flags, bucket_numbers, size_text
+from wherefrom.cli.suggestions import SuggestingParser
 
 DETAILS = """\
 queries:
   --query FILE --prompt TEXT   an image and the prompt that made it
-  --query FILE                 an image whose prompt is not known
+  --query FILE                 an image with the prompt that its own file states, as AUTOMATIC1111,
+                               ComfyUI and others write it; else the prompt is not known
   --prompt TEXT                no image: it is drawn from the model
   Repeat them for several queries. A --prompt belongs to the --query just before it;
   one that follows another --prompt, or stands first, is drawn.
 
 images:
-  A folder with images and metadata.jsonl, .csv or .parquet: a column file_name, a column text
-  (see --caption), and further ones such as license and author. Rows whose split is
-  validation were never trained on: p-values are measured against them. They are brought to
-  the model's own size as --fit says, unless --size or --buckets asks for others.
+  A folder whose layout is found out and said (--layout NAME overrides):
+    imagefolder  metadata.jsonl, .csv or .parquet with file_name, text, license, author, ...
+    sidecar      a.jpg beside a.txt or a.caption
+    kohya        folders such as 10_name, seen ten times an epoch; or its dataset.toml itself
+    list         kohya's or musubi's JSON or JSON lines
+    images       images alone, with --one-caption
+  All are ranked. Where rows have a split, those of train are, and those of validation are the
+  null: images that the model was never trained on, which p-values are measured against. --split
+  and --null choose others.
+  They are brought to the model's own size as --fit says, unless --size or --buckets asks for
+  others.
 
 file:
   -c FILE.yaml holds the same by these keys; flags win over it:
@@ -59,7 +68,7 @@ class Asked(argparse.Action):
 
 def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser:
     """The flags of a command that asks a model about queries."""
-    made = argparse.ArgumentParser(
+    made = SuggestingParser(
         prog=f"wherefrom {command}",
         description=f"{line[0].upper()}{line[1:]}.",
         epilog=f"example:\n\n  {example}\n\n{DETAILS}",
@@ -79,7 +88,13 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     )
     add("--images", metavar="FOLDER", help="the training images with their captions; see below")
     add("--query", action=Asked, dest="asked", metavar="FILE", help="an image to attribute")
-    add("--prompt", action=Asked, dest="asked", metavar="TEXT", help="its prompt; or alone, to draw an image")
+    add(
+        "--prompt",
+        action=Asked,
+        dest="asked",
+        metavar="TEXT",
+        help="its prompt (default: the file's own); or alone, to draw an image",
+    )
     several = "; repeat it for each" if command == "compare" else ""
     add(
         "--method",
@@ -94,11 +109,24 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--resize", action="store_true", help="bring query images to the training images' size")
     add_size_flags(made)
-    add("--caption", metavar="COLUMN", help="the metadata's caption column (default: text)")
+    add("--layout", metavar="NAME", help="layout of the training images (default: found out and said)")
+    add(
+        "--caption",
+        metavar="COLUMN",
+        help="caption column, or suffix of caption files (default: found out)",
+    )
+    add("--one-caption", metavar="TEXT", help="caption of all images of a folder without captions ('' for no words)")
+    add("--trigger", metavar="WORD", help="what stands for [trigger] in captions")
+    add("--caption-lines", metavar="HOW", help="a caption file's lines: each a caption, the first one, or the whole")
+    add(
+        "--split", action="append", metavar="NAME", help="rank images of this split; repeat it, or all (default: train)"
+    )
+    add("--null", metavar="WHAT", help="never trained on: a split, a FOLDER, or none (default: validation)")
     add("--seed", type=int, metavar="N", help="seed of drawn images (default: 0)")
     add("--sampling-steps", type=int, metavar="N", help="sampling steps of drawn images (default: 50)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance of drawn images (default: 2)")
     add("--eta", type=float, metavar="X", help="0 is DDIM, 1 with all timesteps DDPM (default: 0)")
+    add("--clip-skip", type=int, metavar="N", help="read captions N layers before CLIP's last, as diffusers counts")
     add("--top", type=int, metavar="N", help="training images that the page shows (default: 20)")
     add("--group", action="append", dest="groups", metavar="COLUMN", help="show shares of this column's groups")
     add("--title", metavar="TEXT", help="title of the page")

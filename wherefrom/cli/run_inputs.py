@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
     """The queries and options that a request names."""
     from wherefrom.commands.prepared_run import AttributionOptions
+    from wherefrom.data.layouts.base import checked_lines
     from wherefrom.data.on_error import checked
     from wherefrom.queries.sources import QueryRegion
 
     queries: list[QueryInput] = [
-        (query["image"], query.get("prompt", "")) if query.get("image") else query["prompt"]
-        for query in request.queries
+        (query["image"], query.get("prompt")) if query.get("image") else query["prompt"] for query in request.queries
     ]
     return queries, AttributionOptions(
         settings=request.settings or {},
@@ -30,7 +30,13 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         device=request.device or None,
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
-        caption=request.caption,
+        caption=request.caption or None,
+        layout=request.layout or None,
+        one_caption=request.one_caption,
+        trigger=request.trigger,
+        caption_lines=checked_lines(request.caption_lines),
+        split=request.split,
+        null=request.null,
         size=size_of(request.size),
         framing=framing_of(request),
         on_error=checked(request.on_error),
@@ -38,6 +44,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         sampling_steps=request.sampling_steps,
         guidance=request.guidance,
         eta=request.eta,
+        clip_skip=request.clip_skip,
     )
 
 

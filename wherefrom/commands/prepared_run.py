@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,84 +13,30 @@ import torch
 from PIL import Image
 
 from wherefrom.attributors.base import Attributor
+from wherefrom.commands.attribution_options import AttributionOptions as AttributionOptions
+from wherefrom.commands.null_warnings import check_choice, warn_of_null
+from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.data.encoded_images import encode_image_set, report_cut
-from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
-from wherefrom.data.on_error import OnError, checked
-from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
+from wherefrom.data.layouts.detection import OpenedImages, open_images
+from wherefrom.models.adapter_sources import AdapterInput
 from wherefrom.models.adapter_states import known_adapters
+from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
+from wherefrom.queries.own_prompts import with_prompt
 from wherefrom.queries.run_size import RunSize
-from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
+from wherefrom.queries.sources import QueryImage, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.cli_errors import as_spoken
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.tensor_hash import hash_tensors
 
-QueryInput = str | tuple[Any, str]
-
-
-@dataclass(frozen=True)
-class AttributionOptions:
-    """How images are attributed.
-
-    Attributes:
-        settings: Values that replace the method's own, such as `{"unlearning.noise_samples": 500}`.
-        quick: A first look: few timesteps and noise samples.
-        lora: Adapters that are added to a model that is given by its path or hub id: a file, a folder or a hub id, as
-            `"style.safetensors"`, `"style.safetensors:0.8"` or `("style.safetensors", 0.8)`.
-        store: Folder for what is computed once.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
-        resize: Bring query images to the model's size instead of refusing other sizes.
-        regions: Parts of the queries (`of` names the file or the prompt), each scored after its whole image.
-        caption: Name of the caption column of the folder's metadata.
-        seed: Seed of images that are drawn from prompts.
-        sampling_steps: Sampling steps of these.
-        guidance: Classifier-free guidance of these.
-        eta: 0 is DDIM; 1 with all timesteps is DDPM.
-        progress: Show on stderr what is being done, and bars.
-        size: Size of all images, queries and training images alike: the side of a square, or (height, width); None is
-            the model's own.
-        framing: How images are brought to it: padding, aspect buckets, EXIF, transparency.
-        on_error: `skip` leaves out training images that cannot be read; `stop` refuses them.
-
-    Raises:
-        ValueError: A value is out of range.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    quick: bool = False
-    lora: Sequence[AdapterInput] = ()
-    store: str | Path = "cache"
-    device: str | None = None
-    resize: bool = False
-    regions: Sequence[QueryRegion] = ()
-    caption: str = "text"
-    seed: int = 0
-    sampling_steps: int = 50
-    guidance: float = 2.0
-    eta: float = 0.0
-    progress: bool = True
-    size: AnySize | None = None
-    framing: Framing = Framing()
-    on_error: OnError = "stop"
-
-    def __post_init__(self) -> None:
-        checked(self.on_error)
-        if self.size is not None:
-            sides_of(self.size)
-        if self.sampling_steps < 1:
-            raise ValueError(f"sampling_steps must be at least 1; given {self.sampling_steps}.")
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance must be a number from 0 on; given {self.guidance}.")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
+QueryInput = str | tuple[Any, str | None]
 
 
 @dataclass(frozen=True)
@@ -103,6 +49,7 @@ class PreparedRun:
     store: Store
     runner: Runner
     console: Console
+    size: RunSize | None = None
 
 
 def image_size(model: DiffusionModel) -> int:
@@ -135,7 +82,6 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
             f"lora: the model is a loaded {type(model).__name__}, which would be changed. Load the adapter into "
             "the pipeline before (load_lora_weights, set_adapters), or give the model by its folder or hub id."
         )
-    adapters = [parse_adapter(each) for each in lora]
     if isinstance(model, DiffusionModel):
         return model
     if isinstance(model, str | Path):
@@ -144,7 +90,7 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
             raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
         try:
-            return load_model(str(model), lora=adapters)
+            return load_model(str(model), lora=lora)
         except OSError as error:
             if path.exists():
                 raise
@@ -161,7 +107,7 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
 
 
 def read_training_data(
-    images: str | Path | ImageSet,
+    images: str | Path | OpenedImages | ImageSet,
     *,
     model: DiffusionModel,
     options: AttributionOptions,
@@ -169,12 +115,12 @@ def read_training_data(
     encode: bool,
     console: Console,
 ) -> TrainingData:
-    """The training images at the model's size, and the images of the validation split: the null.
+    """The ranked images at the model's size, and the null if there is one.
 
     Args:
-        images: A folder in Hugging Face's `imagefolder` layout, or images.
+        images: A folder, or file or name, in any layout that is known, or images.
         model: The model that was trained on them.
-        options: Names the caption column.
+        options: Names the caption column, and says which images are ranked and which are the null.
         store: Where images and latents are kept.
         encode: Whether the method needs latents.
         console: Shows what is being read and encoded.
@@ -183,17 +129,19 @@ def read_training_data(
         ValueError: The folder or an image cannot be used, or none of the images is for training.
     """
     size = RunSize.of(model, options.size, options.framing)
-    every = images
-    if not isinstance(every, ImageSet):
-        how = ImageFolderOptions(size.option, options.caption, on_error=options.on_error, framing=size.framing)
-        every = build_image_folder(store, Path(every), how, console.progress)
-    size.check_images(every)
-    split = "split" in every.columns
-    train = every.where("split", "train") if split else every
-    held_out = every.where("split", "validation") if split else None
-    if not len(train):
-        raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
-    held_out = held_out if held_out is not None and len(held_out) else None
+    how = ImageFolderOptions.of_reading(
+        options.reading, size=size.option, on_error=options.on_error, framing=size.framing
+    )
+
+    def read(folder: str | Path | OpenedImages) -> ImageSet:
+        return build_image_folder(store, folder, how, console.progress)
+
+    train, held_out, lines = options.choice.of(images if isinstance(images, ImageSet) else read(images), read)
+    for each in (train, held_out):
+        if each is not None:
+            size.check_images(each)
+    for line in lines:
+        console.log(as_spoken(line))
     if not encode:
         return TrainingData(train, None, held_out, None)
     assert model.encoder is not None
@@ -219,15 +167,16 @@ def check_query_files(queries: Iterable[QueryInput]) -> None:
         if isinstance(query, str):
             continue
         pair: Any = query
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str)):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str | None)):
             raise ValueError(
-                f"queries: {query!r} is neither a prompt nor an (image, prompt) pair; an unknown prompt is ''."
+                f"queries: {query!r} is neither a prompt nor an (image, prompt) pair; an unknown prompt is '', and "
+                "None takes the one that the image file states."
             )
         if isinstance(query[0], str | Path) and not Path(query[0]).is_file():
             raise ValueError(f"queries: there is no image file {str(query[0])!r}.")
 
 
-def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
+def _read(image: Any, prompt: str | None, size: RunSize, resize: bool) -> Query:
     """A query from a file, a PIL image or an array."""
     if isinstance(image, str | Path):
         return read_query(QueryImage(str(image), prompt), size, resize)
@@ -252,7 +201,8 @@ def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
             f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. Resize it, or set "
             "queries.resize: true to bring it there as training images are."
         )
-    return Query(f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}", prompt, pixels)
+    name = f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}"
+    return with_prompt(Query(name, "", pixels), image, prompt)
 
 
 def make_query_list(
@@ -272,8 +222,9 @@ def make_query_list(
     if size.line():
         console.log(size.line())
     assert model.encoder is not None
-    report_cut(model.encoder.text, [each if isinstance(each, str) else each[1] for each in queries], "prompts")
     read = {n: _read(*each, size, options.resize) for n, each in enumerate(queries) if not isinstance(each, str)}
+    prompts = [each if isinstance(each, str) else read[n].prompt for n, each in enumerate(queries)]
+    report_cut(model.encoder.text, prompts, "prompts")
     names = [query.id for query in read.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -326,25 +277,36 @@ def prepare_run(
         OSError: There is no pipeline at that path.
     """
     check_query_files(queries)
-    if not isinstance(images, ImageSet) and not Path(images).is_dir():
-        raise ValueError(f"images: there is no folder {str(images)!r}.")
+    there = images if isinstance(images, ImageSet) else open_images(images, options.reading)
+    check_choice(there, options.choice, options.reading)
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
+    for line in () if isinstance(there, ImageSet) else there.lines:
+        console.log(as_spoken(line))
     console.log("loading the model")
-    opened = open_model(model, options.lora).to(runner.device)
+    opened = with_clip_skip(open_model(model, options.lora), options.clip_skip).to(runner.device)
     for adapter in known_adapters(opened.denoiser):
         console.log(f"with LoRA {adapter}")
     for note in opened.notes:
         console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
+    file = Path(model) if isinstance(model, str | Path) and Path(model).is_file() else None
+    made = checked_queries(made, opened, checkpoint=file, log=console.log)
     console.log("reading the training images")
     encode = bool(needs & {"model", "gradients", "trajectory"})
 
     def read() -> TrainingData:
-        return read_training_data(images, model=opened, options=options, store=store, encode=encode, console=console)
+        return read_training_data(there, model=opened, options=options, store=store, encode=encode, console=console)
 
     if runner.is_main and runner.world_size > 1:
         read()  # the others find it in the store
     runner.barrier()
     data = read()
-    return PreparedRun(opened, data, made, store, runner, console)
+    if runner.is_main:
+        warn_of_null(data.held_out, data.images, made)
+    skipped = {Path(name).name for name in data.images.skipped}
+    files = {Path(each[0]).name for each in queries if not isinstance(each, str) and isinstance(each[0], str | Path)}
+    for name in sorted(files & skipped):
+        console.log(f"the training image {name}, called like a query, could not be read: it is not among the ranked")
+    size = RunSize.of(opened, options.size, options.framing)
+    return PreparedRun(opened, data, made, store, runner, console, size)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from wherefrom.data.encoded_rows import EncodedRows
 from wherefrom.data.image_set import ImageSet, joined_image_sets, keep_indices
 from wherefrom.data.latent_group import LatentGroup as LatentGroup
+from wherefrom.data.weighted_images import WeightedImages
 from wherefrom.models.conditioning import Conditioning, concatenated
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
@@ -30,6 +31,7 @@ from wherefrom.runtime.mapped_arrays import (
     join_rows,
     write_array,
 )
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 from wherefrom.training.keyed_batches import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
 
@@ -38,7 +40,7 @@ _KEYS = "image_keys.npy"
 
 
 @dataclass(frozen=True)
-class EncodedImages:
+class EncodedImages(WeightedImages):
     """A training set as the diffusion model sees it, in groups by the shape of the latents.
 
     Attributes:
@@ -370,6 +372,7 @@ class LatentVisits(Dataset[LatentBatch]):
                 "caption_dropout needs the states of the empty caption, which the ready-made arrays do not hold: give "
                 "null_states, or set caption_dropout to 0."
             )
+        check_ranges(flip_share=flip_share, caption_dropout=caption_dropout)
         self.data, self.seed = data, seed
         self.id_keys = data.id_keys
         self.flip_share, self.caption_dropout = flip_share, caption_dropout

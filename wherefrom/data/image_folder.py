@@ -19,6 +19,7 @@ from wherefrom.data.image_set import ImageSet, read_image_set, write_table
 from wherefrom.data.layouts.base import CaptionLines, ImageReader, ReadingOptions, Row, shown
 from wherefrom.data.layouts.detection import LAYOUTS, OpenedImages, open_images
 from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
+from wherefrom.data.repeats import REPEATS, parse_repeats
 from wherefrom.runtime.artifacts import Store, canonical_json, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import added_setting, settings_identity
@@ -65,6 +66,18 @@ class ImageFolderOptions:
         object.__setattr__(self, "size", one_number(self.size))
         _ = self.reading
 
+    @classmethod
+    def of_reading(
+        cls,
+        reading: ReadingOptions,
+        *,
+        size: AnySize | None = None,
+        on_error: OnError = "stop",
+        framing: Framing = Framing(),
+    ) -> ImageFolderOptions:
+        """The options that read rows so, and images as the others say."""
+        return cls(size=size, on_error=on_error, framing=framing, **vars(reading))
+
     @property
     def reading(self) -> ReadingOptions:
         """What a reader is asked for."""
@@ -94,7 +107,7 @@ def build_image_folder(
     """Builds the image set of a folder in the order of its ids, or loads it from the store.
 
     The id is the column `id`, or else the path below the folder. Columns: `file_name`, `license` (`unknown` where none
-    is given), `split` if there are splits, `repeats` if training sees some images more often than once, and those of
+    is given), `split` if there are splits, `repeats` if training sees some images more often than others, and those of
     the metadata. Every file is hashed at each call, so the stored images are never stale.
 
     Args:
@@ -105,7 +118,7 @@ def build_image_folder(
         progress: Called with (done, total) while images are read.
 
     Raises:
-        ValueError: The place is of no layout, or its metadata or an image cannot be used; the message names the file
+        ValueError: The place is of no layout, or the metadata or an image cannot be used; the message names the file
             and the remedy.
         StorageError: The store could not be written.
     """
@@ -117,6 +130,7 @@ def build_image_folder(
         for line in opened.lines[1:] if opened.usual else opened.lines:
             _logger.warning("%s: %s", folder, line)
     reader, rows = opened.reader, opened.reader.rows
+    parse_repeats((row.id for row in rows), (row.columns.get(REPEATS, "") for row in rows))  # before all is decoded
     contents = [reader.content_key(row) for row in rows]
     identity: dict[str, Any] = {
         **reading_identity(options.found(reader)),
@@ -150,7 +164,7 @@ def build_image_folder(
         if any(row.repeats != 1 for row in made.rows):
             columns["repeats"] = [str(row.repeats) for row in made.rows]
         write_table(partial, ids, captions, columns)
-        content = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
+        content: dict[str, Any] = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
         if len(set(made.sizes)) > 1:
             content["sizes"] = [list(size) for size in made.sizes]
         reasons = {"reasons": dict(made.skipped)} if made.skipped else {}
@@ -165,24 +179,51 @@ def build_image_folder(
     return read_image_set(artifact)
 
 
-def split_images(images: ImageSet, validation_share: float) -> tuple[ImageSet, ImageSet]:
+def split_images(images: ImageSet, validation_share: float | None) -> tuple[ImageSet, ImageSet]:
     """Splits images into (training, validation): by the column `split`, else a share by the hash of the id.
+
+    Args:
+        images: The images.
+        validation_share: See `hold_out`; for images that name no validation split.
+
+    Raises:
+        ValueError: No image is for training, or a share is held out that is none or all of them.
+    """
+    if "split" not in images.columns:
+        return hold_out(images, validation_share)
+    train, validation = images.where("split", "train"), images.where("split", "validation")
+    if not len(validation) and len(train):
+        return hold_out(train, validation_share)
+    if not len(train):
+        raise _one_is_empty(len(images), 0, len(validation), validation_share)
+    return train, validation
+
+
+def hold_out(images: ImageSet, validation_share: float | None) -> tuple[ImageSet, ImageSet]:
+    """Splits images into (training, validation) by the hashes of their ids.
 
     The assignment of an image does not depend on the others.
 
+    Args:
+        images: The images.
+        validation_share: Share that is held out; None or 0 holds none out.
+
     Raises:
-        ValueError: One of the two would be empty.
+        ValueError: There is no image, or a share is held out that is none or all of them.
     """
-    train, validation = images, images.subset([])
-    if "split" in images.columns:
-        train, validation = images.where("split", "train"), images.where("split", "validation")
-    if not len(validation):
-        held = [hash_text(f"validation/{name}") % 10_000 < validation_share * 10_000 for name in train.ids]
-        validation = train.subset([index for index, out in enumerate(held) if out])
-        train = train.subset([index for index, out in enumerate(held) if not out])
-    if not len(train) or not len(validation):
-        raise ValueError(
-            f"Of {len(images)} images, {len(train)} are for training and {len(validation)} for validation, but "
-            f"both need some. Change validation_share ({validation_share}), or the column 'split'."
-        )
-    return train, validation
+    share = validation_share or 0.0
+    held = [hash_text(f"validation/{name}") % 10_000 < share * 10_000 for name in images.ids] if share else []
+    out, kept = sum(held), len(images) - sum(held)
+    if not kept or (share and not out):
+        raise _one_is_empty(len(images), kept, out, validation_share)
+    if not out:
+        return images, images.subset([])
+    train, validation = ([index for index, each in enumerate(held) if each is side] for side in (False, True))
+    return images.subset(train), images.subset(validation)
+
+
+def _one_is_empty(images: int, training: int, validation: int, share: float | None) -> ValueError:
+    return ValueError(
+        f"Of {images} images, {training} are for training and {validation} for validation, but both need some. Change "
+        f"validation_share ({share}), or the column 'split'."
+    )

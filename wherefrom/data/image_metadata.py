@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -204,10 +204,15 @@ def _text(cell: Any, where: str, column: str, remedy: str) -> str:
 
 
 def _captions(cell: Any, where: str, column: str, told: Metadata) -> tuple[str, ...]:
-    """The captions of a cell; "" where it is empty."""
+    """The captions of a cell. An empty one is a caption: the image was trained on without words; None is missing."""
     several = cell if isinstance(cell, list) else [cell]
+    if not several or any(_missing(one) and not isinstance(one, str) for one in several):
+        raise ValueError(
+            f"{where}: the caption ({column!r}) is missing. Write one, which may be empty, or take the image out of "
+            "the folder."
+        )
     remedy = "A caption is a string, or a list of strings."
-    made = tuple("" if _missing(one) else _text(one, where, column, remedy) for one in several) or ("",)
+    made = tuple("" if _missing(one) else _text(one, where, column, remedy) for one in several)
     if column == "tags" and isinstance(cell, list):
         told.also["tags"] = "joined"
         return (", ".join(made),)

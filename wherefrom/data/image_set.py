@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
 from wherefrom.data.ragged_pixels import Pixels, RaggedPixels, by_size, join_pixels, sizes_of, take_pixels
+from wherefrom.data.repeats import REPEATS, parse_repeats, weighted_fingerprint
 from wherefrom.models.image_sizes import Size
 from wherefrom.runtime.artifacts import identity_hash, read_manifest, replacing
 
@@ -34,7 +36,8 @@ class ImageSet:
         captions: The captions of each image; every image has the same number of them.
         pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of a memory-mapped array. Images of
             several sizes (aspect buckets) are `RaggedPixels`, which give one image or images of one size.
-        columns: Further columns, one string per image: `license` always, and groups such as `author`, `style`.
+        columns: Further columns, one string per image: `license` always, and groups such as `author`, `style`. The
+            column `repeats` has a meaning: see `weights`.
         fingerprint: Hash of ids, captions and pixels; part of the identity of every artifact built from them.
         joined_from: The sets that this one is the concatenation of, if any; see `parts`.
         skipped: Names of images of the same source that could not be read and were left out.
@@ -56,6 +59,27 @@ class ImageSet:
         counts = {len(captions) for captions in self.captions}
         if len(counts) > 1:
             raise ValueError(f"Images must have equally many captions each; found {sorted(counts)}.")
+
+    @cached_property
+    def weights(self) -> Float[NDArray[np.float64], " n"] | None:
+        """How often training sees each image, by the column `repeats`; None where it sees each once.
+
+        Training descends the weighted mean Σ wᵢ ℓᵢ / Σ wᵢ of the images' losses.
+
+        Raises:
+            ValueError: A cell of the column is no positive whole number.
+        """
+        return parse_repeats(self.ids, self.columns[REPEATS]) if REPEATS in self.columns else None
+
+    @property
+    def seen(self) -> int:
+        """Number of images that an epoch of training sees: Σ wᵢ, the number of images where each is seen once."""
+        return len(self) if self.weights is None else int(self.weights.sum())
+
+    @property
+    def weighted_fingerprint(self) -> str:
+        """The fingerprint with the weights, for what depends on them; the plain one where each image is seen once."""
+        return weighted_fingerprint(self.fingerprint, self.weights)
 
     @property
     def parts(self) -> tuple[ImageSet, ...]:
@@ -80,6 +104,11 @@ class ImageSet:
     def sizes(self) -> list[Size]:
         """(height, width) of every image."""
         return sizes_of(self.pixels)
+
+    @property
+    def distinct_sizes(self) -> list[Size]:
+        """Every (height, width) that occurs, in order."""
+        return sorted(size for size, _ in by_size(self.pixels))
 
     def by_size(self) -> Iterator[tuple[Size, ImageSet, NDArray[np.intp]]]:
         """The images of each size, with their positions here."""
@@ -154,7 +183,7 @@ def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") 
             raise ValueError(
                 f"{option}: {path} is not a file. Give a list of ids, or a text file with one id per line."
             )
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     return tuple(given)
 
 

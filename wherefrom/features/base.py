@@ -24,6 +24,7 @@ from wherefrom.models.encoders import CaptionEncoder, freeze
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime.artifacts import Store, identity_hash, replacing
+from wherefrom.runtime.checked_files import read_array
 from wherefrom.runtime.tensor_hash import hash_tensors
 
 Pixels = UInt8[NDArray[np.uint8], "n h w 3"] | UInt8[Tensor, "n h w 3"] | Float[Tensor, "n 3 h w"]
@@ -330,12 +331,12 @@ def _cached(
             part.unlink(missing_ok=True)
 
     folder = store.make(kind, identity, build)
-    return torch.from_numpy(np.load(folder / FEATURES, mmap_mode="c"))  # copy on write: torch requires writable memory
+    return torch.from_numpy(read_array(folder / FEATURES, "c"))  # copy on write: torch requires writable memory
 
 
 def _join(parts: Sequence[Path], path: Path, count: int) -> None:
     """Joins the parts into one file by streaming: memory does not grow with the number of images."""
-    width = np.load(parts[0], mmap_mode="r").shape[1]
+    width = read_array(parts[0], "r").shape[1]
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
         "fortran_order": False,
@@ -344,4 +345,4 @@ def _join(parts: Sequence[Path], path: Path, count: int) -> None:
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.lib.format.write_array_header_2_0(stream, header)
         for part in parts:
-            stream.write(np.ascontiguousarray(np.load(part), dtype=np.float32).tobytes())
+            stream.write(np.ascontiguousarray(read_array(part), dtype=np.float32).tobytes())

@@ -19,7 +19,6 @@ from wherefrom.models.adapter_files import (
     FileLayer,
     is_adapter,
     is_checkpoint,
-    is_embedding,
     keys_of,
     read_adapter,
 )
@@ -37,6 +36,7 @@ from wherefrom.models.adapter_states import (
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.families.base import PipelineParts
 from wherefrom.models.prompt_encoders import PromptEncoder
+from wherefrom.models.textual_inversions import is_textual_inversion
 from wherefrom.runtime.optional_dependencies import require_peft
 
 
@@ -173,7 +173,7 @@ def adapters_beside(
             found.append(path)
         elif is_checkpoint(keys):
             checkpoints.append(path)
-        elif not is_embedding(keys):
+        elif not is_textual_inversion(path):
             raise ValueError(
                 f"{path} lies beside a pipeline, and what it is cannot be told: its tensors are called "
                 f"{', '.join(repr(key) for key in keys[:2])}. Move it out of the folder if it is no part of the model."
@@ -182,6 +182,11 @@ def adapters_beside(
         raise ValueError(
             f"{folder} holds several adapters beside the pipeline ({', '.join(path.name for path in found)}): which of "
             "them belong to the model? Name these with the option 'lora', each with its weight; move the others."
+        )
+    if found and not (folder / "model_index.json").is_file() and not any(folder.glob("*/config.json")):
+        raise ValueError(
+            f"{folder} holds an adapter ({found[0].name}) and no pipeline: give the base that it was trained for as "
+            "the model, and this folder with the option 'lora'."
         )
     if found and checkpoints and found[0].name != LORA:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoModel
 
 from wherefrom.models.adapter_sources import LORA as LORA
-from wherefrom.models.adapter_sources import AdapterSource
+from wherefrom.models.adapter_sources import AdapterInput, AdapterSource, parse_adapter
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.adapters import (
     adapters_beside,
@@ -25,6 +26,7 @@ from wherefrom.models.adapters import (
     pipeline_parts,
     read_adapters,
 )
+from wherefrom.models.allowed_parts import check_components, check_pipeline
 from wherefrom.models.autoencoders import autoencoder_fault
 from wherefrom.models.customization import base_of, customize, read_customization
 from wherefrom.models.diffusion import DiffusionModel
@@ -36,6 +38,7 @@ from wherefrom.models.noise_schedule import pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.plain_parts import plain_parts
 from wherefrom.models.prompt_encoders import PromptEncoder
+from wherefrom.models.textual_inversions import load_inversions
 from wherefrom.runtime.artifacts import write_json
 
 TEXT_SOURCE = "text_encoder/source.json"
@@ -101,7 +104,8 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     """Loads a diffusers pipeline from a folder or a hub id.
 
     Where a folder holds an adapter, such as `pytorch_lora_weights.safetensors`, which diffusers' training scripts and
-    `save_lora_weights` write, it is loaded too; see `wherefrom.models.adapters`.
+    `save_lora_weights` write, it is loaded too, and so are textual
+    inversions; see `wherefrom.models.adapters` and `wherefrom.models.textual_inversions`.
 
     Raises:
         ImportError: There is an adapter, but peft is not installed.
@@ -140,6 +144,8 @@ def _read_pipeline(
         add_adapter(pipeline_parts(PipelineParts(pipeline)), adapter)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
+    if Path(path).is_dir():
+        load_inversions(pipeline, Path(path))
     return pipeline, notes
 
 
@@ -165,10 +171,12 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
 
     Raises:
         ValueError: The pipeline's network is of a kind that is not supported, cannot read captions or takes more than
-            noisy latents; or a part is missing.
+            noisy latents; a part is missing; or one computes what its weights do not say.
     """
     parts = PipelineParts(pipeline)
+    check_components(parts.components)
     parts.components, notes = plain_parts(parts.components)
+    parts.components |= {name: copy.deepcopy(part) for name, part in parts.components.items() if "tokenizer" in name}
     network, vae = parts.network, parts.components.get("vae")
     if family_class_of(network) is None or vae is None:
         *first, last = [family.description for family in families()]
@@ -187,19 +195,20 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
             "pipelines that edit or fill in images are no text-to-image models"
         )
     note_fused(parts)
+    check_pipeline(parts, family)
     encoder = family.latent_encoder(parts)
     model = DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
     model.notes = (*notes, *fused_notes(known_adapters(network)))
     return model
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterSource] = ()) -> DiffusionModel:
+def load_model(path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
 
     Args:
         path: Folder or hub id.
         dtype: Type of number.
-        lora: Adapters that are added to it.
+        lora: Adapters that are added to it: files, folders or hub ids; see `parse_adapter`.
 
     Raises:
         FileNotFoundError: A customized model's folder lacks a file.
@@ -208,12 +217,13 @@ def load_model(path: str, dtype: torch.dtype = torch.float32, lora: Sequence[Ada
         ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, a
             customized model does not belong to its base, or an adapter cannot be found or does not fit.
     """
-    files = read_adapters(lora)  # before the pipeline, which may be large
+    asked = [parse_adapter(each) for each in lora]
+    files = read_adapters(asked)  # before the pipeline, which may be large
     base = base_of(Path(path))
     if base is not None:
         model = load_customized(base, path, dtype)
     else:
-        pipeline, notes = _read_pipeline(path, dtype, lora)
+        pipeline, notes = _read_pipeline(path, dtype, asked)
         model = model_from_pipeline(pipeline)
         model.notes = (*notes, *model.notes)
     add_adapters(model, files)
@@ -234,7 +244,13 @@ def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.fl
         ValueError: One of weights and words is missing or damaged, or does not belong to the base.
     """
     customization = read_customization(folder)  # before the base, which may be large
-    return customize(load_model(base, dtype), customization)
+    model = load_model(base, dtype)
+    if known := known_adapters(model.denoiser):
+        raise ValueError(
+            f"The base {base} of {folder} has an adapter ({known[0].name}): whose weights were customized, its own or "
+            "those with the adapter? Name a base without one, or one that it is merged into."
+        )
+    return customize(model, customization)
 
 
 def encoder_of_pipeline(path: str) -> LatentEncoder:

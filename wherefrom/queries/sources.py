@@ -14,12 +14,14 @@ from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import reduction_of
 from wherefrom.models.sampling import Trajectory, sample
+from wherefrom.queries.own_prompts import with_prompt
 from wherefrom.queries.regions import Region
 from wherefrom.queries.run_size import RunSize, run_size
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import hash_file, identity_hash
 from wherefrom.runtime.console import Progress
+from wherefrom.runtime.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,12 @@ class QueryImage:
 
     Attributes:
         file: The image.
-        prompt: The prompt that made it; "" where it is not known (it is never guessed).
+        prompt: The prompt that made it; "" where it is not known (it is never guessed); None takes the one that the
+            file itself states (`generation_metadata`), and "" where it states none.
     """
 
     file: str
-    prompt: str
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class QueryRegion:
     """A part of a query's image, attributed beside the whole image.
 
     Attributes:
-        of: The prompt or the image file whose image it is a part of.
+        of: The prompt or the image file whose image it is a part of; a file's name alone where it is unique.
         box: [left, top, right, bottom] in image pixels; right and bottom are the first outside.
         mask: A mask file instead: white is inside, grey partly.
 
@@ -80,6 +83,9 @@ class QuerySource:
         guidance: Classifier-free guidance.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
         resize: Bring image files to the model's size instead of refusing other sizes.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -90,6 +96,9 @@ class QuerySource:
     guidance: float = 2.0
     eta: float = 0.0
     resize: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(seed=self.seed, sampling_steps=self.sampling_steps, guidance=self.guidance, eta=self.eta)
 
 
 def generate(
@@ -197,7 +206,7 @@ def read_query(image: QueryImage, size: RunSize | tuple[int, int], resize: bool 
             f"Query image {path} is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. "
             "Resize it, or set queries.resize: true to bring it there as training images are."
         )
-    return Query(f"{path.stem}-{hash_file(path)[:8]}", image.prompt, pixels)
+    return with_prompt(Query(f"{path.stem}-{hash_file(path)[:8]}", "", pixels), path, image.prompt)
 
 
 def read_regions(
@@ -215,13 +224,18 @@ def read_regions(
     """
     result: dict[str, list[Region]] = {}
     for each in regions:
-        if each.of not in known:
+        named = [source for source in known if source == each.of] or [
+            source for source in known if Path(source).name == each.of and Path(source).is_file()
+        ]
+        if len(named) > 1:
+            raise ValueError(f"queries.regions: several images are called {each.of!r}; give its whole path.")
+        if not named:
             raise ValueError(
                 f"queries.regions: {each.of!r} is neither a prompt nor an image file of this run; there are "
                 f"{', '.join(map(repr, known))}."
             )
-        region = each.read(size[each.of] if isinstance(size, Mapping) else size)
-        others = result.setdefault(each.of, [])
+        region = each.read(size[named[0]] if isinstance(size, Mapping) else size)
+        others = result.setdefault(named[0], [])
         if region.name in [other.name for other in others]:
             raise ValueError(f"queries.regions: {region.name} of {each.of!r} is given twice.")
         others.append(region)
@@ -264,7 +278,7 @@ def make_queries(
     }
     regions = read_regions(source.regions, [*files, *source.prompts], sizes)
     if model.encoder is not None:
-        prompts = [*source.prompts, *(image.prompt for image in source.images)]
+        prompts = [*source.prompts, *(query.prompt for query in read)]
         report_cut(model.encoder.text, prompts, "prompts")
     drawn = generate(
         model,

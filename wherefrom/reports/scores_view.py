@@ -15,8 +15,9 @@ from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.reports.attribution_report import write_report
 from wherefrom.reports.html import Markup, shorten, tag
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.images import foreign, image_tag
-from wherefrom.reports.query_section import ReportOptions, page_of
+from wherefrom.reports.query_section import ReportOptions, page_of, tie_notes
 from wherefrom.runtime.optional_dependencies import require_pandas
 
 if TYPE_CHECKING:
@@ -48,7 +49,14 @@ class ScoresView(Scores):
     ) -> ScoresView:
         """The same scores, beside the training images."""
         kept = {name: getattr(scores, name) for name in ("query", "ids", "scores", "null", "facts", "parts")}
-        return cls(**kept, estimates=scores.estimates, data=data, notes=tuple(notes), about=about or {})
+        return cls(
+            **kept,
+            estimates=scores.estimates,
+            per_copy=scores.per_copy,
+            data=data,
+            notes=tuple(notes),
+            about=about or {},
+        )
 
     @property
     def images(self) -> ImageSet:
@@ -77,7 +85,7 @@ class ScoresView(Scores):
             "score": self.scores[order],
         }
         if len(self.null):
-            columns["p_value"] = p_values(self.scores, self.null)[order]
+            columns["p_value"] = p_values(self.comparable, self.null)[order]
         if self.estimates is not None:
             values = (self.estimates.values, self.estimates.low, self.estimates.high)
             columns |= {name: numbers[order] for name, numbers in zip(("estimate", "low", "high"), values, strict=True)}
@@ -122,7 +130,7 @@ class ScoresView(Scores):
         order, rows = self._first(count)
         said = f"  {self.query.prompt!r}" if self.query.prompt else "  (no prompt)"
         width = max((len(self.ids[position]) for position in order), default=0)
-        lines = [f"{self.query.name}{said}"]
+        lines = [f"{self.query.name}{said}", *tie_notes(self, count)]
         for rank, (position, row) in enumerate(zip(order, rows, strict=True), start=1):
             caption = " ".join(self.images.captions[row][0].split())
             lines.append(
@@ -151,7 +159,7 @@ class ScoresView(Scores):
                     style=_ITEM,
                 )
             )
-        notes = [tag("p", foreign(note, 2000)) for note in self.notes]
+        notes = [tag("p", foreign(note, 2000)) for note in (*self.notes, *tie_notes(self, count))]
         return tag("div", *notes, tag("ol", *items, style=_ROW))
 
     def plot(self, count: int = 20) -> Figure:
@@ -171,11 +179,12 @@ class ScoresView(Scores):
         order, rows = self._first(count)
         figure = Figure(figsize=(7, 0.5 + 0.28 * len(order)), layout="constrained")
         axes = figure.subplots()
-        axes.barh(range(len(order)), self.scores[order], color="tab:blue", label="training images")
+        axes.barh(range(len(order)), self.comparable[order], color="tab:blue", label="training images")
         names = [shorten(self.images.captions[row][0], 40).replace("$", r"\$") for row in rows]
         axes.set_yticks(range(len(order)), names, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel("score (higher is more influential)")
+        of_one = "" if self.per_copy is None else " of one copy"
+        axes.set_xlabel(f"score{of_one} (higher is more influential)")
         axes.set_title(shorten(self.query.prompt or self.query.name, 60).replace("$", r"\$"), fontsize=10)
         if len(self.null):
             axes.axvline(
@@ -210,7 +219,8 @@ def save_report(path: str | Path, results: Sequence[ScoresView], options: Report
         facts={
             **results[0].about,
             "Training images": f"{len(data.images):,}",
-            "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
+            **image_facts(data.images),
+            **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=list(dict.fromkeys([*options.notes, *(note for scores in results for note in scores.notes)])),
     )

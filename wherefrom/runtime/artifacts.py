@@ -156,13 +156,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} holds no {MANIFEST}: it is not an artifact of wherefrom, or not whole."
         ) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete the folder and make it again.") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
+        raise ValueError(f"{path} is damaged: it names no identity. Delete the folder and make it again.")
     return manifest
 
 

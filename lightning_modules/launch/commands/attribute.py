@@ -33,6 +33,10 @@ class Settings(ModelSettings):
     attributor: Attributor
     cut: int | None
 
+    def __post_init__(self) -> None:
+        if self.cut is not None and self.cut < 1:
+            raise ValueError(f"--cut must be at least 1; given {self.cut}.")
+
     def identities(self) -> dict[str, dict[str, Any]]:
         """The one method's."""
         return {"attributor": self.attributor.identity()}
@@ -50,7 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Settings) -> Outputs:
     """Attributes the queries."""
     attributor, output = settings.attributor, settings.output
-    run = prepare(settings, settings.model, [attributor])
+    run = prepare(settings, settings.model, [attributor], lora=settings.lora)
     if run.runner.is_main:
         announce(
             run.console,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, Protocol, get_args
+from typing import BinaryIO, Literal, Protocol
 
 from wherefrom.data.split_names import split_named
 from wherefrom.runtime.artifacts import hash_file, identity_hash
@@ -72,10 +72,21 @@ class ReadingOptions:
     caption_lines: CaptionLines | None = None
 
     def __post_init__(self) -> None:
-        if self.caption_lines is not None and self.caption_lines not in get_args(CaptionLines):
-            raise ValueError(
-                f"caption_lines is one of {', '.join(get_args(CaptionLines))}; given {self.caption_lines!r}."
-            )
+        checked_lines(self.caption_lines)
+
+
+def checked_lines(lines: str | None) -> CaptionLines | None:
+    """What the lines of a caption file are; None, or "", where nothing is said.
+
+    Raises:
+        ValueError: An unknown choice.
+    """
+    if not lines:
+        return None
+    known: dict[str, CaptionLines] = {"each": "each", "first": "first", "whole": "whole"}
+    if lines not in known:
+        raise ValueError(f"caption_lines is one of {', '.join(known)}; given {lines!r}.")
+    return known[lines]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wherefrom.data.layouts.base import Found, ImageReader, Layout, Place, ReadingOptions, Row
+from wherefrom.data.layouts.image_lists import ImageListLayout
 from wherefrom.data.layouts.imagefolder import ImageFolderLayout
+from wherefrom.data.layouts.images_only import ImagesOnlyLayout
+from wherefrom.data.layouts.kohya_folders import KohyaFoldersLayout
+from wherefrom.data.layouts.sidecars import SidecarLayout
+from wherefrom.data.layouts.training_configs import TrainingConfigLayout
 
 # In this order: where a place is of several, the first is taken, unless the captions would be others.
-LAYOUTS: tuple[Layout, ...] = (ImageFolderLayout(),)
+LAYOUTS: tuple[Layout, ...] = (
+    ImageFolderLayout(),
+    TrainingConfigLayout(),
+    ImageListLayout(),
+    KohyaFoldersLayout(),
+    SidecarLayout(),
+    ImagesOnlyLayout(),
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,9 @@ def layout_named(name: str) -> Layout:
 
 def _unknown(place: Place) -> str:
     """That a place is of no layout, and what each needs."""
-    what = f"{place.given} is of no layout that can be read"
     if not place.path.exists():
-        what = f"images: there is no folder {place.given!r}"
+        return f"images: there is no folder or file {place.given!r}."
+    what = f"{place.given} is of no layout that can be read"
     listed = "".join(f"\n  {layout.name}: {layout.needs}" for layout in LAYOUTS)
     return f"{what}. The layouts, and what each needs:{listed}"
 
