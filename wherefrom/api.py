@@ -34,6 +34,7 @@ Method = str | Path | Attributor
 WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
+    "the option 'base'": "AttributionOptions.base",
     "the option 'caption'": "AttributionOptions.caption",
     "or set skip_unreadable": "or repair it",
     "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",

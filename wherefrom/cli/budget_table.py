@@ -35,7 +35,7 @@ def budget_of(request: Request) -> str:
     training = sum(row.split in ("train", "") for row in rows)
     if not training:
         raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
-    model = open_model(request.model).to(parse_device(options.device))
+    model = open_model(request.model, options.base).to(parse_device(options.device))
     size = image_size(model)
 
     def decode() -> int:

@@ -23,7 +23,8 @@ class Request:
     """What a run is asked for; the names are those of the YAML file.
 
     Attributes:
-        model: A diffusers pipeline: folder or hub id.
+        model: A diffusers pipeline (folder or hub id), a single file, or a trainer's checkpoint.
+        base: The pipeline from which comes what the model's file or checkpoint lacks.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
@@ -45,6 +46,7 @@ class Request:
     """
 
     model: str = ""
+    base: str = ""
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
@@ -202,6 +204,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
     placed = replace(
         request,
         model=_place(request.model),
+        base=_place(request.base) if request.base else "",
         images=_place(request.images),
         queries=queries,
         regions=regions,

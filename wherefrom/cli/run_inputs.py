@@ -27,6 +27,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         device=request.device or None,
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
+        base=request.base or None,
         caption=request.caption,
         seed=request.seed,
         sampling_steps=request.sampling_steps,

@@ -39,6 +39,8 @@ class AttributionOptions:
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
         resize: Bring query images to the model's size instead of refusing other sizes.
         regions: Parts of the queries (`of` names the file or the prompt), each scored after its whole image.
+        base: The pipeline (folder, hub id or single file) that a model was trained from, where the model is a trainer's
+            checkpoint or a single file that lacks parts or settings; they are taken from it.
         caption: Name of the caption column of the folder's metadata.
         seed: Seed of images that are drawn from prompts.
         sampling_steps: Sampling steps of these.
@@ -56,6 +58,7 @@ class AttributionOptions:
     device: str | None = None
     resize: bool = False
     regions: Sequence[QueryRegion] = ()
+    base: str | Path | None = None
     caption: str = "text"
     seed: int = 0
     sampling_steps: int = 50
@@ -105,22 +108,33 @@ def latent_shape(model: DiffusionModel) -> tuple[int, int, int]:
     return int(config.in_channels), int(config.sample_size), int(config.sample_size)
 
 
-def open_model(model: Any) -> DiffusionModel:
+def open_model(model: Any, base: str | Path | None = None) -> DiffusionModel:
     """A model, a loaded pipeline's model, or the model at a path or hub id.
+
+    Args:
+        model: Any of these; a path is a pipeline's folder, a single file, or a trainer's checkpoint.
+        base: See `AttributionOptions`.
 
     Raises:
         ValueError: It is none of these, or of a kind that is not supported.
         OSError: The folder holds no whole pipeline.
     """
+    if base is not None and not isinstance(model, str | Path):
+        raise ValueError(
+            "model: what is handed in is loaded already, and takes nothing from a base: leave out the option 'base'."
+        )
     if isinstance(model, DiffusionModel):
         return model
     if isinstance(model, str | Path):
         # A name with a slash could be a hub id; what looks like a place on disk is not asked for there.
         path = Path(model)
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
-            raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
+            raise ValueError(
+                f"model: there is no folder {str(model)!r}, and no file; give a diffusers pipeline's folder or hub id, "
+                "or a single .safetensors file."
+            )
         try:
-            return load_model(str(model))
+            return load_model(str(model), base=None if base is None else str(base))
         except OSError as error:
             if path.exists():
                 raise
@@ -302,7 +316,7 @@ def prepare_run(
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
-    opened = open_model(model).to(runner.device)
+    opened = open_model(model, options.base).to(runner.device)
     for note in opened.notes:
         console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModel
 
 from wherefrom.models.autoencoders import autoencoder_fault
-from wherefrom.models.customization import base_of, customize, read_customization
+from wherefrom.models.checkpoints import complete, partial_parts, without_base
+from wherefrom.models.customization import base_of, customize, is_customized, read_customization
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder, freeze
 from wherefrom.models.families.base import PipelineParts
@@ -23,6 +24,7 @@ from wherefrom.models.noise_schedule import pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.plain_parts import plain_parts
 from wherefrom.models.prompt_encoders import PromptEncoder
+from wherefrom.models.single_file import load_single_file
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.optional_dependencies import require_peft
 
@@ -86,22 +88,46 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
     )
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Loads a diffusers pipeline from a folder or a hub id.
+def load_pipeline(path: str, dtype: torch.dtype = torch.float32, base: str | None = None) -> DiffusionPipeline:
+    """Loads a diffusers pipeline from a folder, a hub id, or a single file in the original names.
 
     Where a folder holds `pytorch_lora_weights.safetensors`, as diffusers' training scripts and `save_lora_weights`
     write it, that adapter is loaded too.
 
+    Args:
+        path: The folder, hub id or file.
+        dtype: Type of number.
+        base: The pipeline from which comes what a trainer's checkpoint or a single file lacks.
+
     Raises:
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id, or a tensor is missing or damaged.
+        ValueError: The path is neither a folder nor a hub id, a tensor is missing or damaged, or a base is missing or
+            of no use.
     """
-    return _read_pipeline(path, dtype)[0]
+    return _read_pipeline(path, dtype, base)[0]
 
 
-def _read_pipeline(path: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, list[str]]:
+def _read_pipeline(path: str, dtype: torch.dtype, base: str | None = None) -> tuple[DiffusionPipeline, list[str]]:
     """A pipeline, and what is to be said of how it was loaded."""
+    if Path(path).is_file():
+        completed, notes = (None, []) if base is None else _read_pipeline(base, dtype)
+        pipeline, more = load_single_file(Path(path), dtype, completed)
+        return pipeline, [*notes, *more]
+    parts_there = partial_parts(Path(path))
+    if parts_there is not None:
+        if base is None:
+            raise without_base(Path(path), parts_there)
+        pipeline, notes = _read_pipeline(base, dtype)
+        return pipeline, [*notes, *complete(pipeline, parts_there, dtype)]
+    if base is not None:
+        raise ValueError(
+            f"model: {path} is a whole pipeline, of which nothing comes from a base: leave out the option 'base'."
+        )
+    return _read_whole(path, dtype)
+
+
+def _read_whole(path: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, list[str]]:
     folder = local_folder(path)
     source, lora = folder / TEXT_SOURCE, folder / LORA
     if lora.is_file():
@@ -175,8 +201,13 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     return model
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+def load_model(path: str, dtype: torch.dtype = torch.float32, base: str | None = None) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
+
+    Args:
+        path: See `load_pipeline`.
+        dtype: Type of number.
+        base: See `load_pipeline`; or the base of a customized model, whose folder may name it too.
 
     Raises:
         FileNotFoundError: A customized model's folder lacks a file.
@@ -185,10 +216,10 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
         ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, or a
             customized model does not belong to its base.
     """
-    base = base_of(Path(path))
-    if base is not None:
-        return load_customized(base, path, dtype)
-    pipeline, notes = _read_pipeline(path, dtype)
+    named = base_of(Path(path))
+    if named is not None or (base is not None and is_customized(Path(path))):
+        return load_customized(base or str(named), path, dtype)
+    pipeline, notes = _read_pipeline(path, dtype, base)
     model = model_from_pipeline(pipeline)
     model.notes = (*notes, *model.notes)
     return model
