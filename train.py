@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import callbacks
 import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
 from lightning_modules.launch.committed import places_of_training, refuse_committed
+from lightning_modules.result import LeavesResult
+from lightning_modules.whole_checkpoints import WholeCheckpoints, readable_checkpoint
 from wherefrom.commands.curvature_settings import accept_old_curvature, words_in_new_form
 from wherefrom.runtime.cli_errors import mistakes_in_one_line
 from wherefrom.runtime.renamed_settings import accepting_old_names
@@ -30,14 +37,33 @@ class CommandLine(LightningCLI):
             "--weights", type=str | None, help="save the trained model here instead of model.init_args.save_to"
         )
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with checkpoints that are whole or absent unless the settings name others."""
+        given = self._get(self.config_init, "trainer", default={}).get("plugins") or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(each, CheckpointIO) for each in plugins):
+            kwargs = {"plugins": [*plugins, WholeCheckpoints()], **kwargs}
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Saves the result of a run that came back after its last step, for which Lightning calls no hook."""
+        if not isinstance(self.model, LeavesResult) or self.model.left:
+            return
+        rank_zero_info("Training had come to its last step before; what it leaves is saved now.")
+        if is_overridden("validation_step", self.model):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        self.model.save_result()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, callbacks.LogArtifacts):
+                callback.on_fit_end(self.trainer, self.model)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the words, and refuses to write to the checkout's weights/ or results/ unless they name it."""
         words = sys.argv[1:] if args is None else args
         if not isinstance(words, list):
             super().parse_arguments(parser, args)
             return
-        with mistakes_in_one_line(called_from_python=args is not None):
-            self._parse_words(parser, words)
+        self._parse_words(parser, words)
 
     def _parse_words(self, parser: LightningArgumentParser, words: list[str]) -> None:
         accept_old_curvature()
@@ -48,6 +74,9 @@ class CommandLine(LightningCLI):
         weights = config.pop("weights", None)  # asks for this run only: the saved config.yaml does not hold it
         if weights is not None:
             config.model.init_args.save_to = weights
+        checkpoint = config.get("ckpt_path")
+        if checkpoint is not None and Path(checkpoint).is_file():  # else a word or a place that Lightning knows
+            config.ckpt_path = str(readable_checkpoint(Path(checkpoint)))
         for name, place in places_of_training(config.as_dict()).items():
             flags = [f"--{name}", "--model.save_to"] if " of " not in name else [f"--{name.split()[-1]}"]
             refuse_committed(place, name, ["--weights", *flags] if name.endswith("save_to") else flags, current)
@@ -60,7 +89,7 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         args: Words of the command line; None takes the program's.
         run: False makes trainer, model and data only; the words then begin after the subcommand.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mistakes_in_one_line(called_from_python=args is not None):
         # Lightning suspects a mistake wherever a process with a command line of its own gives arguments, as sweeps do.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
         return CommandLine(

@@ -26,8 +26,8 @@ class LogArtifacts(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what the module saved, with its inputs."""
         saved = getattr(pl_module, "save_to", None)
-        if saved is None or not trainer.is_global_zero:
-            return
+        if saved is None or not trainer.is_global_zero or not Path(saved).exists():
+            return  # a run that came back after its last step saves later, and asks again
         data = getattr(trainer, "datamodule", None)
         teachers = [getattr(data, name, None) for name in ("folder", "validation_folder")]
         inputs = {path: "teacher set" for path in teachers if path is not None and (path / "manifest.json").exists()}

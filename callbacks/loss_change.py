@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.unlearning import Unlearning
+from wherefrom.runtime.ranges import check_ranges
 
 
 class LossChange(Callback):
@@ -19,6 +20,7 @@ class LossChange(Callback):
     """
 
     def __init__(self, every_n_steps: int = 1) -> None:
+        check_ranges(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -98,7 +98,7 @@ class RetrievalMetrics(Callback):
         # The metrics have been reduced over processes already.
         pl_module.log_dict({name: value.float() for name, value in result.items()}, sync_dist=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns of a ranker that should not be served."""
         assert isinstance(pl_module, LearningToRank)
         scale, last = float(pl_module.ranker.scale.detach()), getattr(self, "last", None)

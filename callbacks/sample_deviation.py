@@ -12,6 +12,7 @@ from wherefrom.counterfactual.query_panel import Panel
 from wherefrom.features.base import ImageEncoder
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.sources import QuerySource, generate
+from wherefrom.runtime.ranges import check_ranges
 
 
 class SampleDeviation(Callback):
@@ -31,6 +32,7 @@ class SampleDeviation(Callback):
     def __init__(
         self, reference: str, queries: QuerySource, timesteps: int = 200, encoder: ImageEncoder | None = None
     ) -> None:
+        check_ranges(timesteps=timesteps)
         self.reference, self.queries, self.timesteps, self.encoder = reference, queries, timesteps, encoder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lightning_modules.latent_diffusion import LatentDiffusion
 from wherefrom.queries.sources import generate
+from wherefrom.runtime.ranges import check_ranges
 
 
 class SampleGrid(Callback):
@@ -27,6 +28,7 @@ class SampleGrid(Callback):
     def __init__(
         self, prompts: list[str], folder: str, seed: int = 0, sampling_steps: int = 40, guidance: float = 2.0
     ) -> None:
+        check_ranges(seed=seed, sampling_steps=sampling_steps, guidance=guidance)
         self.prompts, self.folder, self.seed = prompts, Path(folder), seed
         self.sampling_steps, self.guidance = sampling_steps, guidance
 

@@ -112,13 +112,14 @@ class Exemplars(ImageFolder):
         """Builds images and latents of both."""
         super().prepare_data()
         if self.prior is not None:
+            self.prior.trainer, self.prior.trains = self.trainer, self.trains
             self.prior.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
         """Opens what `prepare_data` left."""
         super().setup(stage)
         if self.prior is not None:
-            self.prior.trainer = self.trainer
+            self.prior.trainer, self.prior.trains = self.trainer, self.trains
             self.prior.setup(stage)
 
     def visits(self, images: ImageSet, latents: EncodedImages | None, training: bool) -> VisitDataset:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from datamodules.held_out import checked_share
 from datamodules.images import SAMPLE, Census, ImageDataModule
-from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, load_image, split_images
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_metadata import read_rows
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.ranked_images import RankedImages
 from wherefrom.models.encoders import LatentEncoder
 
 
@@ -17,7 +19,12 @@ class ImageFolder(ImageDataModule):
     Args:
         folder: The folder that holds the images and their metadata.
         options: Size, caption column and what to do with unreadable images.
-        validation_share: Share of the images held out where the metadata name no validation split.
+        validation_share: Share of the images held out where no others are; None is 0.05 while they are trained on, and
+            none where a model that is trained already is attributed.
+        split: Splits that are trained on or ranked, or `all`; without any, `train` where the metadata name splits and
+            all images where they do not.
+        held_out: Images that are not trained on, and are the null of an attribution: a split, a folder, or `none`;
+            without one, the split `validation` where the metadata name it.
         encoder: See `ImageDataModule`.
         store: See `ImageDataModule`.
         batch_size: See `ImageDataModule`.
@@ -32,7 +39,9 @@ class ImageFolder(ImageDataModule):
         folder: str,
         *,
         options: ImageFolderOptions = ImageFolderOptions(),
-        validation_share: float = 0.05,
+        validation_share: float | None = None,
+        split: list[str] | str | None = None,
+        held_out: str | None = None,
         encoder: LatentEncoder | None = None,
         store: str = "cache",
         batch_size: int = 64,
@@ -50,23 +59,33 @@ class ImageFolder(ImageDataModule):
             flip_share=flip_share,
             caption_dropout=caption_dropout,
         )
-        self.folder, self.options, self.validation_share = Path(folder), options, validation_share
+        self.folder, self.options, self.validation_share = Path(folder), options, checked_share(validation_share)
+        self.choice = RankedImages.of_options(split, held_out)
 
     def census(self) -> Census:
         """Counts the metadata's images; none is decoded but the few that are timed."""
         rows = read_rows(self.folder, self.options.caption, self.options.columns)
         splits = [row.split for row in rows]
-        held_out = splits.count("validation") or round(self.validation_share * len(rows))
-        training = splits.count("train") if "validation" in splits else len(rows) - held_out
+        parts, null = self.choice.parts(splits), self.choice.null_folder(set(splits))
+        training, held_out = len(parts.ranked), len(parts.null)
+        if null is not None:
+            held_out = len(read_rows(null, self.options.caption, self.options.columns))
+        if not held_out:
+            held_out = round((self.held_out_share(self.validation_share) or 0.0) * training)
+            training -= held_out
 
         def decode() -> int:
             for row in rows[:SAMPLE]:
-                load_image(self.folder / row.name, self.options.size)
+                load_image(self.folder / row.name, self.options.size, self.options.framing)
             return len(rows[:SAMPLE])
 
-        height, width = load_image(self.folder / rows[0].name, self.options.size).shape[:2]
+        height, width = load_image(self.folder / rows[0].name, self.options.size, self.options.framing).shape[:2]
         return Census(training, held_out, (height, width), len(rows[0].captions), decode)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The training images and the held-out ones."""
-        return split_images(build_image_folder(self.store, self.folder, self.options), self.validation_share)
+
+        def read(folder: Path) -> ImageSet:
+            return build_image_folder(self.store, folder, self.options)
+
+        return self.divide(read(self.folder), self.choice, read, self.validation_share)

@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader
 
+from datamodules.held_out import HoldsOut
+from datamodules.keyed_loader import KeyedLoader
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits, encode_image_set
 from wherefrom.data.image_set import ImageSet, keep_indices, read_ids
+from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder
+from wherefrom.queries.run_size import RunSize
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.keyed_random import hash_texts
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.training.keyed_batches import KeyedBatches, PixelVisits, VisitDataset
 
 SAMPLE = 16  # images that are decoded to see how long that takes
 VALIDATION_VISITS = 8  # timesteps and noise draws per held-out image
-
-
-def _whole(batch: object) -> object:
-    return batch  # the data set already answers with whole batches
-
-
-class KeyedLoader(DataLoader[Any]):
-    """Batches of visits. Its stream starts at the trainer's step, so it resumes without any state of its own.
-
-    Args:
-        data: Answers with whole batches.
-        batches: The keyed stream.
-    """
-
-    def __init__(self, data: Any, batches: KeyedBatches) -> None:
-        super().__init__(data, batch_sampler=batches, collate_fn=_whole)
-
-    def state_dict(self) -> dict[str, int]:
-        """Nothing: the step is in the checkpoint already."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing: see the class."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,7 @@ class Census:
     decode: Callable[[], int] | None = None
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(HoldsOut):
     """Training and held-out images with captions, and training batches of them.
 
     A subclass says where the images come from (`load`).
@@ -85,10 +65,12 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         half: Keep latents and caption states in float16.
+        options: How the images are read, where they come from files: with `size`, `framing`, `on_error`.
         console: Where what is made once is announced and shown.
     """
 
     half = False
+    options: Any = None
 
     def __init__(
         self,
@@ -102,10 +84,26 @@ class ImageDataModule(LightningDataModule):
         caption_dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        check_ranges(batch_size=batch_size, seed=seed, flip_share=flip_share, caption_dropout=caption_dropout)
         self.encoder, self.store, self.batch_size, self.seed = encoder, Store(store), batch_size, seed
         self.exclude: Sequence[str] | str | Path | None = exclude
         self.flip_share, self.caption_dropout = flip_share, caption_dropout
         self.console = Console()
+
+    def take_size(self, model: DiffusionModel) -> RunSize | None:
+        """Reads the images at the model's own size where the options name none, and checks the one that they name.
+
+        Returns:
+            The size; None where the images have one of their own.
+
+        Raises:
+            ValueError: The model cannot take it.
+        """
+        if not hasattr(self.options, "framing"):
+            return None
+        size = RunSize.of(model, self.options.size, self.options.framing)
+        self.options = replace(self.options, size=size.option, framing=size.framing)
+        return size
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The training images and the held-out ones, before `exclude`."""
@@ -138,7 +136,8 @@ class ImageDataModule(LightningDataModule):
         self.train_images, self.validation_images = train.subset(kept), validation
         if self.encoder is not None:
             self.train_latents = self.latents_of(train, True).subset(kept)
-            self.validation_latents = self.latents_of(validation, False)
+            held_out = self.latents_of(validation, False) if len(validation) else self.train_latents.subset([])
+            self.validation_latents = held_out
 
     def visits(self, images: ImageSet, latents: EncodedImages | None, training: bool) -> VisitDataset:
         """Training batches, or (without flips and dropout) held-out ones."""
@@ -171,6 +170,7 @@ class ImageDataModule(LightningDataModule):
             start_step=trainer.global_step,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            repeats=self.train_images.weights,
         )
         return KeyedLoader(data, batches)
 
@@ -178,8 +178,7 @@ class ImageDataModule(LightningDataModule):
         """The held-out images, each visited `VALIDATION_VISITS` times with its own noise."""
         data = self.visits(self.validation_images, getattr(self, "validation_latents", None), training=False)
         visits = 1 if self.encoder is None else VALIDATION_VISITS
-        size = len(self.validation_images)
-        steps = -(-size * visits // self.batch_size)
+        steps = -(-len(self.validation_images) * visits // self.batch_size)
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         batches = KeyedBatches(
@@ -187,7 +186,6 @@ class ImageDataModule(LightningDataModule):
             seed=self.seed,
             batch_size=self.batch_size,
             steps=steps,
-            start_step=0,
             rank=rank,
             world_size=world,
         )

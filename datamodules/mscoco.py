@@ -8,7 +8,8 @@ from pathlib import Path
 from datamodules.images import SAMPLE, Census, ImageDataModule
 from wherefrom.data.cached_latents import read_cached_latents
 from wherefrom.data.encoded_images import EncodedImages
-from wherefrom.data.image_folder import load_image
+from wherefrom.data.framing import sides_of
+from wherefrom.data.image_files import load_image
 from wherefrom.data.image_set import ImageSet, read_ids
 from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions, select
 from wherefrom.models.encoders import LatentEncoder
@@ -95,11 +96,10 @@ class MSCOCO(ImageDataModule):
 
         def decode() -> int:
             for image in first[0]:
-                load_image(self.folder / "train2017" / image.file_name, self.options.size)
+                load_image(self.folder / "train2017" / image.file_name, self.options.side, self.options.framing)
             return len(first[0])
 
-        side = self.options.size
-        return Census(counts[0], counts[1], (side, side), self.options.captions, decode)
+        return Census(counts[0], counts[1], sides_of(self.options.side), self.options.captions, decode)
 
     def _split(self, split: str) -> ImageSet:
         subset = self.subsets[split]

@@ -177,7 +177,9 @@ def compare_copies(
     data, runner = training_data_of(world.module), Runner.current()
     assert data.latents is not None
     latents = data.latents
-    models = RetrainedModels(store, world.recipe.identity(), latents.ids, latents.fingerprint, world.recipe.train)
+    models = RetrainedModels(
+        store, world.recipe.identity(), latents.ids, latents.weighted_fingerprint, world.recipe.train
+    )
     log("the model with all images")
     model = models.model(RetrainingJob((), seed)).to(runner.device)
     where = {name: index for index, name in enumerate(data.images.ids)}

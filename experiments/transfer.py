@@ -39,7 +39,7 @@ def second_model(seed: int, store: Store) -> Path:
     """The pipeline of another seed, trained now if the store has none."""
     recipe = Recipe(RECIPE, store.root, train.main)
     latents = data_module(recipe.config["data"], store).train_latents
-    models = RetrainedModels(store, recipe.identity(), latents.ids, latents.fingerprint, recipe.train)
+    models = RetrainedModels(store, recipe.identity(), latents.ids, latents.weighted_fingerprint, recipe.train)
     models.model(RetrainingJob((), seed))
     return store.root / "retrain" / models.name(RetrainingJob((), seed)) / PIPELINE
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, Int64
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lightning_modules.result import LeavesResult
 from lightning_modules.schedule import stepped_per_batch
 from wherefrom.runtime import keyed_random
 from wherefrom.training.keyed_batches import NOISE, PixelBatch
@@ -31,7 +31,7 @@ def drawn(mean: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
     return mean + spread * noise
 
 
-class Autoencoder(LightningModule):
+class Autoencoder(LeavesResult):
     """Trains an `AutoencoderKL` on pixels: squared plus absolute error, KL, and smooth latents.
 
     A small diffusion model learns smooth latents far better than rough ones, so neighbouring latents are asked to be
@@ -138,7 +138,7 @@ class Autoencoder(LightningModule):
         optimizer = self.optimizer(parameter for parameter in self.vae.parameters() if parameter.requires_grad)
         return stepped_per_batch(optimizer, self.scheduler)
 
-    def on_train_end(self) -> None:
+    def save_result(self) -> None:
         """Sets the scaling factor to one over the latents' spread (a decoder alone keeps its own), and saves."""
         if self.save_to is None or not self.trainer.is_global_zero:
             return

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from datamodules.exemplars import ExemplarBatch, Exemplars
+from lightning_modules.result import LeavesResult
 from lightning_modules.schedule import stepped_per_batch
 from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.customization import add_word, embedding_of, encoder_of, learned_word, save_customized
@@ -21,7 +21,7 @@ from wherefrom.runtime import keyed_random
 from wherefrom.training.keyed_batches import NOISE, LatentBatch
 
 
-class CustomDiffusion(LightningModule):
+class CustomDiffusion(LeavesResult):
     """Fine-tunes K/V of the cross-attention and the embedding of one new word; the data module is `Exemplars`.
 
     All other weights, and the embeddings of all other words, stay as they are to the last bit.
@@ -144,7 +144,7 @@ class CustomDiffusion(LightningModule):
         groups = [{"params": list(self.moved.values())}, {"params": [self.embedding], **own}]
         return stepped_per_batch(self.optimizer(groups), self.scheduler)
 
-    def on_train_end(self) -> None:
+    def save_result(self) -> None:
         """Saves what the model has of its own."""
         if self.save_to is not None and self.trainer.is_global_zero:
             save_customized(Path(self.save_to), self.base, self.model(), [self.word])

@@ -13,10 +13,10 @@ from diffusers import (
     PixArtTransformer2DModel,
     UNet2DConditionModel,
 )
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lightning_modules.result import LeavesResult
 from lightning_modules.schedule import stepped_per_batch
 from wherefrom.models.diffusion import TRAINING_VERSION, DiffusionModel
 from wherefrom.models.encoders import LatentEncoder
@@ -27,7 +27,7 @@ from wherefrom.training.keyed_batches import LatentBatch
 from wherefrom.training.training_step import TrainingStep
 
 
-class LatentDiffusion(LightningModule):
+class LatentDiffusion(LeavesResult):
     """A network that learns to denoise latents, with an exponential moving average of its weights.
 
     Autoencoder and text encoder are frozen parts of the data module, not submodules of what is trained or averaged.
@@ -127,7 +127,7 @@ class LatentDiffusion(LightningModule):
         optimizer = self.optimizer(self.unet.parameters())
         return stepped_per_batch(optimizer, self.scheduler)
 
-    def on_train_end(self) -> None:
+    def save_result(self) -> None:
         """Saves the averaged model as a pipeline, and beside it what was measured."""
         if self.save_to is None or not self.trainer.is_global_zero:
             return

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int32
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from datamodules.teacher_rankings import RankedQueries, TeacherRankings
+from lightning_modules.result import LeavesResult
 from lightning_modules.schedule import stepped_per_batch
 from wherefrom.distillation.losses import BinaryCrossEntropy, RankingLoss
 from wherefrom.distillation.pair_blocks import PairBlock
@@ -27,7 +27,7 @@ class Predictions(NamedTuple):
     rows: Int32[Tensor, "q m"]
 
 
-class LearningToRank(LightningModule):
+class LearningToRank(LeavesResult):
     """Trains a ranker on blocks of labelled pairs; the data module is `TeacherRankings`.
 
     Args:
@@ -151,7 +151,7 @@ class LearningToRank(LightningModule):
         optimizer = self.optimizer([{"params": others}, {"params": numbers, **own}])
         return stepped_per_batch(optimizer, self.scheduler)
 
-    def on_train_end(self) -> None:
+    def save_result(self) -> None:
         """Saves the ranker, with what it was trained on."""
         if self.save_to is None or not self.trainer.is_global_zero:
             return

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from lightning import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.images import ImageDataModule
+from lightning_modules.result import LeavesResult
 from wherefrom.attributors.unlearning.unlearner import Unlearner, UnlearningSettings
 from wherefrom.curvature import Curvature, DiagonalFisher, FitContext, Identity
 from wherefrom.data.encoded_images import EncodedImages
@@ -22,7 +22,7 @@ from wherefrom.queries.sources import generate
 from wherefrom.runtime.distributed import Runner
 
 
-class Unlearning(LightningModule):
+class Unlearning(LeavesResult):
     """Generates an image by the model and unlearns it; the data module's images are the training set.
 
     The data module's batches only count the steps: each step's noise is keyed by the step, not read from data. The
@@ -38,6 +38,8 @@ class Unlearning(LightningModule):
         seed: Seed of the image.
         save_to: File for the moved weights.
     """
+
+    trains_on_images = False  # the model is trained already: none of the images is held out
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class Unlearning(LightningModule):
         """
         return torch.optim.SGD(select_weights(self.unet, self.weights).values(), lr=0.0)
 
-    def on_train_end(self) -> None:
+    def save_result(self) -> None:
         """Saves the moved weights."""
         if self.save_to is not None and self.trainer.is_global_zero:
             Path(self.save_to).parent.mkdir(parents=True, exist_ok=True)

@@ -1,3 +1,4 @@
+import logging
 import os
 
 # One thread, here and in every process that a test starts: the same sums on every machine, and for tiny models more
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first; `make test` keeps that order."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))  # stable: the others keep their order
+
+
+@pytest.fixture(autouse=True, scope="module")
+def root_log_level() -> Iterator[None]:
+    """Gives the root logger its level back: kronfluence raises it, and warnings would be lost in later modules."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.queries.sources import QueryRegion
 from wherefrom.reports.query_section import ReportOptions
 from wherefrom.reports.scores_view import ScoresView, save_report
-from wherefrom.runtime.cli_errors import option_names
+from wherefrom.runtime.cli_errors import option_names, spoken_words
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner, parse_device
 
@@ -36,7 +36,16 @@ WORDS: Mapping[str, str] = {
     "queries.regions": "AttributionOptions.regions",
     "the option 'base'": "AttributionOptions.base",
     "the option 'caption'": "AttributionOptions.caption",
-    "or set skip_unreadable": "or repair it",
+    "null: none, split: all": "AttributionOptions(null='none', split='all')",
+    "null: none": "AttributionOptions(null='none')",
+    "split: all": "AttributionOptions(split='all')",
+    "in split:": "in AttributionOptions.split",
+    "the option 'size'": "AttributionOptions.size",
+    "on_error: skip": "AttributionOptions(on_error='skip')",
+    "buckets.upscale: true": "upscale=True in its buckets",
+    "set buckets": "give AttributionOptions(framing=Framing(buckets=Buckets()))",
+    "the option 'lora'": "AttributionOptions.lora",
+    "lora:": "AttributionOptions.lora:",
     "see wherefrom methods": "see wherefrom.commands.method_files.available_methods()",
     "--query": "queries",
     "Ask for a smaller relative_loss_increase, or give alpha instead": "Give AttributionOptions(settings="
@@ -139,9 +148,10 @@ def attribute_images(
 
     Args:
         model: A loaded diffusers text-to-image pipeline, its folder or hub id, or a `DiffusionModel`.
-        images: The training images: a folder in Hugging Face's `imagefolder` layout, or an `ImageSet`. Images of its
-            validation split, which the model was never trained on, are the null of the p-values; without one there
-            are no p-values.
+        images: The training images: a folder in Hugging Face's `imagefolder` layout, or an `ImageSet`. All are ranked,
+            unless they have splits: then `train` is, and images of their own split `validation`, which the model was
+            never trained on, are the null of the p-values. `AttributionOptions.split` and `null` choose others; without
+            a null there are no p-values.
         queries: (image, prompt) pairs, the image a file, a PIL image or a uint8 array (H, W, 3), and the prompt `""`
             where it is not known; or prompts alone, whose images are drawn from the model.
         method: A packaged method's name, a YAML file, or an attributor.
@@ -151,12 +161,12 @@ def attribute_images(
         ValueError: The model, the images, a query, the method or a setting cannot be used; the message says why.
         OSError: There is no pipeline at that path.
     """
-    with option_names(WORDS):
+    with option_names(WORDS), spoken_words(WORDS):
         given, name = _attributor(method, options)
         runner = Runner.current(parse_device(options.device))
         run = prepare_run(model, images=images, queries=queries, methods=[given], options=options, runner=runner)
         given.check(run.queries)
-    about = {"Method": name, "Model": run.model.fingerprint()}
+    about = {"Method": name, "Model": run.model.description()}
     notes = [*([QUICK_NOTE] if options.quick else []), *run.model.notes]
     return AttributedImages(run, given, notes=notes, about=about)
 
@@ -202,7 +212,7 @@ def compare(
         ValueError: See `attribute_images`; or the folder holds a run with other settings.
         OSError: There is no pipeline at that path, or the folder could not be written.
     """
-    with option_names(WORDS):
+    with option_names(WORDS), spoken_words(WORDS):
         named = load_packaged([str(method) for method in methods], options.settings, options.quick)
         runner = Runner.current(parse_device(options.device))
         run = prepare_run(model, images=images, queries=queries, methods=named.values(), options=options, runner=runner)

@@ -101,6 +101,7 @@ def removals(protocol: Protocol, methods: int, queries: int) -> int:
 
 def _of_trial(settings: TrialSettings, train_main: TrainMain, count: int, timesteps: int) -> list[Stage]:
     """At most so many trainings, since what is known is not trained again."""
+    settings.data.trains = True  # what the recipe holds out is not ranked either
     stages, step_s, cli = training_speed(["-c", str(settings.recipe)], train_main)
     model = cli.model.model_of(settings.data.encoder)
     encoded, data, rate = _stages_of_data(settings.data, model)
@@ -129,7 +130,9 @@ def _with_queries(settings: ModelSettings) -> tuple[list[Stage], TrainingData, f
 
 
 def _encoded(settings: ModelSettings) -> tuple[list[Stage], TrainingData, float]:
-    return _stages_of_data(settings.data, settings.trainer.accelerate(load_model(settings.model)))
+    model = settings.trainer.accelerate(load_model(settings.model))
+    settings.data.take_size(model)
+    return _stages_of_data(settings.data, model)
 
 
 def _stages_of_data(data: ImageDataModule, model: DiffusionModel) -> tuple[list[Stage], TrainingData, float]:

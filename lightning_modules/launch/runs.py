@@ -12,6 +12,7 @@ from lightning_modules.launch.settings import RunSettings
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
+from wherefrom.queries.run_size import RunSize, check_latents
 from wherefrom.queries.sources import make_queries
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Console
@@ -21,9 +22,14 @@ from wherefrom.runtime.distributed import Runner
 def training_data(data: ImageDataModule, model: DiffusionModel) -> TrainingData:
     """The training images and the held-out ones, with their latents by the model's own encoder."""
     data.encoder = model.encoder
+    data.take_size(model)
     data.prepare_data()
     data.setup()
-    return training_data_of(data)
+    made = training_data_of(data)
+    for latents in (made.latents, made.held_out_latents):
+        if latents is not None and model.encoder is not None:
+            check_latents(latents, model)
+    return made
 
 
 def training_data_of(data: ImageDataModule) -> TrainingData:
@@ -82,7 +88,10 @@ def prepare(settings: RunSettings, model_name: str, methods: Iterable[Attributor
     if not with_queries:
         return Run(model, data, [], store, runner, console)
     console.log("queries")
-    latent_shape, size = shapes(data)
+    run = data_module.take_size(model)
+    if run is not None and run.line():
+        console.log(run.line())
+    latent_shape, size = shapes(data, run)
     keep_trajectory = any("trajectory" in method.requires for method in methods)
     queries = make_queries(
         model,
@@ -95,8 +104,15 @@ def prepare(settings: RunSettings, model_name: str, methods: Iterable[Attributor
     return Run(model, data, queries, store, runner, console)
 
 
-def shapes(data: TrainingData) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """(C, H, W) of a latent, and (height, width) of an image."""
+def shapes(data: TrainingData, size: RunSize | None = None) -> tuple[tuple[int, int, int], RunSize | tuple[int, int]]:
+    """(C, H, W) of a drawn latent, and the size of the queries' images.
+
+    Args:
+        data: The training images.
+        size: The run's size; None takes that of the training images.
+    """
+    if size is not None:
+        return size.latent_shape, size
     assert data.latents is not None
     height, width = (int(side) for side in data.images.pixels.shape[1:3])
     return data.latents.latent_shape, (height, width)

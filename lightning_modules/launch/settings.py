@@ -20,6 +20,7 @@ from wherefrom.runtime.run_settings import plain
 
 # Settings of data modules that decide no ranking: how training batches are made, and where things are kept.
 _NOT_DECIDING = {"store", "batch_size", "seed", "flip_share", "caption_dropout", "encoder"}
+_LATER = {"split", "held_out"}  # settings that records of earlier runs do not hold: written where they are given
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ class RunSettings:
         """Settings that decide the run's results, for the record in its folder; methods apart."""
         data = dict(self.given["data"] or {})
         arguments = data.get("init_args") or {}
-        data["init_args"] = {name: value for name, value in arguments.items() if name not in _NOT_DECIDING}
+        data["init_args"] = {
+            name: value
+            for name, value in arguments.items()
+            if name not in _NOT_DECIDING and not (name in _LATER and value is None)
+        }
         return {"data": plain(data), "queries": plain(self.given["queries"])}
 
     def identities(self) -> dict[str, dict[str, Any]]:

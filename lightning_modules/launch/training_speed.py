@@ -43,6 +43,7 @@ def training_speed(words: Sequence[str], train_main: TrainMain) -> tuple[list[St
     if not isinstance(data, ImageDataModule) or not isinstance(module, Autoencoder | LatentDiffusion):
         return [], _real_steps(module, data, cli.trainer.max_steps), cli
     stages: list[Stage] = []
+    data.trains = True
     sizes, decode_s = sizes_of(data)
     if isinstance(module, Autoencoder):
         count = sizes.training + sizes.held_out

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.launch.recipe import Recipe, TrainMain
+from lightning_modules.launch.recipe_images import check_recipe_images
 from lightning_modules.launch.runs import shapes, training_data_of
 from lightning_modules.launch.settings import TrialSettings
 from wherefrom.attributors import Scores
@@ -74,12 +75,15 @@ def prepare_trial(settings: TrialSettings, train_main: TrainMain, seed: int, tim
     methods, output, module = settings.methods, settings.output, settings.data
     runner, console, store = Runner.current(), Console(), Store(settings.store)
     recipe = Recipe(settings.recipe, store.root, train_main)
-    module.store = store
+    module.store, module.trains = store, True  # what the recipe holds out is not ranked either
     module.prepare_data()
     module.setup()
     data = training_data_of(module)
+    check_recipe_images(recipe, data.images, store)
     assert data.latents is not None
-    models = RetrainedModels(store, recipe.identity(), data.latents.ids, data.latents.fingerprint, recipe.train)
+    models = RetrainedModels(
+        store, recipe.identity(), data.latents.ids, data.latents.weighted_fingerprint, recipe.train
+    )
     if settings.model is not None:
         models.publish(RetrainingJob((), seed), Path(settings.model))
     console.log("the model with all images")

@@ -202,7 +202,9 @@ def test_what_cannot_be_done_is_refused_in_the_commands_own_words(
 
 def test_an_image_of_another_size_is_refused_by_this_commands_option(world: UserWorld, empty: Path) -> None:
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("nine.png")
-    with pytest.raises(ValueError, match=r"9 × 9 pixels, the model's images are 8 × 8\. Resize it, or set --resize to"):
+    with pytest.raises(
+        ValueError, match=r"9 × 9 pixels, the images of this run are 8 × 8\. Resize it, or set --resize to"
+    ):
         main(["attribute", *world.words, "--query", "nine.png", *SET])
     with pytest.raises(ValueError, match=r"--query: the image generated-.* is given twice"):
         main(["attribute", *world.words, *world.query, *world.query, *SET])

@@ -80,7 +80,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("tree", "said"),
     [
         ({"modle": "m"}, "there is no key 'modle'; did you mean 'model'?"),
-        ({"zzz": 1}, "there is no key 'zzz'; there are model, images, queries"),
+        ({"zzz": 1}, "there is no key 'zzz'; there are model, "),
         ({"seed": "one"}, "seed takes a whole number; given 'one'"),
         ({"seed": True}, "seed takes a whole number; given True"),
         ({"quick": 1}, "quick takes true or false; given 1"),

@@ -82,5 +82,5 @@ def test_what_cannot_be_is_refused_before_anything_is_fitted() -> None:
     for form in (DiagonalFisher, EKFAC):
         with pytest.raises(ValueError, match="damping must not be negative; given -1"):
             form(damping=-1.0)
-    with pytest.raises(ValueError, match="layers_per_pass must be at least 1, or null for all layers; given 0"):
+    with pytest.raises(ValueError, match="layers_per_pass must be at least 1; given 0"):
         EKFAC(layers_per_pass=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.curvature import DATA, SETTINGS, names_of
 from tests.support.tiny import one_process, tiny_model
@@ -134,3 +134,27 @@ def test_the_estimate_grows_with_samples_and_sides(monkeypatch: pytest.MonkeyPat
     assert shared == pytest.approx(expected - 30.0 * samples)
     norms = LayerPlan((), tuple(name for name in names_of(model, "all") if "norm" in name))
     assert planning.fit_seconds(model, DATA, norms, SETTINGS) == pytest.approx(30.0 * samples)
+
+
+def test_layers_share_an_input_only_if_it_was_not_changed_in_between() -> None:
+    model = tiny_model()
+    names = names_of(model, "cross_attention_kv")
+    assert {layer.sharers for layer in plan_layers(model, DATA, names).layers} == {len(names)}
+    keys = [layer for name, layer in model.denoiser.named_modules() if name.endswith("attn2.to_k")]
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, output: (inputs[0].mul_(1.0), output)[1]) for layer in keys
+    ]
+    try:
+        plan = plan_layers(model, DATA, names)
+    finally:
+        for handle in handles:
+            handle.remove()
+    pairs = {layer.module: layer.source for layer in plan.layers}
+    assert all(pairs[layer] != pairs[layer.replace("to_v", "to_k")] for layer in pairs if layer.endswith("to_v"))
+
+
+def test_a_layer_that_the_model_does_not_call_has_no_curvature() -> None:
+    model = tiny_model()
+    model.denoiser.add_module("spare", nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"does not call spare, so it has no curvature"):
+        plan_layers(model, DATA, ["spare.weight"])

@@ -195,10 +195,18 @@ def spoil(folder: Path) -> list[str]:
 
 
 def test_unreadable_images_are_named(folder: Path, build: Callable[..., ImageSet]) -> None:
-    for name in spoil(folder):
-        with pytest.raises(ValueError, match=rf"{name} \(.*metadata\.jsonl, line .*cannot be read: .*skip_unreadable"):
-            build()
+    spoil(folder)
+    with pytest.raises(
+        ValueError,
+        match=r"^2 of 5 images .*headers.*: 2\.png \(.*metadata\.jsonl, line 3\) cannot be read: .*; 4\.png \(.*line 5"
+        r".*on_error: skip",
+    ):
+        build()
+    for name in ("2.png", "4.png"):
         paint(folder / name, 0)
+    with pytest.raises(ValueError, match=r"1\.png \(.*line 2\) cannot be read: .*number 2 of 5; .*on_error: skip"):
+        build()
+    paint(folder / "1.png", 0)
     assert len(build()) == 5
 
 
@@ -208,15 +216,15 @@ def test_unreadable_images_are_skipped_if_asked_and_counted(
     spoiled = spoil(folder)
     for _ in range(2):  # built, then found in the store
         with caplog.at_level(logging.WARNING):
-            images = build(skip_unreadable=True)
+            images = build(on_error="skip")
         assert "skipped 3 of 5 images that cannot be read: '1.png', '2.png', '4.png'" in caplog.text
         caplog.clear()
     assert images.ids == ("0.png", "3.png")
     expected = np.stack([np.asarray(Image.open(folder / name)) for name in images.ids])
     np.testing.assert_array_equal(images.pixels, expected)
     (made,) = (tmp_path / "store" / "image_folder").iterdir()
-    assert read_manifest(made)["skipped"] == spoiled
-    with pytest.raises(ValueError, match=r"1\.png"):
+    assert read_manifest(made)["skipped"] == spoiled == list(read_manifest(made)["reasons"]) == list(images.skipped)
+    with pytest.raises(ValueError, match=r"2\.png"):
         build()
 
 
@@ -224,7 +232,7 @@ def test_a_folder_without_any_readable_image(folder: Path, build: Callable[..., 
     make(folder, 1)
     (folder / "0.png").write_text("x")
     with pytest.raises(ValueError, match="None of the 1 images"):
-        build(skip_unreadable=True)
+        build(on_error="skip")
 
 
 def test_decompression_bombs_are_named(
@@ -258,10 +266,17 @@ def test_a_share_is_taken_from_training_images_only() -> None:
     assert set(validation.columns["split"]) == {"train"}
 
 
-@pytest.mark.parametrize(("split", "share"), [("train", 0.0), ("train", 1.0), ("validation", 0.1), ("test", 0.1)])
+@pytest.mark.parametrize(("split", "share"), [("train", 1e-9), ("train", 1.0), ("validation", 0.1), ("test", 0.1)])
 def test_both_splits_need_images(split: str, share: float) -> None:
     with pytest.raises(ValueError, match=r"Of 5 images, \d are for training and \d for validation.*validation_share"):
         split_images(unsplit(5, split=(split,) * 5), share)
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_nothing_is_held_out_unless_a_share_is_asked_for(share: float | None) -> None:
+    for images in (unsplit(200), unsplit(200, split=("train",) * 200)):
+        train, validation = split_images(images, share)
+        assert (train.ids, len(validation)) == (images.ids, 0)
 
 
 def test_data_module_trains_on_what_is_neither_held_out_nor_excluded(tmp_path: Path, folder: Path) -> None:

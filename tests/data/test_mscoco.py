@@ -185,11 +185,11 @@ def test_unreadable_images_are_named_or_skipped_and_counted(
 ) -> None:
     broken = folder / "train2017" / captions_file["images"][2]["file_name"]
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(ValueError, match=rf"{broken.name} cannot be read: .*skip_unreadable"):
+    with pytest.raises(ValueError, match=rf"{broken.name} cannot be read: .*on_error: skip"):
         coco()
     for _ in range(2):  # decoded, then found
         with caplog.at_level(logging.WARNING):
-            images = coco(skip_unreadable=True)
+            images = coco(on_error="skip")
         assert f"11 images are used; skipped were 1 cannot be read: '{broken.name}'" in caplog.text
         caplog.clear()
     assert len(images) == len(images.pixels) == 11

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from wherefrom.index import build as build_module
 from wherefrom.index import embeddings as embeddings_module
 from wherefrom.index.embeddings import KIND, cosines
 from wherefrom.index.engine import Engine
-from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.artifacts import StorageError, Store
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.optional_dependencies import require_faiss
 
@@ -227,8 +228,38 @@ class TestBuild:
         )
         assert calls == [400, 500], "what was finished is not done again"
         whole = opened(built(tmp_path / "whole", IDS, VECTORS, factory))
-        k = 20 if factory != "HNSW8" else COUNT  # levels of a graph are drawn anew
-        assert same(opened(folder).search(embeddings(QUERIES[:4]), k), whole.search(embeddings(QUERIES[:4]), k))
+        assert same(opened(folder).search(embeddings(QUERIES), 20), whole.search(embeddings(QUERIES), 20))
+
+    @pytest.mark.parametrize(("factory", "part"), [("Flat", "shard-*"), ("Flat", "trained*"), ("HNSW8", "growing*")])
+    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+    def test_a_cut_part_is_made_again(
+        self, tmp_path: Path, factory: str, part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(build_module, "_BLOCK", 100)
+        monkeypatch.setattr(build_module, "_SAVE_EVERY_S", 0.0)
+        killed(tmp_path / "killed", factory)
+        (cut, *_) = sorted((tmp_path / "killed").rglob(f"{part}.faiss"))
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+        folder = built(tmp_path / "killed", IDS, VECTORS, factory, shard=100)
+        assert f"{cut.name} is not a FAISS index that can be read" in caplog.text
+        whole = opened(built(tmp_path / "whole", IDS, VECTORS, factory))
+        assert same(opened(folder).search(embeddings(QUERIES), 20), whole.search(embeddings(QUERIES), 20))
+
+    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+    def test_a_full_disk_leaves_no_file(self, tmp_path: Path) -> None:
+        engine = Engine.make("Flat", VECTORS.shape[1])
+        engine.add(VECTORS, np.arange(COUNT))
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+            try:
+                engine.write(tmp_path / "index.faiss")
+            except StorageError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not list(tmp_path.iterdir())
 
     def test_an_index_is_found_again_unless_something_differs(self, tmp_path: Path) -> None:
         calls: list[int] = []

@@ -334,8 +334,11 @@ class TestCommandLine:
         folder = copy_of(store, tmp_path / "index", "Flat")
         (best,) = opened(folder).search(embeddings(QUERIES[:1]), 3)
         listed = tmp_path / "take_downs.txt"
-        listed.write_text(f"{best.images[1]}\n\nnot there\n")
-        main(["remove", str(folder), best.images[0], "--file", str(listed)])
+        listed.write_text(f"\ufeff{best.images[1]} \t\r\n\nnot there\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="1 of 3 ids are not in the index, such as 'not there', so nothing"):
+            main(["remove", str(folder), best.images[0], "--file", str(listed)])
+        assert not opened(folder).removed
+        main(["remove", str(folder), best.images[0], "--file", str(listed), "--unknown"])
         printed = capsys.readouterr().out
         assert "not in the index, and kept out from now on: not there" in printed
         assert f"{COUNT - 2} images can be found; 3 were removed" in printed

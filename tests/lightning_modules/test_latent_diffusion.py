@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import time
 from pathlib import Path
@@ -109,6 +110,39 @@ def test_a_resumed_run_ends_bit_identical(run: LightningCLI, folder: Path) -> No
     for left, right in zip(*(each["optimizer_states"][0]["state"].values() for each in last), strict=True):
         assert_same(left, right)
     assert last[0]["lr_schedulers"][0]["_last_lr"] == last[1]["lr_schedulers"][0]["_last_lr"]
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_leaves_its_model(run: LightningCLI, folder: Path) -> None:
+    """Lightning calls no hook of training where a run resumes with no step left."""
+    made = fit(
+        folder,
+        "ended",
+        *(
+            "--ckpt_path",
+            str(folder / "whole" / "step=8.ckpt"),
+            "--model.init_args.save_to",
+            str(folder / "saved late"),
+        ),
+    )
+    assert made.trainer.global_step == 8
+    late, saved = (load_model(str(folder / name)).denoiser.state_dict() for name in ("saved late", "saved"))
+    assert_same(late, saved)
+    records = [json.loads((folder / name / "training.json").read_text()) for name in ("saved late", "saved")]
+    assert all(each["steps"] == 8 for each in records)
+    assert records[0]["metrics"]["val/loss"] == pytest.approx(records[1]["metrics"]["val/loss"], rel=1e-5)
+
+
+def test_a_cut_checkpoint_is_got_over(run: LightningCLI, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "cut").mkdir()
+    whole = (folder / "whole" / "step=4.ckpt").read_bytes()
+    (folder / "cut" / "step=4.ckpt").write_bytes(whole)
+    (folder / "cut" / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    resumed = fit(folder, "from cut", "--ckpt_path", str(folder / "cut" / "last.ckpt"))
+    assert re.search(r"last\.ckpt is damaged .*: going on from .*step=4\.ckpt instead", caplog.text)
+    assert_same(resumed.model.state_dict(), run.model.state_dict())
+    (folder / "cut" / "step=4.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged .* beside it is step=4\.ckpt"):
+        fit(folder, "from nothing", "--ckpt_path", str(folder / "cut" / "last.ckpt"))
 
 
 def test_leaving_images_out_changes_the_run(run: LightningCLI, folder: Path) -> None:

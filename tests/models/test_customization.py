@@ -160,6 +160,12 @@ def test_what_does_not_belong_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "no base" / "customized.json").write_text("[]")
     with pytest.raises(ValueError, match=r'should read \{"base"'):
         load_model(str(tmp_path / "no base"))
+    for first, second in (("own", "own"), ("one", "other"), ("other", "one")):
+        (tmp_path / first).mkdir(exist_ok=True)
+        (tmp_path / first / "customized.json").write_text(json.dumps({"base": f"../{second}"}))
+    for name in ("own", "one"):
+        with pytest.raises(ValueError, match="leads back to"):
+            load_model(str(tmp_path / name))
     both = stable_diffusion_xl(tmp_path / "xl")
     with pytest.raises(ValueError, match="cannot be customized"):
         load_customized(str(both), write(tmp_path / "for xl", weights, words))

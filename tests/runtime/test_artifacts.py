@@ -122,6 +122,19 @@ def test_find_refuses_a_folder_whose_manifest_says_otherwise(tmp_path: Path) -> 
         store.find("kind", IDENTITY)
 
 
+def test_what_killed_writes_left_is_cleared_when_an_artifact_is_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def build(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        for left in (folder / ".pixels.npy.123.tmp", folder / "deep" / ".a.json.4.tmp"):
+            left.write_text("half")
+        (folder / "kept.tmp").write_text("the user's")
+
+    folder = store.make("images", IDENTITY, build)
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["kept.tmp", MANIFEST]
+
+
 def test_an_interrupted_build_is_absent_and_resumes_from_its_parts(tmp_path: Path) -> None:
     store = Store(tmp_path)
     result: list[list[str]] = []

@@ -48,6 +48,7 @@ class TinyEvaluation:
         encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
         store = Store(folder / "store")
         module = ImageFolder(str(images), encoder=encoder, store=str(store.root))
+        module.trains = True
         module.prepare_data()
         module.setup()
         self.folder, self.methods, self.store = folder, methods, store

@@ -27,6 +27,7 @@ class Retraining:
         pipeline = recipe_file.parent / "pipeline"
         encoder = LatentEncoder(str(pipeline / "vae"), str(text_folder(pipeline)), LENGTH)
         module = ImageFolder(str(recipe_file.parent / "pictures"), encoder=encoder, store=str(store))
+        module.trains = True
         module.prepare_data()
         module.setup()
         self.data = runs.training_data_of(module)

@@ -223,3 +223,57 @@ def test_a_subset_has_a_fingerprint_of_its_own(latents: EncodedImages) -> None:
     assert latents.without(()) is latents
     with pytest.raises(ValueError, match="nosuch"):
         latents.without(["nosuch"])
+
+
+REPEATS = torch.tensor([1 + (index % 4) for index in range(23)])
+
+
+def repeated(ids: tuple[str, ...] = IDS, steps: int = 30, **options: int) -> KeyedBatches:
+    chosen = REPEATS[[IDS.index(name) for name in ids]]
+    return KeyedBatches(
+        keyed_random.hash_texts(ids), seed=5, batch_size=8, steps=steps, repeats=chosen.tolist(), **options
+    )
+
+
+def test_an_epoch_visits_an_image_as_often_as_its_repeats_say() -> None:
+    size = int(REPEATS.sum())
+    visits = named(repeated(steps=size))  # 8 whole epochs
+    for epoch in range(8):
+        own = Counter(name for name, _ in visits[epoch * size : (epoch + 1) * size])
+        assert own == dict(zip(IDS, REPEATS.tolist(), strict=True))
+    # Each visit has a number, and so timestep and noise, of its own.
+    counted = dict(zip(IDS, REPEATS.tolist(), strict=True))
+    assert Counter(visits) == Counter((name, visit) for name in IDS for visit in range(8 * counted[name]))
+
+
+def test_copies_of_an_image_lie_anywhere_in_an_epoch() -> None:
+    batches = repeated(steps=1)
+    places = np.array([np.argsort(batches.order(epoch)) for epoch in range(400)])
+    (rows,) = np.nonzero(batches.positions.numpy() == 3)
+    assert len(rows) == 4
+    last = len(batches.positions) - 1
+    assert np.abs(places[:, rows].mean(0) - last / 2).max() < 4.5 * math.sqrt(((last + 1) ** 2 - 1) / 12 / 400)
+    assert np.abs(np.corrcoef(places[:, rows].T)[np.triu_indices(4, 1)] + 1 / last).max() < 4.5 / math.sqrt(400)
+
+
+def test_leaving_images_out_takes_all_their_copies_and_nothing_else() -> None:
+    out = {IDS[3], IDS[4], IDS[19]}
+    kept = tuple(name for name in IDS if name not in out)
+    size, less_size = int(REPEATS.sum()), sum(int(REPEATS[IDS.index(name)]) for name in kept)
+    whole, less = named(repeated(steps=size)), named(repeated(kept, steps=less_size), kept)
+    assert [visit for visit in whole if visit[0] not in out] == less
+
+
+def test_images_seen_once_are_visited_as_in_a_set_without_repeats() -> None:
+    ones = KeyedBatches(keyed_random.hash_texts(IDS), seed=5, batch_size=8, steps=30, repeats=[1] * 23)
+    assert list(ones) == list(stream())
+    first = {name for name in IDS if REPEATS[IDS.index(name)] == 1}
+    with_copies = named(repeated(steps=int(REPEATS.sum())))  # both are 8 whole epochs
+    assert [visit for visit in with_copies if visit[0] in first] == [
+        v for v in named(stream(steps=23)) if v[0] in first
+    ]
+
+
+def test_an_image_that_is_never_visited_is_refused() -> None:
+    with pytest.raises(ValueError, match="visits each of the 23 images at least once"):
+        KeyedBatches(keyed_random.hash_texts(IDS), seed=5, batch_size=8, steps=1, repeats=(REPEATS - 1).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,15 @@ STEPS, CLIP = 6, 0.05  # the clipping acts
 
 
 @pytest.mark.filterwarnings(r"ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-@pytest.mark.parametrize("max_snr_weight", ["5.0", "null"])
-def test_a_replay_is_the_training_to_the_last_bit(tmp_path: Path, max_snr_weight: str) -> None:
+@pytest.mark.parametrize(("max_snr_weight", "repeats"), [("5.0", False), ("null", True)])
+def test_a_replay_is_the_training_to_the_last_bit(tmp_path: Path, max_snr_weight: str, repeats: bool) -> None:
     config = training_config(tmp_path, "run", steps=STEPS)
+    if repeats:
+        metadata = tmp_path / "pictures" / "train" / "metadata.jsonl"
+        rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+        metadata.write_text(
+            "".join(json.dumps({**row, "repeats": 1 + row["file_name"].count("1")}) + "\n" for row in rows)
+        )
     options = ["--trainer.gradient_clip_val", str(CLIP), "--model.init_args.max_snr_weight", max_snr_weight]
     trained = train.main(["fit", "-c", str(config), *options])
     (losses,) = (tmp_path / "run").rglob("metrics.csv")
@@ -34,9 +41,18 @@ def test_a_replay_is_the_training_to_the_last_bit(tmp_path: Path, max_snr_weight
     data.prepare_data()
     data.setup()
     visits = data.visits(data.train_images, data.train_latents, training=True)
+    weights = data.train_latents.weights
+    assert (weights is None) != repeats
     stream = KeyedBatches(
-        hash_texts(list(data.train_images.ids)), seed=data.seed, batch_size=data.batch_size, steps=STEPS
+        hash_texts(list(data.train_images.ids)),
+        seed=data.seed,
+        batch_size=data.batch_size,
+        steps=STEPS,
+        repeats=data.train_images.weights,
     )
+    if repeats:  # 36 visits are more than one epoch of the 16 images and their copies
+        assert len({visit for batch in stream for visit in batch}) == STEPS * data.batch_size
+        assert data.train_images.seen == len(stream.positions) > 16
     optimizer = module.optimizer(module.unet.parameters())
     replayed = list(
         replay(

@@ -51,7 +51,8 @@ class LearnedRanker(Attributor):
 
     f concatenates the features of frozen image and text encoders: of a training image and its first caption, or of a
     query and its prompt. g is the learned ranker. `score` computes exact cosines with all training images; `search`
-    looks up the k nearest in a FAISS index.
+    looks up the k nearest in a FAISS index. How often training saw an image is not among what g is told, so a column
+    `repeats` has no effect, as with similarities: scores stand for one copy of each image.
 
     Args:
         ranker: Folder of the ranker; see `save_ranker`.

@@ -20,7 +20,8 @@ from wherefrom.runtime.distributed import Runner
 def by_size(scores: Scores) -> Scores:
     """Scores, null scores and scores by part, replaced by their absolute values."""
     parts = {name: np.abs(part) for name, part in scores.parts.items()}
-    return replace(scores, scores=np.abs(scores.scores), null=np.abs(scores.null), parts=parts)
+    per_copy = None if scores.per_copy is None else np.abs(scores.per_copy)
+    return replace(scores, scores=np.abs(scores.scores), null=np.abs(scores.null), parts=parts, per_copy=per_copy)
 
 
 class Magnitude(Attributor):

@@ -32,6 +32,7 @@ from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.stable_names import settings_identity
 
 _REFERENCE = 256  # training images over which the spread of each timestep's loss changes is estimated
@@ -82,6 +83,7 @@ class PreconditionedAttributor(Attributor):
             raise ValueError(f"curvature must be DiagonalFisher(), EKFAC() or Identity(); given {curvature!r}.")
         if timestep_weights not in ("equal", "spread"):
             raise ValueError(f"Unknown timestep_weights {timestep_weights!r}; choose 'equal' or 'spread'.")
+        check_ranges(batch_size=batch_size)
         breakdown.check(grid.timesteps)
         self.weights: Subset = weights
         self.curvature, self.grid, self.flip = curvature, grid, flip
@@ -105,7 +107,7 @@ class PreconditionedAttributor(Attributor):
             raise ValueError(f"{type(self).__name__} fits its curvature over latents; there are none.")
         log("curvature of the base model, for all models")
         self._shared = self._fit_curvature(model, data.latents, store, runner, log)
-        self._shared_from = f"{model.fingerprint()} over {data.latents.fingerprint}"
+        self._shared_from = f"{model.fingerprint()} over {data.latents.weighted_fingerprint}"
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the scores."""
@@ -196,14 +198,16 @@ class PreconditionedAttributor(Attributor):
         """Factor of each timestep's loss changes in a score, of mean 1, for broadcasting over (..., T, R)."""
         if self.timestep_weights == "equal":
             return torch.ones(reference.shape[3], 1, dtype=reference.dtype)
-        return spread_weights(reference).to(reference.dtype)[:, None]
+        data = self.ready()[1]
+        weights = None if data.weights is None else data.weights[data.sample(_REFERENCE)]
+        return spread_weights(reference, weights).to(reference.dtype)[:, None]
 
     def parts(self, change: Float[Tensor, "n f k t r"]) -> dict[str, Float[NDArray[np.float64], " n"]]:
         """Scores by timestep band and caption; see `Breakdown`."""
         return self.breakdown.parts(change, self.grid.steps(self.ready()[0].noise_schedule.steps), self.flip)
 
     def reliability(self, change: Float[Tensor, "n f k t r"]) -> float:
-        """Split-half reliability of the scores over the (t, ε) samples; NaN with a single sample."""
+        """Split-half reliability of the scores (of one copy) over the (t, ε) samples; NaN with a single sample."""
         noise_samples = change.double().mean(dim=2).flatten(2)
 
         def score(part: Int64[NDArray[np.int64], " h"]) -> Float[NDArray[np.float64], " n"]:

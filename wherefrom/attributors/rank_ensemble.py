@@ -89,10 +89,13 @@ class RankEnsemble(Attributor):
             ranks = np.mean([normalised_ranks(ids, scores.scores) for scores in result], axis=0)
             with_null = all(len(scores.null) for scores in result)
             null = np.mean([_null_ranks(scores) for scores in result], axis=0) if with_null else np.zeros(0)
-            yield Scores(query, ids, -ranks, -null)
+            of_one = None
+            if any(scores.per_copy is not None for scores in result):
+                of_one = -np.mean([normalised_ranks(ids, scores.comparable) for scores in result], axis=0)
+            yield Scores(query, ids, -ranks, -null, per_copy=of_one)
 
 
 def _null_ranks(scores: Scores) -> Float[NDArray[np.float64], " m"]:
     """Normalised ranks of the null scores among the training images' scores."""
-    ordered = np.sort(scores.scores)
+    ordered = np.sort(scores.comparable)
     return (len(ordered) - np.searchsorted(ordered, scores.null, side="right")) / len(ordered)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
 
 from wherefrom.attributors.base import Attributor
 from wherefrom.attributors.compute_estimate import ComputeEstimate, ComputeStage
@@ -116,10 +118,17 @@ class Rerank(Attributor):
                 keys = {name: hash_text(f"subsample/{query.name}/{name}") for name in chosen}
                 chosen = sorted(chosen, key=lambda name: keys[name])[: self.subsample]
             (result,) = self.method.score([query], chosen)
-            by_id = dict(zip(result.ids, result.scores.tolist(), strict=True))
-            # Images that were not rescored follow below the lowest rescored one, in the order of retrieval.
-            lowest, spread = float(result.scores.min()), float(np.ptp(result.scores)) or 1.0
-            rest = [name for name in order if name not in by_id]
-            by_id |= {name: lowest - spread * (place + 1) / len(near.ids) for place, name in enumerate(rest)}
-            scores = np.array([by_id[name] for name in near.ids])
-            yield replace(result, ids=near.ids, scores=scores, parts={})
+            scores = _completed(result.ids, result.scores, near.ids, order)
+            of_one = None if result.per_copy is None else _completed(result.ids, result.per_copy, near.ids, order)
+            yield replace(result, ids=near.ids, scores=scores, parts={}, per_copy=of_one)
+
+
+def _completed(
+    scored: Sequence[str], scores: Float[NDArray[np.float64], " k"], ids: Sequence[str], order: Sequence[str]
+) -> Float[NDArray[np.float64], " n"]:
+    """Scores of all images: those that were not rescored follow below the lowest rescored one, in this order."""
+    by_id = dict(zip(scored, scores.tolist(), strict=True))
+    lowest, spread = float(scores.min()), float(np.ptp(scores)) or 1.0
+    rest = [name for name in order if name not in by_id]
+    by_id |= {name: lowest - spread * (place + 1) / len(ids) for place, name in enumerate(rest)}
+    return np.array([by_id[name] for name in ids])

@@ -24,6 +24,7 @@ from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 
 
 class _PairwiseBaseline(Attributor):
@@ -65,6 +66,7 @@ class Random(_PairwiseBaseline):
     """
 
     def __init__(self, seed: int = 0) -> None:
+        check_ranges(seed=seed)
         self.seed = seed
 
     def identity(self) -> dict[str, Any]:
@@ -87,6 +89,7 @@ class PixelSimilarity(_PairwiseBaseline):
     requires: frozenset[Need] = frozenset({"features"})
 
     def __init__(self, size: int | None = None) -> None:
+        check_ranges(size=size)
         self.size = size
         self._vectors: dict[tuple[str, tuple[str, ...]], Tensor] = {}
 
@@ -106,7 +109,15 @@ class PixelSimilarity(_PairwiseBaseline):
             return torch.cat([self._unit_vectors(part) for part in parts])
         key = images.fingerprint, images.ids
         if key not in self._vectors:
-            self._vectors[key] = self.vectors(np.asarray(images.pixels))
+            by_size = list(images.by_size())
+            if self.size is None and len(by_size) > 1:
+                raise ValueError(
+                    f"Pixels of images of {len(by_size)} sizes cannot be compared with a query's. Set size to the side "
+                    "of a square that all are resized to before."
+                )
+            vectors = [self.vectors(np.asarray(each.pixels)) for _, each, _ in by_size]
+            order = np.argsort(np.concatenate([where for _, _, where in by_size])) if len(by_size) > 1 else slice(None)
+            self._vectors[key] = torch.cat(vectors)[order] if vectors else torch.zeros(0, 1)
         return self._vectors[key]
 
     def vectors(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "n d"]:
@@ -118,7 +129,8 @@ class PixelSimilarity(_PairwiseBaseline):
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
         """Cosine with each image; the larger of query and mirrored query."""
-        if query.pixels.shape != images.pixels.shape[1:]:
+        sizes = set(images.sizes)
+        if len(sizes) == 1 and query.pixels.shape[:2] not in sizes:
             raise ValueError(
                 f"Query {query.id!r} has shape {query.pixels.shape}, the training images "
                 f"{images.pixels.shape[1:]}: resize it first."
@@ -172,6 +184,10 @@ class ImageSimilarity(Attributor):
         parts = images.parts
         if len(parts) > 1:
             return torch.cat([self._features(part, store) for part in parts])
+        by_size = list(images.by_size())
+        if len(by_size) > 1:
+            order = np.argsort(np.concatenate([where for _, _, where in by_size]))
+            return torch.cat([self._features(each, store) for _, each, _ in by_size])[torch.from_numpy(order)]
         mirrored = replace(
             images,
             pixels=np.asarray(images.pixels)[:, :, ::-1],

@@ -10,9 +10,10 @@ from wherefrom.cli.run_inputs import inputs_of
 from wherefrom.commands.budget import Sizes, as_table, drawing, encoding, method
 from wherefrom.commands.estimate import forward_rate, timed
 from wherefrom.commands.packaged_methods import load_packaged
-from wherefrom.commands.prepared_run import check_query_files, image_size, open_model
+from wherefrom.commands.prepared_run import check_query_files, open_model
 from wherefrom.data.image_folder import load_image
 from wherefrom.data.image_metadata import read_rows
+from wherefrom.queries.run_size import RunSize
 from wherefrom.runtime.console import room
 from wherefrom.runtime.distributed import parse_device
 
@@ -31,19 +32,20 @@ def budget_of(request: Request) -> str:
     methods = load_packaged(request.method, options.settings, options.quick)
     folder = Path(request.images)
     rows = read_rows(folder, options.caption, None)
-    held_out = sum(row.split == "validation" for row in rows)
-    training = sum(row.split in ("train", "") for row in rows)
-    if not training:
-        raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
-    model = open_model(request.model, options.base).to(parse_device(options.device))
-    size = image_size(model)
+    splits = [row.split for row in rows]
+    parts, null = options.choice.parts(splits), options.choice.null_folder(set(splits))
+    training, held_out = len(parts.ranked), len(parts.null)
+    if null is not None:
+        held_out = len(read_rows(null, options.caption, None))
+    model = open_model(request.model, options.lora, options.base).to(parse_device(options.device))
+    size = RunSize.of(model, options.size, options.framing)
 
     def decode() -> int:
         for row in rows[:_SAMPLE]:
-            load_image(folder / row.name, size)
+            load_image(folder / row.name, size.option, size.framing)
         return len(rows[:_SAMPLE])
 
-    sizes = Sizes(training, held_out, (size, size), len(rows[0].captions), False)
+    sizes = Sizes(training, held_out, size.size, len(rows[0].captions), False)
     stages, data = encoding(model, sizes, timed(decode))
     assert data.latents is not None
     rate = forward_rate(model, data.latents)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names
+from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names, spoken_words
 
 DESCRIPTION = """\
 Which training images did this image come from?
@@ -40,8 +40,23 @@ WORDS = {
     "queries:": "--query:",
     "the option 'caption'": "--caption",
     "the option 'columns'": "fewer columns",
-    "or set skip_unreadable": "then run the command again",
+    "null: none, split: all": "--null none --split all",
+    "null: none": "--null none",
+    "split: all": "--split all",
+    "null:": "--null:",
+    "in split:": "in --split",
+    "split:": "--split:",
+    "the option 'size'": "--size",
+    "on_error: skip": "--on-error skip",
+    "on_error is": "--on-error is",
+    "buckets.upscale: true": "no upscale=false in --buckets",
+    "set buckets": "give --buckets",
+    "buckets:": "--buckets:",
+    "size:": "--size:",
+    "pad_color is": "--pad-color is",
     "model:": "--model:",
+    "lora:": "--lora:",
+    "the option 'lora'": "--lora",
     "images:": "--images:",
     "method:": "--method:",
     "settings:": "--set:",
@@ -111,7 +126,7 @@ def main(args: Sequence[str] | None = None) -> None:
         root.print_help()
         raise SystemExit(2)
     run: Callable[[str, Sequence[str]], None] = import_module(COMMANDS[options.command][0]).run
-    with mistakes_in_one_line(called_from_python=args is not None), option_names(WORDS):
+    with mistakes_in_one_line(called_from_python=args is not None), option_names(WORDS), spoken_words(WORDS):
         try:
             run(options.command, words[place + 1 :])
         except KeyboardInterrupt:

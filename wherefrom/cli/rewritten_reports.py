@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from wherefrom.cli.run_inputs import inputs_of, report_options
 from wherefrom.commands.attribute import kept_queries, kept_scores, rewrite_page
 from wherefrom.commands.compare import COST, REPORT
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
+from wherefrom.data.image_set import ImageSet
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.reports.comparison_report import write_comparison_report
 from wherefrom.runtime.artifacts import MANIFEST, Store
+from wherefrom.runtime.checked_files import read_object
 from wherefrom.runtime.measured_cost import Cost
 
 _COUNTERFACTUAL = "counterfactual.json"
@@ -59,7 +60,10 @@ def rewrite(folder: Path, *, top: int | None, title: str | None, store: str) -> 
     pages = [rewrite_page(run, results[run.name], data, options) for run in runs]
     if single:
         return pages
-    costs = {run.name: Cost(**json.loads((run / COST).read_text())) for run in runs}
+    costs = {
+        run.name: Cost(**read_object(run / COST, remedy="Delete it: only what earlier runs took is lost"))
+        for run in runs
+    }
     write_comparison_report(folder / REPORT, results, costs, data.images, options)
     return [folder / REPORT, *pages]
 
@@ -80,8 +84,9 @@ def _training_images(request: Request, size: int, store: str) -> TrainingData:
     if not folder.is_dir():
         raise ValueError(f"images: the run's folder {request.images!r} is not there any more.")
     options = ImageFolderOptions(size=size, caption=request.caption)
-    every = build_image_folder(Store(store), folder, options)
-    if "split" not in every.columns:
-        return TrainingData(every)
-    held_out = every.where("split", "validation")
-    return TrainingData(every.where("split", "train"), held_out=held_out if len(held_out) else None)
+
+    def read(place: Path) -> ImageSet:
+        return build_image_folder(Store(store), place, options)
+
+    ranked, null, _ = inputs_of(request)[1].choice.of(read(folder), read)
+    return TrainingData(ranked, held_out=null)

@@ -11,11 +11,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from wherefrom.cli.run_sizes import bucket_numbers, size_text
+from wherefrom.data.split_names import split_named
+from wherefrom.models.adapter_sources import check_place, local_files, parse_adapter
+
 RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
-_LISTS: Mapping[str, type] = {"queries": dict, "method": str, "regions": dict, "groups": str}
+_LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Request:
     Attributes:
         model: A diffusers pipeline (folder or hub id), a single file, or a trainer's checkpoint.
         base: The pipeline from which comes what the model's file or checkpoint lacks.
+        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
@@ -36,6 +41,15 @@ class Request:
         device: Where to compute.
         resize: Bring query images to the model's size.
         caption: Name of the caption column.
+        split: Splits whose images are ranked, or `all`.
+        null: Images never trained on: a split, a folder, or `none`.
+        size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
+        fit: How images are brought to it: crop, pad or stretch.
+        pad_color: Colour of the margins of pad.
+        exif: Turn photographs upright (apply), or not (ignore).
+        alpha: Transparent images are put on white, or their transparency is dropped (drop).
+        buckets: Aspect buckets: `{}` for the usual ones, or their numbers; None for one size.
+        on_error: stop at training images that cannot be read, or skip them.
         seed: Seed of drawn images.
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
@@ -47,6 +61,7 @@ class Request:
 
     model: str = ""
     base: str = ""
+    lora: tuple[str, ...] = ()
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
@@ -58,6 +73,15 @@ class Request:
     device: str = ""
     resize: bool = False
     caption: str = "text"
+    split: tuple[str, ...] = ()
+    null: str = ""
+    size: str = ""
+    fit: str = "crop"
+    pad_color: str = "white"
+    exif: str = "apply"
+    alpha: str = "white"
+    buckets: Mapping[str, Any] | None = None
+    on_error: str = "stop"
     seed: int = 0
     sampling_steps: int = 50
     guidance: float = 2.0
@@ -87,6 +111,10 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: settings takes a mapping, such as {{unlearning.noise_samples: 500}}.")
         return dict(_flat(value))
+    if key == "size":
+        return size_text(value, f"{where}: size")
+    if key == "buckets":
+        return bucket_numbers(value, f"{where}: buckets")
     kind = type(default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
@@ -122,6 +150,10 @@ def read_request(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys; write model, images, queries and method.")
+    # YAML reads the bare key null, and the bare value, as nothing.
+    tree = {"null" if key is None else key: value for key, value in tree.items()}
+    if "null" in tree and tree["null"] is None:
+        tree["null"] = "none"
     defaults = {each.name: each.default for each in fields(Request)}
     for key in tree:
         if key == "inputs":  # a run's own record, which also says what its files held
@@ -170,11 +202,12 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def _place(name: str) -> str:
     """A path on disk as seen from everywhere; a hub id or a packaged name as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def _hash(path: str) -> str:
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def completed(request: Request, with_methods: bool = True) -> Request:
@@ -186,6 +219,9 @@ def completed(request: Request, with_methods: bool = True) -> Request:
     for key, flag in (("model", "--model"), ("images", "--images")):
         if not getattr(request, key):
             raise ValueError(f"{flag} is missing: give it, or {key} in a -c file.")
+    adapters = [parse_adapter(given) for given in request.lora]
+    for adapter in adapters:
+        check_place(adapter)
     if not request.queries:
         raise ValueError("--query is missing: give an image with its --prompt, or a --prompt alone to draw one.")
     for query in request.queries:
@@ -205,7 +241,9 @@ def completed(request: Request, with_methods: bool = True) -> Request:
         request,
         model=_place(request.model),
         base=_place(request.base) if request.base else "",
+        lora=tuple(str(replace(adapter, place=_place(adapter.place))) for adapter in adapters),
         images=_place(request.images),
+        null=request.null if request.null == "none" or split_named(request.null) else _place(request.null),
         queries=queries,
         regions=regions,
         method=methods,
@@ -225,6 +263,7 @@ def record_of(request: Request) -> dict[str, Any]:
     files = [query["image"] for query in request.queries if query.get("image")]
     files += [region["mask"] for region in request.regions if region.get("mask")]
     files += [name for name in request.method if name.endswith((".yaml", ".yml"))]
+    files += [str(path) for given in request.lora for path in local_files(parse_adapter(given))]
     return {**said, "inputs": {path: _hash(path) for path in files if Path(path).is_file()}}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from wherefrom.cli.entry import Help
 from wherefrom.cli.run_file import DEFAULT_METHOD, Request, parse_settings, read_request
+from wherefrom.cli.run_sizes import add_size_flags, bucket_numbers, size_text
 
 DETAILS = """\
 queries:
@@ -20,8 +21,11 @@ queries:
 
 images:
   A folder with images and metadata.jsonl, .csv or .parquet: a column file_name, a column text
-  (see --caption), and further ones such as license and author. Rows whose split is
-  validation were never trained on: p-values are measured against them.
+  (see --caption), and further ones such as license and author. All are ranked. Where rows
+  have a split, those of train are, and those of validation are the null: images that the model
+  was never trained on, which p-values are measured against. --split and --null choose others.
+  They are brought to the model's own size as --fit says, unless --size or --buckets asks for
+  others.
 
 file:
   -c FILE.yaml holds the same by these keys; flags win over it:
@@ -70,6 +74,12 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("-c", "--config", metavar="FILE", help="a YAML file; see below")
     add("--model", metavar="MODEL", help="a diffusers pipeline (folder or hub id), or a single .safetensors file")
     add("--base", metavar="MODEL", help="the pipeline that a trainer's checkpoint or a file without all parts is of")
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="an adapter trained on the model, as style.safetensors:0.8; a folder or hub id; may be repeated",
+    )
     add("--images", metavar="FOLDER", help="the training images with their captions; see below")
     add("--query", action=Asked, dest="asked", metavar="FILE", help="an image to attribute")
     add("--prompt", action=Asked, dest="asked", metavar="TEXT", help="its prompt; or alone, to draw an image")
@@ -85,8 +95,13 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--output", metavar="RUN", help="the run folder (default: one below wherefrom-runs)")
     add("--store", metavar="FOLDER", help="where what is computed once is kept (default: cache)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add("--resize", action="store_true", help="bring query images to the model's size")
+    add("--resize", action="store_true", help="bring query images to the training images' size")
+    add_size_flags(made)
     add("--caption", metavar="COLUMN", help="the metadata's caption column (default: text)")
+    add(
+        "--split", action="append", metavar="NAME", help="rank images of this split; repeat it, or all (default: train)"
+    )
+    add("--null", metavar="WHAT", help="never trained on: a split, a FOLDER, or none (default: validation)")
     add("--seed", type=int, metavar="N", help="seed of drawn images (default: 0)")
     add("--sampling-steps", type=int, metavar="N", help="sampling steps of drawn images (default: 50)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance of drawn images (default: 2)")
@@ -105,6 +120,10 @@ def request_of(options: argparse.Namespace) -> Request:
     """
     values: dict[str, Any] = read_request(Path(options.config)) if "config" in options else {}
     given = {key: value for key, value in vars(options).items() if key not in ("config", "asked", "set")}
+    if "size" in given:
+        given["size"] = size_text(given["size"], "--size")
+    if "buckets" in given:
+        given["buckets"] = bucket_numbers(given["buckets"], "--buckets")
     values |= {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     if "asked" in options:
         values["queries"] = tuple(options.asked)

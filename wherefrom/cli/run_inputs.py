@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wherefrom.cli.run_file import Request
+from wherefrom.cli.run_sizes import framing_of, size_of
 
 if TYPE_CHECKING:
     from wherefrom.commands.prepared_run import AttributionOptions, QueryInput
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
     """The queries and options that a request names."""
     from wherefrom.commands.prepared_run import AttributionOptions
+    from wherefrom.data.on_error import checked
     from wherefrom.queries.sources import QueryRegion
 
     queries: list[QueryInput] = [
@@ -23,12 +25,18 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
     return queries, AttributionOptions(
         settings=request.settings or {},
         quick=request.quick,
+        lora=request.lora,
         store=request.store,
         device=request.device or None,
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
         base=request.base or None,
         caption=request.caption,
+        split=request.split,
+        null=request.null,
+        size=size_of(request.size),
+        framing=framing_of(request),
+        on_error=checked(request.on_error),
         seed=request.seed,
         sampling_steps=request.sampling_steps,
         guidance=request.guidance,

@@ -7,11 +7,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +22,7 @@ from wherefrom.data.image_set import ImageSet
 from wherefrom.gradients.loss_excess import excess, loss_of, typical_losses
 from wherefrom.gradients.query_loss import encode_query
 from wherefrom.metrics.null_distribution import p_values
+from wherefrom.models.adapter_states import AdapterRecord, known_adapters
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.estimates import Estimates
@@ -41,6 +44,7 @@ from wherefrom.runtime.distributed import Runner
 
 TABLE = "scores_of_all"
 _PART, _ESTIMATE = "part ", "estimate "  # key prefixes of parts and of calibrated estimates in a score file
+_PER_COPY = "per_copy"
 
 
 def run_identity(
@@ -51,7 +55,7 @@ def run_identity(
     return {
         "attributor": attributor.identity(),
         "model": None if model is None else model.fingerprint(),
-        "training_pictures": identity_hash({"of": data.images.fingerprint, "ids": list(data.images.ids)}),
+        "training_pictures": identity_hash({"of": data.images.weighted_fingerprint, "ids": list(data.images.ids)}),
         "latents": None if data.latents is None else data.latents.fingerprint,
         "held_out": None
         if data.held_out is None
@@ -137,7 +141,10 @@ def attribute(
             log(f"query {len(finished)} of {len(queries)} is done: {scores.query.prompt!r}{part}")
     results = [finished[query.name] for query in queries]
     if runner.is_main:
-        _write_results(folder, results=results, data=data, options=options, identity=identity, cut=cut)
+        adapters = [] if model is None else [asdict(each) for each in known_adapters(model.denoiser)]
+        _write_results(
+            folder, results=results, data=data, options=options, identity=identity, cut=cut, adapters=adapters
+        )
     runner.barrier()
     return results
 
@@ -176,6 +183,7 @@ def _write_scores(folder: Path, scores: Scores) -> None:
         arrays = {"scores": scores.scores, "null": scores.null}
         arrays |= {_PART + name: values for name, values in scores.parts.items()}
         arrays |= {} if scores.estimates is None else {_ESTIMATE + n: v for n, v in vars(scores.estimates).items()}
+        arrays |= {} if scores.per_copy is None else {_PER_COPY: scores.per_copy}
         save_file(arrays, temporary, {"facts": facts, "parts": json.dumps(list(scores.parts))})
 
 
@@ -183,17 +191,23 @@ def _read_scores(folder: Path, query: Query, images: ImageSet) -> Scores | None:
     path = _scores_file(folder, query)
     if not path.exists():
         return None
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "np") as stream:
-        metadata = stream.metadata()
-        facts: dict[str, float] = json.loads(metadata["facts"])
-        names: list[str] = json.loads(metadata["parts"])
-    arrays = load_file(path)
-    parts = {name: arrays[_PART + name] for name in names}
+    try:
+        with safe_open(path, "np") as stream:
+            metadata = stream.metadata()
+            facts: dict[str, float] = json.loads(metadata["facts"])
+            names: list[str] = json.loads(metadata["parts"])
+        arrays = load_file(path)
+        parts = {name: arrays[_PART + name] for name in names}
+        if len(arrays["scores"]) != len(images):
+            raise ValueError(f"it holds {len(arrays['scores'])} scores of {len(images)} images")
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete the file: its query is then scored again.") from error
     estimated = {name.removeprefix(_ESTIMATE): values for name, values in arrays.items() if name.startswith(_ESTIMATE)}
     estimates = Estimates(**estimated) if estimated else None
-    return Scores(query, images.ids, arrays["scores"], arrays["null"], facts, parts, estimates)
+    per_copy = arrays.get(_PER_COPY)
+    return Scores(query, images.ids, arrays["scores"], arrays["null"], facts, parts, estimates, per_copy)
 
 
 def _write_results(
@@ -204,29 +218,42 @@ def _write_results(
     options: ReportOptions | None,
     identity: Mapping[str, Any],
     cut: int | None,
+    adapters: Sequence[Mapping[str, Any]],
 ) -> None:
     rankings: dict[str, tuple[Sequence[str], Any]] = {each.query.name: (each.ids, each.scores) for each in results}
     if cut is not None:
         table = write_table(folder / TABLE, results)
         rankings = {name: table.top(name, cut) for name in rankings}
     with_null = all(len(scores.null) for scores in results)
-    nulls = {scores.query.name: scores.null for scores in results}
-    tails = {name: p_values(kept, nulls[name]) for name, (_, kept) in rankings.items()} if with_null else None
+    by_query = {scores.query.name: scores for scores in results}
+    tails = {name: _tails(by_query[name], kept) for name, (kept, _) in rankings.items()} if with_null else None
     estimates = {
         scores.query.name: (scores.ids, scores.estimates) for scores in results if scores.estimates is not None
     }
-    write_ranking(folder, rankings, tails, estimates or None)
+    images = data.images
+    repeats = None if images.weights is None else dict(zip(images.ids, images.weights.astype(int), strict=True))
+    write_ranking(folder, rankings, tails, estimates or None, repeats)
     if all(scores.parts for scores in results):
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     if options is not None:
-        _write_page(folder, results=results, data=data, options=options, identity=identity)
+        _write_page(folder, results=results, data=data, options=options, identity=identity, adapters=adapters)
     write_manifest(
         folder,
         identity,
         complete=True,
         cut=cut,
+        **({"adapters": adapters} if adapters else {}),
         facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
     )
+
+
+def _tails(scores: Scores, kept: Sequence[str]) -> Float[NDArray[np.float64], " k"]:
+    """p-values of the images that a ranking keeps, from the scores that compare with the null."""
+    values = p_values(scores.comparable, scores.null)
+    if len(kept) == len(values):  # all, in their own order
+        return values
+    place = {name: index for index, name in enumerate(scores.ids)}
+    return values[[place[name] for name in kept]]
 
 
 def write_table(folder: Path, results: Sequence[Scores]) -> ScoreTable:
@@ -247,21 +274,23 @@ def _write_page(
     data: TrainingData,
     options: ReportOptions,
     identity: Mapping[str, Any],
+    adapters: Sequence[Mapping[str, Any]],
 ) -> None:
     for scores in results:
         with replacing(_pixels_file(folder, scores.query.name)) as temporary:
             Image.fromarray(scores.query.pixels).save(temporary, "PNG")
     pages = [page_of(scores, data, options) for scores in results]
     method = str(identity["attributor"]["method"])
+    loras = ", ".join(str(AdapterRecord(**each)) for each in adapters)
     write_report(
         folder / "report.html",
         title=options.title,
         queries=pages,
         facts={
             "Method": method,
-            "Model": str(identity["model"]),
+            "Model": f"{identity['model']}{f' with LoRA {loras}' if loras else ''}",
             "Training images": f"{len(data.images):,}",
-            "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
+            **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=options.notes,
         methods_note="Shares of groups are of the influence above the median among the images shown; "
@@ -327,9 +356,11 @@ def rewrite_page(folder: Path, results: Sequence[Scores], data: TrainingData, op
         ValueError: The run is not complete, or is of other images.
         StorageError: The page could not be written.
     """
-    identity = read_run(folder)["identity"]
-    ids = identity_hash({"of": data.images.fingerprint, "ids": list(data.images.ids)})
+    manifest = read_run(folder)
+    identity = manifest["identity"]
+    ids = identity_hash({"of": data.images.weighted_fingerprint, "ids": list(data.images.ids)})
     if identity["training_pictures"] != ids:
         raise ValueError(f"{folder} is a run over other training images than these: they were changed since.")
-    _write_page(folder, results=results, data=data, options=options, identity=identity)
+    adapters = manifest.get("adapters", [])
+    _write_page(folder, results=results, data=data, options=options, identity=identity, adapters=adapters)
     return folder / "report.html"

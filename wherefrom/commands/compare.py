@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.reports.comparison_report import median_reliability, write_comparison_report
 from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.artifacts import Store, replacing, write_json
+from wherefrom.runtime.checked_files import read_object
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.measured_cost import Cost, track_peak_memory
@@ -135,7 +135,7 @@ def _cost(place: Path, now: Cost, scored: bool) -> Cost:
     """Combines the cost of this run with that of earlier, interrupted runs: the maximum of each."""
     cost = now
     if (place / COST).exists():
-        earlier = Cost(**json.loads((place / COST).read_text()))
+        earlier = Cost(**read_object(place / COST, remedy="Delete it: only what earlier runs took is lost"))
         memory, stored = max(now.memory, earlier.memory), max(now.stored, earlier.stored)
         cost = Cost(now.seconds, memory, stored) if scored else replace(earlier, seconds=now.seconds)
     write_json(place / COST, asdict(cost))

@@ -220,7 +220,7 @@ def curate(
     identity = {
         "teacher": method.identity(),
         "model": model.fingerprint(),
-        "training": identity_hash({"of": data.images.fingerprint, "ids": list(data.images.ids)}),
+        "training": identity_hash({"of": data.images.weighted_fingerprint, "ids": list(data.images.ids)}),
         "captions": settings_identity(captions),
         "sampler": {
             "seed": source.seed,
@@ -318,8 +318,9 @@ def _teacher_set(
     progress: Progress | None,
 ) -> TeacherSet:
     row_of = {name: row for row, name in enumerate(images.ids)}
-    # Images that a reranking method did not score rank after all that it did.
-    tops = [scores.top(scored) for scores in results]
+    # Images that a reranking method did not score rank after all that it did. Scores of one copy: a ranker sees an
+    # image's features, which do not say how often training saw it.
+    tops = [replace(scores, scores=scores.comparable).top(scored) for scores in results]
     queries = [scores.query for scores in results]
     return TeacherSet(
         images.ids,

@@ -13,14 +13,23 @@ import torch
 from PIL import Image
 
 from wherefrom.attributors.base import Attributor
+from wherefrom.commands.null_warnings import check_choice, warn_of_null
 from wherefrom.data.encoded_images import encode_image_set, report_cut
+from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.on_error import OnError, checked
+from wherefrom.data.ranked_images import RankedImages
+from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
+from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
+from wherefrom.queries.run_size import RunSize
 from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.cli_errors import as_spoken
 from wherefrom.runtime.console import Console
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.tensor_hash import hash_tensors
@@ -35,6 +44,8 @@ class AttributionOptions:
     Attributes:
         settings: Values that replace the method's own, such as `{"unlearning.noise_samples": 500}`.
         quick: A first look: few timesteps and noise samples.
+        lora: Adapters that are added to a model that is given by its path or hub id: a file, a folder or a hub id, as
+            `"style.safetensors"`, `"style.safetensors:0.8"` or `("style.safetensors", 0.8)`.
         store: Folder for what is computed once.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
         resize: Bring query images to the model's size instead of refusing other sizes.
@@ -47,6 +58,14 @@ class AttributionOptions:
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
         progress: Show on stderr what is being done, and bars.
+        size: Size of all images, queries and training images alike: the side of a square, or (height, width); None is
+            the model's own.
+        framing: How images are brought to it: padding, aspect buckets, EXIF, transparency.
+        on_error: `skip` leaves out training images that cannot be read; `stop` refuses them.
+        split: Splits whose images are ranked, one or several, or `all`; without any, `train` where the images have
+            splits and all images where they have none.
+        null: Images that the model was never trained on, which p-values are measured against: the name of a split, a
+            folder of images, images, or `none`; "" is the images' own split `validation` where they have one.
 
     Raises:
         ValueError: A value is out of range.
@@ -54,6 +73,7 @@ class AttributionOptions:
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     quick: bool = False
+    lora: Sequence[AdapterInput] = ()
     store: str | Path = "cache"
     device: str | None = None
     resize: bool = False
@@ -65,8 +85,16 @@ class AttributionOptions:
     guidance: float = 2.0
     eta: float = 0.0
     progress: bool = True
+    size: AnySize | None = None
+    framing: Framing = Framing()
+    on_error: OnError = "stop"
+    split: str | Sequence[str] = ()
+    null: str | Path | ImageSet = ""
 
     def __post_init__(self) -> None:
+        checked(self.on_error)
+        if self.size is not None:
+            sides_of(self.size)
         if self.sampling_steps < 1:
             raise ValueError(f"sampling_steps must be at least 1; given {self.sampling_steps}.")
         if not 0 <= self.guidance < float("inf"):
@@ -75,6 +103,11 @@ class AttributionOptions:
             raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
+
+    @property
+    def choice(self) -> RankedImages:
+        """Which images are ranked, and which are the null."""
+        return RankedImages.of_options(self.split, self.null)
 
 
 @dataclass(frozen=True)
@@ -90,39 +123,41 @@ class PreparedRun:
 
 
 def image_size(model: DiffusionModel) -> int:
-    """Side in pixels of the images that a model draws: its latents' side times the autoencoder's reduction.
+    """Side in pixels of the square images that a model draws: its latents' side times the autoencoder's reduction.
 
     Raises:
-        ValueError: The model has no encoder.
+        ValueError: The model has no encoder, its images are not square, or its configuration does not say.
     """
-    if model.encoder is None:
-        raise ValueError("The model has no encoder, so the size of its images is not known.")
-    config: Any = model.denoiser.config
-    reduction: int = 2 ** (len(model.encoder.vae.config.block_out_channels) - 1)
-    return int(config.sample_size) * reduction
+    height, width = own_size(model)
+    if height != width:
+        raise ValueError(f"The model's images are {words_of((height, width))}, so they have no one side.")
+    return height
 
 
-def latent_shape(model: DiffusionModel) -> tuple[int, int, int]:
-    """(C, H, W) of the model's latents."""
-    config: Any = model.denoiser.config
-    return int(config.in_channels), int(config.sample_size), int(config.sample_size)
-
-
-def open_model(model: Any, base: str | Path | None = None) -> DiffusionModel:
+def open_model(model: Any, lora: Sequence[AdapterInput] = (), base: str | Path | None = None) -> DiffusionModel:
     """A model, a loaded pipeline's model, or the model at a path or hub id.
 
     Args:
-        model: Any of these; a path is a pipeline's folder, a single file, or a trainer's checkpoint.
+        model: The model; a path is a pipeline's folder, a single file, or a trainer's checkpoint.
+        lora: Adapters that are added to it; see `AttributionOptions`.
         base: See `AttributionOptions`.
 
     Raises:
-        ValueError: It is none of these, or of a kind that is not supported.
+        ImportError: There is an adapter, but peft is not installed.
+        ValueError: It is none of these, or of a kind that is not supported; or an adapter does not fit, or the model is
+            loaded already, so that it would be changed.
         OSError: The folder holds no whole pipeline.
     """
     if base is not None and not isinstance(model, str | Path):
         raise ValueError(
             "model: what is handed in is loaded already, and takes nothing from a base: leave out the option 'base'."
         )
+    if lora and not isinstance(model, str | Path):
+        raise ValueError(
+            f"lora: the model is a loaded {type(model).__name__}, which would be changed. Load the adapter into "
+            "the pipeline before (load_lora_weights, set_adapters), or give the model by its folder or hub id."
+        )
+    adapters = [parse_adapter(each) for each in lora]
     if isinstance(model, DiffusionModel):
         return model
     if isinstance(model, str | Path):
@@ -134,7 +169,7 @@ def open_model(model: Any, base: str | Path | None = None) -> DiffusionModel:
                 "or a single .safetensors file."
             )
         try:
-            return load_model(str(model), base=None if base is None else str(base))
+            return load_model(str(model), lora=adapters, base=None if base is None else str(base))
         except OSError as error:
             if path.exists():
                 raise
@@ -159,12 +194,12 @@ def read_training_data(
     encode: bool,
     console: Console,
 ) -> TrainingData:
-    """The training images at the model's size, and the images of the validation split: the null.
+    """The ranked images at the model's size, and the null if there is one.
 
     Args:
         images: A folder in Hugging Face's `imagefolder` layout, or images.
         model: The model that was trained on them.
-        options: Names the caption column.
+        options: Names the caption column, and says which images are ranked and which are the null.
         store: Where images and latents are kept.
         encode: Whether the method needs latents.
         console: Shows what is being read and encoded.
@@ -172,20 +207,18 @@ def read_training_data(
     Raises:
         ValueError: The folder or an image cannot be used, or none of the images is for training.
     """
-    size = image_size(model)
-    every = images
-    if not isinstance(every, ImageSet):
-        how = ImageFolderOptions(size=size, caption=options.caption)
-        every = build_image_folder(store, Path(every), how, console.progress)
-    if tuple(every.pixels.shape[1:3]) != (size, size):
-        height, width = every.pixels.shape[1:3]
-        raise ValueError(f"images: they are {width} × {height} pixels, the model's are {size} × {size}.")
-    split = "split" in every.columns
-    train = every.where("split", "train") if split else every
-    held_out = every.where("split", "validation") if split else None
-    if not len(train):
-        raise ValueError("images: none is for training: the column 'split' names no image 'train'.")
-    held_out = held_out if held_out is not None and len(held_out) else None
+    size = RunSize.of(model, options.size, options.framing)
+    how = ImageFolderOptions(size.option, options.caption, on_error=options.on_error, framing=size.framing)
+
+    def read(folder: Path) -> ImageSet:
+        return build_image_folder(store, folder, how, console.progress)
+
+    train, held_out, lines = options.choice.of(images if isinstance(images, ImageSet) else read(Path(images)), read)
+    for each in (train, held_out):
+        if each is not None:
+            size.check_images(each)
+    for line in lines:
+        console.log(as_spoken(line))
     if not encode:
         return TrainingData(train, None, held_out, None)
     assert model.encoder is not None
@@ -219,10 +252,10 @@ def check_query_files(queries: Iterable[QueryInput]) -> None:
             raise ValueError(f"queries: there is no image file {str(query[0])!r}.")
 
 
-def _read(image: Any, prompt: str, size: int, resize: bool) -> Query:
+def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
     """A query from a file, a PIL image or an array."""
     if isinstance(image, str | Path):
-        return read_query(QueryImage(str(image), prompt), (size, size), resize)
+        return read_query(QueryImage(str(image), prompt), size, resize)
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
@@ -235,13 +268,14 @@ def _read(image: Any, prompt: str, size: int, resize: bool) -> Query:
     try:
         image.save(stream, "PNG")
         stream.seek(0)
-        pixels = load_image(stream, size if resize else None)
+        pixels = load_image(stream, *size.query_framing(resize))
     except UNREADABLE as error:
         raise ValueError(f"queries: a PIL image of mode {image.mode} cannot be used: {error}.") from error
-    if pixels.shape[:2] != (size, size):
+    unfit = size.unfit((int(pixels.shape[0]), int(pixels.shape[1])))
+    if unfit:
         raise ValueError(
-            f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, the model's images are {size} × "
-            f"{size}. Resize it, or set queries.resize: true to use its largest centred square."
+            f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. Resize it, or set "
+            "queries.resize: true to bring it there as training images are."
         )
     return Query(f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}", prompt, pixels)
 
@@ -259,7 +293,9 @@ def make_query_list(
     Raises:
         ValueError: An image or a region cannot be used, or an image is given twice.
     """
-    size = image_size(model)
+    size = RunSize.of(model, options.size, options.framing)
+    if size.line():
+        console.log(size.line())
     assert model.encoder is not None
     report_cut(model.encoder.text, [each if isinstance(each, str) else each[1] for each in queries], "prompts")
     read = {n: _read(*each, size, options.resize) for n, each in enumerate(queries) if not isinstance(each, str)}
@@ -268,7 +304,11 @@ def make_query_list(
     if twice:
         raise ValueError(f"queries: the image {twice[0]} is given twice; results are told apart by it.")
     sources = [each if isinstance(each, str) else str(each[0]) for each in queries]
-    regions = read_regions(options.regions, sources, (size, size))
+    sizes = {
+        source: (int(read[n].pixels.shape[0]), int(read[n].pixels.shape[1])) if n in read else size.size
+        for n, source in enumerate(sources)
+    }
+    regions = read_regions(options.regions, sources, sizes)
     places = [n for n, each in enumerate(queries) if isinstance(each, str)]
     if places:
         console.log("drawing the queries")
@@ -276,7 +316,7 @@ def make_query_list(
         model,
         prompts=[sources[n] for n in places],
         seed=options.seed,
-        shape=latent_shape(model),
+        shape=size.latent_shape,
         sampling_steps=options.sampling_steps,
         guidance=options.guidance,
         eta=options.eta,
@@ -313,10 +353,13 @@ def prepare_run(
     check_query_files(queries)
     if not isinstance(images, ImageSet) and not Path(images).is_dir():
         raise ValueError(f"images: there is no folder {str(images)!r}.")
+    check_choice(images, options.choice, options.caption)
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
-    opened = open_model(model, options.base).to(runner.device)
+    opened = open_model(model, options.lora, options.base).to(runner.device)
+    for adapter in known_adapters(opened.denoiser):
+        console.log(f"with LoRA {adapter}")
     for note in opened.notes:
         console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
@@ -330,4 +373,6 @@ def prepare_run(
         read()  # the others find it in the store
     runner.barrier()
     data = read()
+    if runner.is_main:
+        warn_of_null(data.held_out, data.images, made)
     return PreparedRun(opened, data, made, store, runner, console)

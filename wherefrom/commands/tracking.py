@@ -18,6 +18,7 @@ import numpy as np
 from wherefrom.data.image_set import ImageSet
 from wherefrom.queries.types import Scores
 from wherefrom.runtime.artifacts import MANIFEST, Store, identity_hash, read_manifest
+from wherefrom.runtime.ranges import check_ranges
 
 if TYPE_CHECKING:
     import wandb
@@ -43,6 +44,9 @@ class Tracking:
     name: str | None = None
     upload: bool = False
     top: int = 10
+
+    def __post_init__(self) -> None:
+        check_ranges(top=self.top)
 
 
 def artifact_of(folder: Path, kind: str, inputs: Sequence[str] = (), upload: bool = False) -> wandb.Artifact:

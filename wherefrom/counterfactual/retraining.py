@@ -12,6 +12,7 @@ from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.artifacts import MANIFEST, Identity, Store, check_identity, identity_hash, write_manifest
 
 PIPELINE = "pipeline"
+_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class RetrainedModels:
 
         def build(partial: Path) -> dict[str, Any]:
             self.train(job, partial)
+            if not (partial / PIPELINE / _INDEX).is_file():
+                raise ValueError(f"Training in {partial} ended without leaving a model; run the command again.")
             write_manifest(partial / PIPELINE, self.identity(job))
             return {"excluded_ids": sorted(job.exclude)}
 

@@ -1,6 +1,6 @@
 """The diagonal of the empirical Fisher information (AbU, section 3.2).
 
-Mean squared per-sample gradients over the training set.
+Mean squared per-sample gradients over the training set, in which an image counts as often as training sees it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.curvature.base import CurvatureMatrix, finite_rows
@@ -20,6 +19,7 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Store, read_manifest
+from wherefrom.runtime.checked_files import read_tensors
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import RESULT, run_pass
 from wherefrom.runtime.distributed import Runner
@@ -115,7 +115,7 @@ class FisherPass(SampledPass):
         super().__init__(model, data, names, settings, batch_size)
         self.sums = zeros_like_parameters(model, names)
 
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"], roots: Float[Tensor, " b"] | None) -> None:
         """Adds the squared gradients of a batch."""
         for name, gradients in tap.per_sample(losses):
             self.sums[name] += finite(name, gradients.square().sum(dim=0))
@@ -166,7 +166,7 @@ def fit_diagonal(
     """
     identity: dict[str, Any] = {
         "model": model.fingerprint(),
-        "data": data.fingerprint,
+        "data": data.weighted_fingerprint,
         "weights": sorted(names),
         "dtype": str(model.dtype),
         **settings_identity(settings),
@@ -207,7 +207,7 @@ def load_diagonal(
             "curvature_from declares "
             f"{declared}. Fit it on this model, or, if that one is its base, set curvature_from: {made_on}."
         )
-    state = load_file(folder / RESULT)
+    state = read_tensors(folder / RESULT, [_COUNT])
     samples = int(state.pop(_COUNT))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.denoiser.named_parameters()}
     for name, total in state.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from wherefrom.curvature.base import CurvatureMatrix, finite_rows
@@ -26,6 +26,7 @@ from wherefrom.curvature.kronecker import LayerPlan, plan_layers
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Identity, Store, replacing
+from wherefrom.runtime.checked_files import read_tensors
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
@@ -199,7 +200,7 @@ def block_identity(model: DiffusionModel, data: EncodedImages, block: LayerPlan,
     """Identity of a block's covariances, eigenvectors and eigenvalues in the store."""
     return {
         "model": model.fingerprint(),
-        "data": data.fingerprint,
+        "data": data.weighted_fingerprint,
         "weights": sorted(block.names),
         "dtype": str(model.dtype),
         **settings_identity(settings),
@@ -238,7 +239,7 @@ def _eigenvectors(
     if runner.is_main:
         store.make("ekfac_eigenvectors", identity, build)
     runner.barrier()
-    return load_file(store.path("ekfac_eigenvectors", identity) / VECTORS)
+    return read_tensors(store.path("ekfac_eigenvectors", identity) / VECTORS)
 
 
 def _fit_block(

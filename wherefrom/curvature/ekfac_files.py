@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from wherefrom.curvature.ekfac import EKFACMatrix, KroneckerFactors
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import read_manifest, replacing, write_manifest
+from wherefrom.runtime.checked_files import read_tensors
 
 ACTIVATION, GRADIENT = "activation_eigenvectors.safetensors", "gradient_eigenvectors.safetensors"
 EIGENVALUES, PROCESSED = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
@@ -66,7 +67,7 @@ def load_ekfac(
             f"curvature_from declares {'nothing' if curvature_from is None else repr(curvature_from)}. Fit it on this "
             f"model, or, if you know that it belongs to this model or its base, set curvature_from: {made_on}."
         )
-    parts = [load_file(folder / file) for file in (ACTIVATION, GRADIENT, EIGENVALUES, PROCESSED)]
+    parts = [read_tensors(folder / file) for file in (ACTIVATION, GRADIENT, EIGENVALUES, PROCESSED)]
     activation, gradient, sums, counts = parts
     shapes = {name: tuple(value.shape) for name, value in model.denoiser.named_parameters()}
     layers = {}
@@ -86,6 +87,6 @@ def load_ekfac(
             (total / counts[name]).to(model.dtype),
             bias,
         )
-    diagonal = load_file(folder / DIAGONAL) if (folder / DIAGONAL).exists() else {}
+    diagonal = read_tensors(folder / DIAGONAL) if (folder / DIAGONAL).exists() else {}
     samples = int(next(iter(counts.values()))) if counts else 1
     return EKFACMatrix(layers, diagonal, damping, samples)

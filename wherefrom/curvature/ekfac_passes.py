@@ -71,7 +71,7 @@ class CovariancePass(SampledPass):
             name: torch.zeros(side, side, dtype=torch.float64, device=model.device) for name, side in shapes.items()
         }
 
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"], roots: Float[Tensor, " b"] | None) -> None:
         """Adds a batch."""
         calls = tap.by_layer(losses)
         traces = {}
@@ -82,7 +82,9 @@ class CovariancePass(SampledPass):
             for inputs, grads in result:
                 trace = trace + _add_gram(self.sums[f"G/{layer.module}"], gradient_rows(module, grads))
                 if layer.source == layer.module:
-                    trace = trace + _add_gram(self.sums[f"A/{layer.source}"], layer.input_rows(module, inputs))
+                    rows = layer.input_rows(module, inputs)
+                    rows = rows if roots is None else rows * roots[:, None, None]  # inputs do not scale with the loss
+                    trace = trace + _add_gram(self.sums[f"A/{layer.source}"], rows)
             traces[layer.module] = trace
         all_finite(traces)
 
@@ -154,7 +156,7 @@ class EigenvaluePass(SampledPass):
             for name, value in self.eigenvectors.items()
         }
 
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"], roots: Float[Tensor, " b"] | None) -> None:
         """Adds a batch."""
         calls = tap.by_layer(losses)
         totals = {}

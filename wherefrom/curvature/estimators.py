@@ -23,6 +23,7 @@ from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, Progress, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.stable_names import settings_identity
 
 _FORWARD_AND_BACKWARD = 3  # a backward pass costs two forward passes
@@ -153,8 +154,7 @@ class _FisherInformation(Curvature):
         fisher_path: str | None = None,
         curvature_from: str | None = None,
     ) -> None:
-        if not damping >= 0:
-            raise ValueError(f"damping must not be negative; given {damping}.")
+        check_ranges(damping=damping)
         self.fisher, self.damping, self.curvature_from = fisher, damping, curvature_from
         self.folder = None if fisher_path is None else Path(fisher_path)
         self.fisher_path = fisher_path
@@ -238,8 +238,7 @@ class EKFAC(_FisherInformation):
         curvature_from: str | None = None,
     ) -> None:
         super().__init__(fisher, damping, fisher_path, curvature_from)
-        if layers_per_pass is not None and layers_per_pass < 1:
-            raise ValueError(f"layers_per_pass must be at least 1, or null for all layers; given {layers_per_pass}.")
+        check_ranges(layers_per_pass=layers_per_pass)
         self.layers_per_pass = layers_per_pass
 
     def fit(self, on: FitContext) -> EKFACMatrix:

@@ -14,6 +14,7 @@ from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.gradients.per_sample import PerSampleGradients
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 
 _NOT_FINITE = "The gradient of {!r} is not finite: check the model's weights and latents."
@@ -34,8 +35,7 @@ class FisherSettings:
     flips: bool = True
 
     def __post_init__(self) -> None:
-        if self.samples_per_image < 1:
-            raise ValueError(f"samples_per_image must be at least 1; given {self.samples_per_image}.")
+        check_ranges(samples_per_image=self.samples_per_image, seed=self.seed)
 
     @property
     def per_image(self) -> int:
@@ -75,6 +75,9 @@ def zeros_like_parameters(model: DiffusionModel, names: Sequence[str]) -> dict[s
 class SampledPass(ABC):
     """A pass over keyed samples; subclasses define the sums (`add`) and hold them (`merge`, `state_dict`).
 
+    The training loss is the weighted mean Σ wᵢ ℓᵢ / Σ wᵢ, wᵢ how often training sees image i: each image's samples
+    count wᵢ times in the sums. Losses are therefore given times √wᵢ, so that squares of their gradients are wᵢ-fold.
+
     Args:
         model: The pretrained model.
         data: Its training images.
@@ -83,7 +86,7 @@ class SampledPass(ABC):
         batch_size: Samples at a time; does not change the result.
 
     Attributes:
-        samples: Number of samples added so far.
+        samples: Number of samples added so far, each counted as often as training sees its image.
     """
 
     def __init__(
@@ -97,11 +100,17 @@ class SampledPass(ABC):
         self.model, self.data, self.names = model, data, list(names)
         self.settings, self.batch_size = settings, batch_size
         self.samples = 0
-        self.id_keys = data.id_keys
+        self.id_keys, self.weights = data.id_keys, data.weights
 
     @abstractmethod
-    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"]) -> None:
-        """Adds a batch, given its losses and the tap that saw them computed."""
+    def add(self, tap: PerSampleGradients, losses: Float[Tensor, " b"], roots: Float[Tensor, " b"] | None) -> None:
+        """Adds a batch.
+
+        Args:
+            tap: Saw the losses computed.
+            losses: The batch's losses, times √w.
+            roots: √w, for sums of what does not scale with the loss; None where each image is seen once.
+        """
 
     def noise_samples(
         self, image: Int64[Tensor, " b"], flip: Int64[Tensor, " b"], visit: Int64[Tensor, " b"]
@@ -139,6 +148,9 @@ class SampledPass(ABC):
         return model.losses(latents, conditioning, timestep.to(device), noise)
 
     def _batch(self, image: Tensor, flip: Tensor, visit: Tensor) -> None:
+        weights = None if self.weights is None else self.weights[image]
         with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
-            self.add(tap, self.losses(image, flip, visit))
-        self.samples += len(image)
+            losses = self.losses(image, flip, visit)
+            roots = None if weights is None else weights.sqrt().to(losses)
+            self.add(tap, losses if roots is None else losses * roots, roots)
+        self.samples += len(image) if weights is None else int(weights.sum())

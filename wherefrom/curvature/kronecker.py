@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from wherefrom.data.encoded_images import EncodedImages
-from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.gradients.per_sample import PerSampleGradients, input_of, version_of
 from wherefrom.models.diffusion import DiffusionModel
 
 
@@ -159,15 +159,16 @@ def plan_layers(model: DiffusionModel, data: EncodedImages, names: Sequence[str]
         if isinstance(module := model.denoiser.get_submodule(owner), nn.Linear | nn.Conv2d)
         and f"{owner}.weight" in wanted
     }
-    seen: dict[str, list[Tensor]] = {owner: [] for owner in modules}
+    seen: dict[str, list[tuple[Tensor, int | None]]] = {owner: [] for owner in modules}
 
     def keep(owner: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[owner].append(inputs[0])
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            read = input_of(owner, layer, inputs, named)
+            seen[owner].append((read, version_of(read)))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(keep(owner)) for owner, module in modules.items()]
+    handles = [module.register_forward_pre_hook(keep(owner), with_kwargs=True) for owner, module in modules.items()]
     try:
         latents = data.latents_at(torch.zeros(1, dtype=torch.int64), 0).to(model.device, model.dtype)
         conditioning = data.conditioning_at(torch.zeros(1, dtype=torch.int64), 0).to(model.device, model.dtype)
@@ -184,8 +185,12 @@ def plan_layers(model: DiffusionModel, data: EncodedImages, names: Sequence[str]
         geometry: Any = ()
         if isinstance(module, nn.Conv2d):
             geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
-        # The inputs are still held by `seen`, so an id is one tensor.
-        key = (tuple(id(value) for value in seen[owner]), bias, geometry)
+        if not seen[owner]:
+            raise ValueError(
+                f"The model does not call {owner}, so it has no curvature. Choose a weight subset without this layer."
+            )
+        # The inputs are still held by `seen`, so an id is one tensor; changed in place, it is another input.
+        key = (tuple((id(value), version) for value, version in seen[owner]), bias, geometry)
         source = first.setdefault(key, owner)
         places = module.weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
         layers.append(KroneckerLayer(owner, bias, source, weight.shape[1] + bias, weight.shape[0], places=places))

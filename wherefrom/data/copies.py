@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.ragged_pixels import join_pixels, stacked
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import identity_hash
 from wherefrom.runtime.stable_names import settings_identity
@@ -78,9 +79,10 @@ def plant(images: ImageSet, copies: Copies) -> ImageSet:
     return ImageSet(
         ids=(*images.ids, *copies.planted),
         captions=(*images.captions, *(images.captions[index] for index in origins)),
-        pixels=np.concatenate([np.asarray(images.pixels), np.stack(drawn)]),
+        pixels=join_pixels(images.pixels, stacked(drawn)),
         columns={name: (*column, *(column[index] for index in origins)) for name, column in images.columns.items()},
         fingerprint=identity_hash({"of": images.fingerprint, "copies": settings_identity(copies)}),
+        skipped=images.skipped,
     )
 
 

@@ -24,7 +24,8 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from wherefrom.data.image_folder import UNREADABLE
+from wherefrom.data.framing import AnySize, sides_of
+from wherefrom.data.image_files import UNREADABLE
 from wherefrom.data.image_set import PIXELS, check_unique, write_pixels_header, write_table
 from wherefrom.runtime.artifacts import canonical_json, identity_hash, replacing, storage_errors, write_json
 from wherefrom.runtime.mapped_arrays import GrowingArray
@@ -80,20 +81,28 @@ def part_files(folder: Path, part: int) -> tuple[Path, Path]:
     return folder / f"part-{part:06d}.npy", folder / f"part-{part:06d}.json"
 
 
+def missing_parts(folder: Path, parts: Sequence[T]) -> list[T]:
+    """Of all parts of a folder those that are still to be decoded."""
+    if (folder / DECODED).exists():
+        return []
+    return [each for number, each in enumerate(parts) if not part_files(folder, number)[1].exists()]
+
+
 def _write_part(
-    folder: Path, part: int, samples: Iterator[Sample | SkippedItem], size: int, tick: Callable[[], None]
+    folder: Path, part: int, samples: Iterator[Sample | SkippedItem], size: AnySize, tick: Callable[[], None]
 ) -> None:
     """Streams a part to disk: its images are never in memory together."""
+    row = (*sides_of(size), 3)
     pixels_file, metadata_file = part_files(folder, part)
     metadata: dict[str, list[Any]] = {"ids": [], "captions": [], "columns": [], "problems": []}
     digest = hashlib.blake2b(digest_size=16)
     with replacing(pixels_file) as temporary, temporary.open("wb") as stream:
-        write_pixels_header(stream, (0, size, size, 3))
+        write_pixels_header(stream, (0, *row))
         for sample in samples:
             if isinstance(sample, SkippedItem):
                 metadata["problems"].append([sample.name, sample.kind, sample.detail])
                 continue
-            assert sample.pixels.shape == (size, size, 3)
+            assert sample.pixels.shape == row
             stream.write(np.ascontiguousarray(sample.pixels).data)
             digest.update(sample.pixels.tobytes())
             metadata["ids"].append(sample.id)
@@ -101,7 +110,7 @@ def _write_part(
             metadata["columns"].append(dict(sample.columns))
             tick()
         stream.seek(0)
-        write_pixels_header(stream, (len(metadata["ids"]), size, size, 3))
+        write_pixels_header(stream, (len(metadata["ids"]), *row))
     write_json(metadata_file, {**metadata, "pixels": digest.hexdigest()})
 
 
@@ -110,7 +119,7 @@ def decode_parts(
     *,
     decode: Callable[[int], Iterator[Sample | SkippedItem]],
     counts: Sequence[int],
-    size: int,
+    size: AnySize,
     workers: int = 1,
     place: int = 0,
     places: int = 1,
@@ -122,7 +131,7 @@ def decode_parts(
         folder: Folder of the parts; nodes may share it.
         decode: Yields the images of a part, and the skipped items.
         counts: Approximate number of images per part, for the progress.
-        size: Side of the images in pixels.
+        size: Side of the images in pixels, or (height, width).
         workers: Number of decoding threads in this process.
         place: Index of this node.
         places: Number of nodes.
@@ -177,7 +186,7 @@ def decode_parts(
         progress(total, total)
 
 
-def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
+def join_parts(folder: Path, parts: int, size: AnySize) -> dict[str, Any]:
     """Joins all parts into one table and one pixel array and deletes them; an interrupted join is resumed.
 
     Returns:
@@ -198,7 +207,7 @@ def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
         captions = [several for each in metadata for several in each["captions"]]
         rows = [columns for each in metadata for columns in each["columns"]]
         names = sorted({name for row in rows for name in row})
-        with GrowingArray(folder / PIXELS, (size, size, 3), np.uint8) as array:
+        with GrowingArray(folder / PIXELS, (*sides_of(size), 3), np.uint8) as array:
             for part in range(parts if not array.finished else 0):
                 pixels_file, _ = part_files(folder, part)
                 if part >= array.note.get("parts", 0):
@@ -216,6 +225,20 @@ def join_parts(folder: Path, parts: int, size: int) -> dict[str, Any]:
             file.unlink(missing_ok=True)
     record: dict[str, Any] = json.loads((folder / DECODED).read_text())
     return record
+
+
+def stopping(samples: Iterator[Sample | SkippedItem]) -> Iterator[Sample]:
+    """The samples, of which none may be skipped.
+
+    Raises:
+        ValueError: One was skipped; says why.
+    """
+    for sample in samples:
+        if isinstance(sample, SkippedItem):
+            raise ValueError(
+                f"{summarize_skipped([sample])}. Repair it, or set on_error: skip; finished parts are kept."
+            )
+        yield sample
 
 
 def summarize_skipped(problems: Sequence[SkippedItem]) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from wherefrom.data.encoded_rows import EncodedRows
 from wherefrom.data.image_set import ImageSet, joined_image_sets, keep_indices
+from wherefrom.data.latent_group import LatentGroup as LatentGroup
+from wherefrom.data.weighted_images import WeightedImages
 from wherefrom.models.conditioning import Conditioning, concatenated
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
@@ -28,9 +29,9 @@ from wherefrom.runtime.mapped_arrays import (
     JoinedRows,
     RowView,
     join_rows,
-    take_rows,
     write_array,
 )
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 from wherefrom.training.keyed_batches import CAPTION, DROP, LatentBatch, Visit, flips, visit_keys, visit_times
 
@@ -39,36 +40,7 @@ _KEYS = "image_keys.npy"
 
 
 @dataclass(frozen=True)
-class LatentGroup:
-    """Encoded images whose latents have one shape.
-
-    Latents and conditioning may be mapped from disk, in float16 or as views of rows: index them, then bring what was
-    taken to the model's type.
-
-    Attributes:
-        latents: Scaled latents of each image and of its mirror image, shape (M, 2, C, H, W).
-        conditioning: Conditioning of each caption, with leading axes (M, K).
-    """
-
-    latents: Float[Tensor, "m 2 c h w"] | RowView | JoinedRows
-    conditioning: Conditioning
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a latent."""
-        channels, rows, columns = (int(side) for side in self.latents.shape[2:])
-        return channels, rows, columns
-
-    def take(self, rows: NDArray[np.intp]) -> LatentGroup:
-        """These rows."""
-        return LatentGroup(take_rows(self.latents, rows), self.conditioning.map(lambda each: take_rows(each, rows)))
-
-
-@dataclass(frozen=True)
-class EncodedImages:
+class EncodedImages(WeightedImages):
     """A training set as the diffusion model sees it, in groups by the shape of the latents.
 
     Attributes:
@@ -320,14 +292,23 @@ def encode_image_set(
         log: Receives a line that says how large the missing arrays will be before any is made.
 
     Captions that are longer than the text encoder reads lose their ends, as in training; how many do is logged, and
-    kept in the manifest.
+    kept in the manifest. Images of several sizes are encoded size by size, each as the images of that size alone.
 
     Raises:
         ValueError: A value is too large for float16.
         StorageError: The store could not be written; finished batches are kept.
     """
-    height, width = (int(side) for side in image_set.pixels.shape[1:3])
-    encoder.text.sized((height, width))
+    by_size = list(image_set.by_size())
+    if len(by_size) > 1:
+        parts = [
+            encode_image_set(
+                each, encoder=encoder, store=store, batch_size=batch_size, progress=progress, half=half, log=log
+            )
+            for _, each, _ in by_size
+        ]
+        return _grouped(image_set, parts, [torch.from_numpy(positions) for _, _, positions in by_size])
+    if by_size:
+        encoder.text.sized(by_size[0][0])
     identity = {
         "pictures": image_set.fingerprint,
         "ids": identity_hash({"ids": list(image_set.ids)}),
@@ -356,6 +337,20 @@ def encode_image_set(
     )
 
 
+def _grouped(
+    image_set: ImageSet, parts: Sequence[EncodedImages], members: Sequence[Int64[Tensor, " m"]]
+) -> EncodedImages:
+    """Images of several sizes, from the images of each."""
+    return EncodedImages(
+        image_set,
+        tuple(part.groups[0] for part in parts),
+        parts[0].empty,
+        identity_hash({"of": [part.fingerprint for part in parts], "ids": list(image_set.ids)}),
+        all(part.mapped for part in parts),
+        tuple(members),
+    )
+
+
 class LatentVisits(Dataset[LatentBatch]):
     """Batches for training the diffusion model: flip, caption and caption dropout are keyed by (seed, id, visit).
 
@@ -366,15 +361,18 @@ class LatentVisits(Dataset[LatentBatch]):
         caption_dropout: Probability of the empty caption, for classifier-free guidance.
 
     Raises:
-        ValueError: Captions are to be dropped, but the prompt embeddings of the empty prompt are not known.
+        ValueError: Captions are to be dropped, but the prompt embeddings of the empty prompt are not known; or the
+            images have several sizes, so that a batch would not be one array.
     """
 
     def __init__(self, data: EncodedImages, seed: int, flip_share: float = 0.5, caption_dropout: float = 0.1) -> None:
+        data.latent_shape  # noqa: B018  refuses several shapes
         if caption_dropout > 0 and any(bool(each.isnan().any()) for each in data.empty.values()):
             raise ValueError(
                 "caption_dropout needs the states of the empty caption, which the ready-made arrays do not hold: give "
                 "null_states, or set caption_dropout to 0."
             )
+        check_ranges(flip_share=flip_share, caption_dropout=caption_dropout)
         self.data, self.seed = data, seed
         self.id_keys = data.id_keys
         self.flip_share, self.caption_dropout = flip_share, caption_dropout

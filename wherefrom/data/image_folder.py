@@ -4,145 +4,70 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import PIL
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from wherefrom.data.folder_decoding import FolderDecoding, decode_rows
+from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
+from wherefrom.data.image_files import UNREADABLE as UNREADABLE
+from wherefrom.data.image_files import load_image as load_image
 from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
-from wherefrom.data.image_set import PIXELS, ImageSet, read_image_set, write_pixels_header, write_table
-from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest, replacing
+from wherefrom.data.image_set import ImageSet, read_image_set, write_table
+from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
+from wherefrom.data.repeats import REPEATS, parse_repeats
+from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
-from wherefrom.runtime.stable_names import settings_identity
+from wherefrom.runtime.stable_names import added_setting, settings_identity
 
-# Pillow would also open formats that run external programs (EPS), and some that are not images.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
-# Pillow raises many unrelated types on damaged files.
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+WORK = "image_folder_decoding"  # kind of what an interrupted reading leaves
 _logger = logging.getLogger(__name__)
 
 
+@takes_skip_unreadable
 @dataclass(frozen=True)
 class ImageFolderOptions:
     """Options of reading an image folder.
 
     Attributes:
-        size: Side in pixels to which every image is cropped (largest centred square) and resized; None keeps images
-            unchanged and requires all to have the same size.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized, or (height, width);
+            None keeps images unchanged and requires all to have the same size.
         caption: Name of the caption column; a cell holds one caption or, in `.jsonl` and `.parquet`, a list of them.
         columns: Further columns to keep (`license` always is); None keeps all.
-        skip_unreadable: Skip images that cannot be read instead of raising; they are logged, and listed in the
+        on_error: `skip` leaves out images that cannot be read instead of raising; they are logged, and listed in the
             manifest.
-    """
-
-    size: int | None = None
-    caption: str = "text"
-    columns: tuple[str, ...] | None = None
-    skip_unreadable: bool = False
-
-
-def load_image(path: Path | BinaryIO, size: int | None) -> UInt8[NDArray[np.uint8], "h w 3"]:
-    """Loads an image as RGB: upright, on white and, given a size, cropped to its largest centred square and resized.
+        framing: Padding, aspect buckets, EXIF and transparency, where they are not as usual.
 
     Raises:
-        ValueError: The pixel mode has no defined white level.
+        ValueError: An unknown choice.
     """
-    Image.init()
-    with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion to 8 bits clips instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"pixels of Pillow's mode {image.mode!r} have no defined white level; save it with 8 or 16 bits per channel"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+
+    size: AnySize | None = None
+    caption: str = "text"
+    columns: tuple[str, ...] | None = None
+    on_error: OnError = "stop"
+    framing: Framing = added_setting(Framing())
+
+    def __post_init__(self) -> None:
+        checked(self.on_error)
+        object.__setattr__(self, "size", one_number(self.size))
 
 
-def _write_pixels(
-    folder: Path,
-    path: Path,
-    rows: Sequence[Row],
-    options: ImageFolderOptions,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[Row], list[str], str]:
-    """Streams the pixels to disk; returns the rows that were read, the names of skipped images, and the pixel hash."""
-    read: list[Row] = []
-    skipped: list[str] = []
-    shape: tuple[int, ...] = ()
+def _content(folder: Path, row: Row) -> str:
+    """Hashes the bytes of an image's file."""
+    try:
+        return hash_file(folder / row.name)
+    except OSError:
+        return "unreadable"  # loading it raises the reason
+
+
+def _together(rows: Sequence[Row], contents: Sequence[str]) -> str:
+    """Hashes the names and contents of all images."""
     digest = hashlib.blake2b(digest_size=16)
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        for index, row in enumerate(rows):
-            if progress is not None:
-                progress(index, len(rows))
-            try:
-                pixels = load_image(folder / row.name, options.size)
-            except UNREADABLE as error:
-                if not options.skip_unreadable:
-                    raise ValueError(
-                        f"{folder / row.name} ({row.where}) cannot be read: {error}. Repair it, remove it with its "
-                        "row, or set skip_unreadable."
-                    ) from error
-                skipped.append(row.name)
-                continue
-            if not read:
-                shape = pixels.shape
-                write_pixels_header(stream, (len(rows), *shape))
-                start = stream.tell()
-            if pixels.shape != shape:
-                raise ValueError(
-                    f"{folder / row.name} has the wrong size: {pixels.shape[1]}x{pixels.shape[0]} pixels, while "
-                    f"{read[0].name!r} has {shape[1]}x{shape[0]}. Set the option 'size' to resize all to one size."
-                )
-            read.append(row)
-            stream.write(pixels.data)
-            digest.update(pixels.data)
-        if not read:
-            raise ValueError(f"None of the {len(rows)} images in {folder} can be read. Is it the right folder?")
-        stream.seek(0)
-        write_pixels_header(stream, (len(read), *shape))
-        assert stream.tell() == start, "the header must not grow into the pixels"
-    if progress is not None:
-        progress(len(rows), len(rows))
-    return read, skipped, digest.hexdigest()
-
-
-def _contents(folder: Path, rows: Sequence[Row]) -> str:
-    """Hashes the names and bytes of all images."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        try:
-            content = hash_file(folder / row.name)
-        except OSError:
-            content = "unreadable"  # loading it raises the reason
+    for row, content in zip(rows, contents, strict=True):
         digest.update(f"{row.name}\0{content}\0".encode())
     return digest.hexdigest()
 
@@ -169,27 +94,47 @@ def build_image_folder(
         ValueError: The metadata or an image cannot be used; the message names the file and the remedy.
         StorageError: The store could not be written.
     """
-    if options.size is not None and options.size < 1:
-        raise ValueError(f"size {options.size} is not a number of pixels. Give at least 1, or None.")
+    if options.size is not None:
+        sides_of(options.size)
+    options = replace(options, framing=options.framing.resolved(options.size))
     rows = read_rows(folder, options.caption, options.columns)
+    parse_repeats((row.id for row in rows), (row.columns.get(REPEATS, "") for row in rows))  # before all is decoded
+    contents = [_content(folder, row) for row in rows]
     identity: dict[str, Any] = {
-        **settings_identity(options),
+        **reading_identity(options),
         "metadata": {path.relative_to(folder).as_posix(): hash_file(path) for path in metadata_files(folder)},
-        "contents": _contents(folder, rows),
+        "contents": _together(rows, contents),
         "pillow": PIL.__version__,
     }
 
     def build(partial: Path) -> Mapping[str, Any]:
-        read, skipped, pixels = _write_pixels(folder, partial / PIXELS, rows, options, progress)
-        ids, captions = [row.id for row in read], [row.captions for row in read]
-        columns = {
-            name: [row.columns.get(name, "") for row in read] for name in sorted({n for r in read for n in r.columns})
+        how = FolderDecoding(lambda row: folder / row.name, options.size, options.framing, options.on_error == "skip")
+        work = {
+            "size": options.size,
+            **settings_identity(options.framing),
+            "folder": str(folder.resolve()),
+            "pillow": PIL.__version__,
         }
-        if read[0].split:
-            columns["split"] = [row.split for row in read]
+        with store.lock(WORK, work):
+            made = decode_rows(
+                store.partial(WORK, work),
+                target=partial,
+                rows=rows,
+                contents=contents,
+                how=how,
+                progress=progress,
+            )
+        ids, captions = [row.id for row in made.rows], [row.captions for row in made.rows]
+        names = sorted({name for row in made.rows for name in row.columns})
+        columns = {name: [row.columns.get(name, "") for row in made.rows] for name in names}
+        if made.rows[0].split:
+            columns["split"] = [row.split for row in made.rows]
         write_table(partial, ids, captions, columns)
-        fingerprint = identity_hash({"ids": ids, "captions": canonical_json(captions), "pixels": pixels})
-        return {"fingerprint": fingerprint, "skipped": skipped}
+        content = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
+        if len(set(made.sizes)) > 1:
+            content["sizes"] = [list(size) for size in made.sizes]
+        reasons = {"reasons": dict(made.skipped)} if made.skipped else {}
+        return {"fingerprint": identity_hash(content), "skipped": list(made.skipped), **reasons}
 
     artifact = store.make("image_folder", identity, build)
     skipped = read_manifest(artifact)["skipped"]
@@ -200,24 +145,51 @@ def build_image_folder(
     return read_image_set(artifact)
 
 
-def split_images(images: ImageSet, validation_share: float) -> tuple[ImageSet, ImageSet]:
+def split_images(images: ImageSet, validation_share: float | None) -> tuple[ImageSet, ImageSet]:
     """Splits images into (training, validation): by the column `split`, else a share by the hash of the id.
+
+    Args:
+        images: The images.
+        validation_share: See `hold_out`; for images that name no validation split.
+
+    Raises:
+        ValueError: No image is for training, or a share is held out that is none or all of them.
+    """
+    if "split" not in images.columns:
+        return hold_out(images, validation_share)
+    train, validation = images.where("split", "train"), images.where("split", "validation")
+    if not len(validation) and len(train):
+        return hold_out(train, validation_share)
+    if not len(train):
+        raise _one_is_empty(len(images), 0, len(validation), validation_share)
+    return train, validation
+
+
+def hold_out(images: ImageSet, validation_share: float | None) -> tuple[ImageSet, ImageSet]:
+    """Splits images into (training, validation) by the hashes of their ids.
 
     The assignment of an image does not depend on the others.
 
+    Args:
+        images: The images.
+        validation_share: Share that is held out; None or 0 holds none out.
+
     Raises:
-        ValueError: One of the two would be empty.
+        ValueError: There is no image, or a share is held out that is none or all of them.
     """
-    train, validation = images, images.subset([])
-    if "split" in images.columns:
-        train, validation = images.where("split", "train"), images.where("split", "validation")
-    if not len(validation):
-        held = [hash_text(f"validation/{name}") % 10_000 < validation_share * 10_000 for name in train.ids]
-        validation = train.subset([index for index, out in enumerate(held) if out])
-        train = train.subset([index for index, out in enumerate(held) if not out])
-    if not len(train) or not len(validation):
-        raise ValueError(
-            f"Of {len(images)} images, {len(train)} are for training and {len(validation)} for validation, but "
-            f"both need some. Change validation_share ({validation_share}), or the column 'split'."
-        )
-    return train, validation
+    share = validation_share or 0.0
+    held = [hash_text(f"validation/{name}") % 10_000 < share * 10_000 for name in images.ids] if share else []
+    out, kept = sum(held), len(images) - sum(held)
+    if not kept or (share and not out):
+        raise _one_is_empty(len(images), kept, out, validation_share)
+    if not out:
+        return images, images.subset([])
+    train, validation = ([index for index, each in enumerate(held) if each is side] for side in (False, True))
+    return images.subset(train), images.subset(validation)
+
+
+def _one_is_empty(images: int, training: int, validation: int, share: float | None) -> ValueError:
+    return ValueError(
+        f"Of {images} images, {training} are for training and {validation} for validation, but both need some. Change "
+        f"validation_share ({share}), or the column 'split'."
+    )

@@ -1,44 +1,55 @@
-"""Captioned image sets on disk: a Parquet table (one row per image), `pixels.npy` and a manifest."""
+"""Captioned image sets on disk: a Parquet table (one row per image), `pixels.npy` and a manifest.
+
+Images of several sizes are kept in one file for each size, beside `sizes.npy`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
+from wherefrom.data.ragged_pixels import Pixels, RaggedPixels, by_size, join_pixels, sizes_of, take_pixels
+from wherefrom.data.repeats import REPEATS, parse_repeats, weighted_fingerprint
+from wherefrom.models.image_sizes import Size
 from wherefrom.runtime.artifacts import identity_hash, read_manifest, replacing
-from wherefrom.runtime.mapped_arrays import JoinedRows, RowView, join_rows, take_rows
 
 TABLE = "pictures.parquet"
 PIXELS = "pixels.npy"
+SIZES = "sizes.npy"  # (height, width) of every image, where they have several sizes
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Captioned images of one size, in the order of their ids.
+    """Captioned images, in the order of their ids.
 
     Attributes:
         ids: Unique string ids that the data set owns (never positions).
         captions: The captions of each image; every image has the same number of them.
-        pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of a memory-mapped array.
-        columns: Further columns, one string per image: `license` always, and groups such as `author`, `style`.
+        pixels: uint8 RGB, shape (N, H, W, 3); may be memory-mapped, or a view of a memory-mapped array. Images of
+            several sizes (aspect buckets) are `RaggedPixels`, which give one image or images of one size.
+        columns: Further columns, one string per image: `license` always, and groups such as `author`, `style`. The
+            column `repeats` has a meaning: see `weights`.
         fingerprint: Hash of ids, captions and pixels; part of the identity of every artifact built from them.
         joined_from: The sets that this one is the concatenation of, if any; see `parts`.
+        skipped: Names of images of the same source that could not be read and were left out.
     """
 
     ids: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
-    pixels: UInt8[NDArray[np.uint8], "n h w 3"] | RowView | JoinedRows
+    pixels: Pixels
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fingerprint: str = ""
     joined_from: tuple[ImageSet, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,6 +59,27 @@ class ImageSet:
         counts = {len(captions) for captions in self.captions}
         if len(counts) > 1:
             raise ValueError(f"Images must have equally many captions each; found {sorted(counts)}.")
+
+    @cached_property
+    def weights(self) -> Float[NDArray[np.float64], " n"] | None:
+        """How often training sees each image, by the column `repeats`; None where it sees each once.
+
+        Training descends the weighted mean Σ wᵢ ℓᵢ / Σ wᵢ of the images' losses.
+
+        Raises:
+            ValueError: A cell of the column is no positive whole number.
+        """
+        return parse_repeats(self.ids, self.columns[REPEATS]) if REPEATS in self.columns else None
+
+    @property
+    def seen(self) -> int:
+        """Number of images that an epoch of training sees: Σ wᵢ, the number of images where each is seen once."""
+        return len(self) if self.weights is None else int(self.weights.sum())
+
+    @property
+    def weighted_fingerprint(self) -> str:
+        """The fingerprint with the weights, for what depends on them; the plain one where each image is seen once."""
+        return weighted_fingerprint(self.fingerprint, self.weights)
 
     @property
     def parts(self) -> tuple[ImageSet, ...]:
@@ -62,10 +94,21 @@ class ImageSet:
         return ImageSet(
             ids=tuple(self.ids[index] for index in chosen),
             captions=tuple(self.captions[index] for index in chosen),
-            pixels=take_rows(self.pixels, np.asarray(chosen, dtype=np.intp)),
+            pixels=take_pixels(self.pixels, np.asarray(chosen, dtype=np.intp)),
             columns={name: tuple(column[index] for index in chosen) for name, column in self.columns.items()},
             fingerprint=self.fingerprint,
+            skipped=self.skipped,
         )
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) of every image."""
+        return sizes_of(self.pixels)
+
+    def by_size(self) -> Iterator[tuple[Size, ImageSet, NDArray[np.intp]]]:
+        """The images of each size, with their positions here."""
+        for size, positions in by_size(self.pixels):
+            yield size, self.subset(positions) if isinstance(self.pixels, RaggedPixels) else self, positions
 
     def where(self, column: str, value: str) -> ImageSet:
         """Selects the images whose column has this value."""
@@ -78,17 +121,19 @@ def joined_image_sets(first: ImageSet, second: ImageSet) -> ImageSet:
     Raises:
         ValueError: An id is in both, sizes or numbers of captions differ, or a column is in one only.
     """
-    if first.pixels.shape[1:] != second.pixels.shape[1:]:
+    ragged = isinstance(first.pixels, RaggedPixels) or isinstance(second.pixels, RaggedPixels)
+    if not ragged and first.pixels.shape[1:] != second.pixels.shape[1:]:
         raise ValueError(f"Images of {first.pixels.shape[1:]} and of {second.pixels.shape[1:]} cannot be one set.")
     if set(first.columns) != set(second.columns):
         raise ValueError(f"Columns differ: {sorted(first.columns)} and {sorted(second.columns)}.")
     return ImageSet(
         first.ids + second.ids,
         first.captions + second.captions,
-        join_rows(first.pixels, second.pixels),
+        join_pixels(first.pixels, second.pixels),
         {name: column + second.columns[name] for name, column in first.columns.items()},
         _joined_fingerprint((first, second)),
         (first, second),
+        tuple(dict.fromkeys(first.skipped + second.skipped)),
     )
 
 
@@ -133,7 +178,7 @@ def read_ids(given: Sequence[str] | str | Path | None, option: str = "exclude") 
             raise ValueError(
                 f"{option}: {path} is not a file. Give a list of ids, or a text file with one id per line."
             )
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     return tuple(given)
 
 
@@ -194,7 +239,7 @@ def write_image_set(
 
 
 def read_image_set(folder: Path) -> ImageSet:
-    """Reads images written by `write_image_set`; the pixels are memory-mapped.
+    """Reads images written by `write_image_set` or decoded in parts; the pixels are memory-mapped.
 
     Raises:
         FileNotFoundError: The folder is not a complete artifact.
@@ -205,7 +250,21 @@ def read_image_set(folder: Path) -> ImageSet:
     return ImageSet(
         ids=tuple(ids),
         captions=tuple(tuple(c) for c in captions),
-        pixels=np.load(folder / PIXELS, mmap_mode="r"),
+        pixels=_read_pixels(folder),
         columns={name: tuple(column) for name, column in columns.items()},
         fingerprint=manifest["fingerprint"],
+        skipped=tuple(manifest.get("skipped") or [name for name, *_ in manifest.get("problems", ())]),
     )
+
+
+def pixels_of_size(size: Size) -> str:
+    """Name of the file of a size's pixels, where there are several sizes."""
+    return f"pixels-{size[0]}x{size[1]}.npy"
+
+
+def _read_pixels(folder: Path) -> Pixels:
+    if not (folder / SIZES).exists():
+        return np.load(folder / PIXELS, mmap_mode="r")  # type: ignore[no-any-return]
+    sizes = [(height, width) for height, width in np.load(folder / SIZES).tolist()]
+    arrays = [np.load(folder / pixels_of_size(size), mmap_mode="r") for size in sorted(set(sizes))]
+    return RaggedPixels.in_order(arrays, sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,55 @@ from wherefrom.data.decoding import (
     decode_parts,
     join_parts,
     log_skipped,
+    missing_parts,
 )
-from wherefrom.data.image_folder import load_image
+from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
+from wherefrom.data.image_files import load_image, unreadable_headers
 from wherefrom.data.image_metadata import shown
 from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
+from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.mapped_arrays import announce_size
-from wherefrom.runtime.stable_names import settings_identity
+from wherefrom.runtime.stable_names import added_setting
 
 _PART = 256  # images per part: fixed, since the fingerprint is computed from the parts' hashes
+_SIZE = 128
 UNREADABLE_IMAGE = "cannot be read"
 
 
+@takes_skip_unreadable
 @dataclass(frozen=True)
 class CocoOptions:
     """Options of reading COCO.
 
     Attributes:
-        size: Side in pixels to which every image is cropped (largest centred square) and resized.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized, or (height, width);
+            None is 128, the papers', or the model's own where an existing model is attributed.
         captions: Number of captions per image: the first ones, in the order of the JSON file.
-        skip_unreadable: Skip images that cannot be read instead of raising; they are logged, and listed in the
+        on_error: `skip` leaves out images that cannot be read instead of raising; they are logged, and listed in the
             manifest.
         workers: Number of decoding threads; does not change the result.
+        framing: Padding, EXIF and transparency, where they are not as usual.
+
+    Raises:
+        ValueError: An unknown choice, or buckets, which are for folders of images alone.
     """
 
-    size: int = 128
+    size: AnySize | None = None
     captions: int = 5
-    skip_unreadable: bool = False
+    on_error: OnError = "stop"
     workers: int = 1
+    framing: Framing = added_setting(Framing())
+
+    def __post_init__(self) -> None:
+        checked(self.on_error)
+        object.__setattr__(self, "size", one_number(self.size))
+        self.framing.of_one_size()
+
+    @property
+    def side(self) -> AnySize:
+        """The size, also where none is said."""
+        return _SIZE if self.size is None else self.size
 
 
 @dataclass(frozen=True)
@@ -181,6 +202,23 @@ def _sizes(folder: Path, images: Sequence[CocoImage]) -> str:
     return identity_hash({"files": [[image.file_name, sizes[image.file_name]] for image in images]})
 
 
+def _check_headers(folder: Path, images: Sequence[CocoImage], options: CocoOptions) -> None:
+    """Refuses images that cannot be read by their headers, all at once and before any is decoded.
+
+    Raises:
+        ValueError: There are some.
+    """
+    wrong = unreadable_headers(
+        [(image.file_name, lambda image=image: folder / image.file_name) for image in images], options.workers
+    )
+    if wrong:
+        first = "; ".join(f"{folder / name} cannot be read: {reason}" for name, reason in list(wrong.items())[:5])
+        raise ValueError(
+            f"{len(wrong)} of {len(images)} images cannot be read, by their headers alone: {first}"
+            f"{'; …' if len(wrong) > 5 else ''}. Unpack them again, name the others in subset, or set on_error: skip."
+        )
+
+
 def build_mscoco(
     store: Store,
     *,
@@ -208,14 +246,16 @@ def build_mscoco(
         ValueError: The file, the folder or an image cannot be used.
         StorageError: The store could not be written; finished parts are kept.
     """
-    if options.size < 1 or options.captions < 1:
-        raise ValueError(f"size {options.size} and captions {options.captions} must be at least 1.")
+    options = replace(options, size=options.side)
+    height, width = sides_of(options.side)
+    if options.captions < 1:
+        raise ValueError(f"captions must be at least 1; given {options.captions}.")
     images = read_captions(captions, options.captions)
     if subset is not None:
         images = select(images, subset)
     if not images:
         raise ValueError(f"subset keeps no image of {captions}. Name at least one id.")
-    settings = {name: value for name, value in settings_identity(options).items() if name != "workers"}
+    settings = {name: value for name, value in reading_identity(options).items() if name != "workers"}
     identity = {
         **settings,
         "captions_file": hash_file(captions),
@@ -227,12 +267,12 @@ def build_mscoco(
     def decode(part: int) -> Iterator[Sample | SkippedItem]:
         for image in parts[part]:
             try:
-                pixels = load_image(folder / image.file_name, options.size)
+                pixels = load_image(folder / image.file_name, options.size, options.framing)
             except NOT_DECODABLE as error:
-                if not options.skip_unreadable:
+                if options.on_error == "stop":
                     raise ValueError(
                         f"{folder / image.file_name} cannot be read: {error}. Unpack it again, name the others in "
-                        "subset, or set skip_unreadable."
+                        "subset, or set on_error: skip; finished parts are kept."
                     ) from error
                 yield SkippedItem(image.file_name, UNREADABLE_IMAGE, str(error))
             else:
@@ -240,17 +280,19 @@ def build_mscoco(
                 yield Sample(image.id, image.captions, pixels, columns)
 
     def build(partial: Path) -> Mapping[str, Any]:
-        size = len(images) * options.size**2 * 3
-        announce_size(log, f"{len(images):,} images of {options.size} × {options.size} pixels", size, store.root)
+        size = len(images) * height * width * 3
+        announce_size(log, f"{len(images):,} images of {width} × {height} pixels", size, store.root)
+        if options.on_error == "stop":
+            _check_headers(folder, [image for part in missing_parts(partial, parts) for image in part], options)
         decode_parts(
             partial,
             decode=decode,
             counts=[len(part) for part in parts],
-            size=options.size,
+            size=options.side,
             workers=options.workers,
             progress=progress,
         )
-        return join_parts(partial, len(parts), options.size)
+        return join_parts(partial, len(parts), options.side)
 
     artifact = store.make("mscoco", identity, build)
     image_set = read_image_set(artifact)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,26 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wherefrom.data.decoding import NOT_DECODABLE, Progress, Sample, SkippedItem, decode_parts, join_parts, log_skipped
-from wherefrom.data.image_folder import load_image
+from wherefrom.data.decoding import (
+    NOT_DECODABLE,
+    Progress,
+    Sample,
+    SkippedItem,
+    decode_parts,
+    join_parts,
+    log_skipped,
+    stopping,
+    summarize_skipped,
+)
+from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
+from wherefrom.data.image_files import load_image
 from wherefrom.data.image_metadata import shown
 from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
+from wherefrom.data.on_error import OnError, checked
 from wherefrom.data.shards import IMAGES, ShardSample, check_shard, read_shard
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.mapped_arrays import announce_size
-from wherefrom.runtime.stable_names import settings_identity
+from wherefrom.runtime.stable_names import added_setting, settings_identity
 
 UNDECODABLE, NO_IMAGE, NO_CAPTION, LOST = (
     "images that cannot be decoded",
@@ -28,6 +40,8 @@ UNDECODABLE, NO_IMAGE, NO_CAPTION, LOST = (
     "samples without a caption",
     "samples of the table that are not in their shard",
 )
+_SIZE = 512
+_NOT_DECIDING = ("workers", "on_error")  # what is skipped is listed, so that stopping at it needs no decoding
 _OWN = frozenset(("id", "captions", "license", "shard"))
 
 
@@ -36,18 +50,36 @@ class ShardOptions:
     """Options of reading shards.
 
     Attributes:
-        size: Side in pixels to which every image is cropped (largest centred square) and resized.
+        size: Side in pixels to which every image is cropped (largest centred square) and resized, or (height, width);
+            None is 512, or the model's own where an existing model is attributed.
         columns: Columns of the Parquet files to keep.
         license: Column of the licences; without it they are `unknown`.
         largest_member: Members of more bytes than this are skipped unread.
         workers: Number of decoding threads, each with its own shard; does not change the result.
+        on_error: Samples that cannot be used are left out and counted (`skip`), or refused (`stop`).
+        framing: Padding, EXIF and transparency, where they are not as usual.
+
+    Raises:
+        ValueError: An unknown choice, or buckets, which are for folders of images alone.
     """
 
-    size: int = 512
+    size: AnySize | None = None
     columns: tuple[str, ...] = ("url",)
     license: str | None = None
     largest_member: int = 2**26
     workers: int = 1
+    on_error: OnError = "skip"
+    framing: Framing = added_setting(Framing())
+
+    def __post_init__(self) -> None:
+        checked(self.on_error)
+        object.__setattr__(self, "size", one_number(self.size))
+        self.framing.of_one_size()
+
+    @property
+    def side(self) -> AnySize:
+        """The size, also where none is said."""
+        return _SIZE if self.size is None else self.size
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -154,7 +186,7 @@ def decode_shard(
             yield SkippedItem(name, NO_CAPTION)
         else:
             try:
-                pixels = load_image(io.BytesIO(image), options.size)
+                pixels = load_image(io.BytesIO(image), options.side, options.framing)
             except NOT_DECODABLE as error:
                 # The message contains the buffer's address, which differs between runs.
                 detail = type(error).__name__ if "BytesIO" in str(error) else str(error)
@@ -197,8 +229,9 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
     Raises:
         ValueError: There is no shard, one is empty, a Parquet file lacks a column, or keys are unknown or occur twice.
     """
-    if options.size < 1 or options.largest_member < 1:
-        raise ValueError(f"size {options.size} and largest_member {options.largest_member} must be at least 1.")
+    sides_of(options.side)
+    if options.largest_member < 1:
+        raise ValueError(f"largest_member must be at least 1; given {options.largest_member}.")
     reserved = sorted(_OWN & set(options.columns))
     if reserved:
         raise ValueError(f"columns: {reserved[0]!r} is a reserved column name. Leave it out; see 'license'.")
@@ -220,7 +253,8 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
         )
     counts = [len(several) if chosen is None else sum(key in chosen for key in several) for several in keys]
     used = [(shard, count) for shard, count in zip(shards, counts, strict=True) if count or chosen is None]
-    settings = {name: value for name, value in settings_identity(options).items() if name != "workers"}
+    said = settings_identity(replace(options, size=options.side))
+    settings = {name: value for name, value in said.items() if name not in _NOT_DECIDING}
     identity = {
         **settings,
         "columns": list(options.columns),
@@ -255,12 +289,17 @@ def decode_shards(
     Raises:
         StorageError: The store could not be written; finished shards are kept.
     """
+
+    def decode(part: int) -> Iterator[Sample | SkippedItem]:
+        samples = decode_shard(shards.paths[part], options, shards.subset)
+        return stopping(samples) if options.on_error == "stop" else samples
+
     if store.find("laion", shards.identity) is None:
         decode_parts(
             store.partial("laion", shards.identity),
-            decode=lambda part: decode_shard(shards.paths[part], options, shards.subset),
+            decode=decode,
             counts=shards.counts,
-            size=options.size,
+            size=options.side,
             workers=options.workers,
             place=place,
             places=places,
@@ -297,12 +336,18 @@ def build_laion(
 
     def build(partial: Path) -> Mapping[str, Any]:
         count = sum(shards.counts)
-        what = f"{count:,} images of {options.size} × {options.size} pixels from {len(shards.paths)} shards"
-        announce_size(log, what, count * options.size**2 * 3, store.root)
+        height, width = sides_of(options.side)
+        what = f"{count:,} images of {width} × {height} pixels from {len(shards.paths)} shards"
+        announce_size(log, what, count * height * width * 3, store.root)
         decode_shards(store, shards=shards, options=options, progress=progress)
-        return join_parts(partial, len(shards.paths), options.size)
+        return join_parts(partial, len(shards.paths), options.side)
 
     artifact = store.make("laion", shards.identity, build)
-    images = read_image_set(artifact)
-    log_skipped(folder, len(images), read_manifest(artifact)["problems"])
+    images, problems = read_image_set(artifact), read_manifest(artifact)["problems"]
+    if problems and options.on_error == "stop":
+        raise ValueError(
+            f"{folder}: {summarize_skipped([SkippedItem(*each) for each in problems])}. Repair them, or set "
+            "on_error: skip, which leaves them out."
+        )
+    log_skipped(folder, len(images), problems)
     return images

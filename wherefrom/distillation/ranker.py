@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wherefrom.runtime.artifacts import read_manifest, replacing, write_manifest
+from wherefrom.runtime.checked_files import read_tensors
 from wherefrom.runtime.tensor_hash import hash_tensors
 
 WEIGHTS = "ranker.safetensors"
@@ -185,7 +186,7 @@ def load_ranker(folder: Path) -> tuple[Ranker, list[str]]:
     identity: Mapping[str, Any] = read_manifest(folder)["identity"]
     try:
         ranker = Ranker(**identity["sizes"])
-        ranker.load_state_dict(load_file(folder / WEIGHTS))
+        ranker.load_state_dict(read_tensors(folder / WEIGHTS, remedy="Copy the ranker again"))
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no ranker that can be read: {error}") from error
     if ranker.identity()["weights"] != identity["weights"]:

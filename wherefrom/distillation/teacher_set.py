@@ -23,6 +23,7 @@ from jaxtyping import Float, Int32
 from numpy.typing import NDArray
 
 from wherefrom.runtime.artifacts import read_manifest, replacing, write_manifest
+from wherefrom.runtime.checked_files import read_array
 
 TRAINING, QUERIES, FEATURES = "training.parquet", "queries.parquet", "features"
 
@@ -241,7 +242,7 @@ def _features_file(folder: Path, name: str, part: str) -> Path:
 
 
 def _mapped(path: Path) -> NDArray[np.float32]:
-    matrix: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+    matrix: NDArray[np.float32] = read_array(path, "r", "Copy the teacher set again")
     return matrix
 
 

@@ -24,6 +24,7 @@ from wherefrom.models.encoders import CaptionEncoder, freeze
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.pixels import to_float
 from wherefrom.runtime.artifacts import Store, identity_hash, replacing
+from wherefrom.runtime.checked_files import read_array
 from wherefrom.runtime.tensor_hash import hash_tensors
 
 Pixels = UInt8[NDArray[np.uint8], "n h w 3"] | UInt8[Tensor, "n h w 3"] | Float[Tensor, "n 3 h w"]
@@ -244,6 +245,11 @@ def image_features(
     parts = images.parts
     if len(parts) > 1:
         return torch.cat([image_features(part, encoder, store, progress) for part in parts])
+    by_size = list(images.by_size())
+    if len(by_size) > 1:  # encoders take batches of one size
+        found = [(where, image_features(each, encoder, store, progress)) for _, each, where in by_size]
+        order = np.argsort(np.concatenate([where for where, _ in found]))
+        return torch.cat([features for _, features in found])[torch.from_numpy(order)]
     identity = {
         "pictures": images.fingerprint,
         "ids": identity_hash({"ids": list(images.ids)}),
@@ -325,12 +331,12 @@ def _cached(
             part.unlink(missing_ok=True)
 
     folder = store.make(kind, identity, build)
-    return torch.from_numpy(np.load(folder / FEATURES, mmap_mode="c"))  # copy on write: torch requires writable memory
+    return torch.from_numpy(read_array(folder / FEATURES, "c"))  # copy on write: torch requires writable memory
 
 
 def _join(parts: Sequence[Path], path: Path, count: int) -> None:
     """Joins the parts into one file by streaming: memory does not grow with the number of images."""
-    width = np.load(parts[0], mmap_mode="r").shape[1]
+    width = read_array(parts[0], "r").shape[1]
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
         "fortran_order": False,
@@ -339,4 +345,4 @@ def _join(parts: Sequence[Path], path: Path, count: int) -> None:
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.lib.format.write_array_header_2_0(stream, header)
         for part in parts:
-            stream.write(np.ascontiguousarray(np.load(part), dtype=np.float32).tobytes())
+            stream.write(np.ascontiguousarray(read_array(part), dtype=np.float32).tobytes())

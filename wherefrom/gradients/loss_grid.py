@@ -20,6 +20,7 @@ from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import run_pass
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 from wherefrom.runtime.stable_names import settings_identity
 
@@ -49,6 +50,7 @@ class LossGrid:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
+        check_ranges(timesteps=self.timesteps, noise_samples=self.noise_samples, seed=self.seed)
         if not 0 <= self.offset < 1:
             raise ValueError(f"offset must be at least 0 and less than 1; given {self.offset}.")
 
@@ -92,8 +94,7 @@ class LossSamples:
     flips: bool = True
 
     def __post_init__(self) -> None:
-        if self.noise_samples < 1:
-            raise ValueError(f"noise_samples must be at least 1; given {self.noise_samples}.")
+        check_ranges(noise_samples=self.noise_samples, seed=self.seed)
 
     def per_flip(self, captions: int) -> int:
         """Losses of an image, and again of its mirror image."""

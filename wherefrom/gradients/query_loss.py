@@ -49,6 +49,8 @@ def encode_query(model: DiffusionModel, query: Query) -> QueryLatent:
     if encoder is None:
         raise ValueError("The model has no encoder, so it cannot read the query's prompt.")
     latent = query.latent if query.latent is not None else encoder.encode_image(query.pixels)
+    height, width = (int(side) for side in query.pixels.shape[:2])
+    encoder.text.sized((height, width))  # training images of another size may have come before
     rows, columns = (int(side) for side in latent.shape[1:])
     weights = None if query.region is None else query.region.weights((rows, columns))
     return QueryLatent(query.id, latent, encoder.text.encode([query.prompt]).at(0), weights)

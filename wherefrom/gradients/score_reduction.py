@@ -24,7 +24,19 @@ def reduce_losses(change: Float[Tensor, "n f k t r"], flip: Flip = "max") -> Flo
     return by_flip.amax(dim=1) if flip == "max" else by_flip.mean(dim=1)
 
 
-def spread_weights(change: Float[Tensor, "n f k t r"]) -> Float[Tensor, " t"]:
+def weighted_median(values: Float[Tensor, "n t"], weights: Float[Tensor, " n"] | None = None) -> Float[Tensor, " t"]:
+    """The (lower) median of each column, a row counting as often as its whole weight says."""
+    if weights is None:
+        return values.median(dim=0).values
+    ordered, order = values.sort(dim=0)
+    reached = weights[order].cumsum(dim=0)
+    middle = (reached[-1] - 1).div(2, rounding_mode="floor")
+    return ordered.gather(0, (reached <= middle).sum(dim=0, keepdim=True))[0]
+
+
+def spread_weights(
+    change: Float[Tensor, "n f k t r"], weights: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, " t"]:
     """Timestep weights of mean 1 that let none dominate: 1 / (spread of the images' changes at that timestep).
 
     Ours. Near t = 0 a model can hardly tell the noise from the image, so losses there are large and change by chance:
@@ -33,12 +45,14 @@ def spread_weights(change: Float[Tensor, "n f k t r"]) -> Float[Tensor, " t"]:
 
     Args:
         change: Changes of the losses of some images; the same images must be taken for all that is compared.
+        weights: How often training sees each of them; None is once.
 
     Returns:
         The weights; all 1 where a timestep has no spread, as when nothing was moved.
     """
     values = change.double().mean(dim=(2, 4)).flatten(0, 1)
-    spread = (values - values.median(dim=0).values).abs().median(dim=0).values
+    counts = None if weights is None else weights.repeat_interleave(change.shape[1])
+    spread = weighted_median((values - weighted_median(values, counts)).abs(), counts)
     if not bool((spread > 0).all()):
         return torch.ones(change.shape[3], dtype=torch.float64)
     return (1 / spread) / (1 / spread).mean()

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from wherefrom.data.image_set import read_ids
+from wherefrom.index.catalog import IMAGE
 from wherefrom.index.index import Index
 from wherefrom.runtime.cli_errors import mistakes_in_one_line
 
@@ -43,6 +45,10 @@ def parser(prog: str = "wherefrom index") -> argparse.ArgumentParser:
         changing.add_argument("folder", type=Path, metavar="INDEX", help="the index")
         changing.add_argument("ids", nargs="*", metavar="ID", help="ids of images")
         changing.add_argument("--file", type=Path, help="a file with one id a line, besides")
+        if name == "remove":
+            changing.add_argument(
+                "--unknown", action="store_true", help="also keep out ids that the index does not have, from now on"
+            )
     listing = commands.add_parser("removed", help="list what was removed", description="list what was removed")
     listing.add_argument("folder", type=Path, metavar="INDEX", help="the index")
     return root
@@ -54,14 +60,19 @@ def change(options: argparse.Namespace) -> None:
     Raises:
         ValueError: No image is named, or one to restore was not removed.
     """
-    listed = [] if options.file is None else options.file.read_text().splitlines()
-    ids = [name for name in (*options.ids, *listed) if name]
-    if not ids:
+    ids = [*(name.strip() for name in options.ids), *read_ids(options.file, "--file")]
+    if not any(ids):
         raise ValueError("No image is named: give ids, or --file with one id a line.")
     index = Index(options.folder)
     if options.command == "restore":
         index.restore(ids)
     else:
+        unknown = sorted(set(ids) - set(index.rows[IMAGE].to_pylist()) - index.removed)
+        if unknown and not options.unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(set(ids))} ids are not in the index, such as {unknown[0]!r}, so nothing was "
+                "removed: correct them, or give --unknown to keep them out from now on as well."
+            )
         for name in index.remove(ids):
             print(f"not in the index, and kept out from now on: {name}")
     print(f"{len(index):,} images can be found; {len(index.removed):,} were removed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ _TRAINED, _GROWING = "trained.faiss", "growing.faiss"
 _BLOCK = 16384  # vectors added at a time
 _SAVE_EVERY_S = 600.0  # each save writes the whole index so far, which may be gigabytes
 _SAMPLE = 262_144
+_logger = logging.getLogger(__name__)
 
 
 def index_identity(
@@ -128,7 +130,7 @@ def build_index(
     def work() -> None:
         if runner.is_main:
             partial.mkdir(parents=True, exist_ok=True)
-            if not (partial / _TRAINED).exists():
+            if _whole(partial / _TRAINED) is None:
                 _trained(embeddings, chosen=chosen, factory=factory, seed=seed, sample=sample, like=like).write(
                     partial / _TRAINED
                 )
@@ -136,7 +138,7 @@ def build_index(
         engine = Engine.read(partial / _TRAINED)
         if engine.can_merge:
             for start in starts[runner.rank :: runner.world_size]:
-                if not shard_file(start).exists():
+                if _whole(shard_file(start)) is None:
                     part = engine.copy()
                     fill(part, start, min(start + shard, len(chosen)), len(chosen))
                     part.write(shard_file(start))
@@ -151,8 +153,7 @@ def build_index(
             for start in starts:
                 engine.merge(Engine.read(shard_file(start)), 0)
         else:
-            if (folder / _GROWING).exists():
-                engine = Engine.read(folder / _GROWING)
+            engine = _whole(folder / _GROWING) or engine
             fill(engine, len(engine), len(chosen), len(chosen), folder / _GROWING)
         assert len(engine) == len(chosen), "a shard is missing"
         kept = with_keys(rows.take(chosen), chosen.astype(np.int64))
@@ -172,6 +173,16 @@ def build_index(
 
     build_across_processes(work, finish=finish, store=store, kind=KIND, identity=identity, runner=runner)
     return store.path(KIND, identity)
+
+
+def _whole(path: Path) -> Engine | None:
+    """The index in a file of an interrupted run; None where there is none, or a damaged one, which is made again."""
+    try:
+        return Engine.read(path) if path.exists() else None
+    except ValueError as error:
+        _logger.warning("%s It is made again.", error)
+        path.unlink()
+        return None
 
 
 def _span(keys: NDArray[np.int64]) -> slice | NDArray[np.int64]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wherefrom.distillation.ranker import Ranker
 from wherefrom.runtime.artifacts import Store
+from wherefrom.runtime.checked_files import read_array
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import build_across_processes
 from wherefrom.runtime.distributed import Runner
@@ -171,7 +172,7 @@ def embed_training_set(
 
     def build(folder: Path) -> None:
         if not (folder / EMBEDDINGS).exists():
-            blocks = (np.load(part(start), allow_pickle=False) for start in starts)
+            blocks = (read_array(part(start)) for start in starts)
             write_array(folder / EMBEDDINGS, (count, int(ranker.sizes["outputs"])), blocks)
         for path in folder.glob("part-*.npy"):
             path.unlink()
@@ -179,7 +180,7 @@ def embed_training_set(
     build_across_processes(
         work, finish=lambda: store.make(KIND, identity, build), store=store, kind=KIND, identity=identity, runner=runner
     )
-    vectors = np.load(store.path(KIND, identity) / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+    vectors = read_array(store.path(KIND, identity) / EMBEDDINGS, "r")
     return Embeddings(vectors, identity["ranker"])
 
 

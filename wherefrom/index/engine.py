@@ -101,8 +101,14 @@ class Engine:
             ) from error
 
     def add(self, vectors: Vectors, keys: Keys) -> None:
-        """Adds vectors under keys larger than the existing ones."""
+        """Adds vectors under keys larger than the existing ones.
+
+        The levels of a graph (HNSW) are drawn by the first key, so that a build that goes on from a file, which does
+        not hold FAISS's generator, draws what a build in one go does.
+        """
         self._keys = None
+        if hasattr(self.inner, "hnsw") and len(keys):
+            self.inner.hnsw.rng = _faiss().RandomGenerator(int(keys[0]) % 2**31)
         self.index.add_with_ids(vectors, keys)
 
     def remove(self, keys: Keys) -> None:
@@ -223,9 +229,11 @@ class Engine:
         Raises:
             StorageError: The file could not be written.
         """
-        with replacing(path) as temporary:
+        faiss = _faiss()
+        # Through Python's file: FAISS's own writer does not notice that a full disk took only a part.
+        with replacing(path) as temporary, temporary.open("wb") as stream:
             try:
-                _faiss().write_index(self.index, str(temporary))
+                faiss.write_index(self.index, faiss.PyCallbackIOWriter(stream.write))
             except RuntimeError as error:
                 raise StorageError(f"Cannot write {path}: {_reason(error)}. Free some space and try again.") from error
 

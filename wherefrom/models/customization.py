@@ -256,17 +256,34 @@ def base_of(folder: Path) -> str | None:
     """Path of a customized model's base; None if the folder holds no customized model.
 
     Raises:
-        ValueError: The file that says so is damaged.
+        ValueError: The file that says so is damaged, or the base leads back to the folder.
     """
+    base, seen = _named_base(folder), [folder.resolve()]
+    following = base
+    while following is not None and Path(following).is_dir():
+        if Path(following).resolve() in seen:
+            raise ValueError(
+                f"{folder / BASE} leads back to {Path(following).resolve()}: a customized model's base is another "
+                'model. Write where that is: {"base": "path or hub id"}.'
+            )
+        seen.append(Path(following).resolve())
+        following = _named_base(Path(following))
+    return base
+
+
+def _named_base(folder: Path) -> str | None:
+    """What a customized model's folder calls its base."""
     file = folder / BASE
     if not file.is_file():
         return None
     try:
-        base = json.loads(file.read_text())["base"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        base = json.loads(file.read_text(encoding="utf-8"))["base"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f'{file} should read {{"base": "path or hub id of the base model"}}; it does not.') from error
-    beside = folder / str(base)
-    return str(beside) if beside.is_dir() else str(base)
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise ValueError(f'{file} should read {{"base": "path or hub id of the base model"}}; its base is {base!r}.')
+    beside = folder / base
+    return str(beside) if beside.is_dir() else base
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from wherefrom.models.adapter_states import with_adapters
 from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.families.registry import family_of
@@ -106,6 +107,10 @@ class DiffusionModel:
         scales = adapter_scales(self.denoiser)
         adapters = f"/{identity_hash(scales)}" if scales else ""
         return f"{hash_tensors(self.denoiser.state_dict())}/{schedule}{adapters}"
+
+    def description(self) -> str:
+        """The fingerprint, and the adapters that change what the model computes, for pages."""
+        return with_adapters(self.fingerprint(), self.denoiser)
 
     def predict(
         self, noisy: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, " b"], conditioning: Conditioning

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from wherefrom.models.adapter_states import adapter_identity
 from wherefrom.models.autoencoders import latent_of
 from wherefrom.models.conditioning import Conditioning, concatenated, prompt_embeddings
 from wherefrom.models.package_paths import resolve_path
@@ -86,12 +87,13 @@ class CaptionEncoder:
         """Does nothing: the model is not conditioned on the images' (height, width)."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the embeddings: weights, tokenizer and length."""
+        """What decides the embeddings: weights, how strongly adapters count, tokenizer and length."""
         words = sorted(self.tokenizer.get_vocab().items())
         return {
             "text_encoder": hash_tensors(self.model.state_dict()),
             "tokenizer": hashlib.blake2b(repr(words).encode(), digest_size=8).hexdigest(),
             "length": self.length,
+            **adapter_identity(self.model),
         }
 
 

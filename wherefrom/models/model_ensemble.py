@@ -53,6 +53,8 @@ def check_member(source: str, model: DiffusionModel, other: DiffusionModel, weig
 
 def _encoders(model: DiffusionModel, other: DiffusionModel) -> tuple[str, Any, Any]:
     mine, theirs = ({} if each.encoder is None else each.encoder.identity() for each in (model, other))
+    for each in (mine, theirs):
+        each.pop("size", None)  # of the images that were encoded last
     name = _first_difference(mine, theirs)
     words = {"vae": "autoencoder", "scale": "autoencoder's scaling", "text_encoder": "text encoder"}
     return words.get(name, name), mine.get(name), theirs.get(name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from wherefrom.models.adapter_states import active_in, adapter_layers, adapter_weights, fused_adapters, normed
+from wherefrom.models.adapter_states import adapter_scales as adapter_scales
 from wherefrom.models.families.registry import family_class_of
 from wherefrom.models.families.stable_diffusion import StableDiffusion
 
@@ -18,30 +20,55 @@ Subset = Literal["cross_attention_kv", "cross_attention", "attention", "all", "a
 def select_weights(denoiser: nn.Module, subset: Subset) -> dict[str, nn.Parameter]:
     """The parameters of a subset by name, in the model's order.
 
-    A layer that an adapter wraps (LoRA, by peft) counts with its own weight and the adapter's; `adapter` takes the
-    adapters' weights alone, wherever they are: those that were trained.
+    A layer that an adapter wraps (LoRA and its kin, by peft) counts with its own weight and the adapter's; `adapter`
+    takes the adapters' weights alone, wherever they are: those that were trained. Weights of adapters that are
+    disabled, inactive, fused or at weight zero take no part in the model's output, and belong to no subset.
 
     Raises:
-        ValueError: The subset is unknown, or the model has no such weights.
+        ValueError: The subset is unknown, the model has no such weights, an adapter is fused, so that it cannot be told
+            apart, or is of a kind whose gradients peft does not take.
     """
     if subset not in get_args(Subset):
         raise ValueError(f"Unknown weights {subset!r}; choose from {', '.join(get_args(Subset))}.")
     belongs = (family_class_of(denoiser) or StableDiffusion).subsets[subset]
-    chosen = {name: parameter for name, parameter in denoiser.named_parameters() if belongs(f".{name}")}
+    counting = adapter_weights(denoiser)
+    if subset == "adapter":
+        _check_apart(denoiser, counting)
+    chosen = {
+        name: parameter
+        for name, parameter in denoiser.named_parameters()
+        if (belongs(f".{name}") or (subset == "adapter" and name in counting)) and counting.get(name, True)
+    }
     if not chosen:
         raise ValueError(f"{type(denoiser).__name__} has no weights of the subset {subset!r}; 'all' always has some.")
+    _check_gradients(denoiser, chosen)
     return chosen
 
 
-def adapter_scales(denoiser: nn.Module) -> dict[str, float]:
-    """How strongly each wrapped layer's adapters count, which no weight says."""
-    scales: dict[str, float] = {}
-    for name, module in denoiser.named_modules():
-        if hasattr(module, "lora_A"):
-            layer: Any = module
-            active = () if layer.disable_adapters else layer.active_adapters
-            scales |= {f"{name}.{each}": float(layer.scaling[each]) for each in active if each in layer.scaling}
-    return scales
+def _check_apart(denoiser: nn.Module, counting: Mapping[str, bool]) -> None:
+    """Refuses the subset of adapters' weights where it would not be all of them, or none."""
+    fused = fused_adapters(denoiser)
+    if fused:
+        raise ValueError(
+            f"The adapter {fused[0]} is fused: added to the weights of {type(denoiser).__name__}, from which it cannot "
+            "be told apart. Choose other weights than adapter, such as cross_attention_kv; they hold both."
+        )
+    if counting and not any(counting.values()):
+        raise ValueError(
+            f"The adapters of {type(denoiser).__name__} are disabled, inactive or at weight zero, so none of their "
+            "weights takes part. Choose other weights than adapter, or set the adapters before."
+        )
+
+
+def _check_gradients(denoiser: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Refuses weights whose gradients by peft are not those of the output: it holds DoRA's norm fixed."""
+    for layer_name, layer in adapter_layers(denoiser):
+        odd = [each for each in active_in(layer) if normed(layer, each)]
+        if odd and any(name.startswith(f"{layer_name}.") for name in chosen):
+            raise ValueError(
+                f"{layer_name} has the adapter {odd[0]} of a kind (DoRA) whose norm peft holds fixed, so that its "
+                "gradients are not those of the model. Fuse it before, with fuse_lora() of the pipeline."
+            )
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,18 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import AutoModel
 
+from wherefrom.models.adapter_sources import LORA as LORA
+from wherefrom.models.adapter_sources import AdapterSource
+from wherefrom.models.adapter_states import known_adapters
+from wherefrom.models.adapters import (
+    adapters_beside,
+    add_adapter,
+    add_adapters,
+    fused_notes,
+    note_fused,
+    pipeline_parts,
+    read_adapters,
+)
 from wherefrom.models.autoencoders import autoencoder_fault
 from wherefrom.models.checkpoints import complete, partial_parts, without_base
 from wherefrom.models.customization import base_of, customize, is_customized, read_customization
@@ -26,10 +39,8 @@ from wherefrom.models.plain_parts import plain_parts
 from wherefrom.models.prompt_encoders import PromptEncoder
 from wherefrom.models.single_file import load_single_file
 from wherefrom.runtime.artifacts import write_json
-from wherefrom.runtime.optional_dependencies import require_peft
 
 TEXT_SOURCE = "text_encoder/source.json"
-LORA = "pytorch_lora_weights.safetensors"
 
 
 def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: torch.dtype = torch.float16) -> None:
@@ -91,8 +102,8 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32, base: str | None = None) -> DiffusionPipeline:
     """Loads a diffusers pipeline from a folder, a hub id, or a single file in the original names.
 
-    Where a folder holds `pytorch_lora_weights.safetensors`, as diffusers' training scripts and `save_lora_weights`
-    write it, that adapter is loaded too.
+    Where a folder holds an adapter, such as `pytorch_lora_weights.safetensors`, which diffusers' training scripts and
+    `save_lora_weights` write, it is loaded too; see `wherefrom.models.adapters`.
 
     Args:
         path: The folder, hub id or file.
@@ -102,51 +113,58 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, base: str | Non
     Raises:
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id, a tensor is missing or damaged, or a base is missing or
-            of no use.
+        ValueError: The path is neither a folder nor a hub id, a tensor is missing or damaged, a base is missing or of
+            no use, or not all of an adapter has a place in the model.
     """
-    return _read_pipeline(path, dtype, base)[0]
+    return _read_pipeline(path, dtype, base=base)[0]
 
 
-def _read_pipeline(path: str, dtype: torch.dtype, base: str | None = None) -> tuple[DiffusionPipeline, list[str]]:
-    """A pipeline, and what is to be said of how it was loaded."""
-    if Path(path).is_file():
-        completed, notes = (None, []) if base is None else _read_pipeline(base, dtype)
-        pipeline, more = load_single_file(Path(path), dtype, completed)
+def _read_pipeline(
+    path: str, dtype: torch.dtype, lora: Sequence[AdapterSource] = (), base: str | None = None
+) -> tuple[DiffusionPipeline, list[str]]:
+    """A pipeline, and what is to be said of how it was loaded.
+
+    Args:
+        path: Folder, hub id, or single file.
+        dtype: Type of number.
+        lora: Adapters that are added afterwards, so that they do not also count as lying beside the pipeline.
+        base: See `load_pipeline`.
+    """
+    place = Path(path)
+    parts = partial_parts(place)
+    if not place.is_file() and parts is None:
+        if base is not None:
+            raise ValueError(
+                f"model: {path} is a whole pipeline, of which nothing comes from a base: leave out the option 'base'."
+            )
+        return _read_whole(path, dtype, lora)
+    if parts is not None and base is None:
+        raise without_base(place, parts)
+    below, notes = (None, []) if base is None else _read_pipeline(base, dtype, lora)
+    if parts is None:
+        pipeline, more = load_single_file(place, dtype, below)
         return pipeline, [*notes, *more]
-    parts_there = partial_parts(Path(path))
-    if parts_there is not None:
-        if base is None:
-            raise without_base(Path(path), parts_there)
-        pipeline, notes = _read_pipeline(base, dtype)
-        return pipeline, [*notes, *complete(pipeline, parts_there, dtype)]
-    if base is not None:
-        raise ValueError(
-            f"model: {path} is a whole pipeline, of which nothing comes from a base: leave out the option 'base'."
-        )
-    return _read_whole(path, dtype)
+    assert below is not None
+    return below, [*notes, *complete(below, parts, dtype)]
 
 
-def _read_whole(path: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, list[str]]:
+def _read_whole(path: str, dtype: torch.dtype, lora: Sequence[AdapterSource]) -> tuple[DiffusionPipeline, list[str]]:
     folder = local_folder(path)
-    source, lora = folder / TEXT_SOURCE, folder / LORA
-    if lora.is_file():
-        require_peft(f"The adapter {lora}")
+    source, (beside, notes) = folder / TEXT_SOURCE, adapters_beside(folder, lora, whole=Path(path).is_dir())
     parts: dict[str, Any] = {}
     if source.is_file():
         parts["text_encoder"] = _text_encoder(json.loads(source.read_text())["path"]).to(dtype)
-    notes: list[str] = []
     if (folder / INDEX).is_file():
         # A text encoder that was left out must be named, or the pipeline takes it for a damaged one.
         absent = [name for name, kind in read_index(folder).items() if kind == [None, None]]
         parts |= dict.fromkeys(name for name in absent if name.startswith(("text_encoder", "tokenizer")))
-        loaded, notes = load_parts(folder, dtype, parts)
+        loaded, more = load_parts(folder, dtype, parts)
+        notes += more
         parts |= loaded
     pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, low_cpu_mem_usage=False, **parts)
     network = PipelineParts(pipeline).network
-    if lora.is_file():
-        loadable: Any = pipeline
-        loadable.load_lora_weights(str(folder), weight_name=LORA)
+    for adapter in beside:
+        add_adapter(pipeline_parts(PipelineParts(pipeline)), adapter)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
     return pipeline, notes
@@ -195,33 +213,40 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
             f"Its network takes {config.in_channels} channels and its autoencoder gives {vae.config.latent_channels}: "
             "pipelines that edit or fill in images are no text-to-image models"
         )
+    note_fused(parts)
     encoder = family.latent_encoder(parts)
     model = DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
-    model.notes = tuple(notes)
+    model.notes = (*notes, *fused_notes(known_adapters(network)))
     return model
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32, base: str | None = None) -> DiffusionModel:
+def load_model(
+    path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterSource] = (), base: str | None = None
+) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
 
     Args:
-        path: See `load_pipeline`.
+        path: Folder, hub id, or single file.
         dtype: Type of number.
+        lora: Adapters that are added to it.
         base: See `load_pipeline`; or the base of a customized model, whose folder may name it too.
 
     Raises:
         FileNotFoundError: A customized model's folder lacks a file.
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, or a
-            customized model does not belong to its base.
+        ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, a
+            customized model does not belong to its base, or an adapter cannot be found or does not fit.
     """
+    files = read_adapters(lora)  # before the pipeline, which may be large
     named = base_of(Path(path))
     if named is not None or (base is not None and is_customized(Path(path))):
-        return load_customized(base or str(named), path, dtype)
-    pipeline, notes = _read_pipeline(path, dtype, base)
-    model = model_from_pipeline(pipeline)
-    model.notes = (*notes, *model.notes)
+        model = load_customized(base or str(named), path, dtype)
+    else:
+        pipeline, notes = _read_pipeline(path, dtype, lora, base)
+        model = model_from_pipeline(pipeline)
+        model.notes = (*notes, *model.notes)
+    add_adapters(model, files)
     return model
 
 

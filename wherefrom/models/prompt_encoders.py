@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from wherefrom.models.adapter_states import adapter_identity
 from wherefrom.models.encoders import CaptionEncoder, longer_than
 from wherefrom.runtime.tensor_hash import hash_tensors
 
@@ -73,4 +74,5 @@ class PromptEncoder(CaptionEncoder):
             "tokenizer": hashlib.blake2b(repr((words, pads)).encode(), digest_size=8).hexdigest(),
             "length": self.lengths,
             **({} if self.size is None else {"size": list(self.size)}),
+            **adapter_identity(self.model),
         }

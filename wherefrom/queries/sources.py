@@ -12,12 +12,15 @@ from torch import Tensor
 from wherefrom.data.encoded_images import report_cut
 from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.models.image_sizes import reduction_of
 from wherefrom.models.sampling import Trajectory, sample
 from wherefrom.queries.regions import Region
+from wherefrom.queries.run_size import RunSize, run_size
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.artifacts import hash_file, identity_hash
 from wherefrom.runtime.console import Progress
+from wherefrom.runtime.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class QuerySource:
         guidance: Classifier-free guidance.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
         resize: Bring image files to the model's size instead of refusing other sizes.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -88,6 +94,9 @@ class QuerySource:
     guidance: float = 2.0
     eta: float = 0.0
     resize: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(seed=self.seed, sampling_steps=self.sampling_steps, guidance=self.guidance, eta=self.eta)
 
 
 def generate(
@@ -125,6 +134,8 @@ def generate(
         return []
     repeats = [list(prompts[:index]).count(prompt) for index, prompt in enumerate(prompts)]
     keys = keyed_random.combine(seed, keyed_random.hash_texts(list(prompts)), torch.tensor(repeats))
+    factor = reduction_of(model.encoder.vae)
+    model.encoder.text.sized((shape[1] * factor, shape[2] * factor))
     conditioning, empty = model.encoder.text.encode(prompts), model.encoder.text.encode([""]).at(0)
     seen: dict[int, Tensor] = {}
 
@@ -168,37 +179,43 @@ def generate(
     ]
 
 
-def read_query(image: QueryImage, size: tuple[int, int], resize: bool = False) -> Query:
+def read_query(image: QueryImage, size: RunSize | tuple[int, int], resize: bool = False) -> Query:
     """A query from an image file; its id is the file's name and a hash of its bytes.
 
+    Args:
+        image: The file and its prompt.
+        size: The run's size; a (height, width) is brought about as usual.
+        resize: Bring the image to it, or to its bucket, instead of refusing other sizes.
+
     Raises:
-        ValueError: The file is missing, unreadable, or of another size than the model's.
+        ValueError: The file is missing, unreadable, or of another size than the run's.
     """
+    wanted = run_size(size)
     path = Path(image.file)
     if not path.is_file():
         raise ValueError(f"Query image {path} is not a file.")
     try:
-        pixels = load_image(path, size[0] if resize else None)
+        pixels = load_image(path, *wanted.query_framing(resize))
     except UNREADABLE as error:
         raise ValueError(f"Query image {path} cannot be read: {error}.") from error
-    if pixels.shape[:2] != size:
+    unfit = wanted.unfit((int(pixels.shape[0]), int(pixels.shape[1])))
+    if unfit:
         raise ValueError(
-            f"Query image {path} is {pixels.shape[1]} × {pixels.shape[0]} pixels, the model's images are "
-            f"{size[1]} × {size[0]}. "
-            "Resize it, or set queries.resize: true to use its largest centred square."
+            f"Query image {path} is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. "
+            "Resize it, or set queries.resize: true to bring it there as training images are."
         )
     return Query(f"{path.stem}-{hash_file(path)[:8]}", image.prompt, pixels)
 
 
 def read_regions(
-    regions: Sequence[QueryRegion], known: Sequence[str], size: tuple[int, int]
+    regions: Sequence[QueryRegion], known: Sequence[str], size: tuple[int, int] | Mapping[str, tuple[int, int]]
 ) -> dict[str, list[Region]]:
     """Regions by what they are a part of.
 
     Args:
         regions: The regions.
         known: Prompts and image files that are attributed.
-        size: (height, width) of the images.
+        size: (height, width) of the images; by what they are of, where they differ.
 
     Raises:
         ValueError: A region is of something that is not attributed, is given twice, or cannot be used.
@@ -210,7 +227,8 @@ def read_regions(
                 f"queries.regions: {each.of!r} is neither a prompt nor an image file of this run; there are "
                 f"{', '.join(map(repr, known))}."
             )
-        region, others = each.read(size), result.setdefault(each.of, [])
+        region = each.read(size[each.of] if isinstance(size, Mapping) else size)
+        others = result.setdefault(each.of, [])
         if region.name in [other.name for other in others]:
             raise ValueError(f"queries.regions: {region.name} of {each.of!r} is given twice.")
         others.append(region)
@@ -227,7 +245,7 @@ def make_queries(
     *,
     source: QuerySource,
     latent_shape: tuple[int, int, int],
-    size: tuple[int, int],
+    size: RunSize | tuple[int, int],
     progress: Progress | None = None,
     keep_trajectory: bool = False,
 ) -> list[Query]:
@@ -247,7 +265,11 @@ def make_queries(
     if len(set(names)) < len(names):
         raise ValueError("A query image is given twice.")
     files = [image.file for image in source.images]
-    regions = read_regions(source.regions, [*files, *source.prompts], size)
+    drawn_size = run_size(size).size
+    sizes = dict.fromkeys(source.prompts, drawn_size) | {
+        file: (int(query.pixels.shape[0]), int(query.pixels.shape[1])) for file, query in zip(files, read, strict=True)
+    }
+    regions = read_regions(source.regions, [*files, *source.prompts], sizes)
     if model.encoder is not None:
         prompts = [*source.prompts, *(image.prompt for image in source.images)]
         report_cut(model.encoder.text, prompts, "prompts")

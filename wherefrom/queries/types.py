@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -73,6 +73,8 @@ class Scores:
         facts: What else was measured, by name (split-half reliability, α, relative loss increase, seconds …).
         parts: The same scores from a part of what they were measured on, by its name (a band of timesteps, a caption).
         estimates: What a calibrated fast method says of each image's influence, in its teacher's unit.
+        per_copy: The scores of one copy of each image, where `scores` are of all copies that training saw (`counting`)
+            or ranks of such; these compare with the null, whose images are one copy each. None: `scores` do.
     """
 
     query: Query
@@ -82,6 +84,26 @@ class Scores:
     facts: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, Float[NDArray[np.float64], " n"]] = field(default_factory=dict)
     estimates: Estimates | None = None
+    per_copy: Float[NDArray[np.float64], " n"] | None = None
+
+    @property
+    def comparable(self) -> Float[NDArray[np.float64], " n"]:
+        """The scores that the null is compared with: those of one copy of each image."""
+        return self.scores if self.per_copy is None else self.per_copy
+
+    def counting(self, weights: Float[NDArray[np.float64], " n"] | None) -> Scores:
+        """The scores of the images with all their copies, from those of one copy of each.
+
+        To first order, what is removed adds up: removing an image that training sees wᵢ times removes wᵢ equal terms of
+        the objective, so its score is wᵢ times that of one copy.
+
+        Args:
+            weights: How often training sees each image; None is once, which changes nothing.
+        """
+        if weights is None:
+            return self
+        parts = {name: values * weights for name, values in self.parts.items()}
+        return replace(self, scores=self.scores * weights, per_copy=self.scores, parts=parts)
 
     def __repr__(self) -> str:
         """One line: the query, how many images were scored, and the first."""

@@ -81,6 +81,7 @@ def write_ranking(
     rankings: Mapping[str, tuple[Sequence[str], Float[NDArray[np.float64], " n"]]],
     p_values: Mapping[str, Float[NDArray[np.float64], " n"]] | None = None,
     estimates: Mapping[str, tuple[Sequence[str], Estimates]] | None = None,
+    repeats: Mapping[str, int] | None = None,
 ) -> None:
     """Writes the rankings of several queries.
 
@@ -89,6 +90,7 @@ def write_ranking(
         rankings: Query id -> (image ids, scores).
         p_values: Query id -> p-values in the same order, as a further column.
         estimates: Query id -> (image ids, calibrated estimates), as the columns estimate, low and high.
+        repeats: Image id -> how often training saw it, as a further column.
 
     Raises:
         StorageError: The file could not be written.
@@ -111,6 +113,8 @@ def write_ranking(
             rows = [place[ids[index]] for index in order]
             for name, values in (("estimate", estimated.values), ("low", estimated.low), ("high", estimated.high)):
                 columns[name] = pa.array(values[rows], pa.float64())
+        if repeats is not None:
+            columns["repeats"] = pa.array([repeats[ids[index]] for index in order], pa.int64())
         parts.append(pa.table(columns))
     with replacing(folder / RANKING) as temporary:
         pq.write_table(pa.concat_tables(parts), temporary)

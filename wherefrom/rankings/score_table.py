@@ -7,7 +7,6 @@ can be filled by several nodes and resumed; queries read it part by part and, wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.runtime.artifacts import replacing, storage_errors, write_json
+from wherefrom.runtime.checked_files import read_list
 
 QUERIES, PART_ROWS, GROUP_ROWS = "queries.json", 2**20, 2**17
 
@@ -39,7 +39,7 @@ class ScoreTable:
 
     def __init__(self, folder: Path, queries: Sequence[str] | None = None) -> None:
         self.folder, queries_file = folder, folder / QUERIES
-        kept: Any = json.loads(queries_file.read_text()) if queries_file.exists() else None
+        kept: Any = read_list(queries_file, "Give another folder") if queries_file.exists() else None
         if kept is None and queries is None:
             raise ValueError(f"{folder} holds no table of scores: it has no {QUERIES}.")
         if kept is not None and queries is not None and list(queries) != kept:

@@ -15,7 +15,7 @@ from pathlib import Path
 from wherefrom.metrics.group_shares import Share
 from wherefrom.reports.html import Markup, shorten, tag, write_page
 from wherefrom.reports.images import LABEL, Pixels, check_pixels, foreign, image_tag, thumbnail_row
-from wherefrom.reports.legend import LEGEND
+from wherefrom.reports.legend import LEGEND, OF_A_NULL, REPEATS_LEGEND
 
 __all__ = ["QueryReport", "RankedImage", "Share", "write_report"]
 
@@ -41,6 +41,7 @@ class RankedImage:
         license: Its licence, as its data set states it.
         groups: Column -> value, such as author and style.
         influence: Estimated influence and the ends of its interval, from a calibrated method.
+        repeats: How often an epoch of training saw the image, where that differs between images.
     """
 
     id: str
@@ -52,6 +53,7 @@ class RankedImage:
     license: str
     groups: Mapping[str, str]
     influence: tuple[float, float, float] | None = None
+    repeats: int | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def _card(image: RankedImage, score: str) -> Markup:
         tag("p", tag("b", str(image.rank), class_="rank"), tag("span", score, class_="score"), class_="numbers"),
         tag("p", _p_value(image.p_value), class_="p"),
         _influence(image.influence),
+        Markup() if image.repeats is None else tag("p", f"repeats {image.repeats}", class_="p"),
         tag(
             "p",
             foreign(caption, _CAPTION) if caption else "(no caption)",
@@ -318,7 +321,14 @@ def write_report(
     for query in queries:
         _check(query)
     lead = "Beside each generated image: the training images that influenced it most, in order. "
-    legend = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in LEGEND.items()]
+    null = any(image.p_value is not None for query in queries for image in query.ranked)
+    repeated = any(image.repeats is not None for query in queries for image in query.ranked)
+    words = {**LEGEND, **(REPEATS_LEGEND if repeated else {})}
+    legend = [
+        tag("div", tag("dt", name), tag("dd", meaning))
+        for name, meaning in words.items()
+        if null or name not in OF_A_NULL
+    ]
     body = tag(
         "body",
         tag(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+REPEATS_LEGEND = {
+    "Repeats": "How often an epoch of training saw the image, as the data set states it. Methods that estimate what "
+    "removing an image does (influence functions, TRAK) score it with all its copies, and their p-values are of one "
+    "copy; a loss increase is the same for each copy."
+}
 LEGEND = {
     "Rank": "Place among all training images that were scored; 1 is the most influential.",
     "Score": "What the method measured for this training and this generated image; higher is more influential. "
@@ -28,3 +33,4 @@ LEGEND = {
     "without it, or who owns what. Scores need not add up over images. Only training again without the images "
     "proves their influence.",
 }
+OF_A_NULL = ("p-value", "Family-wise p")  # entries that mean nothing where there is no null

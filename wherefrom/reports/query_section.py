@@ -9,12 +9,14 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.repeats import REPEATS
 from wherefrom.gradients.loss_excess import FAR_OUT
 from wherefrom.metrics.group_shares import group_shares
 from wherefrom.metrics.null_distribution import family_wise_p_value, p_values
 from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import flatness_of, order_of
 from wherefrom.reports.attribution_report import QueryReport, RankedImage
+from wherefrom.runtime.ranges import check_ranges
 
 _NOTHING = 0.05  # family-wise p-value above which nothing stands out
 _MOST_GROUPS = 50
@@ -38,6 +40,9 @@ class ReportOptions:
     title: str = "Where did these images come from?"
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check_ranges(top=self.top)
+
     def columns(self, images: ImageSet) -> list[str]:
         """The group columns.
 
@@ -45,7 +50,7 @@ class ReportOptions:
             ValueError: A column is not in the data set.
         """
         if self.groups is None:
-            skipped = {"split", "concept", "name"}
+            skipped = {"split", "concept", "name", REPEATS}
             most = min(_MOST_GROUPS, len(images) - 1)  # a column that tells every image apart groups nothing
             return [
                 name for name, values in images.columns.items() if name not in skipped and 2 <= len(set(values)) <= most
@@ -69,7 +74,7 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
     """
     images, columns = data.images, options.columns(data.images)
     where = {name: index for index, name in enumerate(images.ids)}
-    tail = p_values(scores.scores, scores.null) if len(scores.null) else None
+    tail = p_values(scores.comparable, scores.null) if len(scores.null) else None
 
     def influence(position: int) -> tuple[float, float, float] | None:
         if scores.estimates is None:
@@ -94,6 +99,7 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
                     license=images.columns.get("license", ("unknown",) * len(images))[index],
                     groups={column: images.columns[column][index] for column in columns},
                     influence=influence(int(position)),
+                    repeats=None if images.weights is None else int(images.weights[index]),
                 )
             )
         return result
@@ -161,7 +167,7 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
             "The prompt is not known: the empty prompt was used, so what only the words brought in cannot be found."
         )
     if len(scores.null) >= 10:
-        family = family_wise_p_value(scores.scores, scores.null)
+        family = family_wise_p_value(scores.comparable, scores.null)
         facts["Family-wise p of the first"] = f"{family:.2g}"
         if family > _NOTHING:
             notes.append(

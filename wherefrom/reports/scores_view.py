@@ -48,7 +48,8 @@ class ScoresView(Scores):
     ) -> ScoresView:
         """The same scores, beside the training images."""
         kept = {name: getattr(scores, name) for name in ("query", "ids", "scores", "null", "facts", "parts")}
-        return cls(**kept, estimates=scores.estimates, data=data, notes=tuple(notes), about=about or {})
+        more = {"estimates": scores.estimates, "per_copy": scores.per_copy}
+        return cls(**kept, **more, data=data, notes=tuple(notes), about=about or {})
 
     @property
     def images(self) -> ImageSet:
@@ -77,7 +78,7 @@ class ScoresView(Scores):
             "score": self.scores[order],
         }
         if len(self.null):
-            columns["p_value"] = p_values(self.scores, self.null)[order]
+            columns["p_value"] = p_values(self.comparable, self.null)[order]
         if self.estimates is not None:
             values = (self.estimates.values, self.estimates.low, self.estimates.high)
             columns |= {name: numbers[order] for name, numbers in zip(("estimate", "low", "high"), values, strict=True)}
@@ -171,11 +172,12 @@ class ScoresView(Scores):
         order, rows = self._first(count)
         figure = Figure(figsize=(7, 0.5 + 0.28 * len(order)), layout="constrained")
         axes = figure.subplots()
-        axes.barh(range(len(order)), self.scores[order], color="tab:blue", label="training images")
+        axes.barh(range(len(order)), self.comparable[order], color="tab:blue", label="training images")
         names = [shorten(self.images.captions[row][0], 40).replace("$", r"\$") for row in rows]
         axes.set_yticks(range(len(order)), names, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel("score (higher is more influential)")
+        of_one = "" if self.per_copy is None else " of one copy"
+        axes.set_xlabel(f"score{of_one} (higher is more influential)")
         axes.set_title(shorten(self.query.prompt or self.query.name, 60).replace("$", r"\$"), fontsize=10)
         if len(self.null):
             axes.axvline(
@@ -210,7 +212,7 @@ def save_report(path: str | Path, results: Sequence[ScoresView], options: Report
         facts={
             **results[0].about,
             "Training images": f"{len(data.images):,}",
-            "Images never trained on (the null)": f"{0 if data.held_out is None else len(data.held_out):,}",
+            **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=list(dict.fromkeys([*options.notes, *(note for scores in results for note in scores.notes)])),
     )

@@ -25,6 +25,7 @@ from filelock import FileLock
 MANIFEST = "manifest.json"
 # Of a message about settings that differ: levels of dotted keys, lines for one list, characters of a value.
 _DEPTH, _LINES, _LONG = 8, 5, 80
+_TEMPORARY = ".tmp"
 _WRITE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 Identity = Mapping[str, Any]
 
@@ -108,7 +109,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The file could not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -118,6 +119,13 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _clear_killed_writes(folder: Path) -> None:
+    """Deletes what killed writes left below a folder that nobody else is writing to."""
+    for temporary in folder.rglob(f".*{_TEMPORARY}"):
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -148,13 +156,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} holds no {MANIFEST}: it is not an artifact of wherefrom, or not whole."
         ) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete the folder and make it again.") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
+        raise ValueError(f"{path} is damaged: it names no identity. Delete the folder and make it again.")
     return manifest
 
 
@@ -282,6 +292,7 @@ class Store:
             partial.mkdir(parents=True, exist_ok=True)
             extra = build(partial) or {}
             write_manifest(partial, identity, **extra)
+            _clear_killed_writes(partial)
             if folder.exists():
                 shutil.rmtree(folder)
             partial.replace(folder)

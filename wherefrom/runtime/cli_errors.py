@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+_spoken: ContextVar[Mapping[str, str] | None] = ContextVar("words of the interface in use", default=None)
 
 
 def in_words_of(message: str, words: Mapping[str, str]) -> str:
@@ -31,6 +34,27 @@ def option_names(words: Mapping[str, str]) -> Iterator[None]:
         if message == str(error) or len(error.args) != 1:
             raise
         raise type(error)(message) from error
+
+
+@contextmanager
+def spoken_words(words: Mapping[str, str]) -> Iterator[None]:
+    """Lets lines and warnings from inside the block name the options of the interface that the user is using.
+
+    Not for a generator's body, which would leave the words behind where it is interrupted.
+
+    Args:
+        words: See `option_names`.
+    """
+    token = _spoken.set(words)
+    try:
+        yield
+    finally:
+        _spoken.reset(token)
+
+
+def as_spoken(message: str) -> str:
+    """A line in the words of the interface in use; see `spoken_words`."""
+    return in_words_of(message, _spoken.get() or {})
 
 
 @contextmanager

@@ -9,7 +9,6 @@ goes on from the last batch. `layout.json` says which named arrays a row holds.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wherefrom.runtime.artifacts import Identity, Store, storage_errors, write_json
+from wherefrom.runtime.checked_files import read_object
 from wherefrom.runtime.mapped_arrays import GrowingArray, JoinedRows, gather_rows, map_array
 
 LAYOUT = "layout.json"
@@ -94,7 +94,7 @@ class ContentRows:
                 entries[name] = Entry(tuple(each.shape), str(each.dtype).removeprefix("torch."), offset)
                 offset = entries[name].end
             write_json(file, {name: vars(entry) for name, entry in entries.items()})
-        kept = json.loads(file.read_text())
+        kept = read_object(file)
         return {name: Entry(tuple(each["shape"]), each["dtype"], each["offset"]) for name, each in kept.items()}
 
     def row_bytes(self, like: Callable[[], Mapping[str, Tensor]]) -> int:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from wherefrom.runtime.artifacts import Identity, Store, replacing, storage_errors
+from wherefrom.runtime.checked_files import read_tensors
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.distributed import Runner
 
@@ -61,7 +62,7 @@ def _merge_files(accumulator: TrainingPass, folder: Path) -> list[int]:
     # `merged` first: a rank's file whose chunks it already holds was left behind by an interruption between writing
     # and deleting.
     for path in sorted(folder.glob(STATE_FILES), key=lambda path: (path.name != MERGED, path.stem)):
-        state = load_file(path)
+        state = read_tensors(path, [CHUNKS])
         chunks: list[int] = state.pop(CHUNKS).tolist()
         if not set(chunks) <= set(finished):
             accumulator.merge(state)
@@ -111,7 +112,7 @@ def run_pass(
         runner=runner,
     )
     complete = make()
-    complete.merge(load_file(store.path(kind, identity) / RESULT))
+    complete.merge(read_tensors(store.path(kind, identity) / RESULT))
     return complete
 
 
@@ -179,7 +180,7 @@ def _run_chunks(
             folder.mkdir(parents=True, exist_ok=True)
         _merge_earlier(make(), folder)
     runner.barrier()
-    done = set(load_file(merged)[CHUNKS].tolist()) if merged.exists() else set()
+    done = set(read_tensors(merged, [CHUNKS])[CHUNKS].tolist()) if merged.exists() else set()
     mine = [chunk for chunk in range(len(ranges)) if chunk not in done][runner.rank :: runner.world_size]
     accumulator, finished_here, saved = make(), [], time.monotonic()
     for index, chunk in enumerate(mine):

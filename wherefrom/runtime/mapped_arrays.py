@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from wherefrom.runtime.artifacts import replacing, storage_errors, write_json
+from wherefrom.runtime.checked_files import read_array, read_object
 
 _LAZY_FROM = 2**28  # bytes from which a selection becomes a lazy view instead of a copy
 
@@ -39,7 +39,7 @@ def _write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) ->
 
 def map_array(path: Path) -> Tensor:
     """Memory-maps the array of a `.npy` file."""
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch requires writable memory
+    return torch.from_numpy(read_array(path, "c"))  # copy on write: torch requires writable memory
 
 
 class GrowingArray:
@@ -73,7 +73,7 @@ class GrowingArray:
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._growing.exists() and self._journal.exists():
-                kept = json.loads(self._journal.read_text())
+                kept = read_object(self._journal, ("row", "rows", "note"))
                 assert kept["row"] == list(self.row), "the same identity gives rows of the same shape"
                 self.rows, self.note = kept["rows"], kept["note"]
                 self._stream = self._growing.open("r+b")

@@ -34,7 +34,10 @@ KEYS: Mapping[tuple[str, str], str] = {
     ("protocol", "after"): "reattributed_queries",
     ("protocol", "groups"): "additivity_groups",
     ("protocol", "greedy"): "iterative_removal_rounds",
+    (ANYWHERE, "skip_unreadable"): "on_error",
 }
+# Old key -> what its values are called by its new name.
+VALUES: Mapping[str, Mapping[str, str]] = {"skip_unreadable": {"true": "skip", "false": "stop"}}
 # Bare class names.
 CLASSES: Mapping[str, str] = {"Fast": "LearnedRanker", "AmongNearest": "Rerank", "BySize": "Magnitude"}
 # Modules that YAML named classes of.
@@ -117,6 +120,9 @@ def renamed(content: Any, parent: str = "") -> tuple[Any, list[Change]]:
             changes.append((key, new))
         if new in made or (new != key and new in content):
             raise ValueError(f"{new!r} is given twice, also by its old name {key!r}: leave the old one out.")
+        if new != key and key in VALUES:
+            made[new] = VALUES[key].get(str(each).lower(), each)
+            continue
         if key in _NAMING_A_CLASS and isinstance(each, str):
             made[new] = class_now(each)
             if made[new] != each:
@@ -158,26 +164,31 @@ def renamed_words(words: Sequence[str]) -> tuple[list[str], list[Change]]:
     """
     result: list[str] = []
     changes: list[Change] = []
-    flag = ""
+    flag = before = ""
     given: dict[str, str] = {}
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            flag = _key_now(name, "")
+            flag, before = _key_now(name, ""), name
             if flag != name:
                 changes.append((f"--{name}", f"--{flag}"))
             if given.setdefault(flag, name) != name:
                 old = name if name != flag else given[flag]
                 raise ValueError(f"--{flag} is given twice, also by its old name --{old}: leave the old one out.")
             if equals:
-                value, inner = _value_now(value, flag)
+                value, inner = _value_now(_by_new_name(value, before), flag)
                 changes += inner
             result.append(f"--{flag}{equals}{value}")
             continue
-        value, inner = _value_now(word, flag)
+        value, inner = _value_now(_by_new_name(word, before), flag)
         changes += inner
         result.append(value)
     return result, changes
+
+
+def _by_new_name(value: str, old: str) -> str:
+    """What a value is called, now that its flag has another name."""
+    return VALUES.get(old.rpartition(".")[2], {}).get(value.lower(), value)
 
 
 def _value_now(value: str, flag: str) -> tuple[str, list[Change]]:

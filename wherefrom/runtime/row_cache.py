@@ -6,7 +6,6 @@ chunk is a file, and the chunks are joined on disk.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wherefrom.runtime.artifacts import ArtifactMismatchError, Identity, Store, storage_errors, write_json
+from wherefrom.runtime.checked_files import read_list
 from wherefrom.runtime.console import Progress
 from wherefrom.runtime.dataset_pass import build_across_processes
 from wherefrom.runtime.distributed import Runner
@@ -42,7 +42,7 @@ def read_rows(folder: Path) -> Rows:
     Raises:
         FileNotFoundError: The folder holds no rows.
     """
-    return Rows(tuple(json.loads((folder / IDS).read_text())), map_array(folder / VALUES))
+    return Rows(tuple(read_list(folder / IDS)), map_array(folder / VALUES))
 
 
 def _chunk_file(folder: Path, chunk: range) -> Path:

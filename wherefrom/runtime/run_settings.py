@@ -15,8 +15,10 @@ from wherefrom.runtime.artifacts import (
     refuse_differences,
     replacing,
 )
+from wherefrom.runtime.checked_files import read_object
 
 SETTINGS = "settings.json"
+_KEPT = "Delete it: what the run finished is kept"
 
 
 def plain(value: Any) -> Any:
@@ -55,10 +57,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], methods: Mapping[s
     if not file.exists():
         _check_manifests(folder, methods)
         return
-    try:
-        stored = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Delete it: what the run finished is kept.") from error
+    stored = read_object(file, remedy=_KEPT)
     known = stored.pop("methods", {})
     wanted = json.loads(canonical_json({**settings}))
     of_both, settings_of_both = known.keys() & methods.keys(), stored.keys() & wanted.keys()
@@ -76,7 +75,7 @@ def record_settings(folder: Path, settings: Mapping[str, Any], methods: Mapping[
         StorageError: The file could not be written.
     """
     file = folder / SETTINGS
-    earlier = json.loads(file.read_text())["methods"] if file.exists() else {}
+    earlier = read_object(file, ("methods",), _KEPT)["methods"] if file.exists() else {}
     text = canonical_json({**settings, "methods": {**earlier, **methods}})
     if not file.exists() or file.read_text() != text:
         with replacing(file) as temporary:

@@ -1,4 +1,4 @@
-"""The order of training, keyed: which image comes when is a hash of (seed, epoch, id).
+"""The order of training, keyed: which image comes when is a hash of (seed, epoch, id, copy).
 
 Leaving images out therefore removes them from the stream and changes nothing else: the others keep their relative
 order, and, since noise, timestep, flip and caption are keyed by (seed, id, visit), they keep those too.
@@ -6,11 +6,13 @@ order, and, since noise, timestep, flip and caption are keyed by (seed, id, visi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -42,9 +44,10 @@ class KeyedBatches(Sampler[list[Visit]]):
         start_step: First batch to yield; a resumed run goes on from here.
         rank: This process.
         world_size: Number of processes; must divide `batch_size`, so that averaged gradients are those of one process.
+        repeats: How often an epoch visits each image (`ImageSet.weights`), whole numbers; None is once.
 
     Raises:
-        ValueError: `batch_size` is not a multiple of `world_size`, or there are no images.
+        ValueError: `batch_size` is not a multiple of `world_size`, there are no images, or one is not visited.
     """
 
     def __init__(
@@ -57,11 +60,19 @@ class KeyedBatches(Sampler[list[Visit]]):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        repeats: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not a multiple of the {world_size} processes.")
         if len(id_keys) == 0:
             raise ValueError("The training set is empty; loosen the filters or the list of excluded ids.")
+        counts = torch.ones_like(id_keys) if repeats is None else torch.as_tensor(repeats).long()
+        if len(counts) != len(id_keys) or int(counts.min()) < 1:
+            raise ValueError(f"An epoch visits each of the {len(id_keys)} images at least once; given {repeats}.")
+        self.counts = counts
+        # Which image, and which of its copies, each visit of an epoch is.
+        self.positions = torch.arange(len(id_keys)).repeat_interleave(counts)
+        self.copies = torch.arange(len(self.positions)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         self.id_keys, self.seed, self.batch_size, self.steps = id_keys, seed, batch_size, steps
         self.start_step, self.rank, self.world_size = start_step, rank, world_size
 
@@ -69,11 +80,19 @@ class KeyedBatches(Sampler[list[Visit]]):
         return self.steps
 
     def order(self, epoch: int) -> list[int]:
-        """Positions of all images in the order in which this epoch visits them."""
-        return torch.argsort(keyed_random.combine(ORDER, self.seed, epoch, self.id_keys), stable=True).tolist()
+        """The order of this epoch's visits: positions of the images, or of `positions` where there are repeats."""
+        keys = keyed_random.combine(ORDER, self.seed, epoch, self.id_keys)[self.positions]
+        again = self.copies > 0  # the first visit keeps the key that it has in a set without repeats
+        keys[again] = keyed_random.combine(keys[again], self.copies[again])
+        return torch.argsort(keys, stable=True).tolist()
+
+    def visit(self, row: int, epoch: int) -> Visit:
+        """The visit of this row of an epoch: the visits of an image are numbered through all epochs."""
+        position = int(self.positions[row])
+        return Visit(position, epoch * int(self.counts[position]) + int(self.copies[row]))
 
     def __iter__(self) -> Iterator[list[Visit]]:
-        size = len(self.id_keys)
+        size = len(self.positions)
         first = self.start_step * self.batch_size
         epoch, order = first // size, self.order(first // size)
         for step in range(self.start_step, self.steps):
@@ -82,7 +101,7 @@ class KeyedBatches(Sampler[list[Visit]]):
                 if position // size != epoch:
                     epoch = position // size
                     order = self.order(epoch)
-                batch.append(Visit(order[position % size], epoch))
+                batch.append(self.visit(order[position % size], epoch))
             yield batch[self.rank :: self.world_size]
 
 

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.noise_schedule import NoiseSchedule
 from wherefrom.runtime import keyed_random
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.training.keyed_batches import NOISE, LatentBatch
 
 
@@ -48,8 +49,7 @@ class TrainingStep:
                 f"max_snr_weight {self.max_snr_weight}: it must be positive, and the noise scheduler's prediction_type "
                 f"'v_prediction' (it is {prediction!r}); leave it out to weight all timesteps alike."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and less than 1; given {self.ema_decay}.")
+        check_ranges(ema_decay=self.ema_decay)
 
     def timesteps(self, batch: LatentBatch) -> Int64[Tensor, " b"]:
         """The timestep of each visit."""

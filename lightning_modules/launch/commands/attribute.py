@@ -33,6 +33,10 @@ class Settings(ModelSettings):
     attributor: Attributor
     cut: int | None
 
+    def __post_init__(self) -> None:
+        if self.cut is not None and self.cut < 1:
+            raise ValueError(f"--cut must be at least 1; given {self.cut}.")
+
     def identities(self) -> dict[str, dict[str, Any]]:
         """The one method's."""
         return {"attributor": self.attributor.identity()}

@@ -141,7 +141,7 @@ def test_what_it_refuses() -> None:
         journey(timesteps=[249, 249])
     with pytest.raises(ValueError, match=r"timesteps must be different ones"):
         journey(timesteps=[])
-    with pytest.raises(ValueError, match="steps and resamplings must be at least 1; given 10 and 0"):
+    with pytest.raises(ValueError, match="resamplings must be at least 1; given 0"):
         journey(resamplings=0)
     with pytest.raises(ValueError, match="to 20 numbers is too small"):
         journey(projection=Projection(20))

@@ -25,6 +25,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 
 
 class InfluenceFunction(PreconditionedAttributor):
@@ -33,6 +34,9 @@ class InfluenceFunction(PreconditionedAttributor):
     ẑ is the query, z a training image, L the mean diffusion loss over timesteps and noise, F the curvature (EK-FAC by
     default) and N the number of training images. It is the limit for α → 0 of τ / α, the score of attribution by
     unlearning with step size α (AbU, appendix A.3).
+
+    The score of an image that training sees wᵢ times is wᵢ ∇L(ẑ)ᵀ F⁻¹ ∇L(zᵢ) / N with N = Σ wᵢ: the effect of removing
+    all its copies, to first order; `per_copy` holds that of one, which is the limit above and compares with the null.
 
     Nothing is stored of the training gradients: each block of `queries_per_pass` queries costs one pass over the
     training set, in which ∇l(z)ᵀ v is computed for the directions v = F⁻¹ ∇L(ẑ) / N. `InfluenceBank` stores them.
@@ -79,10 +83,7 @@ class InfluenceFunction(PreconditionedAttributor):
             breakdown=breakdown,
             timestep_weights=timestep_weights,
         )
-        if noise_samples < 1 or queries_per_pass < 1:
-            raise ValueError(
-                f"noise_samples and queries_per_pass must be at least 1; given {noise_samples} and {queries_per_pass}."
-            )
+        check_ranges(noise_samples=noise_samples, queries_per_pass=queries_per_pass, seed=seed)
         self.noise_samples, self.queries_per_pass, self.seed = noise_samples, queries_per_pass, seed
 
     def identity(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class InfluenceFunction(PreconditionedAttributor):
                 loss = QueryLoss(model, self.query_latent(query), self.seed, runner)
                 gradients = loss.gradient(parameters, 0, self.noise_samples)
             for name, step in self.curvature_matrix.precondition(gradients).items():
-                rows[name].append(step.detach() / len(data))
+                rows[name].append(step.detach() / data.seen)
         return {name: torch.stack(steps) for name, steps in rows.items()}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[str] | None = None) -> Iterator[Scores]:
@@ -138,7 +139,7 @@ class InfluenceFunction(PreconditionedAttributor):
                 query_change = change[..., index]
                 weights = self.timestep_factors(reference[..., index])
                 query_change = query_change * weights
-                yield Scores(
+                of_copies = Scores(
                     query,
                     part.ids,
                     reduce_losses(query_change, self.flip).numpy(),
@@ -150,6 +151,7 @@ class InfluenceFunction(PreconditionedAttributor):
                     },
                     self.parts(query_change),
                 )
+                yield of_copies.counting(part.images.weights)
 
     def _reference_derivatives(self, positions: list[int], directions: dict[str, Tensor]) -> Tensor:
         """Directional derivatives of the training images at these positions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 
 
 class InfluenceBank(PreconditionedAttributor):
@@ -34,6 +34,7 @@ class InfluenceBank(PreconditionedAttributor):
     The gradients ∇L(z) of all training images are computed once and stored, either exactly as token factors or whitened
     (F^(-1/2) ∇L(z)) and compressed; a query then costs its own gradient and one matrix product. The scores equal those
     of `InfluenceFunction` up to the compression error and the timestep weights, which here cannot depend on the query.
+    An image that training sees wᵢ times scores wᵢ-fold, as there.
 
     The first-order score is least accurate for the images nearest to the query, where the loss has the largest
     curvature: it often ranks the query's own image last. There are two remedies: rescore both ends of the ranking by a
@@ -84,10 +85,7 @@ class InfluenceBank(PreconditionedAttributor):
             breakdown=Breakdown(),
             timestep_weights=timestep_weights,
         )
-        if noise_samples < 1:
-            raise ValueError(f"noise_samples must be at least 1; given {noise_samples}.")
-        if not (math.isfinite(second_order) and second_order >= 0):
-            raise ValueError(f"second_order must be at least 0 and finite; given {second_order}.")
+        check_ranges(noise_samples=noise_samples, seed=seed, second_order=second_order)
         self.noise_samples, self.compression, self.half, self.seed = noise_samples, compression, half, seed
         self.second_order = second_order
         self._banks: tuple[Bank | TokenBank, Bank | TokenBank | None] | None = None
@@ -127,7 +125,7 @@ class InfluenceBank(PreconditionedAttributor):
         curvature = {
             "form": settings["curvature"],
             **{key: settings[key] for key in ("damping", "fisher", "fisher_path")},
-            "of": latents.fingerprint,
+            "of": latents.weighted_fingerprint,
         }
         builder = BankBuilder(
             model,
@@ -166,16 +164,18 @@ class InfluenceBank(PreconditionedAttributor):
                     parameters, 0, self.noise_samples
                 )
             gradient_s = time.monotonic() - started
-            first_order = bank.influence(gradients) / len(data)
-            spread = float(first_order.std(correction=0))
+            first_order = bank.influence(gradients) / data.seen
+            spread = _spread(first_order, data.weights)
             scores = self._corrected(first_order, spread)[chosen]
-            yield Scores(
+            of_copies = Scores(
                 query,
                 tuple(data.ids[position] for position in chosen),
                 scores,
-                np.zeros(0) if null is None else self._corrected(null.influence(gradients) / len(data), spread),
+                np.zeros(0) if null is None else self._corrected(null.influence(gradients) / data.seen, spread),
                 {"gradient_s": gradient_s, "product_s": time.monotonic() - started - gradient_s},
             )
+            weights = data.images.weights
+            yield of_copies.counting(None if weights is None else weights[chosen])
 
     def _corrected(self, first_order: Float[Tensor, "n f"], spread: float) -> Float[NDArray[np.float64], " n"]:
         """Corrected scores s + c · s² / σ of image and mirror image, reduced to the maximum or mean of the two."""
@@ -184,3 +184,12 @@ class InfluenceBank(PreconditionedAttributor):
             by_flip = first_order + self.second_order * first_order.square() / spread
         scores: np.ndarray = (by_flip.amax(dim=1) if self.flip == "max" else by_flip.mean(dim=1)).numpy()
         return scores
+
+
+def _spread(first_order: Float[Tensor, "n f"], weights: Float[Tensor, " n"] | None) -> float:
+    """σ, the standard deviation of the scores over the training set, an image counting as often as it is seen."""
+    if weights is None:
+        return float(first_order.std(correction=0))
+    share = (weights / weights.sum())[:, None] / first_order.shape[1]
+    mean = (share * first_order).sum()
+    return float((share * (first_order - mean).square()).sum().sqrt())

@@ -90,7 +90,7 @@ class SquaredPass(LossPass):
     """Squares of per-sample whitened gradients g̃ = F^(-1/2) ∇l, summed in two ways (a `TrainingPass`).
 
     `losses` holds |g̃|² of every sample, of shape (N, F, K, T, R); `coordinates` holds Σ_samples g̃² of every
-    coordinate, by parameter name.
+    coordinate, by parameter name, each sample counted as often as training sees its image.
 
     Args:
         model: The model.
@@ -118,10 +118,13 @@ class SquaredPass(LossPass):
     def _measure(self, image: Tensor, item: Tensor) -> Tensor:
         with torch.enable_grad(), PerSampleGradients(self.model.denoiser, self.names) as tap:
             rows = {name: each.flatten(1) for name, each in tap.per_sample(self.item_losses(image, item))}
+        weights = self.data.weights
         total = torch.zeros(len(item), dtype=self.losses.dtype)
         for name, white in self.curvature.whiten(rows).items():
             squares = white.square()
             total += squares.sum(dim=1).cpu()
+            if weights is not None:
+                squares = squares * weights[image].to(squares)[:, None]
             sums = squares.sum(dim=0).double().cpu()
             self.coordinates[name] = self.coordinates[name] + sums if name in self.coordinates else sums
         return total
@@ -216,7 +219,7 @@ class BankBuilder:
             "dtype": str(model.dtype),
             "weights": sorted(names),
             "curvature": dict(curvature_identity),
-            "of": training.fingerprint,
+            "of": training.weighted_fingerprint,
         }
         chosen = compression.keep == "eigenbasis"
         squares = self._squared_gradients(training) if spread or chosen else None
@@ -308,7 +311,11 @@ class BankBuilder:
 def _timestep_weights(squares: SquaredPass) -> Float[Tensor, " t"] | None:
     """Timestep weights ∝ 1 / RMS norm of the whitened gradients, of mean 1; None where a norm is zero."""
     # The losses' dimensions are images, flips, captions, timesteps and noise samples.
-    lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
+    weights = squares.data.weights
+    if weights is None:
+        lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
+    else:
+        lengths = (weights @ squares.losses.double().mean(dim=(1, 2, 4)) / weights.sum()).sqrt()
     if not bool((lengths > 0).all()):
         return None
     weights: Tensor = 1 / lengths

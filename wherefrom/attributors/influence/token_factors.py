@@ -85,6 +85,11 @@ class TokenGradients:
                 result = tap.by_layer(each)
             embeddings = losses.data.conditioning_at(image, losses.caption[item])[PROMPT]
             for layer in self.layers:
+                if len(result[layer]) != 1:
+                    raise ValueError(
+                        f"The model calls {layer} {len(result[layer])} times, so its gradients cannot be kept as "
+                        "factors: choose another compression.keep, such as eigenbasis."
+                    )
                 ((inputs, gradients),) = result[layer]
                 self._check(layer, inputs, embeddings)
                 if layer not in sums:

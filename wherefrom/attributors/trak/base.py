@@ -34,6 +34,7 @@ from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.row_cache import Rows
 from wherefrom.runtime.stable_names import settings_identity
 
@@ -49,6 +50,12 @@ class ProjectedGradients(Attributor):
     each step s. There is no weighting term Q, as in D-TRAK. With an ensemble, the whole score is averaged over models.
 
     `fit` stores φ of images and mirror images, shape (N, F, D), and the Cholesky factor of ΦᵀΦ + λI, for each model.
+
+    Where training sees image i wᵢ times, the kernel is ΦᵀWΦ + λI with W = diag(w), and the score of image i is wᵢ
+    φ(ẑ)ᵀ (ΦᵀWΦ + λI)⁻¹ φ(zᵢ). TRAK's score is a one-step approximation of what removing an image does to the linearised
+    model, whose Newton step from the weighted objective Σ wⱼ ℓⱼ without its i-th term is wᵢ (ΦᵀWΦ + λI)⁻¹ φ(zᵢ) times
+    the slope of the loss (the leverage 1 / (1 - wᵢ hᵢ) is dropped, as in the paper): all copies go together. It is the
+    sum of the scores that wᵢ copies under ids of their own would have; `per_copy` holds that of one.
 
     Args:
         weights: Parameters whose gradients are projected; the papers take all.
@@ -88,6 +95,7 @@ class ProjectedGradients(Attributor):
     ) -> None:
         check_ridge(relative_lambda, absolute_lambda)
         check_projection(projection)
+        check_ranges(noise_samples=noise_samples, batch_size=batch_size, seed=seed)
         self.weights: Subset = weights
         self.projection, self.grid, self.noise_samples = projection, grid, noise_samples
         self.relative_lambda, self.absolute_lambda = relative_lambda, absolute_lambda
@@ -157,7 +165,7 @@ class ProjectedGradients(Attributor):
             if data.held_out_latents is not None:
                 self.null.append(self._project(each, data.held_out_latents, store, runner))
             images = self.features[-1].values[:, 0]  # without their mirror images
-            self.kernels.append(Kernel(images, self.relative_lambda, self.absolute_lambda))
+            self.kernels.append(Kernel(images, self.relative_lambda, self.absolute_lambda, data.latents.weights))
 
     def _project(self, model: DiffusionModel, part: EncodedImages, store: Store, runner: Runner) -> Rows:
         names = list(select_weights(model.denoiser, self.weights))
@@ -223,10 +231,11 @@ class ProjectedGradients(Attributor):
                 scores = self.products(self.features, directions)[0][chosen]
                 null = self.products(self.null, directions)[0] if self.null else np.zeros(0)
                 query_s = gradient_s + time.monotonic() - started
-                yield Scores(query, ids, scores, null, {"gradient_s": gradient_s, "query_s": query_s})
+                of_copies = Scores(query, ids, scores, null, {"gradient_s": gradient_s, "query_s": query_s})
+                yield of_copies.counting(None if data.images.weights is None else data.images.weights[chosen])
 
     def products(self, features: Sequence[Rows], directions: Sequence[Float[Tensor, "s d"]]) -> np.ndarray:
-        """Scores of all images by each direction, shape (S, N): the mean over models, then the flips reduced."""
+        """Scores of one copy of all images by each direction, (S, N): the mean over models, then the flips reduced."""
         result = [
             torch.cat([block @ direction.T for block in in_double(each.values)])
             for each, direction in zip(features, directions, strict=True)

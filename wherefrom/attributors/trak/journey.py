@@ -22,6 +22,7 @@ from wherefrom.models.sampling import Trajectory
 from wherefrom.queries.types import Query
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 from wherefrom.runtime.salts import Salt
 
 
@@ -109,8 +110,7 @@ class JourneyTRAK(ProjectedGradients):
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        if steps < 1 or resamplings < 1:
-            raise ValueError(f"steps and resamplings must be at least 1; given {steps} and {resamplings}.")
+        check_ranges(steps=steps, resamplings=resamplings)
         if timesteps is not None and (not timesteps or len(set(timesteps)) < len(timesteps)):
             raise ValueError(f"timesteps must be different ones, or null to take {steps}; given {timesteps}.")
         super().__init__(
@@ -174,13 +174,15 @@ class JourneyTRAK(ProjectedGradients):
         )
 
     def step_scores(self, query: Query) -> tuple[Sequence[int], Float[NDArray[np.float64], "s n"]]:
-        """The S timesteps, and the scores of all training images at each step separately.
+        """The S timesteps, and the scores of all training images (with all copies) at each step separately.
 
         Raises:
             ValueError: `fit` has not run, or the query has no such trajectory.
         """
         (directions,) = self.directions([query])
-        return self.query_steps(query), self.products(self.features, directions)
+        assert self._ready is not None
+        scores, weights = self.products(self.features, directions), self._ready[0].images.weights
+        return self.query_steps(query), scores if weights is None else scores * weights
 
     def _trajectory(self, query: Query) -> Trajectory:
         if query.trajectory is None:

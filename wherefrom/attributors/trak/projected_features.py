@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -190,7 +191,7 @@ def check_ridge(relative: float | None, absolute: float | None) -> None:
         )
     value = relative if relative is not None else absolute
     assert value is not None
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"lambda must be positive, got {value}: without it the kernel has no inverse.")
 
 
@@ -201,24 +202,32 @@ def in_double(features: Float[Tensor, "n ..."]) -> Iterator[Float[Tensor, "b ...
 
 
 class Kernel:
-    """x ↦ (ΦᵀΦ + λI)⁻¹ x, with λ relative to the mean diagonal of ΦᵀΦ unless it is given itself.
+    """x ↦ (ΦᵀWΦ + λI)⁻¹ x, with λ relative to the mean diagonal of ΦᵀWΦ unless it is given itself.
 
     Args:
         features: Φ, one training image a row.
-        relative: λ / (tr(ΦᵀΦ) / dimension).
+        relative: λ / (tr(ΦᵀWΦ) / dimension).
         absolute: λ itself, instead.
+        weights: Diagonal of W, how often training sees each image; None is I.
 
     Raises:
         ValueError: λ is not positive, or both or neither are given.
     """
 
     def __init__(
-        self, features: Float[Tensor, "n d"], relative: float | None = 0.01, absolute: float | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        relative: float | None = 0.01,
+        absolute: float | None = None,
+        weights: Float[Tensor, " n"] | None = None,
     ) -> None:
         check_ridge(relative, absolute)
         gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+        start = 0
         for block in in_double(features):
-            gram.addmm_(block.T, block)
+            stop = start + len(block)
+            gram.addmm_(block.T, block if weights is None else block * weights[start:stop, None])
+            start = stop
         self.ridge = float(gram.diagonal().mean()) * relative if relative is not None else float(absolute or 0.0)
         if not self.ridge > 0:
             raise ValueError("All features are zero, so a relative lambda is zero; check the model's gradients.")
@@ -226,5 +235,5 @@ class Kernel:
         self.factor = torch.linalg.cholesky(gram)
 
     def solve(self, features: Float[Tensor, "q d"]) -> Float[Tensor, "q d"]:
-        """(ΦᵀΦ + λI)⁻¹ of each row, in float64."""
+        """(ΦᵀWΦ + λI)⁻¹ of each row, in float64."""
         return torch.cholesky_solve(features.double().T, self.factor).T

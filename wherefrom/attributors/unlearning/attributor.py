@@ -35,6 +35,10 @@ class AttributionByUnlearning(PreconditionedAttributor):
     ascent, preconditioned by the curvature F. N is the number of training images; α is set, or found by a line search
     for a given relative increase of the query's loss.
 
+    Images that training sees wᵢ times weigh wᵢ-fold in F, and N = Σ wᵢ. The score itself is not multiplied by wᵢ: it is
+    a loss of the image, which is the same for each of its copies, and not a share of an effect that adds up. That the
+    image was seen often is in it already, as θ₀ has fitted it better.
+
     `fit` computes F and the losses L(z; θ₀) on the grid, shape (N, F, K, T, R); both are cached. A query costs its
     gradient and the losses of all training images again.
 
@@ -151,7 +155,7 @@ class AttributionByUnlearning(PreconditionedAttributor):
                 query=self.query_latent(query),
                 weights=self.weights,
                 curvature=self.curvature_matrix,
-                dataset_size=len(data),
+                dataset_size=data.seen,
                 settings=self.unlearning,
                 runner=runner,
             )

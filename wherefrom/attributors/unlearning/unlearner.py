@@ -16,6 +16,7 @@ from wherefrom.gradients.query_loss import QueryLatent, QueryLoss
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, restored, select_weights, trainable
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class UnlearningSettings:
                 "Give either relative_loss_increase or alpha, and null for the other; given "
                 f"relative_loss_increase={self.relative_loss_increase} and alpha={self.alpha}."
             )
-        if self.steps < 1 or self.noise_samples < 1 or self.measurement_samples < 1:
-            raise ValueError("steps, noise_samples and measurement_samples must be at least 1.")
-        if self.relative_loss_increase is not None and self.relative_loss_increase <= 0:
-            raise ValueError(
-                f"relative_loss_increase must be positive (0.2 is 20 %); given {self.relative_loss_increase}."
-            )
-        if self.alpha is not None and self.alpha < 0:
-            raise ValueError(f"alpha must not be negative: unlearning ascends; given {self.alpha}.")
+        check_ranges(
+            steps=self.steps,
+            noise_samples=self.noise_samples,
+            relative_loss_increase=self.relative_loss_increase,
+            alpha=self.alpha,
+            measurement_samples=self.measurement_samples,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from wherefrom.models.conditioning import Conditioning, Shape, check_declared
 from wherefrom.models.encoders import CaptionEncoder, LatentEncoder
+from wherefrom.models.image_sizes import latent_sides, reduction_of
 from wherefrom.models.noise_schedule import NoiseSchedule, noise_schedule_of
 
 Belongs = Callable[[str], bool]
 
 
 def of_adapter(name: str) -> bool:
-    """Whether a weight belongs to a LoRA adapter, by peft's names."""
-    return ".lora_" in name
+    """Whether a weight belongs to an adapter, by peft's names; `adapter_states` knows those of every kind."""
+    return any(kind in name for kind in (".lora_", ".hada_", ".lokr_"))
 
 
 # Names as in diffusers' U-Nets and PixArt: attn1 is self-attention, attn2 the cross-attention to the text.
@@ -76,13 +77,13 @@ class PipelineParts:
     @property
     def reduction(self) -> int:
         """Pixels of a latent's side."""
-        return int(2 ** (len(self.components["vae"].config.block_out_channels) - 1))
+        return reduction_of(self.components["vae"])
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the network was made for, until the images' own is known."""
-        side = int(self.network.config.sample_size) * self.reduction
-        return side, side
+        height, width = latent_sides(self.network)
+        return height * self.reduction, width * self.reduction
 
     def text(self, suffixes: Sequence[str]) -> tuple[list[Any], list[Any]]:
         """Text encoders and tokenizers.
@@ -179,7 +180,20 @@ class ModelFamily:
                 f"The latents have {latent[0]} channels, but the model takes {channels}: they were made by another "
                 "autoencoder than the model's. Encode the images with the model's own."
             )
+        self.check_sides(*latent[1:])
         check_declared(conditioning, self.conditioning(), self.kind)
+
+    @property
+    def patch(self) -> int:
+        """Latent cells of which each side of a latent must be a multiple."""
+        return 1
+
+    def check_sides(self, rows: int, columns: int) -> None:
+        """Refuses latents of a height and width that the network cannot take; a U-Net takes any.
+
+        Raises:
+            ValueError: A side is no multiple of the patch, or is longer than there are positions.
+        """
 
     def prompt_encoder(self, parts: PipelineParts) -> CaptionEncoder:
         """The encoder that turns captions into the network's conditioning.
@@ -209,14 +223,18 @@ class ModelFamily:
 class TransformerFamily(ModelFamily):
     """A transformer over patches of the latents."""
 
-    def check(self, latent: tuple[int, int, int], conditioning: Conditioning) -> None:
+    @property
+    def patch(self) -> int:
+        """See `ModelFamily`."""
+        return int(self.config.patch_size)
+
+    def check_sides(self, rows: int, columns: int) -> None:
         """See `ModelFamily`; the sides must be whole patches, and no more than the model has positions for."""
-        super().check(latent, conditioning)
-        patch, most = self.config.patch_size, getattr(self.config, "pos_embed_max_size", None)
-        for side in latent[1:]:
+        patch, most = self.patch, getattr(self.config, "pos_embed_max_size", None)
+        for side in (rows, columns):
             if side % patch or (most is not None and side > most * patch):
                 limit = "" if most is None else f", and no more than {most * patch}"
                 raise ValueError(
-                    f"The latents are {latent[1]} × {latent[2]}, but their sides must be multiples of {patch}, the "
+                    f"The latents are {rows} × {columns}, but their sides must be multiples of {patch}, the "
                     f"side of a patch{limit}. Choose another size of the images."
                 )
