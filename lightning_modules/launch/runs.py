@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from datamodules.images import ImageDataModule
 from lightning_modules.launch.settings import RunSettings
 from wherefrom.attributors import Attributor, Query, TrainingData
+from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
 from wherefrom.queries.run_size import RunSize, check_latents
@@ -101,6 +102,7 @@ def prepare(settings: RunSettings, model_name: str, methods: Iterable[Attributor
         progress=console.progress,
         keep_trajectory=keep_trajectory,
     )
+    queries = checked_queries(queries, model, log=console.log)
     return Run(model, data, queries, store, runner, console)
 
 

@@ -12,6 +12,7 @@ from lightning_modules.launch.runs import shapes, training_data_of
 from lightning_modules.launch.settings import TrialSettings
 from wherefrom.attributors import Scores
 from wherefrom.commands.compare import attribute_at_cost
+from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.counterfactual.generated_images import images_folder
 from wherefrom.counterfactual.measurements import MeasurementTable
 from wherefrom.counterfactual.query_panel import Panel
@@ -99,6 +100,7 @@ def prepare_trial(settings: TrialSettings, train_main: TrainMain, seed: int, tim
         progress=console.progress,
         keep_trajectory=keep_trajectory,
     )
+    drawn = checked_queries(drawn, model, log=console.log)
     panel = Panel(drawn, model, source, timesteps, settings.similarity)
     queries = drawn[: len(drawn) - len(settings.also)]
     rankings, costs = {}, {}

@@ -146,6 +146,25 @@ def test_wrong_depths_are_refused(k: float) -> None:
         Cutoff.of(k, 40)
 
 
+def test_rankings_that_tell_no_images_apart_do_not_agree_by_their_names(tmp_path: Path) -> None:
+    teacher = scores_of(0)
+    teacher[:, :] = np.where(teacher > 1, 1.0, 0.0)  # ties, broken by name
+    flat = run_folder(tmp_path / "flat", np.zeros((3, N)))
+    halves = run_folder(tmp_path / "halves", np.repeat([[1.0, 0.0]], N // 2, axis=1).repeat(3, axis=0))
+    rows = retrieval(tmp_path, run_folder(tmp_path / "t", teacher), {"flat": flat, "halves": halves}, None, [10])
+    by_name = {(row.method, row.metric, row.k.number): row.mean for row in rows}
+    assert by_name["flat", "Recall", 10] == pytest.approx(10 / N)
+    assert by_name["flat", "Recall", 1] == pytest.approx(1 / N)
+    chance = sum(1 / place + (place - 1) / place * 9 / 39 for place in range(1, N + 1)) / N
+    assert by_name["flat", "mAP", 10] == pytest.approx(chance)
+    first = [sum(index < N // 2 for index in np.lexsort((IMAGES, -row))[:10]) for row in teacher]
+    assert by_name["halves", "Recall", 10] == pytest.approx(np.mean(first) / 10 * 10 / (N // 2))
+    teachers = teacher_folder(tmp_path / "set", np.zeros((3, N)))
+    with pytest.raises(ValueError, match="gives all 40 images the same score for query 'first'"):
+        retrieval(tmp_path, teachers, {"flat": flat}, None, [10])
+    assert retrieval(tmp_path, tmp_path / "t", {"flat": teachers}, None, [10])[0].mean == pytest.approx(chance)
+
+
 def test_the_table(tmp_path: Path) -> None:
     teacher = run_folder(tmp_path / "t", scores_of(0))
     rows = retrieval(tmp_path, teacher, {"abu": teacher}, run_folder(tmp_path / "c", scores_of(0)), [0.25, 3])

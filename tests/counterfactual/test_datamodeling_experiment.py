@@ -50,6 +50,22 @@ def test_scores_are_correlations_of_losses_with_sums_by_hand(tiny: TinyEvaluatio
     assert as_table([pixel, ceiling]).splitlines()[2].startswith(f"| pixel | {pixel.mean:.3f} ± ")
 
 
+def test_constant_scores_have_no_score_and_the_table_says_so(tiny: TinyEvaluation, tmp_path: Path) -> None:
+    scores = tiny.first()["pixel"]
+    flat = [replace(each, scores=np.full(len(each.ids), 0.1)) for each in scores]
+    subsets = RandomSubsets(count=5, repeated=0)
+    rankings = {"pixel": scores, "some": [flat[0], *scores[1:]], "flat": flat}
+    pixel, some, nothing = linear_datamodeling_score(tmp_path, rankings, tiny.sweep, subsets)
+    assert (some.values[0], some.values[1:], some.count, some.undefined) == (None, pixel.values[1:], 2, 1)
+    assert some.mean == pytest.approx(np.mean(pixel.values[1:]))
+    assert (nothing.mean, nothing.error, nothing.low, nothing.count, nothing.undefined) == (None, None, None, 0, 3)
+    lines = as_table([pixel, some, nothing]).splitlines()[2:]
+    assert lines[0].endswith("| 3 |")
+    assert lines[1].endswith("| 2 (1 undefined: constant scores) |")
+    assert lines[2] == "| flat | undefined: constant scores | – | 0 (3 undefined: constant scores) |"
+    assert json.loads((tmp_path / "lds.json").read_text())["rows"][2]["mean"] is None
+
+
 def test_scores_of_some_images_or_of_no_method_are_refused(tiny: TinyEvaluation, tmp_path: Path) -> None:
     (first, *_) = tiny.first()["pixel"]
     cut = replace(first, ids=first.ids[:5], scores=first.scores[:5])

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.support.counterfactual import TinyEvaluation, quick_influence, rankings
 from tests.support.tiny import one_process
 from wherefrom.attributors import PixelSimilarity, Random
+from wherefrom.counterfactual.reattribution import _with_ties_by_hash
 from wherefrom.counterfactual.removal import Removal
 from wherefrom.counterfactual.replacement_prediction import evaluate_replacement_prediction
 from wherefrom.counterfactual.replacements import (
@@ -47,6 +48,14 @@ def test_nothing_removed_gives_the_first_ranking(tiny: TinyEvaluation) -> None:
             ) == (1.0, 1.0, 3 / 12)
             assert result.before == result.after == first[method][result.query][:5]
             assert result.removed == []
+
+
+def test_equal_scores_before_and_after_do_not_agree_by_their_names(tiny: TinyEvaluation) -> None:
+    ids = [f"{index:03d}" for index in range(200)]
+    assert _with_ties_by_hash(ids, np.arange(200.0)) == ids[::-1]
+    after = _with_ties_by_hash(ids, np.zeros(200))
+    assert _with_ties_by_hash(ids[::-1], np.zeros(200)) == after
+    assert abs(evaluate_replacement_prediction(ids, (), after, 20).spearman) < 0.25
 
 
 def test_what_is_left_is_ranked_as_by_a_method_fitted_by_hand(tiny: TinyEvaluation) -> None:

@@ -206,7 +206,8 @@ def test_assessed_on_other_queries() -> None:
     perfect = evaluate_calibration(exact, cosines, exact.estimate(cosines).values, names)
     assert (perfect.rmse, perfect.spearman, perfect.coverage) == (0.0, pytest.approx(1.0), 1.0)
     flat = evaluate_calibration(exact, np.zeros((1, 3)), np.array([[1.0, 2.0, 3.0]]), ["other"])
-    assert flat.spearman == 0.0
+    assert np.isnan(flat.spearman)
+    assert (flat.undefined, result.undefined) == (1, 0)
     assert np.isnan(flat.coverage_error)
     assert np.isnan(flat.coverage_by_bin).sum() == len(calibration.low) - 1
 

@@ -45,7 +45,7 @@ def test_average_precision_by_hand() -> None:
     assert float(metric.compute()["mean"]) == pytest.approx((1 / 1 + 2 / 3) / 2)
     metric.reset()
     metric.update(torch.tensor([[5.0, 5.0]]), torch.tensor([[False, True]]))
-    assert float(metric.compute()["mean"]) == 0.5, "ties are kept in their order"
+    assert float(metric.compute()["mean"]) == 0.75, "ties are taken in all orders"
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
@@ -60,7 +60,7 @@ def test_what_a_teacher_ranks_highest() -> None:
     assert RELEVANT.sum(dim=1).tolist() == [7] * 6
     for row, teacher in zip(RELEVANT, TEACHER, strict=True):
         assert teacher[row].min() > teacher[~row].max()
-    assert top_of(torch.zeros(1, 3), 2).tolist() == [[True, True, False]]
+    assert top_of(torch.zeros(1, 3), 2).sum() == 2
     with pytest.raises(ValueError, match="k must lie between 1 and the 40 images that are ranked; given 41"):
         top_of(TEACHER, 41)
 

@@ -129,7 +129,7 @@ class PixelSimilarity(_PairwiseBaseline):
 
     def compare(self, query: Query, images: ImageSet) -> Float[NDArray[np.float64], " n"]:
         """Cosine with each image; the larger of query and mirrored query."""
-        sizes = set(images.sizes)
+        sizes = images.distinct_sizes
         if len(sizes) == 1 and query.pixels.shape[:2] not in sizes:
             raise ValueError(
                 f"Query {query.id!r} has shape {query.pixels.shape}, the training images "

@@ -11,6 +11,7 @@ from wherefrom.cli.entry import COMMANDS
 from wherefrom.cli.run_file import Request, claim, completed
 from wherefrom.cli.run_flags import request_from
 from wherefrom.cli.run_inputs import inputs_of, report_options
+from wherefrom.cli.run_sizes import keep_size
 
 if TYPE_CHECKING:
     from wherefrom.attributors.base import Attributor
@@ -84,6 +85,7 @@ def _prepared(request: Request, runner: Runner) -> tuple[dict[str, Attributor], 
         method.check(made.queries)
     if runner.is_main:
         claim(request, write=True)  # only a request whose inputs are right takes the folder
+        keep_size(Path(request.output), made.size)
     if request.quick:
         made.console.log(QUICK_NOTE)
     for name, method in methods.items():
@@ -145,7 +147,8 @@ def run_compare(request: Request, runner: Runner) -> None:
     for number, query in enumerate(made.queries):
         print(f"{query.name}  {query.prompt!r}")
         for name, scores in results.items():
-            print(f"  {name}: {', '.join(image for image, _ in scores[number].top(3))}")
+            first = ", ".join(image for image, _ in scores[number].top(3))
+            print(f"  {name}: {'all scores are equal' if scores[number].all_equal else first}")
     print(f"\nreport:  {output / 'report.html'}\ntable:   {output / 'methods.parquet'}")
 
 

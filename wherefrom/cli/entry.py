@@ -64,6 +64,7 @@ WORDS = {
     "sampling_steps must": "--sampling-steps must",
     "guidance must": "--guidance must",
     "seed must": "--seed must",
+    "clip_skip ": "--clip-skip ",
     "Ask for a smaller relative_loss_increase, or give alpha instead": "Give --set "
     "unlearning.relative_loss_increase=0.2, or less",
     "The data set has no column": "--group: the images have no column",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from wherefrom.cli.run_file import RECORD, Request, read_request
 from wherefrom.cli.run_inputs import inputs_of, report_options
+from wherefrom.cli.run_sizes import framing_of, kept_size, size_of
 from wherefrom.commands.attribute import kept_queries, kept_scores, rewrite_page
 from wherefrom.commands.compare import COST, REPORT
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.on_error import checked
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.reports.comparison_report import write_comparison_report
 from wherefrom.runtime.artifacts import MANIFEST, Store
@@ -54,7 +56,7 @@ def rewrite(folder: Path, *, top: int | None, title: str | None, store: str) -> 
     if missing:
         raise ValueError(f"{missing[0]} holds no finished run: give the run's command again, it goes on.")
     queries = [_with_region(query, request) for query in kept_queries(runs[0])]
-    data = _training_images(request, queries[0].pixels.shape[0], store)
+    data = _training_images(request, folder, queries[0], store)
     options = report_options(request)
     results = {run.name: kept_scores(run, queries, data.images) for run in runs}
     pages = [rewrite_page(run, results[run.name], data, options) for run in runs]
@@ -78,12 +80,14 @@ def _with_region(query: Query, request: Request) -> Query:
     return query
 
 
-def _training_images(request: Request, size: int, store: str) -> TrainingData:
-    """The images of the run's folder, from the store where they are there."""
+def _training_images(request: Request, run: Path, query: Query, store: str) -> TrainingData:
+    """The images of the run's folder, from the store where they are there; at the size of the run."""
     folder = Path(request.images)
     if not folder.is_dir():
         raise ValueError(f"images: the run's folder {request.images!r} is not there any more.")
-    options = ImageFolderOptions(size=size, caption=request.caption)
+    height, width = (int(side) for side in query.pixels.shape[:2])
+    size, framing = kept_size(run, request) or (size_of(request.size) or (height, width), framing_of(request))
+    options = ImageFolderOptions(size, request.caption, on_error=checked(request.on_error), framing=framing)
 
     def read(place: Path) -> ImageSet:
         return build_image_folder(Store(store), place, options)

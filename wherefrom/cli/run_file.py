@@ -19,6 +19,8 @@ RECORD = "wherefrom.yaml"
 DEFAULT_METHOD = "abu_plus"
 # Keys that decide nothing that is computed.
 _FREE = ("output", "store", "device")
+# A run's own record also says what its files held.
+_RECORDED = ("inputs", "stated")
 _LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
@@ -29,13 +31,14 @@ class Request:
     Attributes:
         model: A diffusers pipeline (folder or hub id), a single file, or a trainer's checkpoint.
         base: The pipeline from which comes what the model's file or checkpoint lacks.
-        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         images: Folder of the training images with their captions.
-        queries: Each `{image, prompt}`, or `{prompt}` alone, whose image is drawn.
+        queries: Each `{image, prompt}`, `{image}` alone, whose file may state its prompt, or `{prompt}` alone, whose
+            image is drawn.
         regions: Parts of the queries, each `{of, box}` or `{of, mask}`; see `QueryRegion`.
         method: Packaged methods, or YAML files.
         settings: Values that replace the methods' own.
         quick: A first look.
+        lora: Adapters that were trained on the model: a file, a folder or a hub id; `:WEIGHT` may follow.
         output: The run folder.
         store: Folder for what is computed once.
         device: Where to compute.
@@ -54,6 +57,7 @@ class Request:
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        clip_skip: Captions and prompts are read this many layers before CLIP's last.
         top: Training images that the page shows for each query.
         groups: Columns whose shares are shown; none is all that group.
         title: Title of the page.
@@ -61,13 +65,13 @@ class Request:
 
     model: str = ""
     base: str = ""
-    lora: tuple[str, ...] = ()
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
     method: tuple[str, ...] = (DEFAULT_METHOD,)
     settings: Mapping[str, Any] | None = None
     quick: bool = False
+    lora: tuple[str, ...] = ()
     output: str = ""
     store: str = "cache"
     device: str = ""
@@ -86,6 +90,7 @@ class Request:
     sampling_steps: int = 50
     guidance: float = 2.0
     eta: float = 0.0
+    clip_skip: int = 0
     top: int = 20
     groups: tuple[str, ...] = ()
     title: str = "Where did these images come from?"
@@ -156,11 +161,11 @@ def read_request(path: Path) -> dict[str, Any]:
         tree["null"] = "none"
     defaults = {each.name: each.default for each in fields(Request)}
     for key in tree:
-        if key == "inputs":  # a run's own record, which also says what its files held
+        if key in _RECORDED:
             continue
         if key not in defaults:
             raise ValueError(f"{path}: there is no key {key!r}; {closest(str(key), defaults)}")
-    values = {key: _typed(key, value, defaults[key], str(path)) for key, value in tree.items() if key != "inputs"}
+    values = {key: _typed(key, value, defaults[key], str(path)) for key, value in tree.items() if key not in _RECORDED}
     for query in values.get("queries", ()):
         _check_entry(query, "queries", ("image", "prompt"), path)
         if not query.get("image") and not query.get("prompt"):
@@ -264,7 +269,18 @@ def record_of(request: Request) -> dict[str, Any]:
     files += [region["mask"] for region in request.regions if region.get("mask")]
     files += [name for name in request.method if name.endswith((".yaml", ".yml"))]
     files += [str(path) for given in request.lora for path in local_files(parse_adapter(given))]
-    return {**said, "inputs": {path: _hash(path) for path in files if Path(path).is_file()}}
+    stated = _stated(request)
+    inputs = {path: _hash(path) for path in files if Path(path).is_file()}
+    return {**said, "inputs": inputs, **({"stated": stated} if stated else {})}
+
+
+def _stated(request: Request) -> dict[str, dict[str, Any]]:
+    """What image files without a given prompt say of how they were made: the prompt that is used, and the rest."""
+    from wherefrom.queries.generation_metadata import read_generation_metadata
+
+    asked = [query["image"] for query in request.queries if query.get("image") and "prompt" not in query]
+    found = {path: read_generation_metadata(path) for path in asked if Path(path).is_file()}
+    return {path: each.as_json() for path, each in found.items() if each is not None}
 
 
 def _plain(value: Any) -> Any:

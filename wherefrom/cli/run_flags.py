@@ -14,7 +14,8 @@ from wherefrom.cli.run_sizes import add_size_flags, bucket_numbers, size_text
 DETAILS = """\
 queries:
   --query FILE --prompt TEXT   an image and the prompt that made it
-  --query FILE                 an image whose prompt is not known
+  --query FILE                 an image with the prompt that its own file states, as AUTOMATIC1111,
+                               ComfyUI and others write it; else the prompt is not known
   --prompt TEXT                no image: it is drawn from the model
   Repeat them for several queries. A --prompt belongs to the --query just before it;
   one that follows another --prompt, or stands first, is drawn.
@@ -82,7 +83,13 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     )
     add("--images", metavar="FOLDER", help="the training images with their captions; see below")
     add("--query", action=Asked, dest="asked", metavar="FILE", help="an image to attribute")
-    add("--prompt", action=Asked, dest="asked", metavar="TEXT", help="its prompt; or alone, to draw an image")
+    add(
+        "--prompt",
+        action=Asked,
+        dest="asked",
+        metavar="TEXT",
+        help="its prompt (default: the file's own); or alone, to draw an image",
+    )
     several = "; repeat it for each" if command == "compare" else ""
     add(
         "--method",
@@ -106,6 +113,7 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--sampling-steps", type=int, metavar="N", help="sampling steps of drawn images (default: 50)")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance of drawn images (default: 2)")
     add("--eta", type=float, metavar="X", help="0 is DDIM, 1 with all timesteps DDPM (default: 0)")
+    add("--clip-skip", type=int, metavar="N", help="read captions N layers before CLIP's last, as diffusers counts")
     add("--top", type=int, metavar="N", help="training images that the page shows (default: 20)")
     add("--group", action="append", dest="groups", metavar="COLUMN", help="show shares of this column's groups")
     add("--title", metavar="TEXT", help="title of the page")

@@ -19,8 +19,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
     from wherefrom.queries.sources import QueryRegion
 
     queries: list[QueryInput] = [
-        (query["image"], query.get("prompt", "")) if query.get("image") else query["prompt"]
-        for query in request.queries
+        (query["image"], query.get("prompt")) if query.get("image") else query["prompt"] for query in request.queries
     ]
     return queries, AttributionOptions(
         settings=request.settings or {},
@@ -41,6 +40,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         sampling_steps=request.sampling_steps,
         guidance=request.guidance,
         eta=request.eta,
+        clip_skip=request.clip_skip,
     )
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wherefrom.data.framing import AnySize, Framing
+    from wherefrom.queries.run_size import RunSize
 
+SIZES = "image_sizes.json"
 _SIZE = re.compile(r"(\d{1,6})(?:[x×](\d{1,6}))?")
 _NUMBERS = ("resolution", "min_side", "max_side", "step")
 
@@ -55,7 +60,8 @@ def bucket_numbers(value: Any, where: str) -> dict[str, Any] | None:
         pairs = [word.partition("=") for word in value.split(",") if word.strip()]
         value = {key.strip(): text.strip() for key, _, text in pairs}
     made: dict[str, Any] = {}
-    for key, each in ({} if value is True else value).items() if isinstance(value, Mapping | bool) else [("", value)]:
+    given: Mapping[str, Any] = {} if value is True else value if isinstance(value, Mapping) else {"": value}
+    for key, each in given.items():
         text = str(each).lower()
         if key == "upscale" and text in ("true", "false"):
             made[key] = text == "true"
@@ -86,6 +92,36 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
     add("--exif", choices=("apply", "ignore"), help="turn photographs upright, or not (default: apply)")
     add("--alpha", choices=("white", "drop"), help="put transparent images on white, or drop it (default: white)")
     add("--on-error", choices=("stop", "skip"), help="training images that cannot be read (default: stop)")
+
+
+def keep_size(run: Path, size: RunSize | None) -> None:
+    """Leaves the buckets' numbers in a run folder: they depend on the model, which a page does not load again.
+
+    Args:
+        run: The run folder.
+        size: The run's size; without buckets the request says it all.
+    """
+    if size is not None and size.framing.buckets is not None:
+        from wherefrom.runtime.artifacts import write_json
+
+        write_json(run / SIZES, {"size": size.option, "buckets": asdict(size.framing.buckets)})
+
+
+def kept_size(run: Path, request: Any) -> tuple[AnySize, Framing] | None:
+    """What `keep_size` left; None where there is nothing.
+
+    Args:
+        run: The run folder.
+        request: Its `Request`.
+    """
+    if not (run / SIZES).is_file():
+        return None
+    from wherefrom.data.aspect_buckets import Buckets
+
+    kept = json.loads((run / SIZES).read_text())
+    size = kept["size"]
+    framing = replace(framing_of(request), buckets=Buckets(**kept["buckets"]))
+    return size if isinstance(size, int) else (int(size[0]), int(size[1])), framing
 
 
 def framing_of(request: Any) -> Framing:

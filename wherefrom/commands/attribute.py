@@ -24,11 +24,13 @@ from wherefrom.gradients.query_loss import encode_query
 from wherefrom.metrics.null_distribution import p_values
 from wherefrom.models.adapter_states import AdapterRecord, known_adapters
 from wherefrom.models.diffusion import DiffusionModel
+from wherefrom.queries.generation_metadata import GenerationMetadata
 from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.estimates import Estimates
 from wherefrom.rankings.ranking_file import write_parts, write_ranking
 from wherefrom.rankings.score_table import PART_ROWS, ScoreTable
 from wherefrom.reports.attribution_report import write_report
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.query_section import ReportOptions, page_of
 from wherefrom.runtime.artifacts import (
     MANIFEST,
@@ -237,6 +239,12 @@ def _write_results(
         write_parts(folder, {scores.query.name: (scores.ids, scores.parts) for scores in results})
     if options is not None:
         _write_page(folder, results=results, data=data, options=options, identity=identity, adapters=adapters)
+    # What image files say of themselves decides nothing but the prompt, which is in the identity.
+    stated = {
+        each.query.name: {**each.query.metadata.as_json(), "prompt_is_used": each.query.own_prompt}
+        for each in results
+        if each.query.metadata is not None
+    }
     write_manifest(
         folder,
         identity,
@@ -244,6 +252,7 @@ def _write_results(
         cut=cut,
         **({"adapters": adapters} if adapters else {}),
         facts={scores.query.name: {k: v for k, v in scores.facts.items() if math.isfinite(v)} for scores in results},
+        **({"stated": stated} if stated else {}),
     )
 
 
@@ -290,6 +299,7 @@ def _write_page(
             "Method": method,
             "Model": f"{identity['model']}{f' with LoRA {loras}' if loras else ''}",
             "Training images": f"{len(data.images):,}",
+            **image_facts(data.images),
             **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=options.notes,
@@ -316,13 +326,17 @@ def kept_queries(folder: Path) -> list[Query]:
     Raises:
         ValueError: The run is not complete, or was made without a page.
     """
-    queries = []
-    for name, prompt, *_ in read_run(folder)["identity"]["queries"]:
+    queries, manifest = [], read_run(folder)
+    for name, prompt, *_ in manifest["identity"]["queries"]:
         file = _pixels_file(folder, name)
         if not file.is_file():
             raise ValueError(f"{folder} keeps no image of query {name!r}: it was made without a page.")
         with Image.open(file, formats=["PNG"]) as image:
-            queries.append(Query(name, prompt, np.asarray(image.convert("RGB"))))
+            query = Query(name, prompt, np.asarray(image.convert("RGB")))
+        stated = dict(manifest.get("stated", {}).get(name, {}))
+        own = bool(stated.pop("prompt_is_used", False))
+        metadata = GenerationMetadata.from_json(stated) if stated else None
+        queries.append(replace(query, metadata=metadata, own_prompt=own))
     return queries
 
 

@@ -153,7 +153,7 @@ def _write_tables(folder: Path, results: Mapping[str, Sequence[Scores]], costs: 
     }
     with replacing(folder / METHODS) as temporary:
         pq.write_table(pa.table(columns), temporary)
-    mean, error = correlations({name: [each.scores for each in result] for name, result in results.items()})
+    mean, error, counts = correlations({name: [each.scores for each in result] for name, result in results.items()})
     pairs = [(i, j) for i in range(len(names)) for j in range(len(names))]
     with replacing(folder / CORRELATIONS) as temporary:
         pq.write_table(
@@ -163,6 +163,7 @@ def _write_tables(folder: Path, results: Mapping[str, Sequence[Scores]], costs: 
                     "other": [names[j] for _, j in pairs],
                     "spearman": [mean[pair] for pair in pairs],
                     "standard_error": [error[pair] for pair in pairs],
+                    "queries": [int(counts[pair]) for pair in pairs],
                 }
             ),
             temporary,

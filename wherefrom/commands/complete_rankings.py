@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int32
+from jaxtyping import Bool, Float, Int32
 from numpy.typing import NDArray
 
 from wherefrom.commands.attribute import read_run
@@ -27,10 +27,11 @@ class CompleteRankings:
     Attributes:
         folder: Folder they were read from.
         images: Ids of the training images, sorted: equal for rankings of the same images.
-        orders: Query -> positions in `images`, the most influential first.
+        orders: Query -> positions in `images`, the most influential first; ties by id.
         prompts: Query -> prompt.
         model: Fingerprint of the attributed model, if known.
         training_images: Identity of the training set, if known; comparable between run folders only.
+        tied: Query -> whether each place's score is that of the place before; only of queries with ties.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class CompleteRankings:
     prompts: Mapping[str, str]
     model: str | None
     training_images: str | None
+    tied: Mapping[str, Bool[NDArray[np.bool_], " n"]] = field(default_factory=dict)
 
 
 def read_complete_rankings(folder: Path) -> CompleteRankings:
@@ -61,6 +63,7 @@ def _of_teacher_set(folder: Path) -> CompleteRankings:
     order = np.argsort(np.array(teacher.images))
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
+    ties = {query: _ties(scores) for query, scores in zip(teacher.queries, teacher.scores, strict=True)}
     return CompleteRankings(
         folder,
         tuple(teacher.images[index] for index in order),
@@ -68,7 +71,12 @@ def _of_teacher_set(folder: Path) -> CompleteRankings:
         dict(zip(teacher.queries, teacher.prompts, strict=True)),
         _text(teacher.identity.get("model")),
         None,
+        {query: tied for query, tied in ties.items() if tied.any()},
     )
+
+
+def _ties(scores: Float[NDArray[np.floating], " n"]) -> Bool[NDArray[np.bool_], " n"]:
+    return np.append(False, scores[1:] == scores[:-1])
 
 
 def _of_run(folder: Path) -> CompleteRankings:
@@ -79,10 +87,10 @@ def _of_run(folder: Path) -> CompleteRankings:
             "needs rankings of the whole set. Attribute without a cut."
         )
     identity: Mapping[str, Any] = manifest["identity"]
-    images, orders = _orders(folder / RANKING)
+    images, orders, tied = _orders(folder / RANKING)
     prompts = {entry[0]: entry[1] for entry in identity.get("queries", [])}
     return CompleteRankings(
-        folder, images, orders, prompts, _text(identity.get("model")), _text(identity.get("training_pictures"))
+        folder, images, orders, prompts, _text(identity.get("model")), _text(identity.get("training_pictures")), tied
     )
 
 
@@ -90,11 +98,13 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int32], " n"]]]:
+def _orders(
+    path: Path,
+) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int32], " n"]], dict[str, Bool[NDArray[np.bool_], " n"]]]:
     """Reads a ranking file with names as dictionary codes: a thousand queries of COCO are 118 million rows."""
     names = ["query", "rank", "image"]
     try:
-        table = pq.read_table(path, columns=names, read_dictionary=["query", "image"])
+        table = pq.read_table(path, columns=[*names, "score"], read_dictionary=["query", "image"])
     except (pa.ArrowInvalid, FileNotFoundError) as error:
         raise ValueError(f"{path} cannot be read: {error}. Attribute again.") from error
     missing = [name for name in names if name not in table.column_names]
@@ -108,7 +118,9 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
     place[order] = np.arange(len(order), dtype=np.int32)
     positions, ranks = place[images[0]], table["rank"].to_numpy()
     starts = np.flatnonzero(np.diff(queries[0], prepend=-1))
+    scores = table["score"].to_numpy() if "score" in table.column_names else None
     orders: dict[str, NDArray[np.int32]] = {}
+    ties: dict[str, NDArray[np.bool_]] = {}
     for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
         query, order_of_query = queries[1][queries[0][start]], positions[start:stop]
         if query in orders or not np.array_equal(ranks[start:stop], np.arange(1, stop - start + 1)):
@@ -122,7 +134,9 @@ def _orders(path: Path) -> tuple[tuple[str, ...], dict[str, Int32[NDArray[np.int
                 "needs rankings of the whole set, each image once."
             )
         orders[query] = order_of_query
-    return tuple(images[1][index] for index in order), orders
+        if scores is not None and (tied := _ties(scores[start:stop])).any():
+            ties[query] = tied
+    return tuple(images[1][index] for index in order), orders, ties
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], list[str]]:

@@ -20,8 +20,9 @@ from wherefrom.commands.customization_tasks import Task, tasks_by_kind
 from wherefrom.data.encoded_images import EncodedImages, encode_image_set, joined
 from wherefrom.data.image_folder import load_image
 from wherefrom.data.image_set import ImageSet, joined_image_sets
-from wherefrom.metrics.retrieval import MeanAveragePrecision, RecallAtK
+from wherefrom.metrics.retrieval import MeanAveragePrecision, RecallAtK, ranked
 from wherefrom.metrics.standard_error import estimate
+from wherefrom.metrics.ties import first_hit
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_customized
 from wherefrom.queries.sources import read_query
@@ -50,7 +51,7 @@ class ExemplarRetrieval:
         words: Whether the prompt contains the new word.
         recall: Share of the exemplars that are among the first k.
         precision: Average precision of the exemplars in the whole ranking.
-        first: Rank of the first exemplar, from 1.
+        first: Rank of the first exemplar, from 1; its mean over all orders where it ties with others.
         exemplars: Number of exemplars.
         cap: Largest recall possible with this number of exemplars.
     """
@@ -62,7 +63,7 @@ class ExemplarRetrieval:
     words: Words
     recall: float
     precision: float
-    first: int
+    first: float
     exemplars: int
     cap: float
 
@@ -131,8 +132,7 @@ def find(scores: Scores, *, name: str, kind: str, task: Task, words: Words, k: i
     recall, precision = RecallAtK(k), MeanAveragePrecision()
     recall.update(ordered, relevant)
     precision.update(ordered, relevant)
-    order = torch.argsort(ordered, dim=1, descending=True, stable=True)
-    first = int(relevant.gather(1, order)[0].int().argmax()) + 1
+    first = float(first_hit(*ranked(ordered, relevant)))
     count = len(task.exemplars)
     return ExemplarRetrieval(
         name,
@@ -142,7 +142,7 @@ def find(scores: Scores, *, name: str, kind: str, task: Task, words: Words, k: i
         words,
         float(recall.compute()["mean"]),
         float(precision.compute()["mean"]),
-        first,
+        int(first) if first.is_integer() else first,
         count,
         min(1.0, k / count),
     )

@@ -18,6 +18,7 @@ import torch
 
 from wherefrom.commands.complete_rankings import CompleteRankings, check_comparable, read_complete_rankings
 from wherefrom.metrics.retrieval import Cutoff, QueryMean
+from wherefrom.metrics.ties import average_precision, recall
 from wherefrom.runtime.artifacts import write_json
 
 RESULT, CEILING = "retrieval.json", "ceiling"
@@ -51,16 +52,32 @@ def retrieval_scores(
 ) -> list[RetrievalScore]:
     """Computes retrieval metrics of rankings against a teacher's, for all of the teacher's queries.
 
-    Recall@1 (whether both rank the same image first) is always included.
+    Recall@1 (whether both rank the same image first) is always included. Images that the method scores alike are taken
+    in all orders (`metrics.ties`); a tie at the edge of the teacher's first k is broken by id, on its side only.
+
+    Raises:
+        ValueError: The teacher gives all images of a query the same score: it has no first k.
     """
     recalls = cutoffs if any(cutoff.number == 1 for cutoff in cutoffs) else [Cutoff(1), *cutoffs]
     wanted = [("mAP", cutoff) for cutoff in cutoffs] + [("Recall", cutoff) for cutoff in recalls]
     values: list[list[float]] = [[] for _ in wanted]
     for query, order in teacher.orders.items():
+        if query in teacher.tied and len(order) > 1 and teacher.tied[query][1:].all():
+            raise ValueError(
+                f"{teacher.folder} gives all {len(order)} images the same score for query {query!r}: which are its "
+                "first is not defined. Measure against a teacher without this query."
+            )
         ranks = np.empty(len(order), np.int32)
         ranks[order] = np.arange(len(order), dtype=np.int32)
         teacher_ranks = ranks[other.orders[query]]  # in the order of the method
         for kept, (metric, cutoff) in zip(values, wanted, strict=True):
+            if query in other.tied:
+                hits, tied = (
+                    torch.from_numpy(each)[None] for each in (teacher_ranks < cutoff.number, other.tied[query])
+                )
+                mean = average_precision(hits, tied) if metric == "mAP" else recall(hits, tied, cutoff.number)
+                kept.append(float(mean))
+                continue
             places = np.flatnonzero(teacher_ranks < cutoff.number)
             precision = np.arange(1, cutoff.number + 1) / (places + 1)
             kept.append(float(precision.mean() if metric == "mAP" else (places < cutoff.number).mean()))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from wherefrom.attributors.base import Attributor
 from wherefrom.commands.null_warnings import check_choice, warn_of_null
+from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.data.encoded_images import encode_image_set, report_cut
 from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
@@ -22,9 +23,11 @@ from wherefrom.data.on_error import OnError, checked
 from wherefrom.data.ranked_images import RankedImages
 from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
 from wherefrom.models.adapter_states import known_adapters
+from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
+from wherefrom.queries.own_prompts import with_prompt
 from wherefrom.queries.run_size import RunSize
 from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
@@ -34,7 +37,7 @@ from wherefrom.runtime.console import Console
 from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.tensor_hash import hash_tensors
 
-QueryInput = str | tuple[Any, str]
+QueryInput = str | tuple[Any, str | None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class AttributionOptions:
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
         eta: 0 is DDIM; 1 with all timesteps is DDPM.
+        clip_skip: Captions and prompts are read this many layers before CLIP's last, as diffusers counts.
         progress: Show on stderr what is being done, and bars.
         size: Size of all images, queries and training images alike: the side of a square, or (height, width); None is
             the model's own.
@@ -84,6 +88,7 @@ class AttributionOptions:
     sampling_steps: int = 50
     guidance: float = 2.0
     eta: float = 0.0
+    clip_skip: int = 0
     progress: bool = True
     size: AnySize | None = None
     framing: Framing = Framing()
@@ -101,6 +106,8 @@ class AttributionOptions:
             raise ValueError(f"guidance must be a number from 0 on; given {self.guidance}.")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
+        if self.clip_skip < 0:
+            raise ValueError(f"clip_skip must be a number from 0 on; given {self.clip_skip}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
 
@@ -120,6 +127,7 @@ class PreparedRun:
     store: Store
     runner: Runner
     console: Console
+    size: RunSize | None = None
 
 
 def image_size(model: DiffusionModel) -> int:
@@ -244,15 +252,16 @@ def check_query_files(queries: Iterable[QueryInput]) -> None:
         if isinstance(query, str):
             continue
         pair: Any = query
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str)):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str | None)):
             raise ValueError(
-                f"queries: {query!r} is neither a prompt nor an (image, prompt) pair; an unknown prompt is ''."
+                f"queries: {query!r} is neither a prompt nor an (image, prompt) pair; an unknown prompt is '', and "
+                "None takes the one that the image file states."
             )
         if isinstance(query[0], str | Path) and not Path(query[0]).is_file():
             raise ValueError(f"queries: there is no image file {str(query[0])!r}.")
 
 
-def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
+def _read(image: Any, prompt: str | None, size: RunSize, resize: bool) -> Query:
     """A query from a file, a PIL image or an array."""
     if isinstance(image, str | Path):
         return read_query(QueryImage(str(image), prompt), size, resize)
@@ -277,7 +286,8 @@ def _read(image: Any, prompt: str, size: RunSize, resize: bool) -> Query:
             f"queries: an image is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. Resize it, or set "
             "queries.resize: true to bring it there as training images are."
         )
-    return Query(f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}", prompt, pixels)
+    name = f"image-{hash_tensors({'pixels': torch.from_numpy(np.array(pixels))})[:8]}"
+    return with_prompt(Query(name, "", pixels), image, prompt)
 
 
 def make_query_list(
@@ -297,8 +307,9 @@ def make_query_list(
     if size.line():
         console.log(size.line())
     assert model.encoder is not None
-    report_cut(model.encoder.text, [each if isinstance(each, str) else each[1] for each in queries], "prompts")
     read = {n: _read(*each, size, options.resize) for n, each in enumerate(queries) if not isinstance(each, str)}
+    prompts = [each if isinstance(each, str) else read[n].prompt for n, each in enumerate(queries)]
+    report_cut(model.encoder.text, prompts, "prompts")
     names = [query.id for query in read.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -357,12 +368,14 @@ def prepare_run(
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")
-    opened = open_model(model, options.lora, options.base).to(runner.device)
+    opened = with_clip_skip(open_model(model, options.lora, options.base), options.clip_skip).to(runner.device)
     for adapter in known_adapters(opened.denoiser):
         console.log(f"with LoRA {adapter}")
     for note in opened.notes:
         console.log(note)
     made = make_query_list(opened, queries, options=options, console=console, keep_trajectory="trajectory" in needs)
+    file = Path(model) if isinstance(model, str | Path) and Path(model).is_file() else None
+    made = checked_queries(made, opened, checkpoint=file, log=console.log)
     console.log("reading the training images")
     encode = bool(needs & {"model", "gradients", "trajectory"})
 
@@ -375,4 +388,9 @@ def prepare_run(
     data = read()
     if runner.is_main:
         warn_of_null(data.held_out, data.images, made)
-    return PreparedRun(opened, data, made, store, runner, console)
+    skipped = {Path(name).name for name in data.images.skipped}
+    files = {Path(each[0]).name for each in queries if not isinstance(each, str) and isinstance(each[0], str | Path)}
+    for name in sorted(files & skipped):
+        console.log(f"the training image {name}, called like a query, could not be read: it is not among the ranked")
+    size = RunSize.of(opened, options.size, options.framing)
+    return PreparedRun(opened, data, made, store, runner, console, size)

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from wherefrom.counterfactual.results_file import DATAMODELING, or_none
 from wherefrom.counterfactual.retraining import RetrainingJob
 from wherefrom.counterfactual.sweep import Sweep
 from wherefrom.metrics.linear_datamodeling import LinearDatamodelingScore
+from wherefrom.metrics.rank_correlation import spearman
 from wherefrom.metrics.standard_error import estimate
+from wherefrom.metrics.ties import EQUAL
 from wherefrom.queries.types import Scores
 from wherefrom.runtime.artifacts import write_json
 from wherefrom.runtime.keyed_random import hash_text
@@ -76,21 +77,24 @@ class DatamodelingRow:
 
     Attributes:
         method: The method, or `another seed` for the ceiling: the correlation of the losses of two trainings.
-        mean: Mean Spearman correlation over queries.
+        mean: Mean Spearman correlation over the queries that have one; None where none has.
         error: Its standard error.
         low: Lower end of its 95 % bootstrap interval over queries.
         high: Upper end.
-        count: Queries.
-        values: Correlation of each query, in the order of `lds.json`'s queries; None where one side is constant.
+        count: Queries that have one.
+        values: Correlation of each query, in the order of `lds.json`'s queries; None where one side is constant as far
+            as rounding can tell, so that there is none.
+        undefined: Queries without a correlation.
     """
 
     method: str
-    mean: float
-    error: float
-    low: float
-    high: float
+    mean: float | None
+    error: float | None
+    low: float | None
+    high: float | None
     count: int
     values: tuple[float | None, ...]
+    undefined: int = 0
 
 
 def linear_datamodeling_score(
@@ -149,7 +153,7 @@ def linear_datamodeling_score(
     if seeds:
         others = np.mean([losses(repeated, seed) for seed in seeds], axis=0)
         pairs = zip(whole[:, :repeated], others, strict=True)
-        rows.append(_row(CEILING, torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])))
+        rows.append(_row(CEILING, torch.tensor([spearman(a, b) for a, b in pairs])))
     result = {
         "random_subsets": vars(random_subsets),
         "queries": queries,
@@ -161,27 +165,36 @@ def linear_datamodeling_score(
 
 
 def _row(method: str, values: Float[Tensor, " q"]) -> DatamodelingRow:
-    """The values' mean, and how sure it is."""
+    """The mean of the values that there are, and how sure it is."""
     numbers = values.double().numpy()
-    drawn = np.random.default_rng(0).choice(numbers, (_BOOTSTRAP_SAMPLES, len(numbers))).mean(axis=1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    mean, error = estimate(numbers)
+    known = numbers[np.isfinite(numbers)]
+    low = high = float("nan")
+    if len(known):
+        drawn = np.random.default_rng(0).choice(known, (_BOOTSTRAP_SAMPLES, len(known))).mean(axis=1)
+        low, high = (float(end) for end in np.quantile(drawn, (0.025, 0.975)))
+    mean, error, low_or_none, high_or_none = or_none([*estimate(known), low, high])
     return DatamodelingRow(
         method=method,
         mean=mean,
         error=error,
-        low=float(low),
-        high=float(high),
-        count=len(numbers),
+        low=low_or_none,
+        high=high_or_none,
+        count=len(known),
         values=tuple(or_none(numbers)),
+        undefined=len(numbers) - len(known),
     )
 
 
 def as_table(rows: Sequence[DatamodelingRow]) -> str:
     """The table in Markdown."""
     lines = ["| method | Spearman | 95 % interval | n |", "|---|---|---|---|"]
-    lines += [
-        f"| {each.method} | {each.mean:.3f} ± {each.error:.3f} | {each.low:.3f} to {each.high:.3f} | {each.count} |"
-        for each in rows
-    ]
+    for each in rows:
+        counted = f"{each.count} ({each.undefined} undefined: {EQUAL})" if each.undefined else str(each.count)
+        if each.mean is None or each.low is None or each.high is None:
+            lines.append(f"| {each.method} | undefined: {EQUAL} | – | {counted} |")
+        else:
+            error = "–" if each.error is None else f"{each.error:.3f}"
+            lines.append(
+                f"| {each.method} | {each.mean:.3f} ± {error} | {each.low:.3f} to {each.high:.3f} | {counted} |"
+            )
     return "\n".join(lines)

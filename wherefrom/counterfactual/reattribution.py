@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
 from wherefrom.attributors.base import Attributor
 from wherefrom.commands.attribute import attribute, run_identity
 from wherefrom.counterfactual.retraining import RetrainedModels, RetrainingJob
@@ -16,6 +20,7 @@ from wherefrom.reports.query_section import ReportOptions
 from wherefrom.runtime.artifacts import MANIFEST, Store, check_identity, identity_hash, read_manifest
 from wherefrom.runtime.console import Log, no_log
 from wherefrom.runtime.distributed import Runner
+from wherefrom.runtime.keyed_random import hash_text
 
 _FOLDER, _FOLDER_BEFORE = "reattribution", "after"
 
@@ -86,7 +91,7 @@ class Reattribution:
         if manifest.get("complete"):
             # The folder's name decides the model.
             check_identity(place, {**identity, "model": manifest["identity"]["model"]})
-            return {query: ids for query, (ids, _) in read_ranking(place).items()}
+            return {query: _with_ties_by_hash(*ranking) for query, ranking in read_ranking(place).items()}
         self.log(f"re-attribution by {method}, without {len(job.exclude)} images")
         model = self.models.model(job).to(self.runner.device)
         results = attribute(
@@ -100,7 +105,7 @@ class Reattribution:
             options=self.options,
             log=self.log,
         )
-        return {scores.query.id: whole_ranking(scores) for scores in results}
+        return {scores.query.id: _with_ties_by_hash(scores.ids, scores.scores) for scores in results}
 
     def remaining(self, job: RetrainingJob) -> TrainingData:
         """The images that the model was trained on.
@@ -126,3 +131,13 @@ class Reattribution:
 def whole_ranking(scores: Scores) -> list[str]:
     """All ids, the most influential first."""
     return [name for name, _ in scores.top(len(scores.ids))]
+
+
+def _with_ties_by_hash(ids: Sequence[str], scores: Float[NDArray[np.float64], " n"]) -> list[str]:
+    """All ids, the most influential first; ties by a hash of the id.
+
+    The ranking that this one is compared with breaks ties by the id itself. If both did, two rankings that tell no
+    images apart would agree.
+    """
+    keys = np.array([hash_text(f"tie/{name}") for name in ids])
+    return [ids[position] for position in np.lexsort((keys, -scores))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -89,17 +89,17 @@ def reason_of(error: BaseException) -> str:
     return type(error).__name__ if not said or "BytesIO" in said else said
 
 
-def unreadable_headers(images: Sequence[tuple[str, Callable[[], Path | BinaryIO]]], workers: int = 1) -> dict[str, str]:
+def unreadable_headers(images: Sequence[tuple[str, Path]], workers: int = 1) -> dict[str, str]:
     """Images that cannot be read by their headers: name -> reason.
 
     Args:
-        images: The name of each, and what opens it.
+        images: The name of each, and its file.
         workers: Threads.
     """
 
-    def reason(image: tuple[str, Callable[[], Path | BinaryIO]]) -> str | None:
+    def reason(image: tuple[str, Path]) -> str | None:
         try:
-            read_header(image[1]())
+            read_header(image[1])
         except (*UNREADABLE, Image.DecompressionBombWarning) as error:
             return reason_of(error)
         return None

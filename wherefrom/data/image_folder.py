@@ -130,7 +130,7 @@ def build_image_folder(
         if made.rows[0].split:
             columns["split"] = [row.split for row in made.rows]
         write_table(partial, ids, captions, columns)
-        content = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
+        content: dict[str, Any] = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
         if len(set(made.sizes)) > 1:
             content["sizes"] = [list(size) for size in made.sizes]
         reasons = {"reasons": dict(made.skipped)} if made.skipped else {}

@@ -105,6 +105,11 @@ class ImageSet:
         """(height, width) of every image."""
         return sizes_of(self.pixels)
 
+    @property
+    def distinct_sizes(self) -> list[Size]:
+        """Every (height, width) that occurs, in order."""
+        return sorted(size for size, _ in by_size(self.pixels))
+
     def by_size(self) -> Iterator[tuple[Size, ImageSet, NDArray[np.intp]]]:
         """The images of each size, with their positions here."""
         for size, positions in by_size(self.pixels):

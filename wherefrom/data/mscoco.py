@@ -208,9 +208,7 @@ def _check_headers(folder: Path, images: Sequence[CocoImage], options: CocoOptio
     Raises:
         ValueError: There are some.
     """
-    wrong = unreadable_headers(
-        [(image.file_name, lambda image=image: folder / image.file_name) for image in images], options.workers
-    )
+    wrong = unreadable_headers([(each.file_name, folder / each.file_name) for each in images], options.workers)
     if wrong:
         first = "; ".join(f"{folder / name} cannot be read: {reason}" for name, reason in list(wrong.items())[:5])
         raise ValueError(

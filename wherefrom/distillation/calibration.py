@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from scipy.optimize import isotonic_regression
-from scipy.stats import spearmanr
 
 from wherefrom.distillation.embedding_similarity import similarities
 from wherefrom.distillation.ranker import Ranker, load_ranker
 from wherefrom.distillation.teacher_set import TeacherSet, read_teacher_set
+from wherefrom.metrics.rank_correlation import spearman
 from wherefrom.metrics.standard_error import estimate
 from wherefrom.rankings.estimates import Estimates
 from wherefrom.runtime.artifacts import (
@@ -310,12 +310,14 @@ class CalibrationMetrics:
     Attributes:
         rmse: Root mean squared error over all images, in the teacher's unit.
         spread: Standard deviation of the scores: the error of always predicting their mean.
-        spearman: Mean over queries of the rank correlation of estimates and scores; 0 where either are constant.
+        spearman: Mean over queries of the rank correlation of estimates and scores; those where either are constant
+            have none and are left out. NaN where that is all.
         spearman_error: Its standard error.
         coverage: Mean over queries of the share of scores inside their intervals.
         coverage_error: Its standard error.
         coverage_by_bin: Coverage in each bin of similarity, the least similar first; NaN for empty bins.
         count: Number of queries.
+        undefined: Queries without a rank correlation.
     """
 
     rmse: float
@@ -326,6 +328,7 @@ class CalibrationMetrics:
     coverage_error: float
     coverage_by_bin: tuple[float, ...]
     count: int
+    undefined: int = 0
 
 
 def evaluate_calibration(
@@ -348,7 +351,7 @@ def evaluate_calibration(
     estimates = calibration.estimate(cosines)
     inside = (estimates.low <= scores) & (scores <= estimates.high)
     bins = calibration.bins(cosines)
-    correlations = np.array([_spearman(a, b) for a, b in zip(estimates.values, scores, strict=True)])
+    correlations = np.array([spearman(a, b) for a, b in zip(estimates.values, scores, strict=True)])
     coverages = inside.mean(axis=1)
     by_bin = []
     for index in range(len(calibration.low)):
@@ -356,20 +359,15 @@ def evaluate_calibration(
         some = here.any(axis=1)
         each = (inside & here).sum(axis=1)[some] / here.sum(axis=1)[some]
         by_bin.append(float(each.mean()) if len(each) else float("nan"))
-    (spearman, spearman_error), (coverage, coverage_error) = estimate(correlations), estimate(coverages)
+    (mean, error), (coverage, coverage_error) = estimate(correlations), estimate(coverages)
     return CalibrationMetrics(
         rmse=float(np.sqrt(np.square(estimates.values - scores).mean())),
         spread=float(scores.std()),
-        spearman=spearman,
-        spearman_error=spearman_error,
+        spearman=mean,
+        spearman_error=error,
         coverage=coverage,
         coverage_error=coverage_error,
         coverage_by_bin=tuple(by_bin),
         count=len(queries),
+        undefined=int(np.isnan(correlations).sum()),
     )
-
-
-def _spearman(estimates: NDArray[np.float64], scores: NDArray[np.float64]) -> float:
-    if np.ptp(estimates) == 0 or np.ptp(scores) == 0:
-        return 0.0
-    return float(spearmanr(estimates, scores).statistic)

@@ -102,7 +102,7 @@ def _permuted(matrix: Float[NDArray[np.float32], "n d"], columns: slice, seed: i
 
 def _average_precisions(teacher: TeacherSet, ranker: Ranker, features: Features, cutoff: Cutoff) -> Float[Tensor, " q"]:
     cosines = similarities(ranker, features, teacher.rows)
-    # Ties are broken by position: in the teacher's order they would leak its ranking to an uninformative ranker.
+    # By position, so that the sums run in one order whatever the teacher is; ties are taken in all orders.
     order = np.argsort(teacher.rows, axis=1)
     metric = MeanAveragePrecision()
     metric.update(torch.from_numpy(np.take_along_axis(cosines, order, axis=1)), torch.from_numpy(order < cutoff.number))

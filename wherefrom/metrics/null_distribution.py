@@ -28,7 +28,8 @@ def family_wise_p_value(scores: Float[NDArray[np.float64], " n"], null: Float[ND
 
     The upper tail of the null is modelled as exponential above its 90th percentile (a generalised Pareto tail of index
     0), so the result can go below 1 / (1 + m); with n images, p = 1 - (1 - tail)ⁿ. Used only to decide whether the
-    report states that no image stands out.
+    report states that no image stands out. A null without a tail (its upper tenth is all equal) has nothing to fit: a
+    score above it has the tail 1 / (1 + m) of its p-value.
 
     Raises:
         ValueError: The null has fewer than ten images.
@@ -42,5 +43,5 @@ def family_wise_p_value(scores: Float[NDArray[np.float64], " n"], null: Float[ND
     best = float(np.max(scores))
     if best <= threshold:
         return 1.0
-    tail = _TAIL * float(np.exp(-(best - threshold) / scale)) if scale > 0 else 0.0
+    tail = _TAIL * float(np.exp(-(best - threshold) / scale)) if scale > 0 else 1.0 / (1.0 + len(null))
     return float(-np.expm1(len(scores) * np.log1p(-tail)))

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+
+from wherefrom.metrics.rank_correlation import spearman
 
 
 def split_half(
@@ -28,7 +29,8 @@ def split_half(
         splits: Number of random splits.
 
     Returns:
-        The reliability, between -1 and 1; NaN with fewer than two noise samples.
+        The reliability, between -1 and 1; NaN with fewer than two noise samples, and where the scores of a half are
+        all equal.
     """
     if noise_samples < 2:
         return float("nan")
@@ -37,9 +39,9 @@ def split_half(
     for _ in range(splits):
         order = random.permutation(noise_samples)
         halves = score(np.sort(order[: noise_samples // 2])), score(np.sort(order[noise_samples // 2 :]))
-        if any(np.ptp(half) == 0 for half in halves):
+        correlations.append(spearman(*halves))
+        if np.isnan(correlations[-1]):
             return float("nan")
-        correlations.append(float(spearmanr(*halves).statistic))
     mean = float(np.mean(correlations))
     # The formula is unbounded towards r = -1; below 0 it only means that the halves contradict each other.
     return max(2 * mean / (1 + mean), -1.0) if mean > -1 else -1.0

@@ -1,5 +1,7 @@
 """Retrieval metrics (mAP, Recall@k): one value per query, then their mean and standard error.
 
+Images that a method scores alike have no order: a value is then its mean over all orders of them (`metrics.ties`).
+
 All are torchmetrics: updated batch by batch, and reduced over devices.
 """
 
@@ -12,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
+
+from wherefrom.metrics.ties import average_precision, recall
 
 
 class QueryMean(Metric):
@@ -52,19 +56,27 @@ class QueryMean(Metric):
 
 
 def top_of(teacher: Float[Tensor, "q n"], k: int) -> Bool[Tensor, "q n"]:
-    """Marks the k images that a teacher ranks highest, ties by position.
+    """Marks the k images that a teacher ranks highest; a tie at the edge is broken by a fixed shuffle of positions.
 
     Raises:
         ValueError: There are not that many images.
     """
     if not 1 <= k <= teacher.shape[1]:
         raise ValueError(f"k must lie between 1 and the {teacher.shape[1]} images that are ranked; given {k}.")
-    order = torch.argsort(teacher, dim=1, descending=True, stable=True)[:, :k]
+    # By position, a ranking in the data's own order would agree with a teacher that tells no images apart.
+    shuffle = torch.randperm(teacher.shape[1], generator=torch.Generator().manual_seed(0)).to(teacher.device)
+    order = shuffle[torch.argsort(teacher[:, shuffle], dim=1, descending=True, stable=True)[:, :k]]
     return torch.zeros_like(teacher, dtype=torch.bool).scatter_(1, order, True)
 
 
-def _ranked(scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> Bool[Tensor, "q n"]:
-    """Sorts the relevance mask by descending score."""
+def ranked(
+    scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]
+) -> tuple[Bool[Tensor, "q n"], Bool[Tensor, "q n"]]:
+    """Sorts the relevance mask by descending score, and marks the places whose score is that of the place before.
+
+    Raises:
+        ValueError: Shapes differ, a score is not finite, or a query has no relevant image.
+    """
     if scores.shape != relevant.shape or scores.dim() != 2:
         raise ValueError(
             f"Scores and relevance must both be (queries, images); they are {tuple(scores.shape)} and "
@@ -74,13 +86,17 @@ def _ranked(scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> Bool
         raise ValueError("A score is not finite; rankings need finite scores.")
     if not bool(relevant.any(dim=1).all()):
         raise ValueError("A query has no relevant image, so retrieval cannot be measured; leave it out.")
-    return relevant.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    values, tied = scores.gather(1, order), torch.zeros_like(relevant)
+    tied[:, 1:] = values[:, 1:] == values[:, :-1]
+    return relevant.gather(1, order), tied
 
 
 class MeanAveragePrecision(QueryMean):
     """Mean average precision of rankings of the whole set (Fast Data Attribution, section 4.1).
 
-    With `top_of(teacher, k)` as the relevant images it is the papers' mAP(k).
+    With `top_of(teacher, k)` as the relevant images it is the papers' mAP(k). Scores that are all equal have that of
+    a random order.
     """
 
     def update(self, scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"]) -> None:  # type: ignore[override]
@@ -89,9 +105,7 @@ class MeanAveragePrecision(QueryMean):
         Raises:
             ValueError: Shapes differ, a score is not finite, or a query has no relevant image.
         """
-        hits = _ranked(scores, relevant).double()
-        precision = hits.cumsum(dim=1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)
-        super().update((precision * hits).sum(dim=1) / hits.sum(dim=1))
+        super().update(average_precision(*ranked(scores, relevant)))
 
 
 class RecallAtK(QueryMean):
@@ -118,8 +132,7 @@ class RecallAtK(QueryMean):
         """
         if self.k > scores.shape[-1]:
             raise ValueError(f"k is {self.k}, but only {scores.shape[-1]} images are ranked.")
-        hits = _ranked(scores, relevant)
-        super().update(hits[:, : self.k].sum(dim=1).double() / hits.sum(dim=1))
+        super().update(recall(*ranked(scores, relevant), self.k))
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,6 @@ def is_checkpoint(keys: Iterable[str]) -> bool:
     return any(key.startswith(_CHECKPOINT) for key in keys)
 
 
-def is_embedding(keys: Iterable[str]) -> bool:
-    """Whether tensors of these names are a textual inversion: a word's embeddings."""
-    return all("." not in key for key in keys)
-
-
 def keys_of(path: Path) -> list[str]:
     """Names of a file's tensors, of which none is read.
 

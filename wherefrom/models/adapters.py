@@ -19,7 +19,6 @@ from wherefrom.models.adapter_files import (
     FileLayer,
     is_adapter,
     is_checkpoint,
-    is_embedding,
     keys_of,
     read_adapter,
 )
@@ -37,6 +36,7 @@ from wherefrom.models.adapter_states import (
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.families.base import PipelineParts
 from wherefrom.models.prompt_encoders import PromptEncoder
+from wherefrom.models.textual_inversions import is_textual_inversion
 from wherefrom.runtime.optional_dependencies import require_peft
 
 
@@ -173,7 +173,7 @@ def adapters_beside(
             found.append(path)
         elif is_checkpoint(keys):
             checkpoints.append(path)
-        elif not is_embedding(keys):
+        elif not is_textual_inversion(path):
             raise ValueError(
                 f"{path} lies beside a pipeline, and what it is cannot be told: its tensors are called "
                 f"{', '.join(repr(key) for key in keys[:2])}. Move it out of the folder if it is no part of the model."

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from wherefrom.models.families.base import PipelineParts
@@ -15,6 +16,8 @@ from wherefrom.models.loaded_parts import INDEX, check_finite, load_part
 
 _PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _AVERAGED = "_ema"
+# What diffusers' EMAModel writes into a network's settings about its averaging.
+_AVERAGING = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
 _STATE = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 # Settings of a network that say which text encoders and autoencoder it was trained with.
@@ -132,8 +135,12 @@ def complete(base: DiffusionPipeline, parts: dict[str, Path], dtype: torch.dtype
                 f"model: {place} is a {kind}, and the base's {name} a {type(old).__name__}: it was trained from "
                 "another pipeline."
             )
-        new, said = load_part(place, type(old), dtype)
+        loaded, said = load_part(place, type(old), dtype)
+        new: Any = loaded
         _check_same_base(new, old, place)
+        if hasattr(new, "_internal_dict"):
+            settings = {key: value for key, value in dict(new.config).items() if key not in _AVERAGING}
+            vars(new)["_internal_dict"] = FrozenDict(settings)
         base.register_modules(**{name: new})
         notes += said
     kept = [name for name, part in there.components.items() if name in _PARTS and name not in parts and part]

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from wherefrom.models.adapter_states import with_adapters
+from wherefrom.models.allowed_parts import NETWORK, check_part
 from wherefrom.models.conditioning import Conditioning
+from wherefrom.models.deciding_settings import settings_hash
 from wherefrom.models.encoders import LatentEncoder
 from wherefrom.models.families.registry import family_of
 from wherefrom.models.noise_schedule import NoiseSchedule as NoiseSchedule
@@ -101,12 +103,19 @@ class DiffusionModel:
         return self
 
     def fingerprint(self) -> str:
-        """Hash of weights, forward process and precision: two models with the same one give the same losses."""
+        """Hash of weights, forward process and precision: two models with the same one give the same losses.
+
+        Raises:
+            ValueError: The network does not compute what its weights say; see `check_part`.
+        """
+        check_part(self.denoiser, NETWORK)
         process = identity_hash(self.noise_schedule.identity())
         schedule = f"{self.noise_schedule.prediction}/{process}{'/bf16' if self.bf16 else ''}"
         scales = adapter_scales(self.denoiser)
         adapters = f"/{identity_hash(scales)}" if scales else ""
-        return f"{hash_tensors(self.denoiser.state_dict())}/{schedule}{adapters}"
+        settings = settings_hash(self.denoiser)
+        unusual = f"/settings {settings}" if settings else ""
+        return f"{hash_tensors(self.denoiser.state_dict())}/{schedule}{adapters}{unusual}"
 
     def description(self) -> str:
         """The fingerprint, and the adapters that change what the model computes, for pages."""
@@ -122,8 +131,10 @@ class DiffusionModel:
         """Refuses a latent and a caption's conditioning that are not the model's, before anything long.
 
         Raises:
-            ValueError: Their names or shapes are not what the network takes.
+            ValueError: Their names or shapes are not what the network takes, or the network does not compute what its
+                weights say.
         """
+        check_part(self.denoiser, NETWORK)
         channels, rows, columns = (int(side) for side in latent.shape)
         self.family.check((channels, rows, columns), conditioning)
 

@@ -12,18 +12,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from wherefrom.models.scheduler_settings import DECIDING, check_scheduler
+
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
 _OTHER_FLOWS = (*_OTHER_SIGMAS, "invert_sigmas", "shift_terminal", "stochastic_sampling")
-# What a scheduler's noise levels are computed from.
-_DECIDING = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
 _DECIDING_FLOW = ("num_train_timesteps", "shift")
 
 
@@ -49,7 +42,7 @@ class NoiseSchedule:
         ValueError: The scheduler is of another kind, or predicts something other than noise or velocity.
     """
 
-    deciding: tuple[str, ...] = _DECIDING
+    deciding: tuple[str, ...] = DECIDING
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         config: Any = scheduler.config
@@ -61,6 +54,7 @@ class NoiseSchedule:
                 "`alphas_cumprod` "
                 "and a prediction_type of 'epsilon' or 'v_prediction'."
             )
+        check_scheduler(scheduler)
         self.config = dict(config)
         self.prediction: Prediction = prediction
         self.signal = alphas.double().sqrt()
@@ -138,6 +132,7 @@ class FlowSchedule(NoiseSchedule):
                 f"FlowMatchEulerDiscreteScheduler with {others[0]} = {self.config[others[0]]!r} is not supported: its "
                 "noise levels are not those of a fixed shift. Unset it in the scheduler's configuration."
             )
+        check_scheduler(scheduler)
         self.prediction = "flow"
         # Noise levels before the pipeline shortens them for sampling; `sigmas` is the scheduler's word for s.
         fresh = FlowMatchEulerDiscreteScheduler.from_config(self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from wherefrom.models.adapters import (
     pipeline_parts,
     read_adapters,
 )
+from wherefrom.models.allowed_parts import check_components, check_pipeline
 from wherefrom.models.autoencoders import autoencoder_fault
 from wherefrom.models.checkpoints import complete, partial_parts, without_base
 from wherefrom.models.customization import base_of, customize, is_customized, read_customization
@@ -38,6 +40,8 @@ from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.plain_parts import plain_parts
 from wherefrom.models.prompt_encoders import PromptEncoder
 from wherefrom.models.single_file import load_single_file
+from wherefrom.models.step_distilled import distilled_notes, is_noted
+from wherefrom.models.textual_inversions import load_inversions
 from wherefrom.runtime.artifacts import write_json
 
 TEXT_SOURCE = "text_encoder/source.json"
@@ -103,7 +107,8 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, base: str | Non
     """Loads a diffusers pipeline from a folder, a hub id, or a single file in the original names.
 
     Where a folder holds an adapter, such as `pytorch_lora_weights.safetensors`, which diffusers' training scripts and
-    `save_lora_weights` write, it is loaded too; see `wherefrom.models.adapters`.
+    `save_lora_weights` write, it is loaded too, and so are textual
+    inversions; see `wherefrom.models.adapters` and `wherefrom.models.textual_inversions`.
 
     Args:
         path: The folder, hub id or file.
@@ -167,6 +172,8 @@ def _read_whole(path: str, dtype: torch.dtype, lora: Sequence[AdapterSource]) ->
         add_adapter(pipeline_parts(PipelineParts(pipeline)), adapter)
     if isinstance(network, nn.Module):
         network.to(dtype)  # some transformers stay in single precision whatever is asked for
+    if Path(path).is_dir():
+        load_inversions(pipeline, Path(path))
     return pipeline, notes
 
 
@@ -192,10 +199,12 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
 
     Raises:
         ValueError: The pipeline's network is of a kind that is not supported, cannot read captions or takes more than
-            noisy latents; or a part is missing.
+            noisy latents; a part is missing; or one computes what its weights do not say.
     """
     parts = PipelineParts(pipeline)
+    check_components(parts.components)
     parts.components, notes = plain_parts(parts.components)
+    parts.components |= {name: copy.deepcopy(part) for name, part in parts.components.items() if "tokenizer" in name}
     network, vae = parts.network, parts.components.get("vae")
     if family_class_of(network) is None or vae is None:
         *first, last = [family.description for family in families()]
@@ -214,9 +223,13 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
             "pipelines that edit or fill in images are no text-to-image models"
         )
     note_fused(parts)
+    check_pipeline(parts, family)
     encoder = family.latent_encoder(parts)
     model = DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
-    model.notes = (*notes, *fused_notes(known_adapters(network)))
+    adapters = known_adapters(network)
+    places = [str(getattr(config, "_name_or_path", "")), *(adapter.name for adapter in adapters)]
+    distilled = distilled_notes(places, parts.components["scheduler"])
+    model.notes = (*notes, *fused_notes(adapters), *distilled)
     return model
 
 
@@ -247,6 +260,8 @@ def load_model(
         model = model_from_pipeline(pipeline)
         model.notes = (*notes, *model.notes)
     add_adapters(model, files)
+    said = [] if is_noted(model.notes) else distilled_notes([path, *(each.place for each in lora)])
+    model.notes = (*model.notes, *said)
     return model
 
 

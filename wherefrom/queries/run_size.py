@@ -76,7 +76,7 @@ class RunSize:
 
     def line(self) -> str:
         """What is to be said about the size; "" where it is the model's own and the only one."""
-        said = [] if self.own in (None, self.size) else [f"the model's own is {words_of(self.own or self.size)}"]
+        said = [] if self.own is None or self.own == self.size else [f"the model's own is {words_of(self.own)}"]
         buckets = self.framing.buckets
         if buckets is not None:
             count = f"{len(buckets.sizes)} sizes" if buckets.upscale else "sizes of their own"
@@ -104,7 +104,7 @@ class RunSize:
         Raises:
             ValueError: An image has another size; says which option to change.
         """
-        sizes = sorted(set(images.sizes))
+        sizes = images.distinct_sizes
         if self.framing.buckets is None and len(sizes) > 1:
             shown = ", ".join(map(words_of, sizes[:5]))
             raise ValueError(f"images: they have {len(sizes)} sizes ({shown}). Bring them to one, or set buckets.")
@@ -143,7 +143,8 @@ def check_latents(images: Any, model: DiffusionModel) -> None:
         if not len(group):
             continue
         position = 0 if members is None else int(members[number][0])
-        size = images.images.sizes[position]
+        height, width = (int(side) for side in images.images.pixels[position].shape[:2])
+        size = height, width
         wanted = latent_shape_of(model, size)
         if group.shape != wanted:
             shape, needed = ("×".join(map(str, each)) for each in (group.shape, wanted))

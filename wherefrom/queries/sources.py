@@ -14,6 +14,7 @@ from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.image_sizes import reduction_of
 from wherefrom.models.sampling import Trajectory, sample
+from wherefrom.queries.own_prompts import with_prompt
 from wherefrom.queries.regions import Region
 from wherefrom.queries.run_size import RunSize, run_size
 from wherefrom.queries.types import Query
@@ -29,11 +30,12 @@ class QueryImage:
 
     Attributes:
         file: The image.
-        prompt: The prompt that made it; "" where it is not known (it is never guessed).
+        prompt: The prompt that made it; "" where it is not known (it is never guessed); None takes the one that the
+            file itself states (`generation_metadata`), and "" where it states none.
     """
 
     file: str
-    prompt: str
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def read_query(image: QueryImage, size: RunSize | tuple[int, int], resize: bool 
             f"Query image {path} is {pixels.shape[1]} × {pixels.shape[0]} pixels, {unfit}. "
             "Resize it, or set queries.resize: true to bring it there as training images are."
         )
-    return Query(f"{path.stem}-{hash_file(path)[:8]}", image.prompt, pixels)
+    return with_prompt(Query(f"{path.stem}-{hash_file(path)[:8]}", "", pixels), path, image.prompt)
 
 
 def read_regions(
@@ -271,7 +273,7 @@ def make_queries(
     }
     regions = read_regions(source.regions, [*files, *source.prompts], sizes)
     if model.encoder is not None:
-        prompts = [*source.prompts, *(image.prompt for image in source.images)]
+        prompts = [*source.prompts, *(query.prompt for query in read)]
         report_cut(model.encoder.text, prompts, "prompts")
     drawn = generate(
         model,

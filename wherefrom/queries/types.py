@@ -12,7 +12,9 @@ from torch import Tensor
 
 from wherefrom.data.encoded_images import EncodedImages
 from wherefrom.data.image_set import ImageSet
+from wherefrom.metrics.ties import is_constant
 from wherefrom.models.sampling import Trajectory
+from wherefrom.queries.generation_metadata import GenerationMetadata
 from wherefrom.queries.regions import Region
 from wherefrom.rankings.estimates import Estimates
 from wherefrom.rankings.ranking_file import order_of
@@ -29,6 +31,8 @@ class Query:
         latent: The sampler's last latent where there is one, else the encoded image; scaled, shape (C, H, W).
         region: The part of the image that is asked for; None is all of it.
         trajectory: What the sampler predicted on its way, where it was kept.
+        metadata: What the image file says of how it was made, if anything.
+        own_prompt: Whether the prompt is the one that the file says, because none was given.
     """
 
     id: str
@@ -37,6 +41,8 @@ class Query:
     latent: Float[Tensor, "c h w"] | None = None
     region: Region | None = None
     trajectory: Trajectory | None = None
+    metadata: GenerationMetadata | None = None
+    own_prompt: bool = False
 
     @property
     def name(self) -> str:
@@ -105,9 +111,15 @@ class Scores:
         parts = {name: values * weights for name, values in self.parts.items()}
         return replace(self, scores=self.scores * weights, per_copy=self.scores, parts=parts)
 
+    @property
+    def all_equal(self) -> bool:
+        """Whether the scores tell no two images apart, as far as their precision can tell: they have no order then."""
+        return len(self.ids) > 1 and is_constant(self.scores)
+
     def __repr__(self) -> str:
         """One line: the query, how many images were scored, and the first."""
         first = f", the first is {self.top(1)[0][0]!r}" if len(self.ids) else ""
+        first = ", all scores are equal" if self.all_equal else first
         said = f", {self.query.prompt!r}" if self.query.prompt else ""
         return f"<{type(self).__name__} of {self.query.name!r}{said}: {len(self.ids):,} training images{first}>"
 

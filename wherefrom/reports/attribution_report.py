@@ -69,6 +69,7 @@ class QueryReport:
         facts: Name -> value, such as the split-half reliability.
         notes: Warnings, such as that nothing stands out from images never trained on.
         parts: Part of the scores (a band of timesteps, a caption) -> training images, the most influential first.
+        stated: Name -> value of what the image file says of how it was made; untrusted, and only shown.
     """
 
     id: str
@@ -79,6 +80,7 @@ class QueryReport:
     facts: Mapping[str, str]
     notes: Sequence[str]
     parts: Mapping[str, Sequence[RankedImage]] = field(default_factory=dict)
+    stated: Mapping[str, str] = field(default_factory=dict)
 
 
 def _check(query: QueryReport) -> None:
@@ -232,6 +234,18 @@ def prompt_tag(prompt: str) -> Markup:
     return foreign(prompt, _PROMPT) if prompt.strip() else tag("span", "(no prompt given)", class_="quiet")
 
 
+def _stated(stated: Mapping[str, str]) -> list[Markup]:
+    """What the file says of itself, beside what is made of it."""
+    if not stated:
+        return []
+    words = (
+        "Stated by the file, not checked. Only the prompt counts for the scores, and only where none was given: the "
+        "model learned from captions alone, so the loss knows no negative prompt, guidance, sampler or seed."
+    )
+    table = _table(stated, "facts")
+    return [tag("details", tag("summary", "What the image says of itself"), table, tag("p", words, class_="quiet"))]
+
+
 def _query(number: int, query: QueryReport) -> Markup:
     alt = (
         f"Generated image {number}: {shorten(query.prompt, LABEL)}"
@@ -250,6 +264,7 @@ def _query(number: int, query: QueryReport) -> Markup:
             tag("h2", prompt_tag(query.prompt), id=f"prompt-{number}"),
             tag("p", foreign(query.id), class_="id"),
             _table(query.facts, "facts"),
+            *_stated(query.stated),
             class_="query",
         ),
         tag(

@@ -9,6 +9,7 @@ import numpy as np
 
 from wherefrom.data.image_set import ImageSet
 from wherefrom.metrics.rank_correlation import correlations
+from wherefrom.metrics.ties import EQUAL
 from wherefrom.queries.types import Scores
 from wherefrom.reports.attribution_report import prompt_tag
 from wherefrom.reports.html import Markup, shorten, tag, write_page
@@ -35,6 +36,13 @@ def median_reliability(results: Sequence[Scores]) -> float:
 
 def _number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if np.isfinite(value) else "–"
+
+
+def _agreement(mean: float, error: float, count: int, queries: int) -> str:
+    if not count:
+        return f"undefined: {EQUAL}"
+    left_out = f" ({count} of {queries}; else {EQUAL})" if count < queries else ""
+    return f"{_number(mean)} ± {_number(error)}{left_out}"
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
@@ -65,7 +73,7 @@ def write_comparison_report(
         StorageError: The file could not be written.
     """
     names = list(results)
-    mean, error = correlations({name: [each.scores for each in result] for name, result in results.items()})
+    mean, error, counts = correlations({name: [each.scores for each in result] for name, result in results.items()})
     table = [
         [
             name,
@@ -76,8 +84,9 @@ def write_comparison_report(
         ]
         for name in names
     ]
+    columns = range(len(names))
     agreement = [
-        [name, *(f"{_number(mean[i, j])} ± {_number(error[i, j])}" if i != j else "1" for j in range(len(names)))]
+        [name, *(_agreement(mean[i, j], error[i, j], counts[i, j], counts[i, i]) if i != j else "1" for j in columns)]
         for i, name in enumerate(names)
     ]
     where = {name: index for index, name in enumerate(images.ids)}
@@ -141,7 +150,8 @@ def _query_section(
             index = where[image]
             words = f"{rank}. {shorten(images.captions[index][0], 100)} ({shorten(image, 100)})"
             thumbnails.append((np.asarray(images.pixels[index]), words))
-        rows.append(thumbnail_row(tag("b", foreign(name)), thumbnails))
+        said = tag("span", " All scores are equal: this order is that of the names.", class_="quiet")
+        rows.append(thumbnail_row(Markup(tag("b", foreign(name)) + (said if each.all_equal else "")), thumbnails))
     return tag(
         "section",
         tag(

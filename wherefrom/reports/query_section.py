@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ from wherefrom.data.repeats import REPEATS
 from wherefrom.gradients.loss_excess import FAR_OUT
 from wherefrom.metrics.group_shares import group_shares
 from wherefrom.metrics.null_distribution import family_wise_p_value, p_values
-from wherefrom.queries.types import Scores, TrainingData
+from wherefrom.queries.types import Query, Scores, TrainingData
 from wherefrom.rankings.ranking_file import flatness_of, order_of
 from wherefrom.reports.attribution_report import QueryReport, RankedImage
 from wherefrom.runtime.ranges import check_ranges
@@ -105,8 +106,11 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
         return result
 
     facts, notes = _facts(scores)
+    notes += tie_notes(scores, options.top)
     shares = {}
-    if scores.scores.max() > np.median(scores.scores):
+    if scores.all_equal:
+        pass
+    elif scores.scores.max() > np.median(scores.scores):
         positions = [where[name] for name in scores.ids]
         top = min(options.top, len(positions))
         shares = {
@@ -119,7 +123,44 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
     pixels = query.pixels if query.region is None else query.region.show(query.pixels)
     first = ranked(scores.scores, options.top, tail)
     parts = {name: ranked(values, min(_PART, options.top)) for name, values in scores.parts.items()}
-    return QueryReport(query.name, query.prompt, pixels, first, shares, facts, notes, parts)
+    stated = {} if query.metadata is None else query.metadata.table()
+    return QueryReport(query.name, query.prompt, pixels, first, shares, facts, notes, parts, stated)
+
+
+def tie_notes(scores: Scores, shown: int) -> list[str]:
+    """What must be said of scores that are equal: that there is no order, or that it ends in a tie.
+
+    Args:
+        scores: The scores.
+        shown: How many of the first images are shown.
+    """
+    if scores.all_equal:
+        return [
+            "All scores are equal: for this image the method does not tell the training images apart. They are listed "
+            "by their names, and their order says nothing."
+        ]
+    ordered = np.sort(scores.scores)[::-1]
+    last = ordered[min(shown, len(ordered)) - 1]
+    tied, before = int((ordered == last).sum()), int((ordered > last).sum())
+    if before + tied <= shown:
+        return []
+    return [
+        f"From place {before + 1} on, {tied:,} training images have the same score: which of them are shown, and in "
+        "what order, is decided by their names."
+    ]
+
+
+def metadata_notes(query: Query) -> list[str]:
+    """Warnings of what the image file says: where the prompt is from, what differs, what is not interpreted."""
+    metadata = query.metadata
+    if metadata is None:
+        return []
+    notes = [f"{note[:1].upper()}{note[1:]}." for note in metadata.notes]
+    if query.own_prompt:
+        return [f"No prompt was given: the image's own is used, from its {metadata.source}.", *notes]
+    if metadata.prompt is not None and " ".join(metadata.prompt.split()) != " ".join(query.prompt.split()):
+        return ["The prompt is another than the one that the image file states.", *notes]
+    return notes
 
 
 def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
@@ -127,7 +168,7 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
     if scores.query.region is not None:
         facts["Region"] = f"{scores.query.region.name}; the rest is shown faded"
     reliability = scores.facts.get("split_half_reliability")
-    if reliability is not None:
+    if reliability is not None and math.isfinite(reliability):
         facts["Split-half reliability"] = f"{reliability:.3f}"
         if reliability < 0.8:
             notes.append(
@@ -144,14 +185,14 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
         if name in scores.facts:
             facts[label] = f"{scores.facts[name]:.1f} s"
     for count in (1, 10, 100):
-        if f"influence_of_first_{count}" in scores.facts:
+        if math.isfinite(scores.facts.get(f"influence_of_first_{count}", math.nan)):
             facts[f"Influence of the first {count}"] = (
                 f"{scores.facts[f'influence_of_first_{count}']:.0%} of all, estimated"
             )
     if "effective_pictures" in scores.facts:
         facts["Effective number of images"] = f"{scores.facts['effective_pictures']:.1f}, estimated"
     flatness = flatness_of(scores.scores)
-    if flatness > _FLAT:
+    if flatness > _FLAT and not scores.all_equal:
         notes.append(
             "The scores are nearly uniform: the influence above the median is spread over "
             f"{flatness:.0%} of the images that have any. The order tells little."
@@ -162,6 +203,7 @@ def _facts(scores: Scores) -> tuple[dict[str, str], list[str]]:
             f"{scores.facts['loss_excess']:.1f} interquartile ranges above the upper quartile of training images' "
             "losses. It may not have drawn it."
         )
+    notes += metadata_notes(scores.query)
     if not scores.query.prompt:
         notes.append(
             "The prompt is not known: the empty prompt was used, so what only the words brought in cannot be found."

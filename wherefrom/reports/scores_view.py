@@ -15,8 +15,9 @@ from wherefrom.queries.types import Scores, TrainingData
 from wherefrom.rankings.ranking_file import order_of
 from wherefrom.reports.attribution_report import write_report
 from wherefrom.reports.html import Markup, shorten, tag
+from wherefrom.reports.image_facts import image_facts
 from wherefrom.reports.images import foreign, image_tag
-from wherefrom.reports.query_section import ReportOptions, page_of
+from wherefrom.reports.query_section import ReportOptions, page_of, tie_notes
 from wherefrom.runtime.optional_dependencies import require_pandas
 
 if TYPE_CHECKING:
@@ -48,8 +49,14 @@ class ScoresView(Scores):
     ) -> ScoresView:
         """The same scores, beside the training images."""
         kept = {name: getattr(scores, name) for name in ("query", "ids", "scores", "null", "facts", "parts")}
-        more = {"estimates": scores.estimates, "per_copy": scores.per_copy}
-        return cls(**kept, **more, data=data, notes=tuple(notes), about=about or {})
+        return cls(
+            **kept,
+            estimates=scores.estimates,
+            per_copy=scores.per_copy,
+            data=data,
+            notes=tuple(notes),
+            about=about or {},
+        )
 
     @property
     def images(self) -> ImageSet:
@@ -123,7 +130,7 @@ class ScoresView(Scores):
         order, rows = self._first(count)
         said = f"  {self.query.prompt!r}" if self.query.prompt else "  (no prompt)"
         width = max((len(self.ids[position]) for position in order), default=0)
-        lines = [f"{self.query.name}{said}"]
+        lines = [f"{self.query.name}{said}", *tie_notes(self, count)]
         for rank, (position, row) in enumerate(zip(order, rows, strict=True), start=1):
             caption = " ".join(self.images.captions[row][0].split())
             lines.append(
@@ -152,7 +159,7 @@ class ScoresView(Scores):
                     style=_ITEM,
                 )
             )
-        notes = [tag("p", foreign(note, 2000)) for note in self.notes]
+        notes = [tag("p", foreign(note, 2000)) for note in (*self.notes, *tie_notes(self, count))]
         return tag("div", *notes, tag("ol", *items, style=_ROW))
 
     def plot(self, count: int = 20) -> Figure:
@@ -212,6 +219,7 @@ def save_report(path: str | Path, results: Sequence[ScoresView], options: Report
         facts={
             **results[0].about,
             "Training images": f"{len(data.images):,}",
+            **image_facts(data.images),
             **({} if data.held_out is None else {"Images never trained on (the null)": f"{len(data.held_out):,}"}),
         },
         notes=list(dict.fromkeys([*options.notes, *(note for scores in results for note in scores.notes)])),

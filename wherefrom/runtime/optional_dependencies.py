@@ -49,6 +49,25 @@ def require_peft(why: str) -> ModuleType:
         ) from error
 
 
+def require_datasets(why: str) -> ModuleType:
+    """Imports `datasets`, which reads data sets of Hugging Face's hub.
+
+    Args:
+        why: What needs it, for the error message.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+    """
+    try:
+        return importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        raise ImportError(
+            f"{why} needs datasets, which is not installed: pip install 'wherefrom[datasets]'.", name="datasets"
+        ) from error
+
+
 def require_pandas() -> ModuleType:
     """The module `pandas`, which notebooks have and nothing else here needs.
 

@@ -311,11 +311,11 @@ class BankBuilder:
 def _timestep_weights(squares: SquaredPass) -> Float[Tensor, " t"] | None:
     """Timestep weights ∝ 1 / RMS norm of the whitened gradients, of mean 1; None where a norm is zero."""
     # The losses' dimensions are images, flips, captions, timesteps and noise samples.
-    weights = squares.data.weights
-    if weights is None:
+    repeats = squares.data.weights
+    if repeats is None:
         lengths = squares.losses.double().mean(dim=(0, 1, 2, 4)).sqrt()
     else:
-        lengths = (weights @ squares.losses.double().mean(dim=(1, 2, 4)) / weights.sum()).sqrt()
+        lengths = (repeats @ squares.losses.double().mean(dim=(1, 2, 4)) / repeats.sum()).sqrt()
     if not bool((lengths > 0).all()):
         return None
     weights: Tensor = 1 / lengths

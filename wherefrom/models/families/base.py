@@ -40,6 +40,17 @@ CROSS_ATTENTION: Mapping[str, Belongs] = {
     "adapter": of_adapter,
 }
 
+GROUNDED = "it attends to boxes and their phrases too, of which captions say nothing"
+# Settings of a U-Net's configuration that need more than a caption and a timestep.
+UNET_REFUSED: Mapping[str, str] = {
+    "attention_type": GROUNDED,
+    "class_embed_type": "it takes classes of images beside the caption",
+    "num_class_embeds": "it takes classes of images beside the caption",
+    "dual_cross_attention": "it attends to a prompt image beside the caption",
+    "time_cond_proj_dim": "it is told the strength of guidance at each pass, as distilled (LCM) models are, which no "
+    "training image has. Attribute the model that it was distilled from",
+}
+
 
 @dataclass(frozen=True)
 class SavedAs:
@@ -124,6 +135,9 @@ class ModelFamily:
         description: Names them in messages.
         subsets: Which parameters belong to each subset, by name; see `wherefrom.models.parameter_subsets`.
         saved_as: How models are saved; None where they are only read.
+        pipelines: Names of diffusers' pipeline classes that draw from text with such a network; empty takes any.
+        refused_settings: Settings of the network's configuration that need what losses do not hand to it, and why.
+        latent_statistics: Whether the pipeline takes the autoencoder's `latents_mean` and `latents_std` into account.
 
     Raises:
         ValueError: The network takes conditioning that is not supported.
@@ -133,6 +147,9 @@ class ModelFamily:
     description: ClassVar[str] = ""
     subsets: ClassVar[Mapping[str, Belongs]] = CROSS_ATTENTION
     saved_as: ClassVar[SavedAs | None] = None
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    refused_settings: ClassVar[Mapping[str, str]] = {}
+    latent_statistics: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:
         self.config: Any = getattr(network, "config", None)

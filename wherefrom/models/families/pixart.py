@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from wherefrom.models.conditioning import MASK, PROMPT, Conditioning, Shape
 from wherefrom.models.encoders import CaptionEncoder
-from wherefrom.models.families.base import PipelineParts, SavedAs, TransformerFamily, token_limit
+from wherefrom.models.families.base import GROUNDED, PipelineParts, SavedAs, TransformerFamily, token_limit
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.prompt_encoders import PromptEncoder
 
@@ -66,6 +66,8 @@ class PixArt(TransformerFamily):
 
     networks: ClassVar[tuple[type[nn.Module], ...]] = (PixArtTransformer2DModel,)
     description: ClassVar[str] = "a transformer of PixArt"
+    pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    refused_settings: ClassVar[Mapping[str, str]] = {"attention_type": GROUNDED}
     saved_as: ClassVar[SavedAs | None] = SavedAs("PixArtAlphaPipeline", "transformer")
 
     def __init__(self, network: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wherefrom.models.conditioning import PROMPT, Conditioning, Shape
 from wherefrom.models.encoders import CaptionEncoder
-from wherefrom.models.families.base import ModelFamily, PipelineParts, SavedAs, token_limit
+from wherefrom.models.families.base import UNET_REFUSED, ModelFamily, PipelineParts, SavedAs, token_limit
 
 _SAID_MORE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 
@@ -28,6 +28,8 @@ class StableDiffusion(ModelFamily):
 
     networks: ClassVar[tuple[type[nn.Module], ...]] = (UNet2DConditionModel,)
     description: ClassVar[str] = "a U-Net of Stable Diffusion 1 or 2"
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    refused_settings: ClassVar[Mapping[str, str]] = UNET_REFUSED
     saved_as: ClassVar[SavedAs | None] = SavedAs(
         "StableDiffusionPipeline",
         "unet",
@@ -67,4 +69,6 @@ class StableDiffusion(ModelFamily):
     def prompt_encoder(self, parts: PipelineParts) -> CaptionEncoder:
         """See `ModelFamily`."""
         (model,), (tokenizer,) = parts.text([""])
+        if getattr(model.config, "use_attention_mask", False):
+            raise parts.unsupported("Its text encoder reads captions under a mask (use_attention_mask)")
         return CaptionEncoder(model, tokenizer, token_limit(model, tokenizer))

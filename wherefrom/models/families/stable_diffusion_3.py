@@ -78,6 +78,7 @@ class StableDiffusion3(TransformerFamily):
 
     networks: ClassVar[tuple[type[nn.Module], ...]] = (SD3Transformer2DModel,)
     description: ClassVar[str] = "a transformer of Stable Diffusion 3"
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     subsets: ClassVar[Mapping[str, Belongs]] = JOINT_ATTENTION
 
     def __call__(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wherefrom.models.conditioning import POOLED, PROMPT, Conditioning, Shape
 from wherefrom.models.encoders import CaptionEncoder
-from wherefrom.models.families.base import ModelFamily, PipelineParts, token_limit
+from wherefrom.models.families.base import UNET_REFUSED, ModelFamily, PipelineParts, token_limit
 from wherefrom.models.prompt_encoders import PromptEncoder
 
 TIME_IDS = "time_ids"
@@ -32,6 +32,8 @@ class SDXLPrompts(PromptEncoder):
         size: (height, width) of the images in pixels.
         empty_is_zero: The empty caption is zeros rather than states, as the base model was trained.
     """
+
+    writes_out = True
 
     def __init__(
         self,
@@ -69,6 +71,9 @@ class StableDiffusionXL(ModelFamily):
 
     networks: ClassVar[tuple[type[nn.Module], ...]] = (UNet2DConditionModel,)
     description: ClassVar[str] = "a U-Net of Stable Diffusion XL"
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    refused_settings: ClassVar[Mapping[str, str]] = UNET_REFUSED
+    latent_statistics: ClassVar[bool] = True
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
