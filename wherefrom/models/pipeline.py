@@ -261,7 +261,7 @@ def load_model(
         model = model_from_pipeline(pipeline)
         model.notes = (*notes, *model.notes)
     add_adapters(model, files)
-    said = [] if is_noted(model.notes) else distilled_notes([path, *(each.place for each in lora)])
+    said = [] if is_noted(model.notes) else distilled_notes([path, *(each.place for each in asked)])
     model.notes = (*model.notes, *said)
     return model
 
