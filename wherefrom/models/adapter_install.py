@@ -76,7 +76,7 @@ def wrap(model: nn.Module, change: LayerUpdate, name: str, weight: float) -> Any
         weight: How strongly the adapter counts.
     """
     assert change.update is not None
-    target = model.get_submodule(change.module)
+    target: Any = model.get_submodule(change.module)
     base = base_layer(target)
     before = list(target.active_adapters) if target is not base else []
     made, config = _layer(target, base, change.update, name)
@@ -155,12 +155,10 @@ def _whole(value: float) -> float:
 def arrived(model: nn.Module, change: LayerUpdate, name: str, weight: float) -> bool:
     """Whether a wrapped layer holds the adapter's tensors, takes part, and counts as strongly as it should."""
     layer: Any = model.get_submodule(change.module)
-    while isinstance(layer, nn.Module) and hasattr(layer, "adapter_layer_names"):
-        if name in layer.scaling:
-            break
+    while name not in getattr(layer, "scaling", ()):
+        if not hasattr(layer, "adapter_layer_names"):
+            return False
         layer = layer.base_layer
-    else:
-        return False
     update = change.update
     scale = 0.0 if update is None else update.scale * weight
     if name not in layer.active_adapters or abs(layer.scaling[name] - scale) > 1e-6 * abs(scale):
