@@ -66,7 +66,7 @@ def test_sidecars(tmp_path: Path) -> None:
         assert words in told(opened)
     first = open_images(tmp_path, ReadingOptions(caption_lines="first"))
     assert captions(first)["b.png"] == ("one",)
-    assert captions(open_images(tmp_path, ReadingOptions(caption_lines="whole")))["b.png"] == ("one two",)
+    assert captions(open_images(tmp_path, ReadingOptions(caption_lines="whole")))["b.png"] == ("one\n\ntwo",)
 
 
 def test_splits_of_sidecars(tmp_path: Path) -> None:
@@ -85,7 +85,23 @@ def test_the_trigger_of_ai_toolkit(tmp_path: Path) -> None:
     beside(tmp_path / "a.png", "[trigger] on a hill")
     with pytest.raises(ValueError, match=r"a\.png: the caption holds '\[trigger\]'.*option 'trigger'"):
         open_images(tmp_path)
-    assert captions(open_images(tmp_path, ReadingOptions(trigger="sks"))) == {"a.png": ("sks on a hill",)}
+    beside(tmp_path / "b.png", "a hill, [name]")
+    beside(tmp_path / "c.png", "a hill")
+    paint(tmp_path / "_controls/a.png")
+    assert captions(open_images(tmp_path, ReadingOptions(trigger="sks"))) == {
+        "a.png": ("sks on a hill",),
+        "b.png": ("a hill, sks",),
+        "c.png": ("sks a hill",),
+    }
+    none = captions(open_images(tmp_path, ReadingOptions(trigger="")))
+    assert none == {"a.png": (" on a hill",), "b.png": ("a hill, ",), "c.png": ("a hill",)}
+
+
+def test_options_that_change_nothing_are_said(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "one"}))
+    asked = ReadingOptions(trigger="sks", one_caption="x")
+    assert "the option 'one_caption' and the option 'trigger' change nothing" in told(open_images(tmp_path, asked))
 
 
 def test_kohyas_folders(tmp_path: Path) -> None:
@@ -104,6 +120,20 @@ def test_kohyas_folders(tmp_path: Path) -> None:
     paint(tmp_path / "more/d.png")
     with pytest.raises(ValueError, match=r"kohya's trainer does not see them: 'more/d\.png'"):
         open_images(tmp_path)
+
+
+def test_one_of_kohyas_folders_given_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "10_blue cat"
+    beside(folder / "a.png", "a cat\nanother line")
+    paint(folder / "b.png", 1)
+    paint(folder / "c.gif", 2)
+    opened = open_images(folder)
+    assert (opened.reader.layout, captions(opened)) == ("kohya", {"a.png": ("a cat",), "b.png": ("blue cat",)})
+    assert {row.repeats for row in opened.reader.rows} == {10}
+    assert "of which the first is the caption" in told(opened)
+    assert "does not read: 'c.gif'" in told(opened)
+    every = open_images(folder, ReadingOptions(caption_lines="each"))
+    assert captions(every)["a.png"] == ("a cat", "another line")
 
 
 CONFIG = """
@@ -140,12 +170,12 @@ def test_a_configuration_of_kohyas(tmp_path: Path) -> None:
     (tmp_path / "set.toml").write_text(CONFIG)
     opened = open_images(tmp_path / "set.toml")
     rows = {row.id: (row.captions, row.repeats, row.columns["is_reg"]) for row in opened.reader.rows}
-    # Six images with repeats in the first data set and two in the second: eight.
+    # The first data set alone has regularization images, and six others with their repeats; the second has two more.
     assert rows == {
         "cats/a.png": (("photo of a cat",), 4, "false"),
         "cats/b.png": (("photo of b cat",), 4, "false"),
-        "reg/0.png": (("thing",), 3, "true"),
-        "reg/1.png": (("thing",), 3, "true"),
+        "reg/0.png": (("thing",), 2, "true"),
+        "reg/1.png": (("thing",), 2, "true"),
         "reg/2.png": (("thing",), 2, "true"),
     }
     for words in ("shuffle_caption = True", "resolution = 512", "earlier one", "without a .txt file"):
@@ -156,13 +186,119 @@ def test_a_configuration_of_kohyas(tmp_path: Path) -> None:
         ('image_dir = "nowhere"', "there is no 'nowhere'"),
         ("[broken", "is not valid TOML"),
     ):
-        (tmp_path / "bad.toml").write_text(
-            f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cats"\n{line}\n'.replace(
-                'image_dir = "cats"\nimage_dir', "image_dir"
-            )
-        )
+        folder = "" if line.startswith("image_dir") else 'image_dir = "cats"\n'
+        head = '[general]\ncaption_extension = ".txt"\n[[datasets]]\n[[datasets.subsets]]\n'
+        (tmp_path / "bad.toml").write_text(f"{head}{folder}{line}\n")
         with pytest.raises(ValueError, match=message):
             open_images(tmp_path / "bad.toml")
+
+
+def config(folder: Path, text: str) -> OpenedImages:
+    (folder / "set.toml").write_text(text)
+    return open_images(folder / "set.toml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "expected"),
+    [
+        # By hand from `process_caption` of sd-scripts, whose own draws these are.
+        ("", "one\ntwo", ("one",)),
+        ("", "\none", ("",)),
+        ('caption_prefix = "P"\ncaption_suffix = "S"', "one, two", ("P one, two S",)),
+        ("enable_wildcard = true", "one\n\ntwo", ("one", "two")),
+        ('enable_wildcard = true\ncaption_prefix = "P"\ncaption_suffix = "S"', "one\ntwo", ("P one", "two S")),
+        ("enable_wildcard = true", "a {red|blue} {{cat}}", ("a red {cat}", "a blue {cat}")),
+        ("enable_wildcard = true", "{a|b|c}\nd", ("a", "b", "c", "d", "d", "d")),
+        ("", "a {red|blue} cat", ("a {red|blue} cat",)),
+        ("shuffle_caption = true", "a,b ,  c", ("a, b, c",)),
+        ('shuffle_caption = true\nkeep_tokens_separator = "|||"', "a ||| b, c", ("a, b, c",)),
+        ('secondary_separator = ";;;"', "a;;;b, c", ("a,b, c",)),
+    ],
+)
+def test_captions_are_what_kohyas_trainer_makes_of_a_text(
+    tmp_path: Path, settings: str, text: str, expected: tuple[str, ...]
+) -> None:
+    beside(tmp_path / "cats/a.png", text, ".caption")
+    opened = config(tmp_path, f'[general]\n{settings}\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cats"\n')
+    assert captions(opened) == {"cats/a.png": expected}
+
+
+def test_too_many_wildcards_are_refused(tmp_path: Path) -> None:
+    beside(tmp_path / "cats/a.png", "{a|b}" * 40, ".caption")
+    with pytest.raises(ValueError, match=r"a\.png: .*make 1,099,511,627,776 captions, and 60 is the limit"):
+        config(tmp_path, '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cats"\nenable_wildcard = true\n')
+
+
+def test_the_suffix_that_the_trainer_was_given_elsewhere(tmp_path: Path) -> None:
+    beside(tmp_path / "cats/a.png", "a cat")
+    text = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cats"\nclass_tokens = "thing"\n'
+    with pytest.raises(ValueError, match=r"has no caption_extension \(without it the trainer reads \.caption"):
+        config(tmp_path, text)
+    asked = open_images(tmp_path / "set.toml", ReadingOptions(caption=".txt"))
+    assert captions(asked) == {"cats/a.png": ("a cat",)}
+    (tmp_path / "cats/a.txt").unlink()
+    assert captions(open_images(tmp_path / "set.toml")) == {"cats/a.png": ("thing",)}
+
+
+def test_each_data_set_has_its_own_regularization(tmp_path: Path) -> None:
+    for index, name in enumerate(("cats/a.png", "dogs/b.png", "reg/c.png", "reg/d.png", "reg/e.png")):
+        paint(tmp_path / name, index)
+    sets = "".join(
+        f"[[datasets]]\nresolution = {size}\n[[datasets.subsets]]\nimage_dir = {folder!r}\nnum_repeats = {repeats}\n"
+        '[[datasets.subsets]]\nimage_dir = "reg"\nis_reg = true\n'
+        for size, folder, repeats in ((512, "cats", 5), (768, "dogs", 2))
+    )
+    rows = config(tmp_path, sets).reader.rows
+    # Five over three images are 2, 2, 1; two are 1, 1, 0.
+    assert {row.id: row.repeats for row in rows} == {
+        "cats/a.png": 5,
+        "dogs/b.png": 2,
+        "reg/c.png": 3,
+        "reg/d.png": 3,
+        "reg/e.png": 1,
+    }
+
+
+def test_a_configuration_of_musubi(tmp_path: Path) -> None:
+    beside(tmp_path / "cats/a.png", "a cat\non two lines\n")
+    paint(tmp_path / "cats/b.png", 1)
+    paint(tmp_path / "cats/deep/c.png", 1)
+    paint(tmp_path / "dogs/d.png", 2)
+    (tmp_path / "dogs.jsonl").write_text(json.dumps({"image_path": "dogs/d.png", "caption": "d\ne"}))
+    opened = config(
+        tmp_path,
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nimage_directory = "cats"\nnum_repeats = 2\n'
+        '[[datasets]]\nimage_jsonl_file = "dogs.jsonl"\n',
+    )
+    assert {row.id: (row.captions, row.repeats) for row in opened.reader.rows} == {
+        "cats/a.png": (("a cat\non two lines",), 2),
+        "dogs/d.png": (("d\ne",), 1),
+    }
+    assert "so not trained on: 'b.png'" in told(opened)
+    assert "where the trainer does not look: 'deep/c.png'" in told(opened)
+    with pytest.raises(ValueError, match="control_directory is not supported"):
+        config(tmp_path, '[[datasets]]\nimage_directory = "cats"\ncontrol_directory = "dogs"\n')
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"), [(None, "one"), ("first", "one"), ("whole", "one\ntwo,t"), ("each", ("one", "two,t"))]
+)
+def test_lines_of_a_list(tmp_path: Path, lines: Any, expected: str | tuple[str, ...]) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "l.json").write_text(json.dumps({"a.png": {"caption": "one\ntwo", "tags": "t"}}))
+    opened = open_images(tmp_path / "l.json", ReadingOptions(caption_lines=lines))
+    assert captions(opened) == {"a.png": (expected,) if isinstance(expected, str) else expected}
+    assert ("the first is the caption" in told(opened)) is (lines is None)
+
+
+def test_tags_stand_after_each_line_of_a_list_with_wildcards(tmp_path: Path) -> None:
+    paint(tmp_path / "cats/a.png")
+    (tmp_path / "l.json").write_text(json.dumps({"a": {"caption": "one\ntwo", "tags": "t"}}))
+    opened = config(
+        tmp_path,
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cats"\nmetadata_file = "l.json"\nenable_wildcard = true\n',
+    )
+    assert captions(opened) == {"cats/a.png": ("one,t", "two,t")}
 
 
 def test_a_list_of_kohyas_and_of_musubi(tmp_path: Path) -> None:

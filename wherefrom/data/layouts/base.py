@@ -186,11 +186,13 @@ class Layout(Protocol):
         name: What the option `layout` calls it.
         needs: What a place of this layout holds, for errors.
         contains: Layouts whose captions this one reads too, so that a place of both is no contradiction.
+        takes: Of the options `one_caption`, `trigger` and `caption_lines` those that change what it reads.
     """
 
     name: str
     needs: str
     contains: frozenset[str]
+    takes: frozenset[str]
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """Whether a place is of this layout, and why; a glance, which raises nothing."""

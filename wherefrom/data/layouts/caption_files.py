@@ -8,7 +8,7 @@ from wherefrom.data.layouts.base import CaptionLines, ReadingOptions, inside
 
 SUFFIXES_OF_CAPTIONS = (".txt", ".caption")
 _LARGEST = 2**20
-_TRIGGER = "[trigger]"
+_TRIGGERS = ("[trigger]", "[name]")
 
 
 def caption_text(folder: Path, name: str) -> str:
@@ -36,12 +36,18 @@ def caption_text(folder: Path, name: str) -> str:
     return text
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text as trainers count them: at line feeds, and at no other separator of Unicode's."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def captions_of_text(text: str, lines: CaptionLines) -> tuple[str, ...]:
     """The captions that a text means; the empty one where it has no words."""
-    written = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines == "whole":
+        return ("\n".join(lines_of(text)).strip(),)
     if lines == "first":
-        return (text.splitlines()[0].strip() if text.splitlines() else "",)
-    return ((" ".join(written),) if lines == "whole" else tuple(written)) or ("",)
+        return (lines_of(text)[0].strip(),)
+    return tuple(line.strip() for line in lines_of(text) if line.strip()) or ("",)
 
 
 def caption_file(image: str, files: frozenset[str], options: ReadingOptions) -> list[str]:
@@ -66,24 +72,20 @@ def _suffix(caption: str) -> str:
     return caption
 
 
-def captions_beside(
-    folder: Path, image: str, files: frozenset[str], options: ReadingOptions, lines: CaptionLines = "each"
-) -> tuple[str, ...] | None:
-    """The captions in the file beside an image; None where there is none.
+def text_beside(folder: Path, image: str, files: frozenset[str], options: ReadingOptions) -> str | None:
+    """The text of the file beside an image; None where there is none.
 
     Args:
         folder: The folder.
         image: The image's path below it.
         files: Those of all files.
-        options: Suffix, what lines are, and the trigger.
-        lines: What lines are where the options do not say.
+        options: The suffix.
 
     Raises:
-        ValueError: There are two files of different captions, or one cannot be used.
+        ValueError: There are two files of different texts, or one cannot be used.
     """
-    names = caption_file(image, files, options)
-    found = {name: captions_of_text(caption_text(folder, name), options.caption_lines or lines) for name in names}
-    if len(set(found.values())) > 1:
+    found = {name: caption_text(folder, name) for name in caption_file(image, files, options)}
+    if len({captions_of_text(text, "each") for text in found.values()}) > 1:
         raise ValueError(
             f"{folder / image} has caption files that differ: {', '.join(found)}. Keep one of them, or name the suffix "
             "in the option 'caption'."
@@ -91,15 +93,30 @@ def captions_beside(
     return next(iter(found.values()), None)
 
 
-def with_trigger(captions: tuple[str, ...], where: str, trigger: str | None) -> tuple[str, ...]:
-    """Captions with ai-toolkit's placeholder replaced.
+def with_trigger(captions: tuple[str, ...], where: str, trigger: str | None, before: bool = False) -> tuple[str, ...]:
+    """Captions with ai-toolkit's placeholders replaced.
+
+    Args:
+        captions: The captions.
+        where: Where they stand, for errors.
+        trigger: What the placeholders stand for.
+        before: As ai-toolkit does, put it before captions that do not hold it.
 
     Raises:
-        ValueError: A caption has the placeholder, and nothing says what it stands for.
+        ValueError: A caption has a placeholder, and nothing says what it stands for.
     """
-    if trigger is None and any(_TRIGGER in caption for caption in captions):
-        raise ValueError(
-            f"{where}: the caption holds {_TRIGGER!r}, which stands for the trigger word of the training. Give it in "
-            "the option 'trigger' ('' takes the placeholder out)."
-        )
-    return tuple(caption.replace(_TRIGGER, trigger or "") for caption in captions)
+    if trigger is None:
+        for caption in captions:
+            there = [placeholder for placeholder in _TRIGGERS if placeholder in caption]
+            if there:
+                raise ValueError(
+                    f"{where}: the caption holds {there[0]!r}, which stands for the trigger word of the training. Give "
+                    "it in the option 'trigger' ('' takes the placeholder out)."
+                )
+        return captions
+    made = []
+    for caption in captions:
+        for placeholder in _TRIGGERS:
+            caption = caption.replace(placeholder, trigger)
+        made.append(f"{trigger} {caption}" if before and trigger.strip() and trigger not in caption else caption)
+    return tuple(made)

@@ -62,7 +62,8 @@ def open_images(place: str | Path, options: ReadingOptions = ReadingOptions()) -
     if options.layout is not None:
         layout = layout_named(options.layout)
         reader = layout.read(where, options)
-        return OpenedImages(where.given, reader, [f"reads {place} as {layout.name}, as asked for", *reader.lines])
+        line = f"reads {place} as {layout.name}, as asked for"
+        return OpenedImages(where.given, reader, [line, *_choices(layout, options), *reader.lines])
     found = [(layout, why) for layout in LAYOUTS if (why := layout.find(where, options)) is not None]
     if not found:
         raise ValueError(_unknown(where))
@@ -71,8 +72,23 @@ def open_images(place: str | Path, options: ReadingOptions = ReadingOptions()) -
     more = _others(where, (layout, reader), others, options)
     line = f"reads {place} as {layout.name} ({why.why}); the option 'layout' overrides"
     return OpenedImages(
-        where.given, reader, [line, *more, *reader.lines], isinstance(layout, ImageFolderLayout) and not more
+        where.given,
+        reader,
+        [line, *more, *_choices(layout, options), *reader.lines],
+        isinstance(layout, ImageFolderLayout) and not more,
     )
+
+
+def _choices(layout: Layout, options: ReadingOptions) -> list[str]:
+    """What is said of options that a layout does not take, or takes in a way that is not plain from their names."""
+    given = {
+        "one_caption": options.one_caption is not None,
+        "trigger": options.trigger is not None,
+        "caption_lines": options.caption_lines is not None,
+    }
+    idle = [f"the option {name!r}" for name, asked in given.items() if asked and name not in layout.takes]
+    verb = "changes" if len(idle) == 1 else "change"
+    return [f"{' and '.join(idle)} {verb} nothing: {layout.name} has no such captions"] if idle else []
 
 
 def layout_named(name: str) -> Layout:

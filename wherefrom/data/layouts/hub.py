@@ -51,6 +51,7 @@ class HubLayout:
     name = "hub"
     needs = "an id on Hugging Face's hub, OWNER/NAME, OWNER/NAME:CONFIGURATION or OWNER/NAME@REVISION"
     contains: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """By its form; what is on disk is never asked for on the hub."""

@@ -20,9 +20,9 @@ from wherefrom.data.layouts.base import (
     inside,
     shown,
 )
-from wherefrom.data.layouts.caption_files import with_trigger
+from wherefrom.data.layouts.caption_files import lines_of, with_trigger
+from wherefrom.data.layouts.kohya_captions import CaptionRules
 
-SEPARATOR = ","
 _LARGEST = 2**29
 _IMAGE = "image_path"
 _SUFFIXES = (".json", ".jsonl")
@@ -50,45 +50,59 @@ def _entries(path: Path) -> Iterator[tuple[str, Any, Any]]:
     yield from ((f"{path}, {name!r}", name, entry) for name, entry in content.items())
 
 
-def caption_of(entry: Mapping[str, Any], where: str, separator: str = SEPARATOR) -> str:
-    """The caption of an entry: caption and tags with the separator between, as kohya's trainer joins them.
+def _text_of(entry: Mapping[str, Any], where: str, rules: CaptionRules) -> str:
+    """The text of an entry: caption and tags with the separator between, as kohya's trainer joins them.
 
     Raises:
         ValueError: It has neither, or one that is no text.
     """
     caption, tags = entry.get("caption"), entry.get("tags")
     if isinstance(tags, list):
-        tags = f"{separator} ".join(map(str, tags))
+        tags = f"{rules.separator} ".join(map(str, tags))
     if (caption is None and tags is None) or not all(word is None or isinstance(word, str) for word in (caption, tags)):
         raise ValueError(f"{where} has no caption and no tags that are text. Write one; it may be empty.")
-    return separator.join(word for word in (caption, tags) if word)
+    return "\n".join(lines_of(rules.entry(caption or "", tags)))
 
 
 def list_rows(
-    path: Path, folder: Path, options: ReadingOptions, separator: str = SEPARATOR
+    path: Path, folder: Path, options: ReadingOptions, rules: CaptionRules = CaptionRules(), musubi: bool | None = None
 ) -> tuple[list[Row], list[str]]:
     """The rows of a list, and what is said of it.
 
     Args:
         path: The list.
         folder: Where its images are; no entry leads out of it.
-        options: The trigger.
-        separator: Between caption and tags.
+        options: The trigger, and what lines are where they say.
+        rules: How captions are made of caption and tags.
+        musubi: Whether the list is musubi-tuner's, which trains on whole captions, and not on their first lines; None
+            takes JSON lines for such.
 
     Raises:
         ValueError: The list or an entry is of another form, or an image is missing or leads out of the folder.
     """
     rows: list[Row] = []
     more: set[str] = set()
+    several: list[str] = []
+    musubi = path.suffix.lower() == ".jsonl" if musubi is None else musubi
+    lines = options.caption_lines or ("whole" if musubi else rules.lines)
     for where, name, entry in _entries(path):
         if not isinstance(name, str) or not name or not isinstance(entry, Mapping):
             raise ValueError(f"{where} is of another form: an image has a path, and an object with its caption.")
         more |= {str(key) for key in entry} - _SILENT
         image = _image(folder, name, where)
-        captions = with_trigger((caption_of(entry, where, separator),), where, options.trigger)
+        text = _text_of(entry, where, rules)
+        if "\n" in text.strip():
+            several.append(image)
+        captions = with_trigger(rules.captions(text, lines, where), where, options.trigger)
         rows.append(Row(where, image, image, captions, "", {"file_name": image, "license": "unknown"}))
-    lines = [f"of {path.name} caption and tags are read, not {shown(sorted(more))}"] if more else []
-    return rows, lines
+    told = [f"of {path.name} caption and tags are read, not {shown(sorted(more))}"] if more else []
+    if several and options.caption_lines is None:
+        how = {"each": "each of them is a caption", "first": "the first is the caption", "whole": "all are one caption"}
+        told.append(
+            f"{counted(len(several), 'caption')} of several lines in {path.name}, and {how[lines]}: {shown(several)}; "
+            "caption_lines: each, first or whole reads them otherwise"
+        )
+    return rows, told
 
 
 def _image(folder: Path, name: str, where: str) -> str:
@@ -119,6 +133,7 @@ class ImageListLayout:
         'a list of images: JSON {"path": {"caption": …, "tags": …}} (kohya), or JSON lines of image_path and caption'
     )
     contains: frozenset[str] = frozenset({"images"})
+    takes: frozenset[str] = frozenset({"trigger", "caption_lines"})
 
     def _lists(self, place: Place) -> list[Path]:
         if place.path.is_file():

@@ -13,6 +13,7 @@ class ImageFolderLayout:
     name = "imagefolder"
     needs = f"images beside {', '.join(METADATA[:-1])} or {METADATA[-1]}, with the columns file_name and text"
     contains: frozenset[str] = frozenset({"images"})
+    takes: frozenset[str] = frozenset()
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """The first metadata file."""

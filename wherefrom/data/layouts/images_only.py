@@ -23,6 +23,7 @@ class ImagesOnlyLayout:
     name = "images"
     needs = "images, and one caption for all of them in the option 'one_caption' (it may be '')"
     contains: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset({"one_caption", "trigger"})
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """Counts the images."""
@@ -45,7 +46,7 @@ class ImagesOnlyLayout:
                 "without words); else add the captions that it was trained with."
             )
         check_inside(folder, images)
-        (caption,) = with_trigger((options.one_caption,), "one_caption", options.trigger)
+        (caption,) = with_trigger((options.one_caption,), "one_caption", options.trigger, before=True)
         rows = [Row(name, name, name, (caption,), "", {"file_name": name, "license": "unknown"}) for name in images]
         made, _ = with_folder_splits(folder, rows)
         return FileReader(

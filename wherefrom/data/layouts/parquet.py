@@ -35,6 +35,7 @@ class ParquetLayout:
         "of bytes and path, or binary) and one of captions"
     )
     contains: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """The first parquet file, if it holds images."""

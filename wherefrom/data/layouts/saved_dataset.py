@@ -20,6 +20,7 @@ class SavedDatasetLayout:
     name = "save_to_disk"
     needs = f"what Dataset.save_to_disk left: {_STATE} (or {_DICT}) with its .arrow files"
     contains: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """By the file that lists the others."""

@@ -16,7 +16,13 @@ from wherefrom.data.layouts.base import (
     shown,
     with_folder_splits,
 )
-from wherefrom.data.layouts.caption_files import SUFFIXES_OF_CAPTIONS, caption_file, captions_beside, with_trigger
+from wherefrom.data.layouts.caption_files import (
+    SUFFIXES_OF_CAPTIONS,
+    caption_file,
+    captions_of_text,
+    text_beside,
+    with_trigger,
+)
 from wherefrom.data.layouts.left_out import images_to_read, left_out
 
 
@@ -30,6 +36,7 @@ class SidecarLayout:
     name = "sidecar"
     needs = f"a caption file ({' or '.join(SUFFIXES_OF_CAPTIONS)}) of the same name beside each image"
     contains: frozenset[str] = frozenset({"images"})
+    takes: frozenset[str] = frozenset({"one_caption", "trigger", "caption_lines"})
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """Counts the images that have a caption file."""
@@ -52,12 +59,14 @@ class SidecarLayout:
         without: list[str] = []
         several = 0
         for image in images:
-            captions = captions_beside(folder, image, files, options)
-            if captions is None:
+            text = text_beside(folder, image, files, options)
+            if text is None:
                 without.append(image)
-                captions = (options.one_caption or "",)
+                captions: tuple[str, ...] = (options.one_caption or "",)
+            else:
+                captions = captions_of_text(text, options.caption_lines or "each")
             several += len(captions) > 1
-            captions = with_trigger(captions, image, options.trigger)
+            captions = with_trigger(captions, str(folder / image), options.trigger, before=True)
             rows.append(Row(image, image, image, captions, "", {"file_name": image, "license": "unknown"}))
         if not rows:
             raise ValueError(f"{place.given} holds no image. It should hold {self.needs}.")

@@ -7,15 +7,12 @@ training is said, for it is not replayed.
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from wherefrom.data.layouts.base import (
-    SUFFIXES,
     FileReader,
     Found,
     Place,
@@ -26,154 +23,21 @@ from wherefrom.data.layouts.base import (
     finished_rows,
     shown,
 )
-from wherefrom.data.layouts.caption_files import captions_beside, with_trigger
-from wherefrom.data.layouts.image_lists import SEPARATOR, list_rows
+from wherefrom.data.layouts.caption_files import lines_of, text_beside, with_trigger
+from wherefrom.data.layouts.image_lists import list_rows
+from wherefrom.data.layouts.kohya_captions import file_text
+from wherefrom.data.layouts.left_out import TRAINED, untrained
+from wherefrom.data.layouts.training_settings import Subset, said_of, subsets_of
 
 REGULARIZATION = "is_reg"
-_LARGEST = 2**20
-# What is taken from a configuration.
-_TAKEN = frozenset(
-    {
-        "image_dir",
-        "image_directory",
-        "metadata_file",
-        "image_jsonl_file",
-        "num_repeats",
-        "class_tokens",
-        "is_reg",
-        "caption_extension",
-        "caption_prefix",
-        "caption_suffix",
-        "caption_separator",
-        "enable_wildcard",
-        "subsets",
-    }
-)
-# What happens to captions and images at random while training: said where it is switched on.
-_RANDOM = frozenset(
-    {
-        "shuffle_caption",
-        "keep_tokens",
-        "keep_tokens_separator",
-        "secondary_separator",
-        "caption_dropout_rate",
-        "caption_dropout_every_n_epochs",
-        "caption_tag_dropout_rate",
-        "token_warmup_min",
-        "token_warmup_step",
-        "color_aug",
-        "flip_aug",
-        "random_crop",
-        "face_crop_aug_range",
-    }
-)
-# What decides sizes; and what decides speed, or where things are kept.
-_SIZES = frozenset(
-    {
-        "resolution",
-        "enable_bucket",
-        "min_bucket_reso",
-        "max_bucket_reso",
-        "bucket_reso_steps",
-        "bucket_no_upscale",
-    }
-)
-_SILENT = frozenset(
-    {
-        "batch_size",
-        "cache_info",
-        "cache_directory",
-        "debug_dataset",
-        "network_multiplier",
-        "custom_attributes",
-        "max_token_length",
-        "prior_loss_weight",
-        "resize_interpolation",
-        "skip_image_resolution",
-        "validation_seed",
-    }
-)
-# What weighs pixels, holds images out, or names other training images than pairs of an image and a caption.
-_REFUSED = (
-    "conditioning_data_dir",
-    "control_directory",
-    "control_path",
-    "video_directory",
-    "video_jsonl_file",
-    "validation_split",
-    "alpha_mask",
-)
-
-
-@dataclass(frozen=True)
-class _Subset:
-    """One subset's settings, `[general]`'s and the data set's included."""
-
-    settings: Mapping[str, Any]
-    where: str
-    data_set: int
-
-    @property
-    def key(self) -> tuple[int, str, str]:
-        """What the trainer tells subsets of a data set apart by."""
-        names = ("metadata_file", "image_jsonl_file"), ("image_dir", "image_directory")
-        listed, folder = ("/".join(self.text(name) for name in pair) for pair in names)
-        return self.data_set, listed, "" if listed != "/" else folder
-
-    def text(self, name: str, default: str = "") -> str:
-        value = self.settings.get(name, default)
-        if not isinstance(value, str):
-            raise ValueError(f"{self.where}: {name} is {value!r}; it should be a text.")
-        return value
-
-    @property
-    def repeats(self) -> int:
-        value = self.settings.get("num_repeats", 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{self.where}: num_repeats is {value!r}; it should be a whole number.")
-        return value
 
 
 @dataclass
 class _Read:
-    """Rows so far: images of the training, and regularization images in their order."""
+    """The images so far, and what is said of them."""
 
     images: list[Row] = field(default_factory=list)
-    regularization: list[Row] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-
-
-def _subsets(path: Path) -> Iterator[_Subset]:
-    """The subsets of a configuration.
-
-    Raises:
-        ValueError: It is no TOML, has no subset, or a setting names what is no image with a caption.
-    """
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, which is no configuration.")
-    try:
-        tree = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid TOML ({error}).") from error
-    general, sets = tree.get("general", {}), tree.get("datasets")
-    if not isinstance(general, dict) or not isinstance(sets, list) or not all(isinstance(each, dict) for each in sets):
-        raise ValueError(f"{path} is no data set configuration: it should hold [[datasets]] of subsets with image_dir.")
-    for number, each in enumerate(sets):
-        subsets = each.get("subsets")
-        if subsets is None and ("image_directory" in each or "image_jsonl_file" in each):  # musubi-tuner
-            subsets = [{}]
-        if not isinstance(subsets, list) or not subsets or not all(isinstance(one, dict) for one in subsets):
-            raise ValueError(f"{path}: datasets[{number}] has no [[datasets.subsets]] with image_dir or metadata_file.")
-        for place, subset in enumerate(subsets):
-            settings = {**general, **each, **subset}
-            where = f"{path}, subset {place + 1} of data set {number + 1}"
-            for name in _REFUSED:
-                if settings.get(name):
-                    raise ValueError(
-                        f"{where}: {name} is not supported: training images are pairs of a whole image and a caption, "
-                        "all of them trained on. Give a configuration of such images, without it."
-                    )
-            yield _Subset(settings, where, number)
 
 
 def _folder(base: Path, given: str, where: str) -> Path:
@@ -192,17 +56,7 @@ def _name(base: Path, path: Path) -> str:
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.resolve().as_posix()
 
 
-def _words(subset: _Subset, captions: Sequence[str]) -> tuple[str, ...]:
-    """Captions with the subset's prefix and suffix, as the trainer puts them."""
-    before, after = subset.text("caption_prefix"), subset.text("caption_suffix")
-    return tuple(f"{before} {each}" if before else each for each in _suffixed(captions, after))
-
-
-def _suffixed(captions: Sequence[str], after: str) -> Iterator[str]:
-    yield from (f"{each} {after}" if after else each for each in captions)
-
-
-def _rows_of(subset: _Subset, base: Path, options: ReadingOptions) -> tuple[list[Row], list[str]]:
+def _rows_of(subset: Subset, base: Path, options: ReadingOptions) -> tuple[list[Row], list[str]]:
     """The images of one subset, by their paths, each with its captions."""
     listed = subset.text("metadata_file") or subset.text("image_jsonl_file")
     given = subset.text("image_dir") or subset.text("image_directory")
@@ -211,7 +65,7 @@ def _rows_of(subset: _Subset, base: Path, options: ReadingOptions) -> tuple[list
     if listed:
         path = _folder(base, listed, subset.where)
         folder = _folder(base, given, subset.where) if given else path.parent
-        rows, lines = list_rows(path, folder, options, subset.text("caption_separator", SEPARATOR))
+        rows, lines = list_rows(path, folder, options, subset.rules, subset.musubi)
     else:
         folder = _folder(base, given, subset.where)
         rows, lines = _beside(subset, folder, options)
@@ -221,7 +75,6 @@ def _rows_of(subset: _Subset, base: Path, options: ReadingOptions) -> tuple[list
             row,
             name=(name := _name(base, folder / row.name)),
             id=name,
-            captions=_words(subset, row.captions),
             columns={**row.columns, "file_name": name},
             repeats=repeats,
         )
@@ -230,33 +83,65 @@ def _rows_of(subset: _Subset, base: Path, options: ReadingOptions) -> tuple[list
     return made, lines
 
 
-def _beside(subset: _Subset, folder: Path, options: ReadingOptions) -> tuple[list[Row], list[str]]:
+def _beside(subset: Subset, folder: Path, options: ReadingOptions) -> tuple[list[Row], list[str]]:
     """Images directly in a folder, captions in files beside them, or else the class tokens."""
     if not folder.is_dir():
         raise ValueError(f"{subset.where}: {folder} is not a folder.")
     files = frozenset(path.name for path in folder.iterdir() if path.is_file())
-    images = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES)
+    images = sorted(name for name in files if Path(name).suffix.lower() in TRAINED)
     check_inside(folder, images)
-    usual = ".caption" if subset.text("image_dir") else ".txt"  # of sd-scripts and of musubi-tuner
-    extension = subset.text("caption_extension", usual)
-    asked = replace(options, caption=extension if extension.startswith(".") else f".{extension}")
-    lines = "each" if subset.settings.get("enable_wildcard") else "first"
+    extension = _extension(subset, folder, files, options)
+    asked = replace(options, caption=extension)
+    lines = options.caption_lines or ("whole" if subset.musubi else subset.rules.lines)
     class_tokens = subset.settings.get("class_tokens")
-    rows, without = list[Row](), list[str]()
+    rows, without, cut = list[Row](), list[str](), list[str]()
     for name in images:
-        captions = captions_beside(folder, name, files, asked, "each" if lines == "each" else "first")
-        if captions is None:
+        text, where = text_beside(folder, name, files, asked), str(folder / name)
+        if text is None:
             without.append(name)
-            captions = (subset.text("class_tokens"),)
-        captions = with_trigger(captions, f"{folder / name}", options.trigger)
-        rows.append(Row(f"{folder / name}", name, name, captions, "", {"license": "unknown"}))
-    if not without:
-        return rows, []
-    what = f"the class tokens {class_tokens!r}" if class_tokens is not None else "''"
-    return rows, [
-        f"{counted(len(without), 'image')} in {folder} without a {extension} file, whose caption is {what}: "
-        f"{shown(without)}"
-    ]
+            if subset.musubi:
+                continue
+        elif lines == "first" and options.caption_lines is None and any(map(str.strip, lines_of(text)[1:])):
+            cut.append(name)
+        said = subset.text("class_tokens") if text is None else file_text(text, lines)
+        captions = with_trigger(subset.rules.captions(said, lines, where), where, options.trigger)
+        rows.append(Row(where, name, name, captions, "", {"license": "unknown"}))
+    told = untrained(files)
+    deeper = [name for name in Place(str(folder)).images if "/" in name]
+    if deeper:
+        told.append(f"{counted(len(deeper), 'image')} below {folder}, where the trainer does not look: {shown(deeper)}")
+    if cut:
+        told.append(
+            f"{counted(len(cut), 'caption file')} of several lines in {folder}, of which the first is the caption, as "
+            f"without enable_wildcard: {shown(cut)}"
+        )
+    if without:
+        what = f"whose caption is the class tokens {class_tokens!r}" if class_tokens is not None else "so with ''"
+        what = "so not trained on" if subset.musubi else what
+        told.append(
+            f"{counted(len(without), 'image')} in {folder} without a {extension} file, {what}: {shown(without)}"
+        )
+    return rows, told
+
+
+def _extension(subset: Subset, folder: Path, files: Collection[str], options: ReadingOptions) -> str:
+    """The suffix of the caption files: the configuration's, else the option's, else the trainer's own.
+
+    Raises:
+        ValueError: None is given, there is no file of the trainer's own, and there are others.
+    """
+    given = subset.text("caption_extension") or options.caption or ""
+    if given:
+        return given if given.startswith(".") else f".{given}"
+    usual = ".caption"
+    ends = {Path(name).suffix for name in files}
+    if subset.musubi or (usual not in ends and ".txt" in ends):
+        own = "musubi-tuner needs one" if subset.musubi else f"without it the trainer reads {usual}, and there is none"
+        raise ValueError(
+            f"{subset.where} has no caption_extension ({own} in {folder}). Write it there, or give in the option "
+            "'caption' what the trainer was given, such as '.txt'."
+        )
+    return usual
 
 
 def _regularization(rows: Sequence[Row], wanted: int) -> list[Row]:
@@ -300,38 +185,13 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
     return list(merged.values())
 
 
-def _said(subsets: Sequence[_Subset]) -> list[str]:
-    """What is not replayed, what decides sizes, and what is not known."""
-    on: dict[str, str] = {}
-    sizes: dict[str, str] = {}
-    unknown: set[str] = set()
-    for subset in subsets:
-        for name, value in subset.settings.items():
-            if name in _RANDOM and value not in (False, 0, 0.0, "", None):
-                on[name] = f"{name} = {value!r}"
-            elif name in _SIZES:
-                sizes[name] = f"{name} = {value!r}"
-            elif name not in _TAKEN and name not in _SILENT and name not in _RANDOM and name not in _REFUSED:
-                unknown.add(name)
-    lines = []
-    if on:
-        lines.append(
-            "changed at random in training and not replayed, so that losses are those of images and captions as they "
-            f"stand: {', '.join(on[name] for name in sorted(on))}"
-        )
-    if sizes:
-        lines.append(f"sizes are this run's own, not the configuration's {', '.join(sizes[n] for n in sorted(sizes))}")
-    if unknown:
-        lines.append(f"settings that are not known, and are taken to change no caption: {shown(sorted(unknown))}")
-    return lines
-
-
 class TrainingConfigLayout:
     """A `.toml` of kohya's sd-scripts or of musubi-tuner, given itself."""
 
     name = "toml"
     needs = "the data set configuration of kohya's trainers (.toml), given itself"
     contains: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset({"trigger", "caption_lines"})
 
     def find(self, place: Place, options: ReadingOptions) -> Found | None:
         """By the file's suffix."""
@@ -347,7 +207,9 @@ class TrainingConfigLayout:
         """
         if not place.path.is_file():
             raise ValueError(f"{place.given} is no file. Give {self.needs}.")
-        base, subsets, read = place.path.parent, list(_subsets(place.path)), _Read()
+        base, subsets, read = place.path.parent, list(subsets_of(place.path)), _Read()
+        regularization: dict[int, list[Row]] = {}
+        wanted: Counter[int] = Counter()
         seen: set[tuple[int, str, str]] = set()
         for subset in subsets:
             if subset.key in seen:  # the trainer takes the first
@@ -364,21 +226,22 @@ class TrainingConfigLayout:
                 many = counted(len(rows), "image")
                 read.lines.append(f"{subset.where}: num_repeats is 0, so nothing is trained on its {many}")
             elif subset.settings.get("is_reg"):
-                read.regularization += rows
+                regularization.setdefault(subset.data_set, []).extend(rows)
             else:
                 read.images += rows
+                wanted[subset.data_set] += sum(row.repeats for row in rows)
         if not read.images:
             raise ValueError(f"{place.given} names no training image besides regularization images.")
-        wanted = sum(row.repeats for row in read.images)
-        kept = _regularization(read.regularization, wanted)
+        # The trainer evens each data set out by itself.
+        kept = [row for number, rows in regularization.items() for row in _regularization(rows, wanted[number])]
         rows = [*read.images, *kept]
-        if read.regularization:
+        if regularization:
             rows = [replace(row, columns={**row.columns, REGULARIZATION: "false"}) for row in read.images]
             rows += [replace(row, columns={**row.columns, REGULARIZATION: "true"}) for row in kept]
-            unused = len(read.regularization) - len(kept)
-            more = f", of which {unused:,} are never seen" if unused else ""
+            count = sum(map(len, regularization.values()))
+            more = f", of which {count - len(kept):,} are never seen" if count > len(kept) else ""
             read.lines.append(
-                f"{counted(len(read.regularization), 'regularization image')}{more}, repeated to {wanted:,} as the "
-                "trainer does; they are ranked too"
+                f"{counted(count, 'regularization image')}{more}, repeated as the trainer does until they are as many "
+                "as the others of their data set; they are ranked too"
             )
-        return FileReader(self.name, finished_rows(_merged(rows)), base, lines=[*read.lines, *_said(subsets)])
+        return FileReader(self.name, finished_rows(_merged(rows)), base, lines=[*read.lines, *said_of(subsets)])
