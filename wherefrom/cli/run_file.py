@@ -42,7 +42,9 @@ class Request:
         store: Folder for what is computed once.
         device: Where to compute.
         resize: Bring query images to the model's size.
-        caption: Name of the caption column.
+        caption: Name of the caption column; '' finds it out.
+        layout: How the images lie on disk; '' finds it out.
+        image_column: Name of the column of images, in a table that has several.
         split: Splits whose images are ranked, or `all`.
         null: Images never trained on: a split, a folder, or `none`.
         size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
@@ -74,7 +76,9 @@ class Request:
     store: str = "cache"
     device: str = ""
     resize: bool = False
-    caption: str = "text"
+    caption: str = ""
+    layout: str = ""
+    image_column: str = ""
     split: tuple[str, ...] = ()
     null: str = ""
     size: str = ""

@@ -22,7 +22,8 @@ queries:
 
 images:
   A folder with images and metadata.jsonl, .csv or .parquet: a column file_name, a column text
-  (see --caption), and further ones such as license and author. All are ranked. Where rows
+  (see --caption), and further ones such as license and author. Or a parquet file or folder with
+  images in it, a folder of Dataset.save_to_disk, or an id on Hugging Face's hub. All are ranked. Where rows
   have a split, those of train are, and those of validation are the null: images that the model
   was never trained on, which p-values are measured against. --split and --null choose others.
   They are brought to the model's own size as --fit says, unless --size or --buckets asks for
@@ -80,7 +81,7 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
         metavar="FILE[:WEIGHT]",
         help="an adapter trained on the model, as style.safetensors:0.8; a folder or hub id; may be repeated",
     )
-    add("--images", metavar="FOLDER", help="the training images with their captions; see below")
+    add("--images", metavar="PLACE", help="the training images with their captions; see below")
     add("--query", action=Asked, dest="asked", metavar="FILE", help="an image to attribute")
     add(
         "--prompt",
@@ -103,7 +104,17 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--resize", action="store_true", help="bring query images to the training images' size")
     add_size_flags(made)
-    add("--caption", metavar="COLUMN", help="the metadata's caption column (default: text)")
+    add(
+        "--caption",
+        metavar="COLUMN",
+        help="the images' caption column (default: text, caption, prompt, captions or tags)",
+    )
+    add(
+        "--layout",
+        metavar="NAME",
+        help="how the images lie on disk: imagefolder, parquet, save_to_disk, hub (found out)",
+    )
+    add("--image-column", metavar="COLUMN", help="the column of images, in a table that has several")
     add(
         "--split", action="append", metavar="NAME", help="rank images of this split; repeat it, or all (default: train)"
     )

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from wherefrom.attributors.base import Attributor
+from wherefrom.commands.image_reading import image_options, read_images, row_options
 from wherefrom.commands.null_warnings import check_choice, warn_of_null
 from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.data.encoded_images import encode_image_set, report_cut
 from wherefrom.data.framing import AnySize, Framing, sides_of
-from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
+from wherefrom.data.image_folder import UNREADABLE, load_image
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.on_error import OnError, checked
 from wherefrom.data.ranked_images import RankedImages
@@ -53,7 +54,9 @@ class AttributionOptions:
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
         resize: Bring query images to the model's size instead of refusing other sizes.
         regions: Parts of the queries (`of` names the file or the prompt), each scored after its whole image.
-        caption: Name of the caption column of the folder's metadata.
+        caption: Name of the images' caption column; None finds it out.
+        layout: How the images lie on disk (`imagefolder`, `parquet`, …); None finds it out.
+        image_column: Name of the column of images, in a table that has several.
         seed: Seed of images that are drawn from prompts.
         sampling_steps: Sampling steps of these.
         guidance: Classifier-free guidance of these.
@@ -80,7 +83,9 @@ class AttributionOptions:
     device: str | None = None
     resize: bool = False
     regions: Sequence[QueryRegion] = ()
-    caption: str = "text"
+    caption: str | None = None
+    layout: str | None = None
+    image_column: str | None = None
     seed: int = 0
     sampling_steps: int = 50
     guidance: float = 2.0
@@ -194,7 +199,7 @@ def read_training_data(
     """The ranked images at the model's size, and the null if there is one.
 
     Args:
-        images: A folder in Hugging Face's `imagefolder` layout, or images.
+        images: A folder, a file or an id of the hub in any layout that is known, or images.
         model: The model that was trained on them.
         options: Names the caption column, and says which images are ranked and which are the null.
         store: Where images and latents are kept.
@@ -205,10 +210,10 @@ def read_training_data(
         ValueError: The folder or an image cannot be used, or none of the images is for training.
     """
     size = RunSize.of(model, options.size, options.framing)
-    how = ImageFolderOptions(size.option, options.caption, on_error=options.on_error, framing=size.framing)
+    how = image_options(options, size.option, size.framing)
 
     def read(folder: Path) -> ImageSet:
-        return build_image_folder(store, folder, how, console.progress)
+        return read_images(store, folder, how, console)
 
     train, held_out, lines = options.choice.of(images if isinstance(images, ImageSet) else read(Path(images)), read)
     for each in (train, held_out):
@@ -351,9 +356,7 @@ def prepare_run(
         OSError: There is no pipeline at that path.
     """
     check_query_files(queries)
-    if not isinstance(images, ImageSet) and not Path(images).is_dir():
-        raise ValueError(f"images: there is no folder {str(images)!r}.")
-    check_choice(images, options.choice, options.caption)
+    check_choice(images, options.choice, row_options(options))
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
     console.log("loading the model")

@@ -11,47 +11,24 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wherefrom.data.layouts.base import SPLITS as SPLITS
+from wherefrom.data.layouts.base import SUFFIXES as SUFFIXES
+from wherefrom.data.layouts.base import Row as Row
+from wherefrom.data.layouts.base import shown as shown
+
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SPLITS = ("train", "validation", "test")
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
-)
+# Columns that are looked for, in this order, where none is named.
+CAPTION_COLUMNS = ("text", "caption", "prompt", "captions", "tags")
 _CELL_LIMIT = 2**31 - 1  # the csv module rejects cells above 128 KiB by default
 _Cells = tuple[str, dict[str, Any]]  # where the row stands, for errors; its cells
-
-
-@dataclass(frozen=True)
-class Row:
-    """Metadata of one image.
-
-    Attributes:
-        where: Metadata file and line, for errors.
-        name: The image's path below the folder.
-        id: The column `id`, or else `name`.
-        captions: At least one.
-        split: One of `SPLITS`, or '' in a folder without splits.
-        columns: The other columns, with `file_name` and `license`.
-    """
-
-    where: str
-    name: str
-    id: str
-    captions: tuple[str, ...]
-    split: str
-    columns: Mapping[str, str]
-
-
-def shown(names: Sequence[str]) -> str:
-    """Formats a few of the names, for errors."""
-    return ", ".join(repr(name) for name in names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def metadata_files(folder: Path) -> dict[Path, str]:
