@@ -15,7 +15,7 @@ from wherefrom.models.encoders import LatentEncoder
 
 
 class ImageFolder(ImageDataModule):
-    """Captioned images in Hugging Face's `imagefolder` layout.
+    """Captioned images in a folder of any layout that is known: `imagefolder`, caption files, kohya's, ….
 
     Args:
         folder: The folder that holds the images and their metadata.
@@ -82,7 +82,7 @@ class ImageFolder(ImageDataModule):
                 load_image(reader.open_image(row), self.options.size, self.options.framing)
             return len(rows[:SAMPLE])
 
-        height, width = load_image(self.folder / rows[0].name, self.options.size, self.options.framing).shape[:2]
+        height, width = load_image(reader.open_image(rows[0]), self.options.size, self.options.framing).shape[:2]
         return Census(training, held_out, (height, width), len(rows[0].captions), decode)
 
     def load(self) -> tuple[ImageSet, ImageSet]:

@@ -9,7 +9,6 @@ from wherefrom.cli.run_file import Request
 from wherefrom.cli.run_inputs import inputs_of
 from wherefrom.commands.budget import Sizes, as_table, drawing, encoding, method
 from wherefrom.commands.estimate import forward_rate, timed
-from wherefrom.commands.image_reading import row_options
 from wherefrom.commands.packaged_methods import load_packaged
 from wherefrom.commands.prepared_run import check_query_files, open_model
 from wherefrom.data.image_folder import load_image
@@ -31,14 +30,13 @@ def budget_of(request: Request) -> str:
     queries, options = inputs_of(request)
     check_query_files(queries)
     methods = load_packaged(request.method, options.settings, options.quick)
-    reading = row_options(options)
-    reader = open_images(request.images, reading).reader
+    reader = open_images(request.images, options.reading).reader
     rows = reader.rows
     splits = [row.split for row in rows]
     parts, null = options.choice.parts(splits), options.choice.null_folder(set(splits))
     training, held_out = len(parts.ranked), len(parts.null)
     if null is not None:
-        held_out = len(open_images(null, reading).reader.rows)
+        held_out = len(open_images(null, options.reading).reader.rows)
     model = open_model(request.model, options.lora).to(parse_device(options.device))
     size = RunSize.of(model, options.size, options.framing)
 

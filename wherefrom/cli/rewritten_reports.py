@@ -10,10 +10,9 @@ from wherefrom.cli.run_inputs import inputs_of, report_options
 from wherefrom.cli.run_sizes import framing_of, kept_size, size_of
 from wherefrom.commands.attribute import kept_queries, kept_scores, rewrite_page
 from wherefrom.commands.compare import COST, REPORT
-from wherefrom.commands.image_reading import image_options, row_options
-from wherefrom.data.image_folder import build_image_folder
+from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.image_set import ImageSet
-from wherefrom.data.layouts.detection import check_place
+from wherefrom.data.on_error import checked
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.reports.comparison_report import write_comparison_report
 from wherefrom.runtime.artifacts import MANIFEST, Store
@@ -83,17 +82,18 @@ def _with_region(query: Query, request: Request) -> Query:
 
 def _training_images(request: Request, run: Path, query: Query, store: str) -> TrainingData:
     """The images of the run's folder, from the store where they are there; at the size of the run."""
-    asked = replace(inputs_of(request)[1], store=store)
-    try:
-        check_place(request.images, row_options(asked))
-    except ValueError as error:
-        raise ValueError(f"images: the run's folder {request.images!r} is not there any more.") from error
+    folder = Path(request.images)
+    if not folder.exists() and folder.is_absolute():
+        raise ValueError(f"images: the run's folder {request.images!r} is not there any more.")
     height, width = (int(side) for side in query.pixels.shape[:2])
     size, framing = kept_size(run, request) or (size_of(request.size) or (height, width), framing_of(request))
-    options = image_options(asked, size, framing)
+    asked = inputs_of(request)[1]
+    options = ImageFolderOptions.of_reading(
+        asked.reading, size=size, on_error=checked(request.on_error), framing=framing
+    )
 
     def read(place: Path) -> ImageSet:
         return build_image_folder(Store(store), place, options)
 
-    ranked, null, _ = asked.choice.of(read(Path(request.images)), read)
+    ranked, null, _ = asked.choice.of(read(folder), read)
     return TrainingData(ranked, held_out=null)

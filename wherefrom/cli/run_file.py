@@ -21,6 +21,8 @@ DEFAULT_METHOD = "abu_plus"
 _FREE = ("output", "store", "device")
 # A run's own record also says what its files held.
 _RECORDED = ("inputs", "stated")
+# Texts of which the empty one says something.
+_TEXTS = ("one_caption", "trigger")
 _LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
@@ -42,8 +44,11 @@ class Request:
         store: Folder for what is computed once.
         device: Where to compute.
         resize: Bring query images to the model's size.
-        caption: Name of the caption column; '' finds it out.
-        layout: How the images lie on disk; '' finds it out.
+        caption: Name of the caption column, or suffix of the caption files; "" finds it.
+        layout: Layout of the folder; "" finds it.
+        one_caption: The caption of all images of a folder without captions.
+        trigger: What stands for `[trigger]` in captions.
+        caption_lines: What the lines of a caption file are: each, first or whole.
         image_column: Name of the column of images, in a table that has several.
         split: Splits whose images are ranked, or `all`.
         null: Images never trained on: a split, a folder, or `none`.
@@ -78,6 +83,9 @@ class Request:
     resize: bool = False
     caption: str = ""
     layout: str = ""
+    one_caption: str | None = None
+    trigger: str | None = None
+    caption_lines: str = ""
     image_column: str = ""
     split: tuple[str, ...] = ()
     null: str = ""
@@ -122,7 +130,7 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         return size_text(value, f"{where}: size")
     if key == "buckets":
         return bucket_numbers(value, f"{where}: buckets")
-    kind = type(default)
+    kind = str if key in _TEXTS else type(default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
         return float(value)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from wherefrom.data.identical_images import identical_images
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.layouts.base import ReadingOptions, shown
-from wherefrom.data.layouts.detection import check_place, open_images
+from wherefrom.data.layouts.detection import OpenedImages, open_images
 from wherefrom.data.ranked_images import RankedImages
 from wherefrom.queries.types import Query
 from wherefrom.runtime.cli_errors import as_spoken
@@ -17,25 +16,23 @@ from wherefrom.runtime.cli_errors import as_spoken
 _logger = logging.getLogger(__name__)
 
 
-def check_choice(images: str | Path | ImageSet, choice: RankedImages, reading: ReadingOptions) -> None:
-    """Refuses a place that is none of images, and a choice of splits that they do not have, before a model is loaded.
+def check_choice(images: OpenedImages | ImageSet, choice: RankedImages, reading: ReadingOptions) -> None:
+    """Refuses a choice of splits that the images do not have, before a model is loaded.
 
     Args:
-        images: A folder or what else a layout is of, or images.
+        images: A place whose rows are read, or images.
         choice: Which of them are ranked, and the null.
-        reading: How the images are read.
+        reading: How a null folder is read.
 
     Raises:
-        ValueError: See `RankedImages`; or the place cannot be used.
+        ValueError: See `RankedImages`; or the folder cannot be used.
     """
-    if not isinstance(images, ImageSet):
-        check_place(images, reading)
     if not choice.chosen:
         return
     if isinstance(images, ImageSet):
         splits: Sequence[str] = images.columns.get("split", ("",) * len(images))
     else:
-        splits = [row.split for row in open_images(images, reading).reader.rows]
+        splits = [row.split for row in images.reader.rows]
     choice.parts(splits)
     folder = choice.null_folder({name for name in splits if name})
     if folder is not None:

@@ -15,14 +15,12 @@ from wherefrom.data.folder_decoding import FolderDecoding, decode_rows
 from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
 from wherefrom.data.image_files import UNREADABLE as UNREADABLE
 from wherefrom.data.image_files import load_image as load_image
-from wherefrom.data.image_metadata import CAPTION_COLUMNS
 from wherefrom.data.image_set import ImageSet, read_image_set, write_table
-from wherefrom.data.layouts.base import ImageReader, ReadingOptions, Row, shown
+from wherefrom.data.layouts.base import CaptionLines, ImageReader, ReadingOptions, Row, shown
 from wherefrom.data.layouts.detection import LAYOUTS, OpenedImages, open_images
 from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
 from wherefrom.data.repeats import REPEATS, parse_repeats
 from wherefrom.runtime.artifacts import Store, canonical_json, identity_hash, read_manifest
-from wherefrom.runtime.cli_errors import as_spoken
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import added_setting, settings_identity
 
@@ -38,13 +36,16 @@ class ImageFolderOptions:
     Attributes:
         size: Side in pixels to which every image is cropped (largest centred square) and resized, or (height, width);
             None keeps images unchanged and requires all to have the same size.
-        caption: Name of the caption column; a cell holds one caption or a list of them. In tables of images `text`
-            stands for the first of several usual names that is there.
+        caption: Name of the caption column, whose cells hold one caption or, in `.jsonl` and `.parquet`, a list of
+            them; or suffix of the caption files, such as `.txt`. None finds it out.
         columns: Further columns to keep (`license` always is); None keeps all.
         on_error: `skip` leaves out images that cannot be read instead of raising; they are logged, and listed in the
             manifest.
         framing: Padding, aspect buckets, EXIF and transparency, where they are not as usual.
-        layout: How the images lie on disk, such as `parquet`; None finds it out.
+        layout: See `ReadingOptions`, as the options below.
+        one_caption: The caption of all images of a folder that holds no captions.
+        trigger: What stands for `[trigger]` in captions.
+        caption_lines: What the lines of a caption file are: `each`, `first` or `whole`.
         image_column: Name of the column of images, in a table that has several.
 
     Raises:
@@ -52,11 +53,14 @@ class ImageFolderOptions:
     """
 
     size: AnySize | None = None
-    caption: str = "text"
+    caption: str | None = None
     columns: tuple[str, ...] | None = None
     on_error: OnError = "stop"
     framing: Framing = added_setting(Framing())
     layout: str | None = added_setting(None)
+    one_caption: str | None = added_setting(None)
+    trigger: str | None = added_setting(None)
+    caption_lines: CaptionLines | None = added_setting(None)
     image_column: str | None = added_setting(None)
 
     def __post_init__(self) -> None:
@@ -64,20 +68,35 @@ class ImageFolderOptions:
         object.__setattr__(self, "size", one_number(self.size))
         _ = self.reading
 
+    @classmethod
+    def of_reading(
+        cls,
+        reading: ReadingOptions,
+        *,
+        size: AnySize | None = None,
+        on_error: OnError = "stop",
+        framing: Framing = Framing(),
+    ) -> ImageFolderOptions:
+        """The options that read rows so, and images as the others say."""
+        rows = {name: value for name, value in vars(reading).items() if name != "cache"}
+        return cls(size=size, on_error=on_error, framing=framing, **rows)
+
     @property
     def reading(self) -> ReadingOptions:
         """What a reader is asked for."""
         return ReadingOptions(
-            layout=self.layout,
-            caption=None if self.caption == CAPTION_COLUMNS[0] else self.caption,
-            columns=self.columns,
-            image_column=self.image_column,
+            self.layout,
+            self.caption,
+            self.columns,
+            self.one_caption,
+            self.trigger,
+            self.caption_lines,
+            self.image_column,
         )
 
     def found(self, reader: ImageReader) -> ImageFolderOptions:
         """These options with what was found out, for the identity; the first layout's name enters none."""
-        layout = None if reader.layout == LAYOUTS[0].name else reader.layout
-        return replace(self, layout=layout, caption=reader.caption or "")
+        return replace(self, layout=None if reader.layout == LAYOUTS[0].name else reader.layout, caption=reader.caption)
 
 
 def _together(rows: Sequence[Row], contents: Sequence[str]) -> str:
@@ -108,18 +127,18 @@ def build_image_folder(
         progress: Called with (done, total) while images are read.
 
     Raises:
-        ValueError: The place is of no layout, or something there cannot be used; the message names it and the remedy.
+        ValueError: The place is of no layout, or the metadata or an image cannot be used; the message names the file
+            and the remedy.
         StorageError: The store could not be written.
     """
     if options.size is not None:
         sides_of(options.size)
     options = replace(options, framing=options.framing.resolved(options.size))
-    opened = (
-        folder if isinstance(folder, OpenedImages) else open_images(folder, replace(options.reading, cache=store.root))
-    )
+    reading = replace(options.reading, cache=store.root)
+    opened = folder if isinstance(folder, OpenedImages) else open_images(folder, reading)
     if not isinstance(folder, OpenedImages):
         for line in opened.lines[1:] if opened.usual else opened.lines:
-            _logger.warning("%s: %s", folder, as_spoken(line))
+            _logger.warning("%s: %s", folder, line)
     reader, rows = opened.reader, opened.reader.rows
     parse_repeats((row.id for row in rows), (row.columns.get(REPEATS, "") for row in rows))  # before all is decoded
     contents = [reader.content_key(row) for row in rows]

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, Protocol, get_args
+from typing import BinaryIO, Literal, Protocol
 
 from wherefrom.data.split_names import split_named
 from wherefrom.runtime.artifacts import hash_file, identity_hash
@@ -60,7 +60,7 @@ class ReadingOptions:
         caption_lines: What the lines of a caption file are: `each` a caption of its own, the `first` the only one, or
             the `whole` one caption; None is the layout's own.
         image_column: Name of the column of images, in a table that has several.
-        cache: Folder of the store, for what is downloaded.
+        cache: Folder of the store, for what is downloaded; it decides nothing that is read.
 
     Raises:
         ValueError: An unknown choice.
@@ -76,10 +76,21 @@ class ReadingOptions:
     cache: str | Path = "cache"
 
     def __post_init__(self) -> None:
-        if self.caption_lines is not None and self.caption_lines not in get_args(CaptionLines):
-            raise ValueError(
-                f"caption_lines is one of {', '.join(get_args(CaptionLines))}; given {self.caption_lines!r}."
-            )
+        checked_lines(self.caption_lines)
+
+
+def checked_lines(lines: str | None) -> CaptionLines | None:
+    """What the lines of a caption file are; None, or "", where nothing is said.
+
+    Raises:
+        ValueError: An unknown choice.
+    """
+    if not lines:
+        return None
+    known: dict[str, CaptionLines] = {"each": "each", "first": "first", "whole": "whole"}
+    if lines not in known:
+        raise ValueError(f"caption_lines is one of {', '.join(known)}; given {lines!r}.")
+    return known[lines]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,27 @@ from pathlib import Path
 
 from wherefrom.data.layouts.base import Found, ImageReader, Layout, Place, ReadingOptions, Row
 from wherefrom.data.layouts.hub import HubLayout
+from wherefrom.data.layouts.image_lists import ImageListLayout
 from wherefrom.data.layouts.imagefolder import ImageFolderLayout
+from wherefrom.data.layouts.images_only import ImagesOnlyLayout
+from wherefrom.data.layouts.kohya_folders import KohyaFoldersLayout
 from wherefrom.data.layouts.parquet import ParquetLayout
 from wherefrom.data.layouts.saved_dataset import SavedDatasetLayout
+from wherefrom.data.layouts.sidecars import SidecarLayout
+from wherefrom.data.layouts.training_configs import TrainingConfigLayout
 
 # In this order: where a place is of several, the first is taken, unless the captions would be others.
-LAYOUTS: tuple[Layout, ...] = (ImageFolderLayout(), SavedDatasetLayout(), ParquetLayout(), HubLayout())
+LAYOUTS: tuple[Layout, ...] = (
+    ImageFolderLayout(),
+    SavedDatasetLayout(),
+    TrainingConfigLayout(),
+    ImageListLayout(),
+    KohyaFoldersLayout(),
+    SidecarLayout(),
+    ParquetLayout(),
+    ImagesOnlyLayout(),
+    HubLayout(),
+)
 
 
 @dataclass(frozen=True)
@@ -66,18 +81,6 @@ def open_images(place: str | Path, options: ReadingOptions = ReadingOptions()) -
     )
 
 
-def check_place(place: str | Path, options: ReadingOptions = ReadingOptions()) -> None:
-    """Refuses a place that is of no layout, by a glance, before anything long.
-
-    Raises:
-        ValueError: The place is of no layout, or the one that was asked for does not exist.
-    """
-    if options.layout is not None:
-        layout_named(options.layout)
-    elif all(layout.find(Place(str(place)), options) is None for layout in LAYOUTS):
-        raise ValueError(_unknown(Place(str(place))))
-
-
 def layout_named(name: str) -> Layout:
     """The layout of this name.
 
@@ -95,9 +98,9 @@ def layout_named(name: str) -> Layout:
 
 def _unknown(place: Place) -> str:
     """That a place is of no layout, and what each needs."""
-    what = f"{place.given} is of no layout that can be read"
     if not place.path.exists():
-        what = f"images: there is no folder {place.given!r}"
+        return f"images: there is no folder or file {place.given!r}."
+    what = f"{place.given} is of no layout that can be read"
     listed = "".join(f"\n  {layout.name}: {layout.needs}" for layout in LAYOUTS)
     return f"{what}. The layouts, and what each needs:{listed}"
 
