@@ -155,13 +155,14 @@ def _whole(value: float) -> float:
 
 def arrived(model: nn.Module, change: LayerUpdate, name: str, weight: float) -> bool:
     """Whether a wrapped layer holds the adapter's tensors, takes part, and counts as strongly as it should."""
-    layer: Any = model.get_submodule(change.module)
-    while isinstance(layer, nn.Module) and hasattr(layer, "adapter_layer_names"):
-        if name in layer.scaling:
-            break
-        layer = layer.base_layer
-    else:
+    wrapping: Any = model.get_submodule(change.module)
+    there = []
+    while wrapping is not base_layer(wrapping):
+        there += [wrapping] if name in wrapping.scaling else []
+        wrapping = wrapping.base_layer
+    if len(there) != 1:
         return False
+    layer: Any = there[0]
     update = change.update
     scale = 0.0 if update is None else update.scale * weight
     if name not in layer.active_adapters or abs(layer.scaling[name] - scale) > 1e-6 * abs(scale):
@@ -171,4 +172,4 @@ def arrived(model: nn.Module, change: LayerUpdate, name: str, weight: float) -> 
     else:
         assert isinstance(update, Hadamard | Kronecker)
         pairs = [(getattr(layer, part)[name], value) for part, value in update.parts.items()]
-    return all(torch.equal(there.flatten().cpu(), given.flatten().to(there.dtype).cpu()) for there, given in pairs)
+    return all(torch.equal(held.flatten().cpu(), given.flatten().to(held.dtype).cpu()) for held, given in pairs)

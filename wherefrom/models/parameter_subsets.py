@@ -67,8 +67,8 @@ def _check_gradients(denoiser: nn.Module, chosen: Mapping[str, nn.Parameter]) ->
             why = wrong_gradients(layer, each)
             if why and any(name.startswith(f"{layer_name}.") for name in chosen):
                 raise ValueError(
-                    f"{layer_name} has the adapter {each} ({why}), so that its gradients are not those of the model. Fuse "
-                    "it before, with fuse_lora() of the pipeline."
+                    f"{layer_name} has the adapter {each} ({why}), so that its gradients are not those of the model. "
+                    "Fuse it before, with fuse_lora() of the pipeline."
                 )
 
 
