@@ -34,6 +34,7 @@ Method = str | Path | Attributor
 WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
+    "the option 'base'": "AttributionOptions.base",
     "the option 'caption'": "AttributionOptions.caption",
     "the option 'layout'": "AttributionOptions.layout",
     "layout: sidecar": "AttributionOptions(layout='sidecar')",

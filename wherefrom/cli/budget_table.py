@@ -37,7 +37,7 @@ def budget_of(request: Request) -> str:
     training, held_out = len(parts.ranked), len(parts.null)
     if null is not None:
         held_out = len(open_images(null, options.reading).reader.rows)
-    model = open_model(request.model, options.lora).to(parse_device(options.device))
+    model = open_model(request.model, options.lora, options.base).to(parse_device(options.device))
     size = RunSize.of(model, options.size, options.framing)
 
     def decode() -> int:

@@ -33,6 +33,7 @@ wherefrom COMMAND --help says more of one command.
 """
 # What the library calls an option -> how it is given here.
 WORDS = {
+    "the option 'base'": "--base",
     "queries.resize: true": "--resize",
     "queries.regions": "regions in the -c file",
     "queries.prompts": "--prompt",

@@ -31,7 +31,8 @@ class Request:
     """What a run is asked for; the names are those of the YAML file.
 
     Attributes:
-        model: A diffusers pipeline: folder or hub id.
+        model: A diffusers pipeline (folder or hub id), a single file, or a trainer's checkpoint.
+        base: The pipeline from which comes what the model's file or checkpoint lacks.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, `{image}` alone, whose file may state its prompt, or `{prompt}` alone, whose
             image is drawn.
@@ -70,6 +71,7 @@ class Request:
     """
 
     model: str = ""
+    base: str = ""
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
@@ -255,6 +257,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
     placed = replace(
         request,
         model=_place(request.model),
+        base=_place(request.base) if request.base else "",
         lora=tuple(str(replace(adapter, place=_place(adapter.place))) for adapter in adapters),
         images=_place(request.images),
         null=request.null if request.null == "none" or split_named(request.null) else _place(request.null),

@@ -82,7 +82,8 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     )
     add = made.add_argument
     add("-c", "--config", metavar="FILE", help="a YAML file; see below")
-    add("--model", metavar="MODEL", help="a diffusers pipeline: folder or hub id")
+    add("--model", metavar="MODEL", help="a diffusers pipeline (folder or hub id), or a single .safetensors file")
+    add("--base", metavar="MODEL", help="the pipeline that a trainer's checkpoint or a file without all parts is of")
     add(
         "--lora",
         action="append",

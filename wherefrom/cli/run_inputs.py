@@ -30,6 +30,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         device=request.device or None,
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
+        base=request.base or None,
         caption=request.caption or None,
         layout=request.layout or None,
         one_caption=request.one_caption,

@@ -29,6 +29,8 @@ class AttributionOptions:
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
         resize: Bring query images to the model's size instead of refusing other sizes.
         regions: Parts of the queries (`of` names the file or the prompt), each scored after its whole image.
+        base: The pipeline (folder, hub id or single file) that a model was trained from, where the model is a trainer's
+            checkpoint or a single file that lacks parts or settings; they are taken from it.
         caption: Name of the caption column of the folder's metadata, or suffix of its caption files; None finds it.
         seed: Seed of images that are drawn from prompts.
         sampling_steps: Sampling steps of these.
@@ -61,6 +63,7 @@ class AttributionOptions:
     device: str | None = None
     resize: bool = False
     regions: Sequence[QueryRegion] = ()
+    base: str | Path | None = None
     caption: str | None = None
     seed: int = 0
     sampling_steps: int = 50

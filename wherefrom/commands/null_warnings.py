@@ -60,7 +60,9 @@ def warn_of_null(null: ImageSet | None, ranked: ImageSet, queries: Sequence[Quer
             )
         )
     both = (
-        identical_images(ranked, null.pixels) if null.fingerprint != ranked.fingerprint else []
+        identical_images(ranked, (null.pixels[place] for place in range(len(null))))
+        if null.fingerprint != ranked.fingerprint
+        else []
     )  # not a split of these
     if both:
         names = [null.ids[place] for place in dict.fromkeys(place for _, place in both)]

@@ -64,12 +64,13 @@ def image_size(model: DiffusionModel) -> int:
     return height
 
 
-def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
+def open_model(model: Any, lora: Sequence[AdapterInput] = (), base: str | Path | None = None) -> DiffusionModel:
     """A model, a loaded pipeline's model, or the model at a path or hub id.
 
     Args:
-        model: The model.
+        model: The model; a path is a pipeline's folder, a single file, or a trainer's checkpoint.
         lora: Adapters that are added to it; see `AttributionOptions`.
+        base: See `AttributionOptions`.
 
     Raises:
         ImportError: There is an adapter, but peft is not installed.
@@ -77,6 +78,10 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
             loaded already, so that it would be changed.
         OSError: The folder holds no whole pipeline.
     """
+    if base is not None and not isinstance(model, str | Path):
+        raise ValueError(
+            "model: what is handed in is loaded already, and takes nothing from a base: leave out the option 'base'."
+        )
     if lora and not isinstance(model, str | Path):
         raise ValueError(
             f"lora: the model is a loaded {type(model).__name__}, which would be changed. Load the adapter into "
@@ -88,9 +93,12 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
         # A name with a slash could be a hub id; what looks like a place on disk is not asked for there.
         path = Path(model)
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
-            raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
+            raise ValueError(
+                f"model: there is no folder {str(model)!r}, and no file; give a diffusers pipeline's folder or hub id, "
+                "or a single .safetensors file."
+            )
         try:
-            return load_model(str(model), lora=lora)
+            return load_model(str(model), lora=lora, base=None if base is None else str(base))
         except OSError as error:
             if path.exists():
                 raise
@@ -284,7 +292,7 @@ def prepare_run(
     for line in () if isinstance(there, ImageSet) else there.lines:
         console.log(as_spoken(line))
     console.log("loading the model")
-    opened = with_clip_skip(open_model(model, options.lora), options.clip_skip).to(runner.device)
+    opened = with_clip_skip(open_model(model, options.lora, options.base), options.clip_skip).to(runner.device)
     for adapter in known_adapters(opened.denoiser):
         console.log(f"with LoRA {adapter}")
     for note in opened.notes:
