@@ -60,7 +60,7 @@ def parse_adapter(given: AdapterInput) -> AdapterSource:
     if isinstance(given, AdapterSource):
         return given
     if isinstance(given, tuple):
-        pair: Any = given
+        pair: tuple[Any, ...] = given
         if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], int | float):
             raise ValueError(f"lora: {given!r} is no pair of a file and a weight.")
         return AdapterSource(str(pair[0]), float(pair[1]))

@@ -82,7 +82,8 @@ def made_fresh(part: nn.Module) -> nn.Module | None:
             return result
         if isinstance(part, ConfigMixin):
             names = inspect.signature(kind.__init__).parameters
-            return kind(**{name: value for name, value in dict(config).items() if name in names})
+            made: nn.Module = kind(**{name: value for name, value in dict(config).items() if name in names})
+            return made
     return None
 
 
