@@ -294,12 +294,12 @@ def test_the_command_takes_sizes_and_its_page_says_them(
     sd: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paint(tmp_path / "q.png", 5, (30, 15))
+    paint(tmp_path / "3.png", 5, (30, 15))
     damaged = tmp_path / "images"
     damaged.mkdir()
     for file in folder.iterdir():
         (damaged / file.name).write_bytes(b"" if file.name == "3.png" else file.read_bytes())
-    words = ["attribute", "--model", str(sd), "--images", str(damaged), "--query", "q.png", "--prompt", "x", "--resize"]
+    words = ["attribute", "--model", str(sd), "--images", str(damaged), "--query", "3.png", "--prompt", "x", "--resize"]
     words += [
         "--method",
         "efficientnet",
@@ -316,6 +316,7 @@ def test_the_command_takes_sizes_and_its_page_says_them(
     main([*words, "--on-error", "skip"])
     said = capsys.readouterr().err
     assert "images are at 8 × 8 pixels: each in the nearest of" in said
+    assert "the training image 3.png, called like a query, could not be read" in said
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Images left out, which could not be read" in page
     assert "1: 3.png" in page
