@@ -146,6 +146,11 @@ def _read_pipeline(
     if parts is not None and base is None:
         raise without_base(place, parts)
     below, notes = (None, []) if base is None else _read_pipeline(base, dtype, lora)
+    if below is not None and (known := known_adapters(PipelineParts(below).network)):
+        raise ValueError(
+            f"model: the base {base} has an adapter ({known[0].name}), which would be lost with what {path} replaces. "
+            "Name a base without one; if the adapter belongs to the whole, name it with the option 'lora'."
+        )
     if parts is None:
         pipeline, more = load_single_file(place, dtype, below)
         return pipeline, [*notes, *more]
