@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from lightning.fabric import Fabric
 
 from datamodules.images import ImageDataModule
+from lightning_modules.launch.models import named_model
 from lightning_modules.launch.settings import RunSettings
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.pipeline import load_model
 from wherefrom.queries.run_size import RunSize, check_latents
 from wherefrom.queries.sources import make_queries
 from wherefrom.runtime.artifacts import Store
@@ -78,7 +78,9 @@ def prepare(settings: RunSettings, model_name: str, methods: Iterable[Attributor
     fabric.launch()
     runner = Runner.current(fabric.device)
     console = Console(runner.is_main)
-    model = devices.accelerate(load_model(model_name).to(fabric.device))
+    model = devices.accelerate(named_model(model_name).to(fabric.device))
+    for note in model.notes:
+        console.log(note)
     data_module = settings.data
     data_module.store = store = Store(settings.store)
     console.log("images, latents and captions")
