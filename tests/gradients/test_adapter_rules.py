@@ -66,7 +66,7 @@ def check(model: DiffusionModel, subset: Subset) -> set[str]:
 
 @pytest.mark.parametrize(
     "make",
-    [made_up.tucker_lora, made_up.loha, made_up.tucker_loha, made_up.whole_lokr, made_up.low_lokr, made_up.tucker_lokr],
+    [made_up.tucker_lora, made_up.loha, made_up.whole_lokr, made_up.low_lokr, made_up.tucker_lokr],
 )
 def test_factors_have_each_samples_own_gradient(base: DiffusionModel, tmp_path: Path, make: Make) -> None:
     names = check(with_adapters(base, tmp_path, make), "adapter")

@@ -84,7 +84,7 @@ def check_merged(base: DiffusionModel, result: DiffusionModel, expected: Diffusi
         (made_up.lora, False),
         (made_up.tucker_lora, False),
         (made_up.loha, False),
-        (made_up.tucker_loha, False),
+        (made_up.tucker_loha, True),
         (made_up.whole_lokr, False),
         (made_up.low_lokr, False),
         (made_up.tucker_lokr, False),

@@ -90,8 +90,9 @@ def test_a_layer_that_is_no_whole_one_is_refused(
         tensors["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(RANK, 12)
     else:  # the same layer by another of its names
         name = next(iter(targets(model.denoiser, KEYS)))
-        tensors |= {f"unet.{name}.lora_A.weight": tensors[down], f"unet.{name}.lora_B.weight": tensors[up]}
-    fits = len(fitting) - (0 if change in ("text", "twice") else 3)
+        copies = {"A": tensors[down].clone(), "B": tensors[up].clone()}
+        tensors |= {f"unet.{name}.lora_{side}.weight": value for side, value in copies.items()}
+    fits = len(fitting) - (0 if change in ("text", "twice", "extra") else 3)
     refused(model, save(tmp_path / "a.safetensors", tensors), rf"^{fits} of {len(tensors)} tensors of")
 
 
@@ -131,7 +132,11 @@ def test_settings_whose_effect_is_not_known_are_refused(
 
 
 def test_what_is_no_adapter_is_refused(model: DiffusionModel, fitting: Parts, tmp_path: Path) -> None:
-    refused(model, save(tmp_path / "a.safetensors", {"model.diffusion_model.x": torch.ones(1)}), "a whole model in one")
+    refused(
+        model,
+        save(tmp_path / "a.safetensors", {"model.diffusion_model.x": torch.ones(4, 4, 3, 3)}),
+        "a whole model in one",
+    )
     refused(model, save(tmp_path / "b.safetensors", {"x.weight": torch.ones(1)}), "is no adapter; .*'x.weight'")
     cut = save(tmp_path / "c.safetensors", fitting)
     cut.write_bytes(cut.read_bytes()[:-20])
@@ -172,7 +177,7 @@ def test_what_cannot_be_told_beside_a_pipeline_is_refused(fitting: Parts, beside
     with pytest.raises(ValueError, match=r"several adapters .*a.safetensors, b.safetensors.*option 'lora'"):
         load_pipeline(str(beside))
     (beside / "b.safetensors").unlink()
-    save(beside / "v1-5.safetensors", {"model.diffusion_model.x": torch.ones(1)})
+    save(beside / "v1-5.safetensors", {"model.diffusion_model.x": torch.ones(4, 4, 3, 3)})
     with pytest.raises(ValueError, match=r"a.safetensors lies beside a pipeline and v1-5.safetensors"):
         load_pipeline(str(beside))
     (beside / "a.safetensors").unlink()
@@ -196,5 +201,18 @@ def test_a_pickled_adapter_beside_a_pipeline_is_refused(fitting: Parts, beside: 
 
 def test_a_folder_of_an_adapter_alone_is_no_model(fitting: Parts, tmp_path: Path) -> None:
     save(tmp_path / LORA, fitting)
+    with pytest.raises(ValueError, match=r"holds an adapter .* and no (pipeline|model).*option 'lora'"):
+        load_model(str(tmp_path))
+    (tmp_path / LORA).rename(tmp_path / "style.safetensors")
     with pytest.raises(ValueError, match=r"holds an adapter .* and no pipeline.*option 'lora'"):
         load_model(str(tmp_path))
+
+
+def test_an_adapter_of_a_base_is_not_lost_with_its_network(model: DiffusionModel, fitting: Parts, beside: Path) -> None:
+    save(beside / LORA, fitting)
+    network: Any = model.denoiser
+    network.save_pretrained(beside.parent / "checkpoint-500" / "unet")
+    with pytest.raises(ValueError, match=r"has an adapter \(pytorch_lora_weights.*would be lost.*option 'lora'"):
+        load_model(str(beside.parent / "checkpoint-500"), base=str(beside))
+    given = load_model(str(beside.parent / "checkpoint-500"), base=str(beside), lora=[str(beside / LORA)])
+    assert given.fingerprint() == load_model(str(beside)).fingerprint()

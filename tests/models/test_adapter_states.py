@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support import adapters as made_up
-from tests.support.adapters import kohya, made, save, targets
+from tests.support.adapters import Parts, made, save, targets
 from tests.support.pipelines import images, stable_diffusion, stable_diffusion_xl
 from wherefrom.data.encoded_images import encode_image_set
 from wherefrom.models.adapter_states import known_adapters, with_adapters
-from wherefrom.models.conditioning import PROMPT
+from wherefrom.models.conditioning import PROMPT, prompt_embeddings
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.parameter_subsets import Subset, select_weights, trainable
 from wherefrom.models.pipeline import load_pipeline, model_from_pipeline
@@ -31,25 +32,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stable_diffusion(tmp_path_factory.mktemp("model"))
 
 
+def for_diffusers(layers: Mapping[str, Parts]) -> Parts:
+    """In the names of diffusers and peft, at scale 1."""
+    return {
+        f"{name}.lora_{side}.weight": parts[f"lora_{part}.weight"]
+        for name, parts in layers.items()
+        for side, part in (("A", "down"), ("B", "up"))
+    }
+
+
+def of_text(encoder: nn.Module, seed: int = 0) -> dict[str, Parts]:
+    layers = made(targets(encoder, TEXT), made_up.lora, seed)
+    return {f"text_encoder.text_model.{key.removeprefix('text_model.')}": parts for key, parts in layers.items()}
+
+
 @pytest.fixture(scope="module")
 def files(folder: Path) -> Mapping[str, Path]:
     pipeline: Any = load_pipeline(str(folder))
     result = {}
     for seed, name in enumerate(["cat", "dog"]):
-        tensors = kohya(made(targets(pipeline.unet, KEYS), made_up.lora, seed))
-        text = {
-            f"text_model.{key}": parts
-            for key, parts in made(targets(pipeline.text_encoder, TEXT), made_up.lora, seed).items()
-        }
-        result[name] = save(folder.parent / f"{folder.name}-{name}.safetensors", {**tensors, **kohya(text, "lora_te_")})
+        layers = {f"unet.{key}": parts for key, parts in made(targets(pipeline.unet, KEYS), made_up.lora, seed).items()}
+        layers |= of_text(pipeline.text_encoder, seed)
+        result[name] = save(folder.parent / f"{folder.name}-{name}.safetensors", for_diffusers(layers))
     return result
 
 
 @pytest.fixture
 def pipeline(folder: Path, files: Mapping[str, Path]) -> Any:
     result: Any = load_pipeline(str(folder), torch.float64)
-    for name, file in files.items():
-        result.load_lora_weights(str(file), adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        for name, file in files.items():
+            result.load_lora_weights(str(file), adapter_name=name)
     result.set_adapters(["cat", "dog"], [1.0, 0.5])
     return result
 
@@ -58,8 +72,6 @@ def losses(model: DiffusionModel) -> Tensor:
     random = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 4, 4, generator=random, dtype=torch.float64)
     captions = torch.randn(2, 5, 12, generator=random, dtype=torch.float64)
-    from wherefrom.models.conditioning import prompt_embeddings
-
     return model.losses(latents, prompt_embeddings(captions), torch.tensor([100, 700]), noise)
 
 
@@ -129,7 +141,7 @@ def test_models_of_other_losses_have_other_fingerprints(pipeline: Any) -> None:
     pipeline.set_adapters(["cat"], [0.5])
     seen()
     pipeline.set_adapters(["cat"], [1.0])
-    pipeline.fuse_lora()
+    pipeline.fuse_lora(components=["unet"])
     seen()
     for module in pipeline.unet.modules():  # the same weights, no longer taken for fused
         if getattr(module, "merged_adapters", None):
@@ -137,7 +149,7 @@ def test_models_of_other_losses_have_other_fingerprints(pipeline: Any) -> None:
     seen()
     pipeline.disable_lora()
     seen()
-    assert len(prints) == 6
+    assert len(prints) == 5  # disabled on top of what was fused is the fused model
 
 
 def test_a_fused_adapter_is_said_and_its_subset_refused(pipeline: Any) -> None:
@@ -170,12 +182,8 @@ def test_a_text_encoders_adapter_is_in_the_identity_of_what_it_encodes(tmp_path:
     make = stable_diffusion if kind == "1" else stable_diffusion_xl
     pipeline: Any = load_pipeline(str(make(tmp_path / "model")))
     plain = model_from_pipeline(pipeline).encoder
-    layers = {
-        f"text_model.{key.removeprefix('text_model.')}": parts
-        for key, parts in made(targets(pipeline.text_encoder, TEXT), made_up.lora).items()
-    }
-    ones = {key: {**parts, "alpha": torch.tensor(float(made_up.RANK))} for key, parts in layers.items()}
-    pipeline.load_lora_weights(str(save(tmp_path / "a.safetensors", kohya(ones, "lora_te1_"))), adapter_name="cat")
+    layers = for_diffusers(of_text(pipeline.text_encoder))
+    pipeline.load_lora_weights(str(save(tmp_path / "a.safetensors", layers)), adapter_name="cat")
     train, store = images(2), Store(tmp_path / "store")
     assert plain is not None
     assert "adapters" not in plain.identity()
@@ -211,6 +219,16 @@ def test_a_norm_that_peft_holds_fixed_is_refused(folder: Path, subset: Subset) -
     fused = model_from_pipeline(pipeline)
     torch.testing.assert_close(losses(fused), before, rtol=1e-9, atol=0)
     assert len(select_weights(fused.denoiser, "all")) < len(dict(fused.denoiser.named_parameters()))
+
+
+def test_a_kind_that_peft_differentiates_wrongly_is_refused(folder: Path) -> None:
+    pipeline: Any = load_pipeline(str(folder), torch.float64)
+    settings = peft.LoHaConfig(r=2, target_modules=["conv1"], use_effective_conv2d=True, init_weights=False)
+    pipeline.unet.add_adapter(settings, "tucker")
+    model = model_from_pipeline(pipeline)
+    with pytest.raises(ValueError, match=r"conv1 has the adapter tucker \(LoHa in Tucker form"):
+        select_weights(model.denoiser, "adapter")
+    assert select_weights(model.denoiser, "cross_attention_kv")
 
 
 def test_other_kinds_of_peft_are_known_by_their_weights(folder: Path) -> None:
