@@ -97,6 +97,14 @@ def test_the_trigger_of_ai_toolkit(tmp_path: Path) -> None:
     assert none == {"a.png": (" on a hill",), "b.png": ("a hill, ",), "c.png": ("a hill",)}
 
 
+def test_a_configuration_beside_the_images_is_not_passed_over(tmp_path: Path) -> None:
+    beside(tmp_path / "a.png", "a")
+    (tmp_path / "pyproject.toml").write_text("[project]")
+    assert "toml" not in told(open_images(tmp_path))
+    (tmp_path / "set.toml").write_text(CONFIG)
+    assert "does not read 'set.toml', which sets captions and repeats" in told(open_images(tmp_path))
+
+
 def test_options_that_change_nothing_are_said(tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "one"}))

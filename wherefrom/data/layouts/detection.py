@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wherefrom.data.layouts.base import Found, ImageReader, Layout, Place, ReadingOptions, Row
+from wherefrom.data.layouts.base import Found, ImageReader, Layout, Place, ReadingOptions, Row, shown
 from wherefrom.data.layouts.hub import HubLayout
 from wherefrom.data.layouts.image_lists import ImageListLayout
 from wherefrom.data.layouts.imagefolder import ImageFolderLayout
@@ -80,9 +80,22 @@ def open_images(place: str | Path, options: ReadingOptions = ReadingOptions()) -
     return OpenedImages(
         where.given,
         reader,
-        [line, *more, *_choices(layout, options), *reader.lines],
+        [line, *more, *_unread_configurations(where), *_choices(layout, options), *reader.lines],
         isinstance(layout, ImageFolderLayout) and not more,
     )
+
+
+def _unread_configurations(place: Place) -> list[str]:
+    """What is said of configurations of trainers in a folder: the repeats and captions that they set are not taken."""
+    if not place.path.is_dir():
+        return []
+    there = [path.name for path in sorted(place.path.glob("*.toml")) if path.is_file() and _configures(path)]
+    return [f"does not read {shown(there)}, which sets captions and repeats where it is given itself"] if there else []
+
+
+def _configures(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b"[datasets" in stream.read(65_536)
 
 
 def _choices(layout: Layout, options: ReadingOptions) -> list[str]:
