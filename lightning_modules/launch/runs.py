@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from lightning.fabric import Fabric
 
 from datamodules.images import ImageDataModule
+from lightning_modules.launch.models import named_model
 from lightning_modules.launch.settings import RunSettings
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.pipeline import load_model
 from wherefrom.queries.run_size import RunSize, check_latents
 from wherefrom.queries.sources import make_queries
 from wherefrom.runtime.artifacts import Store
@@ -86,9 +86,11 @@ def prepare(
     fabric.launch()
     runner = Runner.current(fabric.device)
     console = Console(runner.is_main)
-    model = devices.accelerate(load_model(model_name, lora=lora).to(fabric.device))
+    model = devices.accelerate(named_model(model_name, lora).to(fabric.device))
     for adapter in known_adapters(model.denoiser):
         console.log(f"with LoRA {adapter}")
+    for note in model.notes:
+        console.log(note)
     data_module = settings.data
     data_module.store = store = Store(settings.store)
     console.log("images, latents and captions")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tests.support.pipelines import pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, unet_with
@@ -141,6 +141,18 @@ def test_an_adapters_checkpoint_says_how_it_is_given(base: Path, tmp_path: Path)
     for base_given in (None, str(base)):
         with pytest.raises(ValueError, match=f"adapter .LoRA. and no model: .*{LORA} as the option 'lora'"):
             load_model(str(tmp_path), base=base_given)
+
+
+def test_an_adapter_beside_the_base_is_not_dropped_without_a_word(base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    whole = Path(shutil.copytree(base, tmp_path / "base"))
+    unet: Any = DiffusionPipeline.from_pretrained(base).unet
+    unet.save_pretrained(tmp_path / "checkpoint" / "unet")
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    state = peft.utils.get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(whole, unet_lora_layers=state)
+    with pytest.raises(ValueError, match=rf"the base {whole} comes with adapters \({LORA}\).* as the option 'lora'"):
+        load_model(str(tmp_path / "checkpoint"), base=str(whole))
 
 
 def test_a_base_may_be_a_single_file_or_a_checkpoint_itself(base: Path, tmp_path: Path) -> None:

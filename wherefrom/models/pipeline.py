@@ -146,10 +146,11 @@ def _read_pipeline(
     if parts is not None and base is None:
         raise without_base(place, parts)
     below, notes = (None, []) if base is None else _read_pipeline(base, dtype, lora)
-    if below is not None and (known := known_adapters(PipelineParts(below).network)):
+    adapters = [] if below is None else [each.name for each in known_adapters(PipelineParts(below).network)]
+    if adapters:
         raise ValueError(
-            f"model: the base {base} has an adapter ({known[0].name}), which would be lost with what {path} replaces. "
-            "Name a base without one; if the adapter belongs to the whole, name it with the option 'lora'."
+            f"model: the base {base} comes with adapters ({', '.join(adapters)}), which its part in {path} may have or "
+            "not: give a base without them, and name those that belong to the model as the option 'lora'."
         )
     if parts is None:
         pipeline, more = load_single_file(place, dtype, below)

@@ -77,16 +77,16 @@ def load_single_file(
     scheduler: Any = base.scheduler
     said = _prediction(found)
     if said is not None and said != getattr(scheduler.config, "prediction_type", said):
-        notes.append(
-            f"{path.name} says that it predicts {said}; the base's scheduler says otherwise, and is not heeded."
-        )
+        notes.append(f"{path.name} says that it predicts {said}, and is followed; the base's scheduler says otherwise.")
         base.register_modules(scheduler=_schedule(scheduler.config, said, "ztsnr" in found.shapes))
     elif "ztsnr" in found.shapes:
         base.register_modules(scheduler=_schedule(scheduler.config, None, True))
     side, made_for = _side(found, parts.reduction), parts.components[network].config.sample_size
     if side is not None and side != made_for:
-        sides = f"{side * parts.reduction}, not {made_for * parts.reduction}"
-        notes.append(f"{path.name} says that its images have a side of {sides} pixels as the base's.")
+        given, other = side * parts.reduction, made_for * parts.reduction
+        notes.append(
+            f"{path.name} says that its images have {given} pixels a side, and is followed; the base's {other}."
+        )
         parts.components[network].register_to_config(sample_size=side)
     _check_noise_levels(found, base.scheduler)
     return base, [*notes, *_averaged(found)]
@@ -124,7 +124,7 @@ def _released(
     network: Any = next(parts[name] for name in ("unet", "transformer") if name in parts)
     if side is not None:
         network.register_to_config(sample_size=side)
-    absent: dict[str, bool | None] = {"text_encoder_3": None, "tokenizer_3": None} if flow else {}
+    absent: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if flow else {}
     if "safety_checker" in inspect.signature(model.pipeline.__init__).parameters:
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline: DiffusionPipeline = model.pipeline(**parts, **absent)
