@@ -130,7 +130,7 @@ def _with_queries(settings: ModelSettings) -> tuple[list[Stage], TrainingData, f
 
 
 def _encoded(settings: ModelSettings) -> tuple[list[Stage], TrainingData, float]:
-    model = settings.trainer.accelerate(named_model(settings.model))
+    model = settings.trainer.accelerate(named_model(settings.model, settings.lora))
     settings.data.take_size(model)
     return _stages_of_data(settings.data, model)
 

@@ -84,7 +84,7 @@ def check_merged(base: DiffusionModel, result: DiffusionModel, expected: Diffusi
         (made_up.lora, False),
         (made_up.tucker_lora, False),
         (made_up.loha, False),
-        (made_up.tucker_loha, False),
+        (made_up.tucker_loha, True),
         (made_up.whole_lokr, False),
         (made_up.low_lokr, False),
         (made_up.tucker_lokr, False),
@@ -243,7 +243,9 @@ def test_first_names_of_a_unet_are_those_of_single_files(models: dict[str, Diffu
         name for name in _layers(network) if name != "conv_norm_out" or "out.0" in first
     )
     checkpoint = {
-        f"model.diffusion_model.{name}.weight": network.get_submodule(module).weight for name, module in first.items()
+        f"model.diffusion_model.{name}.{kind}": value
+        for name, module in first.items()
+        for kind, value in network.get_submodule(module).named_parameters()
     }
     converted = convert_ldm_unet_checkpoint(checkpoint, network.config)
     for module in first.values():

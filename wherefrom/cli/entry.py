@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from wherefrom.cli.suggestions import SuggestingParser
 from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names, spoken_words
 
 DESCRIPTION = """\
@@ -40,6 +41,14 @@ WORDS = {
     "queries:": "--query:",
     "the option 'caption'": "--caption",
     "the option 'columns'": "fewer columns",
+    "the option 'layout'": "--layout",
+    "layout: sidecar": "--layout sidecar",
+    "layout:": "--layout:",
+    "the option 'one_caption'": "--one-caption",
+    "the option 'trigger'": "--trigger",
+    "caption_lines: first or whole": "--caption-lines first or whole",
+    "caption_lines is": "--caption-lines is",
+    "caption:": "--caption:",
     "null: none, split: all": "--null none --split all",
     "null: none": "--null none",
     "split: all": "--split all",
@@ -90,7 +99,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """The command line without any command's options, which are read by the command."""
-    root = argparse.ArgumentParser(
+    root = SuggestingParser(
         prog="wherefrom",
         description=DESCRIPTION,
         epilog="commands:\n"

@@ -21,6 +21,8 @@ DEFAULT_METHOD = "abu_plus"
 _FREE = ("output", "store", "device")
 # A run's own record also says what its files held.
 _RECORDED = ("inputs", "stated")
+# Texts of which the empty one says something.
+_TEXTS = ("one_caption", "trigger")
 _LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
@@ -43,7 +45,11 @@ class Request:
         store: Folder for what is computed once.
         device: Where to compute.
         resize: Bring query images to the model's size.
-        caption: Name of the caption column.
+        caption: Name of the caption column, or suffix of the caption files; "" finds it.
+        layout: Layout of the folder; "" finds it.
+        one_caption: The caption of all images of a folder without captions.
+        trigger: What stands for `[trigger]` in captions.
+        caption_lines: What the lines of a caption file are: each, first or whole.
         split: Splits whose images are ranked, or `all`.
         null: Images never trained on: a split, a folder, or `none`.
         size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
@@ -76,7 +82,11 @@ class Request:
     store: str = "cache"
     device: str = ""
     resize: bool = False
-    caption: str = "text"
+    caption: str = ""
+    layout: str = ""
+    one_caption: str | None = None
+    trigger: str | None = None
+    caption_lines: str = ""
     split: tuple[str, ...] = ()
     null: str = ""
     size: str = ""
@@ -120,7 +130,7 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         return size_text(value, f"{where}: size")
     if key == "buckets":
         return bucket_numbers(value, f"{where}: buckets")
-    kind = type(default)
+    kind = str if key in _TEXTS else type(default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
         return float(value)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
     """The queries and options that a request names."""
     from wherefrom.commands.prepared_run import AttributionOptions
+    from wherefrom.data.layouts.base import checked_lines
     from wherefrom.data.on_error import checked
     from wherefrom.queries.sources import QueryRegion
 
@@ -30,7 +31,11 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
         base=request.base or None,
-        caption=request.caption,
+        caption=request.caption or None,
+        layout=request.layout or None,
+        one_caption=request.one_caption,
+        trigger=request.trigger,
+        caption_lines=checked_lines(request.caption_lines),
         split=request.split,
         null=request.null,
         size=size_of(request.size),

@@ -128,11 +128,13 @@ class RankedImages:
         lines = [f"{count:,} images are ranked: split {_counted(Counter({name: known[name] for name in ranked}))}"]
         if null:
             held = _counted(Counter({name: known[name] for name in null}))
-            remedy = "" if self.null else "; to rank all images: null: none, split: all"
+            remedy = "" if self.null else "; null: none, split: all ranks them too"
             lines.append(f"the null, of images never trained on: split {held}{remedy}")
         left = Counter({name: number for name, number in known.items() if name not in ranked | null})
         if left:
-            lines.append(f"neither ranked nor null: split {_counted(left)}; name it in split: to rank it too")
+            lines.append(
+                f"left out: split {_counted(left)}, neither ranked nor the null; name it in split: to rank it too"
+            )
         return tuple(lines)
 
     def of(self, images: ImageSet, read: Callable[[Path], ImageSet]) -> tuple[ImageSet, ImageSet | None, Sequence[str]]:

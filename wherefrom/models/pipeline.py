@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel
 
 from wherefrom.models.adapter_sources import LORA as LORA
-from wherefrom.models.adapter_sources import AdapterSource
+from wherefrom.models.adapter_sources import AdapterInput, AdapterSource, parse_adapter
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.adapters import (
     adapters_beside,
@@ -240,14 +240,14 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
 
 
 def load_model(
-    path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterSource] = (), base: str | None = None
+    path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterInput] = (), base: str | None = None
 ) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
 
     Args:
         path: Folder, hub id, or single file.
         dtype: Type of number.
-        lora: Adapters that are added to it.
+        lora: Adapters that are added to it: files, folders or hub ids; see `parse_adapter`.
         base: See `load_pipeline`; or the base of a customized model, whose folder may name it too.
 
     Raises:
@@ -257,16 +257,17 @@ def load_model(
         ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, a
             customized model does not belong to its base, or an adapter cannot be found or does not fit.
     """
-    files = read_adapters(lora)  # before the pipeline, which may be large
+    asked = [parse_adapter(each) for each in lora]
+    files = read_adapters(asked)  # before the pipeline, which may be large
     named = base_of(Path(path))
     if named is not None or (base is not None and is_customized(Path(path))):
         model = load_customized(base or str(named), path, dtype)
     else:
-        pipeline, notes = _read_pipeline(path, dtype, lora, base)
+        pipeline, notes = _read_pipeline(path, dtype, asked, base)
         model = model_from_pipeline(pipeline)
         model.notes = (*notes, *model.notes)
     add_adapters(model, files)
-    said = [] if is_noted(model.notes) else distilled_notes([path, *(each.place for each in lora)])
+    said = [] if is_noted(model.notes) else distilled_notes([path, *(each.place for each in asked)])
     model.notes = (*model.notes, *said)
     return model
 
@@ -285,7 +286,13 @@ def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.fl
         ValueError: One of weights and words is missing or damaged, or does not belong to the base.
     """
     customization = read_customization(folder)  # before the base, which may be large
-    return customize(load_model(base, dtype), customization)
+    model = load_model(base, dtype)
+    if known := known_adapters(model.denoiser):
+        raise ValueError(
+            f"The base {base} of {folder} has an adapter ({known[0].name}): whose weights were customized, its own or "
+            "those with the adapter? Name a base without one, or one that it is merged into."
+        )
+    return customize(model, customization)
 
 
 def encoder_of_pipeline(path: str) -> LatentEncoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
@@ -71,11 +71,11 @@ RANGES: Mapping[str, Range] = {
 }
 
 
-def check_ranges(**values: float | None) -> None:
+def check_ranges(**values: Any) -> None:
     """Refuses settings that are out of their range; None is a setting that was not given.
 
     Args:
-        values: Settings by name, each a name of `RANGES`.
+        values: Numbers by name, each a name of `RANGES`; YAML may have given anything.
 
     Raises:
         ValueError: One is no number, not finite, not whole where it must be, or out of its range.
