@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from datamodules.held_out import checked_share
@@ -64,13 +65,14 @@ class ImageFolder(ImageDataModule):
 
     def census(self) -> Census:
         """Counts the metadata's images; none is decoded but the few that are timed."""
-        reader = open_images(self.folder, self.options.reading).reader
+        reading = replace(self.options.reading, cache=self.store.root)
+        reader = open_images(self.folder, reading).reader
         rows = reader.rows
         splits = [row.split for row in rows]
         parts, null = self.choice.parts(splits), self.choice.null_folder(set(splits))
         training, held_out = len(parts.ranked), len(parts.null)
         if null is not None:
-            held_out = len(open_images(null, self.options.reading).reader.rows)
+            held_out = len(open_images(null, reading).reader.rows)
         if not held_out:
             held_out = round((self.held_out_share(self.validation_share) or 0.0) * training)
             training -= held_out

@@ -39,6 +39,8 @@ WORDS: Mapping[str, str] = {
     "the option 'layout'": "AttributionOptions.layout",
     "layout: sidecar": "AttributionOptions(layout='sidecar')",
     "the option 'one_caption'": "AttributionOptions.one_caption",
+    "the option 'image_column'": "AttributionOptions.image_column",
+    "the options 'image_column' and 'caption'": "AttributionOptions.image_column and caption",
     "the option 'trigger'": "AttributionOptions.trigger",
     "caption_lines: first or whole": "AttributionOptions.caption_lines",
     "null: none, split: all": "AttributionOptions(null='none', split='all')",

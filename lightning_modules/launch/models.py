@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from wherefrom.models.adapter_sources import AdapterInput
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
 from wherefrom.runtime.cli_errors import option_names
 
-# What the library calls an option -> where it is: the console command takes from a base what a checkpoint lacks.
-WORDS: Mapping[str, str] = {"the option 'base'": "--base of `wherefrom attribute`"}
+# What the library calls an option -> where it is: a model of several files is put together by the console command.
+WORDS: Mapping[str, str] = {
+    "the option 'base'": "--base of `wherefrom attribute`",
+    "the option 'lora'": "--lora",
+}
 
 
-def named_model(name: str, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
+def named_model(name: str, lora: Sequence[str] = ()) -> DiffusionModel:
     """The model at a path or hub id.
 
     Args:
@@ -23,7 +25,7 @@ def named_model(name: str, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
     Raises:
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id, or the model cannot be used.
+        ValueError: The path is neither a folder nor a hub id, or the model or an adapter cannot be used.
     """
     with option_names(WORDS):
         return load_model(name, lora=lora)

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from datasets import DatasetDict
 
-from tests.support.hugging_face import dataset, hub_layout
+from tests.support.hugging_face import dataset, encoded, hub_layout
 from tests.support.user_world import UserWorld
 from wherefrom.cli import main
 from wherefrom.rankings.ranking_file import read_ranking
@@ -49,10 +49,9 @@ def test_the_hubs_layout_and_saved_data_sets_are_ranked(world: UserWorld, empty:
 
 
 def test_a_column_of_images_is_chosen(world: UserWorld, empty: Path) -> None:
-    table = dataset(3, named=True)
-    table = table.add_column("mask", table["image"], feature=datasets.Image())
-    table.to_parquet("data.parquet")
-    with pytest.raises(ValueError, match=r"several columns of images: .image., .mask.\. Name one in --image-column"):
+    masks = [{"bytes": encoded(n), "path": None} for n in range(3)]
+    dataset(3, named=True, mask=masks).to_parquet("data.parquet")
+    with pytest.raises(ValueError, match=r"several columns of images, .image., .mask.\. Name one in --image-column"):
         ranked(world, "data.parquet", *FEW)
     assert len(ranked(world, "data.parquet", *FEW, "--image-column", "mask")) == 3
 

@@ -201,5 +201,18 @@ def test_a_pickled_adapter_beside_a_pipeline_is_refused(fitting: Parts, beside: 
 
 def test_a_folder_of_an_adapter_alone_is_no_model(fitting: Parts, tmp_path: Path) -> None:
     save(tmp_path / LORA, fitting)
+    with pytest.raises(ValueError, match=r"holds an adapter .* and no (pipeline|model).*option 'lora'"):
+        load_model(str(tmp_path))
+    (tmp_path / LORA).rename(tmp_path / "style.safetensors")
     with pytest.raises(ValueError, match=r"holds an adapter .* and no pipeline.*option 'lora'"):
         load_model(str(tmp_path))
+
+
+def test_an_adapter_of_a_base_is_not_lost_with_its_network(model: DiffusionModel, fitting: Parts, beside: Path) -> None:
+    save(beside / LORA, fitting)
+    network: Any = model.denoiser
+    network.save_pretrained(beside.parent / "checkpoint-500" / "unet")
+    with pytest.raises(ValueError, match=r"has an adapter \(pytorch_lora_weights.*would be lost.*option 'lora'"):
+        load_model(str(beside.parent / "checkpoint-500"), base=str(beside))
+    given = load_model(str(beside.parent / "checkpoint-500"), base=str(beside), lora=[str(beside / LORA)])
+    assert given.fingerprint() == load_model(str(beside)).fingerprint()

@@ -41,7 +41,12 @@ def dataset(count: int = 5, first: int = 0, named: bool = False, **columns: list
         "boxes": [[0.0, 1.0]] * count,
         **columns,
     }
-    kinds = {"image": Image(), "style": ClassLabel(names=["oil", "ink"]), "boxes": List(Value("float32"))}
+    kinds = {
+        "image": Image(),
+        "mask": Image(),
+        "style": ClassLabel(names=["oil", "ink"]),
+        "boxes": List(Value("float32")),
+    }
     of_texts = {name: Value("string") for name in ("text", "author", "id", "caption")}
     texts = {name: List(Value("string")) for name, value in columns.items() if value and isinstance(value[0], list)}
     features = {name: (texts | kinds | of_texts if name not in texts else texts)[name] for name in cells}

@@ -40,6 +40,8 @@ WORDS = {
     "queries.images": "--query",
     "queries:": "--query:",
     "the option 'caption'": "--caption",
+    "the option 'image_column'": "--image-column",
+    "the options 'image_column' and 'caption'": "--image-column and --caption",
     "the option 'columns'": "fewer columns",
     "the option 'layout'": "--layout",
     "layout: sidecar": "--layout sidecar",

@@ -50,6 +50,7 @@ class Request:
         one_caption: The caption of all images of a folder without captions.
         trigger: What stands for `[trigger]` in captions.
         caption_lines: What the lines of a caption file are: each, first or whole.
+        image_column: Name of the column of images, in a table that has several.
         split: Splits whose images are ranked, or `all`.
         null: Images never trained on: a split, a folder, or `none`.
         size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
@@ -87,6 +88,7 @@ class Request:
     one_caption: str | None = None
     trigger: str | None = None
     caption_lines: str = ""
+    image_column: str = ""
     split: tuple[str, ...] = ()
     null: str = ""
     size: str = ""

@@ -27,7 +27,10 @@ images:
     sidecar      a.jpg beside a.txt or a.caption
     kohya        folders such as 10_name, seen ten times an epoch; or its dataset.toml itself
     list         kohya's or musubi's JSON or JSON lines
+    parquet      a parquet file, or a folder of them, with the images in a column
+    save_to_disk what Dataset.save_to_disk of Hugging Face's datasets left
     images       images alone, with --one-caption
+    hub          OWNER/NAME, a data set of Hugging Face's hub
   All are ranked. Where rows have a split, those of train are, and those of validation are the
   null: images that the model was never trained on, which p-values are measured against. --split
   and --null choose others.
@@ -116,6 +119,7 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
         metavar="COLUMN",
         help="caption column, or suffix of caption files (default: found out)",
     )
+    add("--image-column", metavar="COLUMN", help="the column of images, in a table that has several")
     add("--one-caption", metavar="TEXT", help="caption of all images of a folder without captions ('' for no words)")
     add("--trigger", metavar="WORD", help="what stands for [trigger] in captions")
     add("--caption-lines", metavar="HOW", help="a caption file's lines: each a caption, the first one, or the whole")

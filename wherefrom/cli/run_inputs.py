@@ -36,6 +36,7 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         one_caption=request.one_caption,
         trigger=request.trigger,
         caption_lines=checked_lines(request.caption_lines),
+        image_column=request.image_column or None,
         split=request.split,
         null=request.null,
         size=size_of(request.size),

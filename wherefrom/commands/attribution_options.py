@@ -48,6 +48,7 @@ class AttributionOptions:
         one_caption: The caption of all images of a folder without captions; it may be empty.
         trigger: What stands for `[trigger]` in captions.
         caption_lines: What the lines of a caption file are: `each`, `first` or `whole`.
+        image_column: Name of the column of images, in a table that has several.
         null: Images that the model was never trained on, which p-values are measured against: the name of a split, a
             folder of images, images, or `none`; "" is the images' own split `validation` where they have one.
 
@@ -79,6 +80,7 @@ class AttributionOptions:
     one_caption: str | None = None
     trigger: str | None = None
     caption_lines: CaptionLines | None = None
+    image_column: str | None = None
 
     def __post_init__(self) -> None:
         checked(self.on_error)
@@ -105,6 +107,8 @@ class AttributionOptions:
             one_caption=self.one_caption,
             trigger=self.trigger,
             caption_lines=self.caption_lines,
+            image_column=self.image_column,
+            cache=self.store,
         )
 
     @property

@@ -46,6 +46,7 @@ class ImageFolderOptions:
         one_caption: The caption of all images of a folder that holds no captions.
         trigger: What stands for `[trigger]` in captions.
         caption_lines: What the lines of a caption file are: `each`, `first` or `whole`.
+        image_column: Name of the column of images, in a table that has several.
 
     Raises:
         ValueError: An unknown choice.
@@ -60,6 +61,7 @@ class ImageFolderOptions:
     one_caption: str | None = added_setting(None)
     trigger: str | None = added_setting(None)
     caption_lines: CaptionLines | None = added_setting(None)
+    image_column: str | None = added_setting(None)
 
     def __post_init__(self) -> None:
         checked(self.on_error)
@@ -76,13 +78,20 @@ class ImageFolderOptions:
         framing: Framing = Framing(),
     ) -> ImageFolderOptions:
         """The options that read rows so, and images as the others say."""
-        return cls(size=size, on_error=on_error, framing=framing, **vars(reading))
+        rows = {name: value for name, value in vars(reading).items() if name != "cache"}
+        return cls(size=size, on_error=on_error, framing=framing, **rows)
 
     @property
     def reading(self) -> ReadingOptions:
         """What a reader is asked for."""
         return ReadingOptions(
-            self.layout, self.caption, self.columns, self.one_caption, self.trigger, self.caption_lines
+            self.layout,
+            self.caption,
+            self.columns,
+            self.one_caption,
+            self.trigger,
+            self.caption_lines,
+            self.image_column,
         )
 
     def found(self, reader: ImageReader) -> ImageFolderOptions:
@@ -125,7 +134,8 @@ def build_image_folder(
     if options.size is not None:
         sides_of(options.size)
     options = replace(options, framing=options.framing.resolved(options.size))
-    opened = folder if isinstance(folder, OpenedImages) else open_images(folder, options.reading)
+    reading = replace(options.reading, cache=store.root)
+    opened = folder if isinstance(folder, OpenedImages) else open_images(folder, reading)
     if not isinstance(folder, OpenedImages):
         for line in opened.lines[1:] if opened.usual else opened.lines:
             _logger.warning("%s: %s", folder, line)

@@ -128,7 +128,7 @@ def test_plain_binary_columns_and_a_choice_of_several(tmp_path: Path) -> None:
     table = pa.table({"png": [encoded(1), encoded(2)], "mask": [encoded(3), encoded(4)], "prompt": ["a", "b"]})
     pq.write_table(table, tmp_path / "data.parquet")
     with pytest.raises(
-        ValueError, match=r"several columns of images: 'png', 'mask'. Name one in the option 'image_column'"
+        ValueError, match=r"several columns of images, 'png', 'mask'. Name one in the option 'image_column'"
     ):
         read(tmp_path / "data.parquet")
     reader = read(tmp_path / "data.parquet", image_column="mask")
@@ -224,7 +224,7 @@ def test_tables_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
         read(file)
     pq.write_table(pa.table({"image": [[encoded(0)]], "text": ["a"]}), file)
     with pytest.raises(
-        ValueError, match=r"no column of images: .*columns of lists and other structs \('image'\) are not"
+        ValueError, match=r"no column of images, .*columns of lists and other structs \('image'\) are not"
     ):
         read(file, layout="parquet")
     named = pa.array(

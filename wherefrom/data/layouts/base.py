@@ -59,6 +59,8 @@ class ReadingOptions:
         trigger: What stands for `[trigger]` in captions.
         caption_lines: What the lines of a caption file are: `each` a caption of its own, the `first` the only one, or
             the `whole` one caption; None is the layout's own.
+        image_column: Name of the column of images, in a table that has several.
+        cache: Folder of the store, for what is downloaded; it decides nothing that is read.
 
     Raises:
         ValueError: An unknown choice.
@@ -70,6 +72,8 @@ class ReadingOptions:
     one_caption: str | None = None
     trigger: str | None = None
     caption_lines: CaptionLines | None = None
+    image_column: str | None = None
+    cache: str | Path = "cache"
 
     def __post_init__(self) -> None:
         checked_lines(self.caption_lines)

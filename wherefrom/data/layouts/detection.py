@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wherefrom.data.layouts.base import Found, ImageReader, Layout, Place, ReadingOptions, Row
+from wherefrom.data.layouts.hub import HubLayout
 from wherefrom.data.layouts.image_lists import ImageListLayout
 from wherefrom.data.layouts.imagefolder import ImageFolderLayout
 from wherefrom.data.layouts.images_only import ImagesOnlyLayout
 from wherefrom.data.layouts.kohya_folders import KohyaFoldersLayout
+from wherefrom.data.layouts.parquet import ParquetLayout
+from wherefrom.data.layouts.saved_dataset import SavedDatasetLayout
 from wherefrom.data.layouts.sidecars import SidecarLayout
 from wherefrom.data.layouts.training_configs import TrainingConfigLayout
 
 # In this order: where a place is of several, the first is taken, unless the captions would be others.
 LAYOUTS: tuple[Layout, ...] = (
     ImageFolderLayout(),
+    SavedDatasetLayout(),
     TrainingConfigLayout(),
     ImageListLayout(),
     KohyaFoldersLayout(),
     SidecarLayout(),
+    ParquetLayout(),
     ImagesOnlyLayout(),
+    HubLayout(),
 )
 
 

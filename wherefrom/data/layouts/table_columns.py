@@ -178,12 +178,12 @@ def _image_column(schema: pa.Schema, where: str, image: str | None) -> str:
         return image
     if len(found) > 1:
         raise ValueError(
-            f"{where} has several columns of images: {shown(found)}. Name one in the option 'image_column'."
+            f"{where} has several columns of images, {shown(found)}. Name one in the option 'image_column'."
         )
     if not found:
         lists = [field.name for field in schema if pa.types.is_nested(field.type)]
         raise ValueError(
-            f"{where} has no column of images: one is binary, or a struct of bytes and path as `datasets` writes it"
+            f"{where} has no column of images, which is binary, or a struct of bytes and path as `datasets` writes it"
             + (f"; columns of lists and other structs ({shown(lists)}) are not read" if lists else "")
             + f". It has {shown(schema.names)}."
         )
