@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.support.original_names import checkpoint_tensors, save_checkpoint
@@ -39,24 +41,38 @@ def kohya_adapter(path: Path, folder: Path) -> Path:
     return path
 
 
+def sidecars(folder: Path, count: int = 6) -> Path:
+    """Images with their captions in text files beside them."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture number {number}")
+    return folder
+
+
 def words(world: UserWorld) -> list[str]:
     return ["--images", str(world.images), *world.query, *SET]
 
 
-def test_a_single_file_with_a_kohya_lora_is_the_pipeline_with_it(world: UserWorld, folder: Path, empty: Path) -> None:
+def test_a_single_file_with_a_kohya_lora_and_sidecars_is_the_pipeline_with_it(
+    world: UserWorld, folder: Path, empty: Path
+) -> None:
     pytest.importorskip("peft")
     tensors = checkpoint_tensors(DiffusionPipeline.from_pretrained(folder), "sd1")
     file = save_checkpoint(Path("model.safetensors"), tensors)
     unet = {name: value for name, value in tensors.items() if name.startswith("model.")}
     part = save_checkpoint(Path("unet.safetensors"), unet)
     lora = ["--lora", str(kohya_adapter(Path("style.safetensors"), folder))]
-    main(["attribute", "--model", str(folder), *lora, *words(world), "--output", "folder"])
+    given_images = ["--images", str(sidecars(Path("images"))), *world.query, *SET]
+    main(["attribute", "--model", str(folder), *lora, *given_images, "--output", "folder"])
     for name, given in (("file", file), ("part", part)):
-        one = ["attribute", "--model", str(given), "--base", str(folder), *lora, *words(world), "--output", name]
+        one = ["attribute", "--model", str(given), "--base", str(folder), *lora, *given_images, "--output", name]
         main(one)
         ((ids, scores),) = read_ranking(Path(name)).values()
         ((expected_ids, expected),) = read_ranking(Path("folder")).values()
         assert ids == expected_ids
+        assert len(ids) == 6
         assert scores.tolist() == expected.tolist()
     assert "base: " in (Path("file") / "wherefrom.yaml").read_text()
     said = "Not in unet.safetensors, and so the base&#x27;s: vae, text_encoder."

@@ -206,7 +206,7 @@ def test_a_named_validation_split_is_the_null_and_both_are_said(
     config = attribution_config(tmp_path, "lab", data=data, attributor=PIXEL, model=str(world.model))
     evaluate.main(["attribute", "-c", str(config)])
     assert len(ranked(tmp_path / "lab")) == 100
-    assert "never trained on (the null)</th><td>10<" in (tmp_path / "lab" / "report.html").read_text()
+    assert "never trained on (the null)</bdi></dt><dd><bdi>10<" in (tmp_path / "lab" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, NamedTuple
 
 
@@ -85,7 +84,7 @@ def check_ranges(**values: Any) -> None:
         if value is None:
             continue
         words = allowed.words
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             words = "be a finite number"
         elif allowed.whole and value != int(value):
             words = "be a whole number"
