@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.image_folder import ImageFolder
-from datamodules.images import VALIDATION_VISITS, ImageDataModule, KeyedLoader
+from datamodules.images import VALIDATION_VISITS, ImageDataModule
+from datamodules.keyed_loader import KeyedLoader
 from wherefrom.data.encoded_images import EncodedImages, LatentVisits
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.image_set import ImageSet

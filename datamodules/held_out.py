@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from wherefrom.data.image_folder import hold_out
 from wherefrom.data.image_set import ImageSet

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from datamodules.held_out import checked_share
 from datamodules.images import SAMPLE, Census, ImageDataModule
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder, load_image
-from wherefrom.data.image_metadata import read_rows
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.layouts.detection import open_images
 from wherefrom.data.ranked_images import RankedImages
 from wherefrom.models.encoders import LatentEncoder
 
 
 class ImageFolder(ImageDataModule):
-    """Captioned images in Hugging Face's `imagefolder` layout.
+    """Captioned images in a folder of any layout that is known: `imagefolder`, caption files, kohya's, ….
 
     Args:
         folder: The folder that holds the images and their metadata.
@@ -64,22 +65,24 @@ class ImageFolder(ImageDataModule):
 
     def census(self) -> Census:
         """Counts the metadata's images; none is decoded but the few that are timed."""
-        rows = read_rows(self.folder, self.options.caption, self.options.columns)
+        reading = replace(self.options.reading, cache=self.store.root)
+        reader = open_images(self.folder, reading).reader
+        rows = reader.rows
         splits = [row.split for row in rows]
         parts, null = self.choice.parts(splits), self.choice.null_folder(set(splits))
         training, held_out = len(parts.ranked), len(parts.null)
         if null is not None:
-            held_out = len(read_rows(null, self.options.caption, self.options.columns))
+            held_out = len(open_images(null, reading).reader.rows)
         if not held_out:
             held_out = round((self.held_out_share(self.validation_share) or 0.0) * training)
             training -= held_out
 
         def decode() -> int:
             for row in rows[:SAMPLE]:
-                load_image(self.folder / row.name, self.options.size, self.options.framing)
+                load_image(reader.open_image(row), self.options.size, self.options.framing)
             return len(rows[:SAMPLE])
 
-        height, width = load_image(self.folder / rows[0].name, self.options.size, self.options.framing).shape[:2]
+        height, width = load_image(reader.open_image(rows[0]), self.options.size, self.options.framing).shape[:2]
         return Census(training, held_out, (height, width), len(rows[0].captions), decode)
 
     def load(self) -> tuple[ImageSet, ImageSet]:

@@ -260,7 +260,7 @@ class TestSettings:
     [
         ({"model": 5}, "model: a int is no model; give a loaded diffusers pipeline"),
         ({"model": "./nowhere"}, "model: there is no folder './nowhere'"),
-        ({"images": "nowhere"}, "images: there is no folder 'nowhere'"),
+        ({"images": "nowhere"}, "images: there is no folder or file 'nowhere'"),
         ({"queries": []}, "queries: there are none"),
         (
             {"queries": [("a", "b", "c")]},

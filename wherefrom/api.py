@@ -34,7 +34,15 @@ Method = str | Path | Attributor
 WORDS: Mapping[str, str] = {
     "queries.resize: true": "AttributionOptions(resize=True)",
     "queries.regions": "AttributionOptions.regions",
+    "the option 'base'": "AttributionOptions.base",
     "the option 'caption'": "AttributionOptions.caption",
+    "the option 'layout'": "AttributionOptions.layout",
+    "layout: sidecar": "AttributionOptions(layout='sidecar')",
+    "the option 'one_caption'": "AttributionOptions.one_caption",
+    "the option 'image_column'": "AttributionOptions.image_column",
+    "the options 'image_column' and 'caption'": "AttributionOptions.image_column and caption",
+    "the option 'trigger'": "AttributionOptions.trigger",
+    "caption_lines: first or whole": "AttributionOptions.caption_lines",
     "null: none, split: all": "AttributionOptions(null='none', split='all')",
     "null: none": "AttributionOptions(null='none')",
     "split: all": "AttributionOptions(split='all')",
@@ -147,10 +155,10 @@ def attribute_images(
 
     Args:
         model: A loaded diffusers text-to-image pipeline, its folder or hub id, or a `DiffusionModel`.
-        images: The training images: a folder in Hugging Face's `imagefolder` layout, or an `ImageSet`. All are ranked,
-            unless they have splits: then `train` is, and images of their own split `validation`, which the model was
-            never trained on, are the null of the p-values. `AttributionOptions.split` and `null` choose others; without
-            a null there are no p-values.
+        images: The training images: a folder (or a file that names them) in any layout that is known, or an `ImageSet`.
+            All are ranked, unless they have splits: then `train` is, and images of their own split `validation`, which
+            the model was never trained on, are the null of the p-values. `AttributionOptions.split` and `null` choose
+            others; without a null there are no p-values.
         queries: (image, prompt) pairs, the image a file, a PIL image or a uint8 array (H, W, 3), and the prompt `""`
             where it is not known; or prompts alone, whose images are drawn from the model.
         method: A packaged method's name, a YAML file, or an attributor.

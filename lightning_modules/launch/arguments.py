@@ -39,6 +39,13 @@ def add_run(parser: ArgumentParser, *, model: bool = True, required: bool = True
     if model:
         model_type = str if required else str | None
         parser.add_argument("--model", type=model_type, required=required, help="diffusers pipeline: folder or hub id")
+    if model and required:
+        parser.add_argument(
+            "--lora",
+            type=list[str],
+            default=[],
+            help="adapters that were trained on the model, as style.safetensors:0.8; files, folders or hub ids",
+        )
     parser.add_subclass_arguments(ImageDataModule, "data", required=required)
     parser.add_class_arguments(QuerySource, "queries")
     parser.add_class_arguments(ReportOptions, "report")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from datamodules.images import ImageDataModule
 from lightning_modules.launch.commands import attribute, compare, counterfactual, curate, customized, lds
+from lightning_modules.launch.models import named_model
 from lightning_modules.launch.recipe import TrainMain
 from lightning_modules.launch.settings import ModelSettings, TrialSettings
 from lightning_modules.launch.training_speed import sizes_of, training_speed
@@ -15,7 +16,6 @@ from wherefrom.commands.budget import drawing, encoding, features, method
 from wherefrom.commands.estimate import Stage, forward_rate
 from wherefrom.counterfactual.protocol import Protocol
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.pipeline import load_model
 
 
 def of_attribute(settings: attribute.Settings) -> list[Stage]:
@@ -130,7 +130,7 @@ def _with_queries(settings: ModelSettings) -> tuple[list[Stage], TrainingData, f
 
 
 def _encoded(settings: ModelSettings) -> tuple[list[Stage], TrainingData, float]:
-    model = settings.trainer.accelerate(load_model(settings.model))
+    model = settings.trainer.accelerate(named_model(settings.model, settings.lora))
     settings.data.take_size(model)
     return _stages_of_data(settings.data, model)
 

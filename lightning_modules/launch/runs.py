@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning.fabric import Fabric
 
 from datamodules.images import ImageDataModule
+from lightning_modules.launch.models import named_model
 from lightning_modules.launch.settings import RunSettings
 from wherefrom.attributors import Attributor, Query, TrainingData
 from wherefrom.commands.stated_generation import checked_queries
+from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.diffusion import DiffusionModel
-from wherefrom.models.pipeline import load_model
 from wherefrom.queries.run_size import RunSize, check_latents
 from wherefrom.queries.sources import make_queries
 from wherefrom.runtime.artifacts import Store
@@ -62,7 +63,13 @@ class Run:
     console: Console
 
 
-def prepare(settings: RunSettings, model_name: str, methods: Iterable[Attributor], with_queries: bool = True) -> Run:
+def prepare(
+    settings: RunSettings,
+    model_name: str,
+    methods: Iterable[Attributor],
+    with_queries: bool = True,
+    lora: Sequence[str] = (),
+) -> Run:
     """Launches the processes and makes model, data and the queries, with what the methods need of them.
 
     Args:
@@ -70,6 +77,7 @@ def prepare(settings: RunSettings, model_name: str, methods: Iterable[Attributor
         model_name: Folder or hub id of the model.
         methods: The methods, which say whether the queries' sampling trajectories are kept.
         with_queries: Make the queries that the settings name.
+        lora: Adapters that are added to the model.
     """
     devices = settings.trainer
     fabric = Fabric(
@@ -78,7 +86,11 @@ def prepare(settings: RunSettings, model_name: str, methods: Iterable[Attributor
     fabric.launch()
     runner = Runner.current(fabric.device)
     console = Console(runner.is_main)
-    model = devices.accelerate(load_model(model_name).to(fabric.device))
+    model = devices.accelerate(named_model(model_name, lora).to(fabric.device))
+    for adapter in known_adapters(model.denoiser):
+        console.log(f"with LoRA {adapter}")
+    for note in model.notes:
+        console.log(note)
     data_module = settings.data
     data_module.store = store = Store(settings.store)
     console.log("images, latents and captions")

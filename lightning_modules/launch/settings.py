@@ -120,13 +120,15 @@ class ModelSettings(RunSettings):
 
     Attributes:
         model: A diffusers pipeline: folder or hub id.
+        lora: Adapters that are added to it: files, folders or hub ids, with `:WEIGHT` or not.
     """
 
     model: str
+    lora: list[str]
 
     def deciding(self) -> dict[str, Any]:
-        """Also the model."""
-        return {**super().deciding(), "model": plain(self.model)}
+        """Also the model and what is added to it."""
+        return {**super().deciding(), "model": plain(self.model), **({"lora": self.lora} if self.lora else {})}
 
 
 @dataclass(frozen=True, kw_only=True)

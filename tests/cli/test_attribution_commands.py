@@ -187,7 +187,7 @@ def test_methods_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str])
         (["--device", "cuda:7"], "--device: there is no 'cuda:7' on this machine; there is cpu"),
         (["--caption", "words"], "--caption"),
         (["--model", "./nowhere"], "--model: there is no folder './nowhere'"),
-        (["--images", "nowhere"], "--images: there is no folder 'nowhere'."),
+        (["--images", "nowhere"], "--images: there is no folder or file 'nowhere'."),
         (["--group", "artist"], "--group: the images have no column 'artist'"),
     ],
 )

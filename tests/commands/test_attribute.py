@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import evaluate
+from tests.support.adapters import kohya, lora, made, save, targets
 from tests.support.tiny import (
     attribution_config,
     one_process,
@@ -294,6 +295,20 @@ def test_scores_by_part_are_written_and_shown(run: Path, folder: Path) -> None:
     )
     assert (out / "report.html").read_text() == page, "parts of a finished query are read again"
     assert not (run / "parts.parquet").exists()
+
+
+def test_an_adapter_is_added_and_recorded(run: Path, folder: Path, tmp_path: Path) -> None:
+    layers = made(targets(load_model(str(folder / "pipeline")).denoiser, (".attn2.to_k",)), lora)
+    file = save(tmp_path / "style.safetensors", kohya(layers))
+    words = ("--lora", f"['{file}:0.8']")
+    result = quick(folder, "adapted", *words)
+    manifest = read_run(result)
+    assert [(each["name"], each["weight"]) for each in manifest["adapters"]] == [("style.safetensors", 0.8)]
+    assert manifest["identity"]["model"] != read_run(run)["identity"]["model"]
+    assert "adapters" not in read_run(run)
+    assert "with LoRA style.safetensors at 0.8" in (result / "report.html").read_text()
+    with pytest.raises(ArtifactMismatchError, match=r"lora"):
+        quick(folder, "adapted", "--lora", f"['{file}']")
 
 
 def test_a_model_that_is_broken_is_an_error(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules import ImageFolder
+from lightning_modules.launch.runs import shapes, training_data
 from tests.support import pipelines
 from tests.support.folders import make, paint, write_metadata
 from wherefrom.api import AttributionOptions, attribute_images
@@ -25,12 +27,16 @@ from wherefrom.data.framing import Framing
 from wherefrom.data.image_files import load_image
 from wherefrom.data.image_folder import ImageFolderOptions, build_image_folder
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.mscoco import CocoOptions
+from wherefrom.data.webdataset import ShardOptions
 from wherefrom.gradients.loss_grid import LossGrid, LossPass
+from wherefrom.gradients.query_loss import encode_query
 from wherefrom.models.conditioning import Conditioning
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.pipeline import load_model
-from wherefrom.queries.run_size import RunSize, check_latents
-from wherefrom.queries.sources import generate
+from wherefrom.queries.run_size import RunSize, check_latents, run_size
+from wherefrom.queries.sources import QueryImage, QuerySource, generate, make_queries
+from wherefrom.queries.types import Query
 from wherefrom.runtime.artifacts import Store
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -41,7 +47,13 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 BUCKETS = Framing(buckets=Buckets(8, 4, 16, 4))
 SHAPES = [(20, 10), (16, 16), (10, 20), (9, 9), (40, 10), (22, 11), (12, 24)]  # width, height
-FEW = {"grid.timesteps": 2, "unlearning.noise_samples": 4, "unlearning.measurement_samples": 4}
+FEW = {
+    "grid.timesteps": 2,
+    "unlearning.noise_samples": 4,
+    "unlearning.measurement_samples": 4,
+    "unlearning.relative_loss_increase": 0.001,
+    "fisher.samples_per_image": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +122,25 @@ def test_size_ids_are_those_of_each_images_bucket(root: Path, folder: Path, tmp_
     assert model.encoder.text.size == (4, 12)
 
 
+def test_a_querys_size_ids_are_its_own(root: Path, folder: Path, tmp_path: Path) -> None:
+    model = load_model(str(FAMILIES["sdxl"](root / "xl_query")))
+    images = build_image_folder(Store(tmp_path), folder, ImageFolderOptions(8, framing=BUCKETS))
+    assert model.encoder is not None
+    encode_image_set(images, encoder=model.encoder, store=Store(tmp_path))
+    for size in ((4, 12), (8, 8), (12, 4)):
+        seen = encode_query(model, Query("q", "a picture", np.zeros((*size, 3), np.uint8)))
+        assert seen.conditioning["time_ids"].tolist() == [*size, 0, 0, *size]
+        assert seen.latent.shape == (4, size[0] // 2, size[1] // 2)
+
+
 def test_a_query_goes_to_its_bucket_and_every_image_is_ranked(
     model: DiffusionModel, folder: Path, tmp_path: Path
 ) -> None:
     wide = tmp_path / "wide.png"
-    paint(wide, 99, (44, 22))
-    few = options(tmp_path, framing=BUCKETS, resize=True, settings={**FEW, "fisher.samples_per_image": 1})
+    paint(wide, 99, (60, 22))
+    few = options(tmp_path, framing=BUCKETS, resize=True, settings=FEW)
     (scores,) = attribute_images(model, folder, [(wide, "a picture")], options=few)
-    bucket, _ = RunSize.of(model, None, BUCKETS).framing.place((22, 44), 8)
+    bucket, _ = RunSize.of(model, None, BUCKETS).framing.place((22, 60), 8)
     assert scores.query.pixels.shape[:2] == bucket
     assert bucket[1] > bucket[0]
     np.testing.assert_array_equal(scores.query.pixels, load_image(wide, 8, RunSize.of(model, 8, BUCKETS).framing))
@@ -221,6 +244,42 @@ def test_latents_of_another_size_than_their_images_are_refused(sd: Path, folder:
         check_latents(replace(made, images=other), model)
 
 
+def test_a_data_module_reads_at_the_models_size_where_none_is_named(sd: Path, folder: Path, tmp_path: Path) -> None:
+    model = load_model(str(sd))
+    for given, expected in ((None, (8, 8)), (12, (12, 12)), ((8, 12), (8, 12))):
+        module = ImageFolder(str(folder), options=ImageFolderOptions(given), store=str(tmp_path / "store"))
+        data = training_data(module, model)
+        assert data.images.pixels.shape[1:3] == expected
+        assert data.latents is not None
+        assert data.latents.latent_shape == (4, expected[0] // 2, expected[1] // 2)
+        latent_shape, size = shapes(data, module.take_size(model))
+        assert (latent_shape, run_size(size).size) == (data.latents.latent_shape, expected)
+    for kind in (CocoOptions, ShardOptions):
+        module.options = kind()
+        module.take_size(model)
+        assert module.options.side == 8
+    module.options = ImageFolderOptions(9)
+    with pytest.raises(ValueError, match="size: images of 9 × 9 pixels do not suit the model"):
+        training_data(module, model)
+
+
+def test_a_data_module_of_buckets(sd: Path, folder: Path, tmp_path: Path) -> None:
+    model = load_model(str(sd))
+    module = ImageFolder(str(folder), options=ImageFolderOptions(framing=BUCKETS), store=str(tmp_path / "store"))
+    data = training_data(module, model)
+    assert data.latents is not None
+    assert len(data.latents.groups) >= 3
+    wide = tmp_path / "wide.png"
+    paint(wide, 1, (30, 10))
+    latent_shape, size = shapes(data, module.take_size(model))
+    source = QuerySource(images=[QueryImage(str(wide), "x")], prompts=["drawn"], sampling_steps=1, resize=True)
+    from_file, drawn = make_queries(model, source=source, latent_shape=latent_shape, size=size)
+    assert from_file.pixels.shape == (4, 12, 3)
+    assert drawn.pixels.shape == (8, 8, 3)
+    with pytest.raises(ValueError, match="bring the images to one size"):
+        module.visits(data.images, None, training=True)
+
+
 def test_training_on_several_sizes_is_refused_by_name(folder: Path, sd: Path, tmp_path: Path) -> None:
     model = load_model(str(sd))
     images = build_image_folder(Store(tmp_path), folder, ImageFolderOptions(8, framing=BUCKETS))
@@ -235,12 +294,12 @@ def test_the_command_takes_sizes_and_its_page_says_them(
     sd: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paint(tmp_path / "q.png", 5, (30, 15))
+    paint(tmp_path / "3.png", 5, (30, 15))
     damaged = tmp_path / "images"
     damaged.mkdir()
     for file in folder.iterdir():
         (damaged / file.name).write_bytes(b"" if file.name == "3.png" else file.read_bytes())
-    words = ["attribute", "--model", str(sd), "--images", str(damaged), "--query", "q.png", "--prompt", "x", "--resize"]
+    words = ["attribute", "--model", str(sd), "--images", str(damaged), "--query", "3.png", "--prompt", "x", "--resize"]
     words += [
         "--method",
         "efficientnet",
@@ -251,14 +310,13 @@ def test_the_command_takes_sizes_and_its_page_says_them(
         "--output",
         "run",
     ]
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=r"1 of 7 images cannot be read, .*: 3\.png .*set --on-error skip"):
         main(words)
-    assert "1 of 7 images cannot be read" in (said := capsys.readouterr().err)
-    assert "3.png" in said
-    assert "set --on-error skip" in said
+    capsys.readouterr()
     main([*words, "--on-error", "skip"])
     said = capsys.readouterr().err
     assert "images are at 8 × 8 pixels: each in the nearest of" in said
+    assert "the training image 3.png, called like a query, could not be read" in said
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Images left out, which could not be read" in page
     assert "1: 3.png" in page

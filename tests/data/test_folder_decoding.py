@@ -221,9 +221,9 @@ def test_too_small_images_are_named_by_their_headers(folder: Path, build: Build,
 
 def test_identities_are_those_of_before() -> None:
     before = {"size": 512, "caption": "text", "columns": None, "skip_unreadable": False}
-    assert reading_identity(ImageFolderOptions(512)) == before
-    assert reading_identity(ImageFolderOptions((512, 512))) == before
-    assert reading_identity(ImageFolderOptions(512, on_error="skip")) == {**before, "skip_unreadable": True}
+    assert reading_identity(ImageFolderOptions(512, "text")) == before
+    assert reading_identity(ImageFolderOptions((512, 512), "text")) == before
+    assert reading_identity(ImageFolderOptions(512, "text", on_error="skip")) == {**before, "skip_unreadable": True}
     assert reading_identity(ImageFolderOptions(512, framing=Framing(fit="pad")))["framing"] == {"fit": "pad"}
     coco = {"size": 128, "captions": 5, "skip_unreadable": False, "workers": 1}
     assert reading_identity(CocoOptions(128)) == coco

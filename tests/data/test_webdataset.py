@@ -79,6 +79,25 @@ def test_keys_captions_columns_and_pixels(tmp_path: Path, folder: Path, keys: li
     assert isinstance(images.pixels, np.memmap)
 
 
+def test_a_sample_that_is_skipped_can_stop_the_reading(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
+    path = folder / "00001.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"00001\.tar.*on_error: skip; finished parts are kept"):
+        build(tmp_path, folder, on_error="stop")
+    partial = next((tmp_path / "store" / "laion").iterdir())
+    assert [file.name for file in partial.glob("part-*.json")] == ["part-000000.json"]
+    images = build(tmp_path, folder)
+    assert len(images) == sum(map(len, keys)) - 10
+    assert "00001.tar" in images.skipped
+    with pytest.raises(ValueError, match=r"damaged shards: '00001\.tar'.*on_error: skip, which leaves them out"):
+        build(tmp_path, folder, on_error="stop")
+    whole = build_laion(Store(tmp_path / "whole"), folder=make(tmp_path / "again"), options=SMALL)
+    stopping = build_laion(
+        Store(tmp_path / "stopping"), folder=tmp_path / "again", options=ShardOptions(size=8, on_error="stop")
+    )
+    assert stopping.fingerprint == whole.fingerprint
+
+
 CUTS = ["in a header", "between header and data", "in data", "after a member", "before the end mark", "first block"]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tests.support import adapters as made_up
 from tests.support.adapters import ALPHA, RANK, Make, Parts, kohya, lora, made, merge_into, save, targets
+from tests.support.original_names import checkpoint_tensors, save_checkpoint
 from tests.support.pipelines import pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from wherefrom.models.adapter_files import read_adapter
 from wherefrom.models.adapter_sources import AdapterSource
@@ -84,7 +85,7 @@ def check_merged(base: DiffusionModel, result: DiffusionModel, expected: Diffusi
         (made_up.lora, False),
         (made_up.tucker_lora, False),
         (made_up.loha, False),
-        (made_up.tucker_loha, False),
+        (made_up.tucker_loha, True),
         (made_up.whole_lokr, False),
         (made_up.low_lokr, False),
         (made_up.tucker_lokr, False),
@@ -243,7 +244,9 @@ def test_first_names_of_a_unet_are_those_of_single_files(models: dict[str, Diffu
         name for name in _layers(network) if name != "conv_norm_out" or "out.0" in first
     )
     checkpoint = {
-        f"model.diffusion_model.{name}.weight": network.get_submodule(module).weight for name, module in first.items()
+        f"model.diffusion_model.{name}.{kind}": value
+        for name, module in first.items()
+        for kind, value in network.get_submodule(module).named_parameters()
     }
     converted = convert_ldm_unet_checkpoint(checkpoint, network.config)
     for module in first.values():
@@ -287,6 +290,17 @@ def test_first_names_of_stable_diffusion_3_split_what_was_one_layer(
     missing = expected.denoiser.load_state_dict(converted, strict=False)
     assert not missing.unexpected_keys
     check_merged(base, loaded(base, save(tmp_path / "a.safetensors", kohya(layers))), expected)
+
+
+def test_a_single_file_takes_adapters_like_its_pipeline(
+    folders: dict[str, Path], models: dict[str, DiffusionModel], tmp_path: Path
+) -> None:
+    folder = folders["1"]
+    single = save_checkpoint(tmp_path / "civitai.safetensors", checkpoint_tensors(load_pipeline(str(folder)), "sd1"))
+    layers = made(targets(models["1"].denoiser, WORDS), lora)
+    file = save(tmp_path / "style.safetensors", kohya(layers))
+    given = load_model(str(single), torch.float64, lora=[f"{file}:0.7"], base=str(folder))
+    assert given.fingerprint() == loaded(models["1"], file, weight=0.7).fingerprint()
 
 
 def test_two_adapters_add_up_and_keep_their_weights(models: dict[str, DiffusionModel], tmp_path: Path) -> None:

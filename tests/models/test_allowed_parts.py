@@ -36,6 +36,7 @@ from tests.support.pipelines import stable_diffusion, unet_with
 from tests.support.tiny import one_process, tiny_model
 from wherefrom.attributors.unlearning.attributor import AttributionByUnlearning
 from wherefrom.gradients.per_sample import PerSampleGradients
+from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.families.base import PipelineParts
 from wherefrom.models.parameter_subsets import select_weights
 from wherefrom.models.pipeline import load_model, load_pipeline, model_from_pipeline
@@ -303,6 +304,23 @@ def test_caches_of_diffusers_are_refused(pipelines: Copies) -> None:
         model.fingerprint()
 
 
+def test_dropout_is_off() -> None:
+    model = tiny_model()
+    model.denoiser.train()  # without dropout, training mode says nothing
+    before = model.fingerprint()
+    (layer,) = [
+        module for name, module in model.denoiser.named_modules() if name.endswith("mid_block.resnets.0.dropout")
+    ]
+    layer.p = 0.5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"dropout\) has p = 0.5 where its configuration makes 0.0"):
+        model.fingerprint()
+    dropping = DiffusionModel(unet_with(dropout=0.5), model.noise_schedule)
+    with pytest.raises(ValueError, match=r"drops values at random \(dropout 0.5 in training mode\).*eval\(\)"):
+        dropping.fingerprint()
+    dropping.denoiser.eval()
+    assert dropping.fingerprint() != before
+
+
 def test_our_own_hooks_are_known() -> None:
     model = tiny_model()
     before = model.fingerprint()
@@ -317,6 +335,7 @@ def test_our_own_hooks_are_known() -> None:
         (stable_diffusion, {"num_class_embeds": 3}, "num_class_embeds = 3.*classes of images"),
         (stable_diffusion, {"attention_type": "gated"}, "attention_type = 'gated'.*boxes"),
         (stable_diffusion, {"dual_cross_attention": True}, "dual_cross_attention = True.*prompt image"),
+        (stable_diffusion, {"out_channels": 8}, r"takes 4 channels and says 8 \(out_channels\)"),
         (stable_diffusion, {"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
         (stable_diffusion, {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 12}, "encoder_hid_dim_type"),
     ],

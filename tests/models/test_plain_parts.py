@@ -89,6 +89,14 @@ def test_half_precision_gives_what_the_same_weights_give_as_float32(
     assert state_of(pipeline) == before
 
 
+def test_tables_that_no_file_holds_are_those_of_float32(folders: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = opened(folders["pixart"])
+    pipeline.to(torch.bfloat16)
+    assert pipeline.transformer.pos_embed.pos_embed.dtype == torch.bfloat16  # rounded, and in no file
+    pipeline.save_pretrained(tmp_path)
+    same(model_from_pipeline(pipeline), load_model(str(tmp_path)))
+
+
 def test_each_part_may_have_a_precision_of_its_own(folders: dict[str, Path], tmp_path: Path) -> None:
     pipeline = opened(folders["sdxl"])
     pipeline.unet.to(torch.float16)

@@ -12,7 +12,15 @@ from PIL import Image
 
 from tests.support.tiny import tiny_encoder, tiny_model
 from wherefrom.attributors import Query
-from wherefrom.queries.sources import QueryImage, QueryRegion, QuerySource, generate, make_queries, read_query
+from wherefrom.queries.sources import (
+    QueryImage,
+    QueryRegion,
+    QuerySource,
+    generate,
+    make_queries,
+    read_query,
+    read_regions,
+)
 from wherefrom.runtime import keyed_random
 from wherefrom.runtime.salts import Salt
 
@@ -114,6 +122,20 @@ def test_regions_that_cannot_be_used_are_named_before_anything_is_drawn(
         make_queries(
             tiny_model(), source=QuerySource(prompts=["red"], regions=regions), latent_shape=(4, 4, 4), size=(8, 8)
         )
+
+
+def test_a_region_is_of_a_files_name_where_it_is_unique(tmp_path: Path) -> None:
+    files = [tmp_path / name / "mine.png" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        Image.new("RGB", (8, 8)).save(file)
+    region, known = QueryRegion("mine.png", box=[0, 0, 4, 8]), [str(file) for file in files]
+    ((of, regions),) = read_regions([region], [known[0], "red"], (8, 8)).items()
+    assert (of, regions[0].name) == (known[0], "box 0,0,4,8")
+    with pytest.raises(ValueError, match=r"several images are called 'mine.png'; give its whole path"):
+        read_regions([region], known, (8, 8))
+    with pytest.raises(ValueError, match=r"'mine.png' is neither a prompt nor an image file of this run"):
+        read_regions([region], ["red", "there/mine.png"], (8, 8))
 
 
 @pytest.mark.parametrize("region", [{}, {"box": [0, 0, 4, 8], "mask": "mask.png"}])

@@ -15,7 +15,7 @@ from wherefrom.commands.compare import compare
 from wherefrom.curvature import Identity
 from wherefrom.gradients.loss_grid import LossGrid
 from wherefrom.queries.types import Scores
-from wherefrom.reports.query_section import tie_notes
+from wherefrom.reports.query_section import sign_notes, tie_notes
 from wherefrom.reports.scores_view import ScoresView
 from wherefrom.runtime.artifacts import Store
 
@@ -109,3 +109,12 @@ def test_a_tie_at_the_edge_of_what_is_shown_is_said() -> None:
     assert tie_notes(scores, 5) == []
     assert "From place 3 on, 3 training images have the same score" in tie_notes(scores, 3)[0]
     assert "From place 3 on, 3 training images" in tie_notes(scores, 4)[0]
+
+
+def test_negative_scores_among_the_first_are_explained() -> None:
+    query = Query("query", "red", np.zeros((8, 8, 3), dtype=np.uint8))
+    scores = Scores(query, tuple("abcd"), np.array([2.0, -1.0, 1.0, -3.0]), np.zeros(0))
+    assert sign_notes(scores, 2) == []
+    assert "From place 3 on, scores are 0 or less." in sign_notes(scores, 3)[0]
+    below = Scores(query, tuple("ab"), np.array([-2.0, -1.0]), np.zeros(0))
+    assert "No score is above 0: all are 0 or less." in sign_notes(below, 20)[0]

@@ -66,6 +66,21 @@ def test_every_old_name_of_an_experiment_becomes_the_one_of_today() -> None:
     assert none == []
 
 
+def test_a_value_that_was_renamed_with_its_key() -> None:
+    for old, new in ((True, "skip"), ("true", "skip"), (False, "stop")):
+        now, changes = renamed({"data": {"init_args": {"options": {"skip_unreadable": old}}}})
+        assert now == {"data": {"init_args": {"options": {"on_error": new}}}}
+        assert changes == [("skip_unreadable", "on_error")]
+    for words in (
+        ["--data.init_args.options.skip_unreadable", "true"],
+        ["--data.init_args.options.skip_unreadable=true"],
+    ):
+        now_words, _ = renamed_words(words)
+        assert "=".join(now_words) == "--data.init_args.options.on_error=skip"
+    with pytest.raises(ValueError, match="'on_error' is given twice"):
+        renamed({"options": {"skip_unreadable": True, "on_error": "stop"}})
+
+
 def test_names_mean_something_only_where_they_did() -> None:
     content = {"data": {"init_args": {"visits": 3, "pictures": 4}}, "prompts": ["rise", "draws"]}
     assert renamed(content) == (content, [])

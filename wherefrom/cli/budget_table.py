@@ -12,7 +12,7 @@ from wherefrom.commands.estimate import forward_rate, timed
 from wherefrom.commands.packaged_methods import load_packaged
 from wherefrom.commands.prepared_run import check_query_files, open_model
 from wherefrom.data.image_folder import load_image
-from wherefrom.data.image_metadata import read_rows
+from wherefrom.data.layouts.detection import open_images
 from wherefrom.queries.run_size import RunSize
 from wherefrom.runtime.console import room
 from wherefrom.runtime.distributed import parse_device
@@ -30,19 +30,19 @@ def budget_of(request: Request) -> str:
     queries, options = inputs_of(request)
     check_query_files(queries)
     methods = load_packaged(request.method, options.settings, options.quick)
-    folder = Path(request.images)
-    rows = read_rows(folder, options.caption, None)
+    reader = open_images(request.images, options.reading).reader
+    rows = reader.rows
     splits = [row.split for row in rows]
     parts, null = options.choice.parts(splits), options.choice.null_folder(set(splits))
     training, held_out = len(parts.ranked), len(parts.null)
     if null is not None:
-        held_out = len(read_rows(null, options.caption, None))
-    model = open_model(request.model, options.lora).to(parse_device(options.device))
+        held_out = len(open_images(null, options.reading).reader.rows)
+    model = open_model(request.model, options.lora, options.base).to(parse_device(options.device))
     size = RunSize.of(model, options.size, options.framing)
 
     def decode() -> int:
         for row in rows[:_SAMPLE]:
-            load_image(folder / row.name, size.option, size.framing)
+            load_image(reader.open_image(row), size.option, size.framing)
         return len(rows[:_SAMPLE])
 
     sizes = Sizes(training, held_out, size.size, len(rows[0].captions), False)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from wherefrom.cli.suggestions import SuggestingParser
 from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names, spoken_words
 
 DESCRIPTION = """\
@@ -32,13 +33,24 @@ wherefrom COMMAND --help says more of one command.
 """
 # What the library calls an option -> how it is given here.
 WORDS = {
+    "the option 'base'": "--base",
     "queries.resize: true": "--resize",
     "queries.regions": "regions in the -c file",
     "queries.prompts": "--prompt",
     "queries.images": "--query",
     "queries:": "--query:",
     "the option 'caption'": "--caption",
+    "the option 'image_column'": "--image-column",
+    "the options 'image_column' and 'caption'": "--image-column and --caption",
     "the option 'columns'": "fewer columns",
+    "the option 'layout'": "--layout",
+    "layout: sidecar": "--layout sidecar",
+    "layout:": "--layout:",
+    "the option 'one_caption'": "--one-caption",
+    "the option 'trigger'": "--trigger",
+    "caption_lines: first or whole": "--caption-lines first or whole",
+    "caption_lines is": "--caption-lines is",
+    "caption:": "--caption:",
     "null: none, split: all": "--null none --split all",
     "null: none": "--null none",
     "split: all": "--split all",
@@ -89,7 +101,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """The command line without any command's options, which are read by the command."""
-    root = argparse.ArgumentParser(
+    root = SuggestingParser(
         prog="wherefrom",
         description=DESCRIPTION,
         epilog="commands:\n"

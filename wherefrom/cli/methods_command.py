@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import textwrap
 from collections.abc import Sequence
 
 from wherefrom.cli.entry import Help
+from wherefrom.cli.suggestions import SuggestingParser
 
 
 def run(command: str, words: Sequence[str]) -> None:
@@ -15,7 +15,7 @@ def run(command: str, words: Sequence[str]) -> None:
     from wherefrom.commands.method_files import available_methods
     from wherefrom.commands.packaged_methods import DEFAULT_METHOD
 
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="wherefrom methods", description="The methods that --method takes.", formatter_class=Help
     )
     parser.parse_args(list(words))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from wherefrom.cli.entry import Help
+from wherefrom.cli.suggestions import SuggestingParser
 
 
 def run(command: str, words: Sequence[str]) -> None:
@@ -15,7 +15,7 @@ def run(command: str, words: Sequence[str]) -> None:
     Raises:
         ValueError: The folder holds no finished run, or what it was made from is not there any more.
     """
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="wherefrom report",
         description="Write the page of a finished run folder once more; nothing is computed.",
         epilog="example:\n\n  wherefrom report wherefrom-runs/RUN --top 50",

@@ -83,14 +83,17 @@ def _with_region(query: Query, request: Request) -> Query:
 def _training_images(request: Request, run: Path, query: Query, store: str) -> TrainingData:
     """The images of the run's folder, from the store where they are there; at the size of the run."""
     folder = Path(request.images)
-    if not folder.is_dir():
+    if not folder.exists() and folder.is_absolute():
         raise ValueError(f"images: the run's folder {request.images!r} is not there any more.")
     height, width = (int(side) for side in query.pixels.shape[:2])
     size, framing = kept_size(run, request) or (size_of(request.size) or (height, width), framing_of(request))
-    options = ImageFolderOptions(size, request.caption, on_error=checked(request.on_error), framing=framing)
+    asked = inputs_of(request)[1]
+    options = ImageFolderOptions.of_reading(
+        asked.reading, size=size, on_error=checked(request.on_error), framing=framing
+    )
 
     def read(place: Path) -> ImageSet:
         return build_image_folder(Store(store), place, options)
 
-    ranked, null, _ = inputs_of(request)[1].choice.of(read(folder), read)
+    ranked, null, _ = asked.choice.of(read(folder), read)
     return TrainingData(ranked, held_out=null)

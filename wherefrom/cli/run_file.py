@@ -21,6 +21,8 @@ DEFAULT_METHOD = "abu_plus"
 _FREE = ("output", "store", "device")
 # A run's own record also says what its files held.
 _RECORDED = ("inputs", "stated")
+# Texts of which the empty one says something.
+_TEXTS = ("one_caption", "trigger")
 _LISTS: Mapping[str, type] = {"queries": dict, "lora": str, "method": str, "regions": dict, "groups": str, "split": str}
 
 
@@ -29,7 +31,8 @@ class Request:
     """What a run is asked for; the names are those of the YAML file.
 
     Attributes:
-        model: A diffusers pipeline: folder or hub id.
+        model: A diffusers pipeline (folder or hub id), a single file, or a trainer's checkpoint.
+        base: The pipeline from which comes what the model's file or checkpoint lacks.
         images: Folder of the training images with their captions.
         queries: Each `{image, prompt}`, `{image}` alone, whose file may state its prompt, or `{prompt}` alone, whose
             image is drawn.
@@ -42,7 +45,12 @@ class Request:
         store: Folder for what is computed once.
         device: Where to compute.
         resize: Bring query images to the model's size.
-        caption: Name of the caption column.
+        caption: Name of the caption column, or suffix of the caption files; "" finds it.
+        layout: Layout of the folder; "" finds it.
+        one_caption: The caption of all images of a folder without captions.
+        trigger: What stands for `[trigger]` in captions.
+        caption_lines: What the lines of a caption file are: each, first or whole.
+        image_column: Name of the column of images, in a table that has several.
         split: Splits whose images are ranked, or `all`.
         null: Images never trained on: a split, a folder, or `none`.
         size: Size of all images: the side of a square, or WIDTHxHEIGHT; "" is the model's own.
@@ -63,6 +71,7 @@ class Request:
     """
 
     model: str = ""
+    base: str = ""
     images: str = ""
     queries: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
@@ -74,7 +83,12 @@ class Request:
     store: str = "cache"
     device: str = ""
     resize: bool = False
-    caption: str = "text"
+    caption: str = ""
+    layout: str = ""
+    one_caption: str | None = None
+    trigger: str | None = None
+    caption_lines: str = ""
+    image_column: str = ""
     split: tuple[str, ...] = ()
     null: str = ""
     size: str = ""
@@ -118,7 +132,7 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         return size_text(value, f"{where}: size")
     if key == "buckets":
         return bucket_numbers(value, f"{where}: buckets")
-    kind = type(default)
+    kind = str if key in _TEXTS else type(default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
         return float(value)
@@ -243,6 +257,7 @@ def completed(request: Request, with_methods: bool = True) -> Request:
     placed = replace(
         request,
         model=_place(request.model),
+        base=_place(request.base) if request.base else "",
         lora=tuple(str(replace(adapter, place=_place(adapter.place))) for adapter in adapters),
         images=_place(request.images),
         null=request.null if request.null == "none" or split_named(request.null) else _place(request.null),

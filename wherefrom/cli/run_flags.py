@@ -10,6 +10,7 @@ from typing import Any
 from wherefrom.cli.entry import Help
 from wherefrom.cli.run_file import DEFAULT_METHOD, Request, parse_settings, read_request
 from wherefrom.cli.run_sizes import add_size_flags, bucket_numbers, size_text
+from wherefrom.cli.suggestions import SuggestingParser
 
 DETAILS = """\
 queries:
@@ -21,10 +22,18 @@ queries:
   one that follows another --prompt, or stands first, is drawn.
 
 images:
-  A folder with images and metadata.jsonl, .csv or .parquet: a column file_name, a column text
-  (see --caption), and further ones such as license and author. All are ranked. Where rows
-  have a split, those of train are, and those of validation are the null: images that the model
-  was never trained on, which p-values are measured against. --split and --null choose others.
+  A folder whose layout is found out and said (--layout NAME overrides):
+    imagefolder  metadata.jsonl, .csv or .parquet with file_name, text, license, author, ...
+    sidecar      a.jpg beside a.txt or a.caption
+    kohya        folders such as 10_name, seen ten times an epoch; or its dataset.toml itself
+    list         kohya's or musubi's JSON or JSON lines
+    parquet      a parquet file, or a folder of them, with the images in a column
+    save_to_disk what Dataset.save_to_disk of Hugging Face's datasets left
+    images       images alone, with --one-caption
+    hub          OWNER/NAME, a data set of Hugging Face's hub
+  All are ranked. Where rows have a split, those of train are, and those of validation are the
+  null: images that the model was never trained on, which p-values are measured against. --split
+  and --null choose others.
   They are brought to the model's own size as --fit says, unless --size or --buckets asks for
   others.
 
@@ -62,7 +71,7 @@ class Asked(argparse.Action):
 
 def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser:
     """The flags of a command that asks a model about queries."""
-    made = argparse.ArgumentParser(
+    made = SuggestingParser(
         prog=f"wherefrom {command}",
         description=f"{line[0].upper()}{line[1:]}.",
         epilog=f"example:\n\n  {example}\n\n{DETAILS}",
@@ -73,7 +82,8 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     )
     add = made.add_argument
     add("-c", "--config", metavar="FILE", help="a YAML file; see below")
-    add("--model", metavar="MODEL", help="a diffusers pipeline: folder or hub id")
+    add("--model", metavar="MODEL", help="a diffusers pipeline (folder or hub id), or a single .safetensors file")
+    add("--base", metavar="MODEL", help="the pipeline that a trainer's checkpoint or a file without all parts is of")
     add(
         "--lora",
         action="append",
@@ -103,7 +113,16 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--resize", action="store_true", help="bring query images to the training images' size")
     add_size_flags(made)
-    add("--caption", metavar="COLUMN", help="the metadata's caption column (default: text)")
+    add("--layout", metavar="NAME", help="layout of the training images (default: found out and said)")
+    add(
+        "--caption",
+        metavar="COLUMN",
+        help="caption column, or suffix of caption files (default: found out)",
+    )
+    add("--image-column", metavar="COLUMN", help="the column of images, in a table that has several")
+    add("--one-caption", metavar="TEXT", help="caption of all images of a folder without captions ('' for no words)")
+    add("--trigger", metavar="WORD", help="what stands for [trigger] in captions")
+    add("--caption-lines", metavar="HOW", help="a caption file's lines: each a caption, the first one, or the whole")
     add(
         "--split", action="append", metavar="NAME", help="rank images of this split; repeat it, or all (default: train)"
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
     """The queries and options that a request names."""
     from wherefrom.commands.prepared_run import AttributionOptions
+    from wherefrom.data.layouts.base import checked_lines
     from wherefrom.data.on_error import checked
     from wherefrom.queries.sources import QueryRegion
 
@@ -29,7 +30,13 @@ def inputs_of(request: Request) -> tuple[list[QueryInput], AttributionOptions]:
         device=request.device or None,
         resize=request.resize,
         regions=[QueryRegion(**region) for region in request.regions],
-        caption=request.caption,
+        base=request.base or None,
+        caption=request.caption or None,
+        layout=request.layout or None,
+        one_caption=request.one_caption,
+        trigger=request.trigger,
+        caption_lines=checked_lines(request.caption_lines),
+        image_column=request.image_column or None,
         split=request.split,
         null=request.null,
         size=size_of(request.size),

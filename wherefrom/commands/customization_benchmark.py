@@ -251,7 +251,7 @@ def _prepare(
         own = replace(exemplars, captions=images.captions[-len(exemplars) :])
         latents = joined(background.latents, encode_image_set(own, encoder=model.encoder, store=store))
     queries = [
-        read_query(replace(image, prompt=rewrite(image.prompt)), (height, height), resize=True)
+        read_query(replace(image, prompt=rewrite(image.prompt or "")), (height, height), resize=True)
         for image in task.queries
     ]
     return TrainingData(images, latents), queries

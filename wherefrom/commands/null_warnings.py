@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from wherefrom.data.identical_images import identical_images
-from wherefrom.data.image_metadata import read_rows, shown
 from wherefrom.data.image_set import ImageSet
+from wherefrom.data.layouts.base import ReadingOptions, shown
+from wherefrom.data.layouts.detection import OpenedImages, open_images
 from wherefrom.data.ranked_images import RankedImages
 from wherefrom.queries.types import Query
 from wherefrom.runtime.cli_errors import as_spoken
@@ -16,13 +16,13 @@ from wherefrom.runtime.cli_errors import as_spoken
 _logger = logging.getLogger(__name__)
 
 
-def check_choice(images: str | Path | ImageSet, choice: RankedImages, caption: str) -> None:
+def check_choice(images: OpenedImages | ImageSet, choice: RankedImages, reading: ReadingOptions) -> None:
     """Refuses a choice of splits that the images do not have, before a model is loaded.
 
     Args:
-        images: A folder, or images.
+        images: A place whose rows are read, or images.
         choice: Which of them are ranked, and the null.
-        caption: Name of the folder's caption column.
+        reading: How a null folder is read.
 
     Raises:
         ValueError: See `RankedImages`; or the folder cannot be used.
@@ -32,11 +32,11 @@ def check_choice(images: str | Path | ImageSet, choice: RankedImages, caption: s
     if isinstance(images, ImageSet):
         splits: Sequence[str] = images.columns.get("split", ("",) * len(images))
     else:
-        splits = [row.split for row in read_rows(Path(images), caption, None)]
+        splits = [row.split for row in images.reader.rows]
     choice.parts(splits)
     folder = choice.null_folder({name for name in splits if name})
     if folder is not None:
-        read_rows(folder, caption, None)
+        open_images(folder, reading)
 
 
 def warn_of_null(null: ImageSet | None, ranked: ImageSet, queries: Sequence[Query]) -> None:
@@ -60,7 +60,9 @@ def warn_of_null(null: ImageSet | None, ranked: ImageSet, queries: Sequence[Quer
             )
         )
     both = (
-        identical_images(ranked, null.pixels) if null.fingerprint != ranked.fingerprint else []
+        identical_images(ranked, (null.pixels[place] for place in range(len(null))))
+        if null.fingerprint != ranked.fingerprint
+        else []
     )  # not a split of these
     if both:
         names = [null.ids[place] for place in dict.fromkeys(place for _, place in both)]

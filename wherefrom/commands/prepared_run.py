@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ import torch
 from PIL import Image
 
 from wherefrom.attributors.base import Attributor
+from wherefrom.commands.attribution_options import AttributionOptions as AttributionOptions
 from wherefrom.commands.null_warnings import check_choice, warn_of_null
 from wherefrom.commands.stated_generation import checked_queries
 from wherefrom.data.encoded_images import encode_image_set, report_cut
-from wherefrom.data.framing import AnySize, Framing, sides_of
 from wherefrom.data.image_folder import UNREADABLE, ImageFolderOptions, build_image_folder, load_image
 from wherefrom.data.image_set import ImageSet
-from wherefrom.data.on_error import OnError, checked
-from wherefrom.data.ranked_images import RankedImages
-from wherefrom.models.adapter_sources import AdapterInput, parse_adapter
+from wherefrom.data.layouts.detection import OpenedImages, open_images
+from wherefrom.models.adapter_sources import AdapterInput
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.clip_skip import with_clip_skip
 from wherefrom.models.diffusion import DiffusionModel
@@ -29,7 +28,7 @@ from wherefrom.models.image_sizes import own_size, words_of
 from wherefrom.models.pipeline import load_model, model_from_pipeline
 from wherefrom.queries.own_prompts import with_prompt
 from wherefrom.queries.run_size import RunSize
-from wherefrom.queries.sources import QueryImage, QueryRegion, generate, read_query, read_regions, with_regions
+from wherefrom.queries.sources import QueryImage, generate, read_query, read_regions, with_regions
 from wherefrom.queries.types import Query, TrainingData
 from wherefrom.runtime.artifacts import Store
 from wherefrom.runtime.cli_errors import as_spoken
@@ -38,80 +37,6 @@ from wherefrom.runtime.distributed import Runner
 from wherefrom.runtime.tensor_hash import hash_tensors
 
 QueryInput = str | tuple[Any, str | None]
-
-
-@dataclass(frozen=True)
-class AttributionOptions:
-    """How images are attributed.
-
-    Attributes:
-        settings: Values that replace the method's own, such as `{"unlearning.noise_samples": 500}`.
-        quick: A first look: few timesteps and noise samples.
-        lora: Adapters that are added to a model that is given by its path or hub id: a file, a folder or a hub id, as
-            `"style.safetensors"`, `"style.safetensors:0.8"` or `("style.safetensors", 0.8)`.
-        store: Folder for what is computed once.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes CUDA where there is one.
-        resize: Bring query images to the model's size instead of refusing other sizes.
-        regions: Parts of the queries (`of` names the file or the prompt), each scored after its whole image.
-        caption: Name of the caption column of the folder's metadata.
-        seed: Seed of images that are drawn from prompts.
-        sampling_steps: Sampling steps of these.
-        guidance: Classifier-free guidance of these.
-        eta: 0 is DDIM; 1 with all timesteps is DDPM.
-        clip_skip: Captions and prompts are read this many layers before CLIP's last, as diffusers counts.
-        progress: Show on stderr what is being done, and bars.
-        size: Size of all images, queries and training images alike: the side of a square, or (height, width); None is
-            the model's own.
-        framing: How images are brought to it: padding, aspect buckets, EXIF, transparency.
-        on_error: `skip` leaves out training images that cannot be read; `stop` refuses them.
-        split: Splits whose images are ranked, one or several, or `all`; without any, `train` where the images have
-            splits and all images where they have none.
-        null: Images that the model was never trained on, which p-values are measured against: the name of a split, a
-            folder of images, images, or `none`; "" is the images' own split `validation` where they have one.
-
-    Raises:
-        ValueError: A value is out of range.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    quick: bool = False
-    lora: Sequence[AdapterInput] = ()
-    store: str | Path = "cache"
-    device: str | None = None
-    resize: bool = False
-    regions: Sequence[QueryRegion] = ()
-    caption: str = "text"
-    seed: int = 0
-    sampling_steps: int = 50
-    guidance: float = 2.0
-    eta: float = 0.0
-    clip_skip: int = 0
-    progress: bool = True
-    size: AnySize | None = None
-    framing: Framing = Framing()
-    on_error: OnError = "stop"
-    split: str | Sequence[str] = ()
-    null: str | Path | ImageSet = ""
-
-    def __post_init__(self) -> None:
-        checked(self.on_error)
-        if self.size is not None:
-            sides_of(self.size)
-        if self.sampling_steps < 1:
-            raise ValueError(f"sampling_steps must be at least 1; given {self.sampling_steps}.")
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance must be a number from 0 on; given {self.guidance}.")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie between 0 and 1; given {self.eta}.")
-        if self.clip_skip < 0:
-            raise ValueError(f"clip_skip must be a number from 0 on; given {self.clip_skip}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a number from 0 on, below 2^63; given {self.seed}.")
-
-    @property
-    def choice(self) -> RankedImages:
-        """Which images are ranked, and which are the null."""
-        return RankedImages.of_options(self.split, self.null)
 
 
 @dataclass(frozen=True)
@@ -139,12 +64,13 @@ def image_size(model: DiffusionModel) -> int:
     return height
 
 
-def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
+def open_model(model: Any, lora: Sequence[AdapterInput] = (), base: str | Path | None = None) -> DiffusionModel:
     """A model, a loaded pipeline's model, or the model at a path or hub id.
 
     Args:
-        model: The model.
+        model: The model; a path is a pipeline's folder, a single file, or a trainer's checkpoint.
         lora: Adapters that are added to it; see `AttributionOptions`.
+        base: See `AttributionOptions`.
 
     Raises:
         ImportError: There is an adapter, but peft is not installed.
@@ -152,21 +78,27 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
             loaded already, so that it would be changed.
         OSError: The folder holds no whole pipeline.
     """
+    if base is not None and not isinstance(model, str | Path):
+        raise ValueError(
+            "model: what is handed in is loaded already, and takes nothing from a base: leave out the option 'base'."
+        )
     if lora and not isinstance(model, str | Path):
         raise ValueError(
             f"lora: the model is a loaded {type(model).__name__}, which would be changed. Load the adapter into "
             "the pipeline before (load_lora_weights, set_adapters), or give the model by its folder or hub id."
         )
-    adapters = [parse_adapter(each) for each in lora]
     if isinstance(model, DiffusionModel):
         return model
     if isinstance(model, str | Path):
         # A name with a slash could be a hub id; what looks like a place on disk is not asked for there.
         path = Path(model)
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1):
-            raise ValueError(f"model: there is no folder {str(model)!r}; give a diffusers pipeline's folder or hub id.")
+            raise ValueError(
+                f"model: there is no folder {str(model)!r}, and no file; give a diffusers pipeline's folder or hub id, "
+                "or a single .safetensors file."
+            )
         try:
-            return load_model(str(model), lora=adapters)
+            return load_model(str(model), lora=lora, base=None if base is None else str(base))
         except OSError as error:
             if path.exists():
                 raise
@@ -183,7 +115,7 @@ def open_model(model: Any, lora: Sequence[AdapterInput] = ()) -> DiffusionModel:
 
 
 def read_training_data(
-    images: str | Path | ImageSet,
+    images: str | Path | OpenedImages | ImageSet,
     *,
     model: DiffusionModel,
     options: AttributionOptions,
@@ -194,7 +126,7 @@ def read_training_data(
     """The ranked images at the model's size, and the null if there is one.
 
     Args:
-        images: A folder in Hugging Face's `imagefolder` layout, or images.
+        images: A folder, or file or name, in any layout that is known, or images.
         model: The model that was trained on them.
         options: Names the caption column, and says which images are ranked and which are the null.
         store: Where images and latents are kept.
@@ -205,12 +137,14 @@ def read_training_data(
         ValueError: The folder or an image cannot be used, or none of the images is for training.
     """
     size = RunSize.of(model, options.size, options.framing)
-    how = ImageFolderOptions(size.option, options.caption, on_error=options.on_error, framing=size.framing)
+    how = ImageFolderOptions.of_reading(
+        options.reading, size=size.option, on_error=options.on_error, framing=size.framing
+    )
 
-    def read(folder: Path) -> ImageSet:
+    def read(folder: str | Path | OpenedImages) -> ImageSet:
         return build_image_folder(store, folder, how, console.progress)
 
-    train, held_out, lines = options.choice.of(images if isinstance(images, ImageSet) else read(Path(images)), read)
+    train, held_out, lines = options.choice.of(images if isinstance(images, ImageSet) else read(images), read)
     for each in (train, held_out):
         if each is not None:
             size.check_images(each)
@@ -351,13 +285,14 @@ def prepare_run(
         OSError: There is no pipeline at that path.
     """
     check_query_files(queries)
-    if not isinstance(images, ImageSet) and not Path(images).is_dir():
-        raise ValueError(f"images: there is no folder {str(images)!r}.")
-    check_choice(images, options.choice, options.caption)
+    there = images if isinstance(images, ImageSet) else open_images(images, options.reading)
+    check_choice(there, options.choice, options.reading)
     needs = frozenset(need for method in methods for need in method.requires)
     console, store = Console(options.progress and runner.is_main), Store(options.store)
+    for line in () if isinstance(there, ImageSet) else there.lines:
+        console.log(as_spoken(line))
     console.log("loading the model")
-    opened = with_clip_skip(open_model(model, options.lora), options.clip_skip).to(runner.device)
+    opened = with_clip_skip(open_model(model, options.lora, options.base), options.clip_skip).to(runner.device)
     for adapter in known_adapters(opened.denoiser):
         console.log(f"with LoRA {adapter}")
     for note in opened.notes:
@@ -369,7 +304,7 @@ def prepare_run(
     encode = bool(needs & {"model", "gradients", "trajectory"})
 
     def read() -> TrainingData:
-        return read_training_data(images, model=opened, options=options, store=store, encode=encode, console=console)
+        return read_training_data(there, model=opened, options=options, store=store, encode=encode, console=console)
 
     if runner.is_main and runner.world_size > 1:
         read()  # the others find it in the store

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from wherefrom.data.decoded_pixels import DecodedPixels, Place, stream_of
 from wherefrom.data.framing import AnySize, Framing
 from wherefrom.data.image_files import UNREADABLE, load_image, read_header, reason_of
-from wherefrom.data.image_metadata import Row
+from wherefrom.data.layouts.base import Row
 from wherefrom.models.image_sizes import Size
 from wherefrom.runtime.artifacts import StorageError, write_json
 

@@ -1,4 +1,4 @@
-"""User folders of captioned images in Hugging Face's `imagefolder` layout, resized to one size."""
+"""User folders of captioned images, in any layout that a reader knows, resized to one size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from wherefrom.data.folder_decoding import FolderDecoding, decode_rows
 from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
 from wherefrom.data.image_files import UNREADABLE as UNREADABLE
 from wherefrom.data.image_files import load_image as load_image
-from wherefrom.data.image_metadata import Row, metadata_files, read_rows, shown
 from wherefrom.data.image_set import ImageSet, read_image_set, write_table
+from wherefrom.data.layouts.base import CaptionLines, ImageReader, ReadingOptions, Row, shown
+from wherefrom.data.layouts.detection import LAYOUTS, OpenedImages, open_images
 from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
 from wherefrom.data.repeats import REPEATS, parse_repeats
-from wherefrom.runtime.artifacts import Store, canonical_json, hash_file, identity_hash, read_manifest
+from wherefrom.runtime.artifacts import Store, canonical_json, identity_hash, read_manifest
 from wherefrom.runtime.keyed_random import hash_text
 from wherefrom.runtime.stable_names import added_setting, settings_identity
 
@@ -35,33 +36,67 @@ class ImageFolderOptions:
     Attributes:
         size: Side in pixels to which every image is cropped (largest centred square) and resized, or (height, width);
             None keeps images unchanged and requires all to have the same size.
-        caption: Name of the caption column; a cell holds one caption or, in `.jsonl` and `.parquet`, a list of them.
+        caption: Name of the caption column, whose cells hold one caption or, in `.jsonl` and `.parquet`, a list of
+            them; or suffix of the caption files, such as `.txt`. None finds it out.
         columns: Further columns to keep (`license` always is); None keeps all.
         on_error: `skip` leaves out images that cannot be read instead of raising; they are logged, and listed in the
             manifest.
         framing: Padding, aspect buckets, EXIF and transparency, where they are not as usual.
+        layout: See `ReadingOptions`, as the options below.
+        one_caption: The caption of all images of a folder that holds no captions.
+        trigger: What stands for `[trigger]` in captions.
+        caption_lines: What the lines of a caption file are: `each`, `first` or `whole`.
+        image_column: Name of the column of images, in a table that has several.
 
     Raises:
         ValueError: An unknown choice.
     """
 
     size: AnySize | None = None
-    caption: str = "text"
+    caption: str | None = None
     columns: tuple[str, ...] | None = None
     on_error: OnError = "stop"
     framing: Framing = added_setting(Framing())
+    layout: str | None = added_setting(None)
+    one_caption: str | None = added_setting(None)
+    trigger: str | None = added_setting(None)
+    caption_lines: CaptionLines | None = added_setting(None)
+    image_column: str | None = added_setting(None)
 
     def __post_init__(self) -> None:
         checked(self.on_error)
         object.__setattr__(self, "size", one_number(self.size))
+        _ = self.reading
 
+    @classmethod
+    def of_reading(
+        cls,
+        reading: ReadingOptions,
+        *,
+        size: AnySize | None = None,
+        on_error: OnError = "stop",
+        framing: Framing = Framing(),
+    ) -> ImageFolderOptions:
+        """The options that read rows so, and images as the others say."""
+        rows = {name: value for name, value in vars(reading).items() if name != "cache"}
+        return cls(size=size, on_error=on_error, framing=framing, **rows)
 
-def _content(folder: Path, row: Row) -> str:
-    """Hashes the bytes of an image's file."""
-    try:
-        return hash_file(folder / row.name)
-    except OSError:
-        return "unreadable"  # loading it raises the reason
+    @property
+    def reading(self) -> ReadingOptions:
+        """What a reader is asked for."""
+        return ReadingOptions(
+            self.layout,
+            self.caption,
+            self.columns,
+            self.one_caption,
+            self.trigger,
+            self.caption_lines,
+            self.image_column,
+        )
+
+    def found(self, reader: ImageReader) -> ImageFolderOptions:
+        """These options with what was found out, for the identity; the first layout's name enters none."""
+        return replace(self, layout=None if reader.layout == LAYOUTS[0].name else reader.layout, caption=reader.caption)
 
 
 def _together(rows: Sequence[Row], contents: Sequence[str]) -> str:
@@ -74,45 +109,52 @@ def _together(rows: Sequence[Row], contents: Sequence[str]) -> str:
 
 def build_image_folder(
     store: Store,
-    folder: Path,
+    folder: str | Path | OpenedImages,
     options: ImageFolderOptions = ImageFolderOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
     """Builds the image set of a folder in the order of its ids, or loads it from the store.
 
     The id is the column `id`, or else the path below the folder. Columns: `file_name`, `license` (`unknown` where none
-    is given), `split` if there are splits, and those of the metadata. Every file is hashed at each call, so the stored
-    images are never stale.
+    is given), `split` if there are splits, `repeats` if training sees some images more often than others, and those of
+    the metadata. Every file is hashed at each call, so the stored images are never stale.
 
     Args:
         store: Where the images are kept.
-        folder: The user's folder.
+        folder: The user's folder, or file or name, in any layout; or what `open_images` made of it, with the same
+            options.
         options: Options of reading the folder.
         progress: Called with (done, total) while images are read.
 
     Raises:
-        ValueError: The metadata or an image cannot be used; the message names the file and the remedy.
+        ValueError: The place is of no layout, or the metadata or an image cannot be used; the message names the file
+            and the remedy.
         StorageError: The store could not be written.
     """
     if options.size is not None:
         sides_of(options.size)
     options = replace(options, framing=options.framing.resolved(options.size))
-    rows = read_rows(folder, options.caption, options.columns)
+    reading = replace(options.reading, cache=store.root)
+    opened = folder if isinstance(folder, OpenedImages) else open_images(folder, reading)
+    if not isinstance(folder, OpenedImages):
+        for line in opened.lines[1:] if opened.usual else opened.lines:
+            _logger.warning("%s: %s", folder, line)
+    reader, rows = opened.reader, opened.reader.rows
     parse_repeats((row.id for row in rows), (row.columns.get(REPEATS, "") for row in rows))  # before all is decoded
-    contents = [_content(folder, row) for row in rows]
+    contents = [reader.content_key(row) for row in rows]
     identity: dict[str, Any] = {
-        **reading_identity(options),
-        "metadata": {path.relative_to(folder).as_posix(): hash_file(path) for path in metadata_files(folder)},
+        **reading_identity(options.found(reader)),
+        "metadata": dict(reader.metadata_hashes()),
         "contents": _together(rows, contents),
         "pillow": PIL.__version__,
     }
 
     def build(partial: Path) -> Mapping[str, Any]:
-        how = FolderDecoding(lambda row: folder / row.name, options.size, options.framing, options.on_error == "skip")
+        how = FolderDecoding(reader.open_image, options.size, options.framing, options.on_error == "skip")
         work = {
             "size": options.size,
             **settings_identity(options.framing),
-            "folder": str(folder.resolve()),
+            "folder": opened.place,
             "pillow": PIL.__version__,
         }
         with store.lock(WORK, work):
@@ -129,6 +171,8 @@ def build_image_folder(
         columns = {name: [row.columns.get(name, "") for row in made.rows] for name in names}
         if made.rows[0].split:
             columns["split"] = [row.split for row in made.rows]
+        if any(row.repeats != 1 for row in made.rows):
+            columns["repeats"] = [str(row.repeats) for row in made.rows]
         write_table(partial, ids, captions, columns)
         content: dict[str, Any] = {"ids": ids, "captions": canonical_json(captions), "pixels": made.pixels}
         if len(set(made.sizes)) > 1:
@@ -140,7 +184,7 @@ def build_image_folder(
     skipped = read_manifest(artifact)["skipped"]
     if skipped:
         _logger.warning(
-            "%s: skipped %d of %d images that cannot be read: %s", folder, len(skipped), len(rows), shown(skipped)
+            "%s: skipped %d of %d images that cannot be read: %s", opened.given, len(skipped), len(rows), shown(skipped)
         )
     return read_image_set(artifact)
 

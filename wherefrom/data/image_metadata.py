@@ -1,8 +1,8 @@
 """Metadata files of a folder of captioned images, in Hugging Face's `imagefolder` layout.
 
 Either the folder holds one metadata file (`metadata.jsonl`, `.csv` or `.parquet`), or its subfolders `train`,
-`validation` and `test` hold one each. `file_name` is relative to the metadata file. Everything in the folder is
-untrusted.
+`validation` and `test` (or `val`, `testing`, …) hold one each. `file_name` is relative to the metadata file. Everything
+in the folder is untrusted.
 """
 
 from __future__ import annotations
@@ -11,47 +11,43 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wherefrom.data.layouts.base import SPLITS as SPLITS
+from wherefrom.data.layouts.base import SUFFIXES as SUFFIXES
+from wherefrom.data.layouts.base import Row as Row
+from wherefrom.data.layouts.base import counted, finished_rows, inside, with_folder_splits
+from wherefrom.data.layouts.base import shown as shown
+from wherefrom.data.split_names import split_named
+
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SPLITS = ("train", "validation", "test")
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
-)
+# Columns that are looked for, in this order, where none is named.
+CAPTION_COLUMNS = ("text", "caption", "prompt", "captions", "tags")
 _CELL_LIMIT = 2**31 - 1  # the csv module rejects cells above 128 KiB by default
 _Cells = tuple[str, dict[str, Any]]  # where the row stands, for errors; its cells
 
 
-@dataclass(frozen=True)
-class Row:
-    """Metadata of one image.
+@dataclass
+class Metadata:
+    """What a folder's metadata say.
 
     Attributes:
-        where: Metadata file and line, for errors.
-        name: The image's path below the folder.
-        id: The column `id`, or else `name`.
-        captions: At least one.
-        split: One of `SPLITS`, or '' in a folder without splits.
-        columns: The other columns, with `file_name` and `license`.
+        rows: The images.
+        caption: Column that the captions are from.
+        lines: What the user is told.
+        also: What else than the metadata files' bytes decides the rows, where it is not as it always was.
     """
 
-    where: str
-    name: str
-    id: str
-    captions: tuple[str, ...]
-    split: str
-    columns: Mapping[str, str]
-
-
-def shown(names: Sequence[str]) -> str:
-    """Formats a few of the names, for errors."""
-    return ", ".join(repr(name) for name in names[:5]) + (", …" if len(names) > 5 else "")
+    rows: list[Row] = field(default_factory=list)
+    caption: str = ""
+    lines: list[str] = field(default_factory=list)
+    also: dict[str, str] = field(default_factory=dict)
 
 
 def metadata_files(folder: Path) -> dict[Path, str]:
@@ -63,12 +59,12 @@ def metadata_files(folder: Path) -> dict[Path, str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder that holds the images and their metadata file.")
     found: dict[Path, str] = {}
-    for place in ("", *SPLITS):
+    for place, split in (("", ""), *split_folders(folder).items()):
         files = [folder / place / name for name in METADATA if (folder / place / name).is_file()]
         if len(files) > 1:
             names = shown([path.name for path in files])
             raise ValueError(f"{folder / place} holds {len(files)} metadata files ({names}). Keep one.")
-        found.update(dict.fromkeys(files, place))
+        found.update(dict.fromkeys(files, split))
     if not found:
         raise ValueError(
             f"{folder} holds no metadata file. Add {', '.join(METADATA[:-1])} or {METADATA[-1]} with a column "
@@ -80,6 +76,12 @@ def metadata_files(folder: Path) -> dict[Path, str]:
             "Keep the one above, with a column 'split', or those below."
         )
     return found
+
+
+def split_folders(folder: Path) -> dict[str, str]:
+    """Names of the subfolders that are called as a split is, in any case, each with its split."""
+    names = sorted(path.name for path in folder.iterdir() if split_named(path.name) and path.is_dir())
+    return {name: split_named(name) or "" for name in names}
 
 
 def _read_jsonl(path: Path) -> Iterator[_Cells]:
@@ -135,11 +137,12 @@ def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Iterator[_Cells]
         raise ValueError(f"{path} is not a readable parquet file ({error}). Write it again.") from error
 
 
-def _read(path: Path, caption: str, columns: Collection[str] | None) -> list[_Cells]:
-    """Reads the rows of a metadata file, with the wanted columns only."""
+def _read(path: Path, caption: str | None, columns: Collection[str] | None, told: Metadata) -> tuple[str, list[_Cells]]:
+    """The caption column of a metadata file, and its rows with the wanted columns only."""
+    looked_for = CAPTION_COLUMNS if caption is None else (caption,)
 
     def wanted(name: str) -> bool:
-        return columns is None or name in {"file_name", "id", "split", "license", caption, *columns}
+        return columns is None or name in {"file_name", "id", "split", "license", *looked_for, *columns}
 
     try:
         if path.suffix == ".parquet":
@@ -151,15 +154,34 @@ def _read(path: Path, caption: str, columns: Collection[str] | None) -> list[_Ce
     if not rows:
         raise ValueError(f"{path} lists no image. Add one row an image.")
     present = {name for _, cells in rows for name in cells}
+    there = [name for name in looked_for if name in present]
+    taken = there[0] if there else looked_for[0]
     for column, remedy in (
         ("file_name", "Add one, with each image's path relative to the metadata file."),
-        (caption, "Add one, or name the caption column in the option 'caption'."),
+        (taken, "Add one, or name the caption column in the option 'caption'."),
         *((name, "Take it out of the option 'columns'.") for name in columns or ()),
     ):
         if column not in present:
             raise ValueError(f"{path} has no column {column!r}, only {shown(sorted(present))}. {remedy}")
-    names = [name for name in sorted(present) if wanted(name)]
-    return [(where, {name: cells.get(name) for name in names}) for where, cells in rows]
+    if taken != CAPTION_COLUMNS[0] and caption is None:
+        told.lines.append(f"takes the captions from the column {taken!r} of {path.name}")
+    for other in there[1:]:
+        unlike = sum(not _same_caption(cells.get(taken), cells.get(other)) for _, cells in rows)
+        if unlike:
+            told.lines.append(
+                f"{path.name} has the columns {taken!r} and {other!r}, which differ for {counted(unlike, 'image')}: "
+                f"takes {taken!r}; another one is named in the option 'caption'"
+            )
+    # The name `captions` is that of the captions themselves wherever images are kept.
+    kept = {name for name in present if (columns is None and name != "captions") or name in (columns or ())}
+    names = sorted({name for name in ("file_name", "id", "split", "license", taken) if name in present} | kept)
+    return taken, [(where, {name: cells.get(name) for name in names}) for where, cells in rows]
+
+
+def _same_caption(one: Any, other: Any) -> bool:
+    """Whether two cells say the same, a list of tags being the tags with commas."""
+    texts = [", ".join(str(each) for each in cell) if isinstance(cell, list) else cell for cell in (one, other)]
+    return texts[0] == texts[1] or (_missing(one) and _missing(other))
 
 
 def _missing(cell: Any) -> bool:
@@ -181,13 +203,20 @@ def _text(cell: Any, where: str, column: str, remedy: str) -> str:
     return cell
 
 
-def _captions(cell: Any, where: str, column: str) -> tuple[str, ...]:
+def _captions(cell: Any, where: str, column: str, told: Metadata) -> tuple[str, ...]:
+    """The captions of a cell. An empty one is a caption: the image was trained on without words; None is missing."""
     several = cell if isinstance(cell, list) else [cell]
-    if not several or any(_missing(one) for one in several):
+    if not several or any(_missing(one) and not isinstance(one, str) for one in several):
         raise ValueError(
-            f"{where}: the caption ({column!r}) is missing. Write one, or take the image out of the folder."
+            f"{where}: the caption ({column!r}) is missing. Write one, which may be empty, or take the image out of "
+            "the folder."
         )
-    return tuple(_text(one, where, column, "A caption is a string, or a list of strings.") for one in several)
+    remedy = "A caption is a string, or a list of strings."
+    made = tuple("" if _missing(one) else _text(one, where, column, remedy) for one in several)
+    if column == "tags" and isinstance(cell, list):
+        told.also["tags"] = "joined"
+        return (", ".join(made),)
+    return made
 
 
 def _file(folder: Path, base: Path, cell: Any, where: str) -> str:
@@ -198,9 +227,7 @@ def _file(folder: Path, base: Path, cell: Any, where: str) -> str:
     if "\0" in str(name):
         raise ValueError(f"{where}: the file name {str(name)!r} holds a NUL character. Correct it.")
     path = base / name
-    # realpath resolves links, so that no row can expose a file from elsewhere on the machine.
-    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-    if name.is_absolute() or ".." in name.parts or not inside:
+    if name.is_absolute() or ".." in name.parts or not inside(folder, path):
         raise ValueError(
             f"{where}: {str(name)!r} leads out of {folder}, or could. Put the image itself into the folder and give "
             "its relative path, without '..'."
@@ -220,7 +247,7 @@ def _id(cell: Any, where: str) -> str:
 
 
 def _split(cell: Any, place: str, where: str) -> str:
-    split = place if _missing(cell) else cell
+    split = place if _missing(cell) else (split_named(cell) or cell if isinstance(cell, str) else cell)
     if place not in ("", split):
         raise ValueError(f"{where}: the split {split!r} is not that of its folder, {place!r}. Correct the row.")
     if split not in ("", *SPLITS):
@@ -228,56 +255,41 @@ def _split(cell: Any, place: str, where: str) -> str:
     return str(split)
 
 
-def _row(folder: Path, *, base: Path, place: str, caption: str, where: str, cells: dict[str, Any]) -> Row:
-    name = _file(folder, base, cells.pop("file_name", None), where)
-    captions = _captions(cells.pop(caption, None), where, caption)
+@dataclass(frozen=True)
+class _File:
+    """One metadata file: the folder that it lies in, the split of that folder, and its caption column."""
+
+    folder: Path
+    path: Path
+    place: str
+    caption: str
+
+
+def _row(file: _File, where: str, cells: dict[str, Any], told: Metadata) -> Row:
+    name = _file(file.folder, file.path.parent, cells.pop("file_name", None), where)
+    captions = _captions(cells.pop(file.caption, None), where, file.caption, told)
     chosen = _id(cells.pop("id", name), where)
-    split = _split(cells.pop("split", None), place, where)
+    split = _split(cells.pop("split", None), file.place, where)
     if "captions" in cells:
         raise ValueError(
-            f"{where}: there is a column 'captions' beside {caption!r}. Name it in the option 'caption', or leave it "
-            "out of the option 'columns'."
+            f"{where}: there is a column 'captions' beside {file.caption!r}. Name it in the option 'caption', or leave "
+            "it out of the option 'columns'."
         )
     remedy = "Name the columns to keep in the option 'columns'."
-    columns = {key: "" if _missing(cell) else _text(cell, where, key, remedy) for key, cell in cells.items()}
+    columns = {key: "" if _missing(cell) else _cell(cell, where, key, remedy) for key, cell in cells.items()}
     columns |= {"file_name": name, "license": columns.get("license") or "unknown"}
     return Row(where, name, chosen, captions, split, columns)
 
 
-def _with_splits(folder: Path, rows: list[Row]) -> list[Row]:
-    """Completes missing splits from the top-level folder, as Hugging Face does; all rows or none have a split."""
-    without = [row for row in rows if not row.split]
-    if not without:
-        return rows
-    if len(without) < len(rows):
-        raise ValueError(f"{without[0].where}: the split is missing, while other images have one. Write it.")
-    tops = {PurePosixPath(row.name).parts[0] if "/" in row.name else "" for row in rows}
-    if tops <= set(SPLITS):
-        return [replace(row, split=PurePosixPath(row.name).parts[0]) for row in rows]
-    doubtful = sorted(tops & {"validation", "test"})  # a lone folder `train` may hold images of trains
-    if doubtful:
-        raise ValueError(
-            f"{folder} has images in {shown(doubtful)} and others beside them, so their split is in doubt. "
-            f"Add a column 'split' ({', '.join(SPLITS)})."
-        )
-    return rows
+def _cell(cell: Any, where: str, column: str, remedy: str) -> str:
+    """A further column's cell as text; captions that are not taken may be lists."""
+    if column in CAPTION_COLUMNS and isinstance(cell, list) and all(isinstance(one, str) for one in cell):
+        cell = ", ".join(cell)
+    return _text(cell, where, column, remedy)
 
 
 def _check(folder: Path, metadata: Collection[Path], rows: Sequence[Row]) -> None:
-    """Validates all rows together, and against the files on disk."""
-    seen: dict[str, Row] = {}
-    for row in rows:
-        other = seen.setdefault(row.id, row)
-        if other is not row:
-            raise ValueError(
-                f"{other.where} and {row.where} have the same id {row.id!r}. Ids must be unique; several captions of "
-                "one image go into one row, as a list."
-            )
-        if len(row.captions) != len(rows[0].captions):
-            raise ValueError(
-                f"{row.where}: the image has {len(row.captions)} captions, but that of {rows[0].where} has "
-                f"{len(rows[0].captions)}. Give every image equally many."
-            )
+    """Validates all rows against the files on disk."""
     named = {row.name for row in rows}
     unnamed: list[str] = []
     for place, folders, files in os.walk(folder):
@@ -298,22 +310,37 @@ def _check(folder: Path, metadata: Collection[Path], rows: Sequence[Row]) -> Non
         )
 
 
-def read_rows(folder: Path, caption: str, columns: Collection[str] | None) -> list[Row]:
+def read_metadata(folder: Path, caption: str | None, columns: Collection[str] | None) -> Metadata:
     """Reads the metadata of each image, sorted by id.
 
     Args:
         folder: The user's folder.
-        caption: Name of the caption column.
+        caption: Name of the caption column; None takes the first of `CAPTION_COLUMNS` that is there.
         columns: Further columns to keep; None keeps all.
 
     Raises:
         ValueError: The metadata are invalid, or do not match the files on disk.
     """
-    metadata = metadata_files(folder)
-    rows = []
+    metadata, told = metadata_files(folder), Metadata()
+    rows: list[Row] = []
+    taken: list[str] = []
     for path, place in metadata.items():
-        for where, cells in _read(path, caption, columns):
-            rows.append(_row(folder, base=path.parent, place=place, caption=caption, where=where, cells=cells))
-    rows = _with_splits(folder, rows)
+        column, cells = _read(path, caption, columns, told)
+        taken.append(column)
+        file = _File(folder, path, place, column)
+        rows += [_row(file, where, each, told) for where, each in cells]
+    rows, renamed = with_folder_splits(folder, rows)
+    if renamed:
+        told.also["splits"] = json.dumps(renamed, sort_keys=True)
+    rows = finished_rows(rows)
     _check(folder, metadata, rows)
-    return sorted(rows, key=lambda row: row.id)
+    empty = [row.id for row in rows if not any(row.captions)]
+    if empty:
+        told.lines.append(f"{counted(len(empty), 'image')} of {len(rows):,} without a caption, which are taken as ''")
+    told.rows, told.caption = rows, ", ".join(dict.fromkeys(taken))
+    return told
+
+
+def read_rows(folder: Path, caption: str | None, columns: Collection[str] | None) -> list[Row]:
+    """The rows alone; see `read_metadata`."""
+    return read_metadata(folder, caption, columns).rows

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from scipy.optimize import isotonic_regression
 
 from wherefrom.distillation.embedding_similarity import similarities
@@ -42,7 +42,6 @@ from wherefrom.runtime.artifacts import (
     replacing,
     write_manifest,
 )
-from wherefrom.runtime.checked_files import read_tensors
 from wherefrom.runtime.keyed_random import hash_text
 
 CURVE = "calibration.safetensors"
@@ -295,7 +294,7 @@ def load_calibration(
             raise ValueError("it does not match its manifest")
         settings = {**manifest["settings"], "shares": tuple(manifest["settings"]["shares"])}
         return Calibration(
-            **read_tensors(folder / CURVE, remedy="Copy it again, or calibrate again"),
+            **load_file(folder / CURVE),
             queries=tuple(manifest["queries"]),
             settings=CalibrationSettings(**settings),
         )

@@ -57,7 +57,7 @@ def factor_rule(layer: Any, part: str, adapter: str, of_weight: PerSample) -> Pe
         def made(value: Tensor) -> Tensor:
             return product({**parts, part: value}).reshape(base.weight.shape)
 
-        _, pull = torch.func.vjp(made, parts[part])
+        pull: Any = torch.func.vjp(made, parts[part])[1]
         pulled: Tensor = torch.vmap(lambda each: pull(each)[0])(whole)
         return pulled
 

@@ -187,13 +187,12 @@ class _Call:
     owner: str
     inputs: Tensor
     version: int | None
-    output: GradientEdge | Tensor
+    output: GradientEdge
     shape: torch.Size
 
     @classmethod
     def of(cls, owner: str, inputs: Tensor, output: Tensor) -> _Call:
-        edge = output if output.is_leaf else get_gradient_edge(output)
-        return cls(owner, inputs.detach(), version_of(inputs), edge, output.shape)
+        return cls(owner, inputs.detach(), version_of(inputs), get_gradient_edge(output), output.shape)
 
 
 class PerSampleGradients:
@@ -281,7 +280,9 @@ class PerSampleGradients:
     def _gradients(self, losses: Float[Tensor, " b"], calls: Sequence[_Call]) -> list[Tensor]:
         self._backward = True
         try:
-            grads = torch.autograd.grad(losses.sum(), [call.output for call in calls], allow_unused=True)
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                losses.sum(), [call.output for call in calls], allow_unused=True
+            )
         finally:
             self._backward = False
         # An output that no loss depends on has no gradient in autograd's words; it is zero.

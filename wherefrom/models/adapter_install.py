@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,11 @@ class LayerUpdate:
     @property
     def apart(self) -> bool:
         """Whether it can be kept apart from the layer's own weight."""
-        return isinstance(self.update, LowRank | Hadamard | Kronecker) and self.magnitude is None and self.bias is None
+        if self.magnitude is not None or self.bias is not None:
+            return False
+        if isinstance(self.update, Hadamard):
+            return "hada_t1" not in self.update.parts  # its gradients by peft are wrong; see `wrong_gradients`
+        return isinstance(self.update, LowRank | Kronecker)
 
 
 def base_layer(module: nn.Module) -> Any:
@@ -76,35 +80,30 @@ def wrap(model: nn.Module, change: LayerUpdate, name: str, weight: float) -> Any
         weight: How strongly the adapter counts.
     """
     assert change.update is not None
-    target = model.get_submodule(change.module)
-    base = base_layer(target)
-    before = list(target.active_adapters) if target is not base else []
-    made, config = _layer(target, base, change.update, name)
-    layer: Any = made
-    layer.scaling[name] = change.update.scale * weight
-    if layer is not target:
-        layer.train(base.training)
-        parent, _, child = change.module.rpartition(".")
-        owner = model.get_submodule(parent)
-        if isinstance(owner, nn.ModuleList | nn.Sequential):
-            owner[int(child)] = layer
-        else:
-            setattr(owner, child, layer)
+    base = base_layer(model.get_submodule(change.module))
+    path, around = change.module, []
+    while (layer := model.get_submodule(path)) is not base:
+        around.append(layer)
+        path = f"{path}.base_layer"
+    before = list(getattr(around[0], "active_adapters", ())) if around else []
+    made, config = _layer(around, base, change.update, name)
+    made.scaling[name] = change.update.scale * weight
+    if made not in around:  # below those that are there already: peft's convolutions wrap no other kind's
+        made.train(base.training)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, made)
     active = list(dict.fromkeys([*before, name]))
-    inner = layer
-    while inner is not base:
-        inner.set_adapter(active)
-        inner = inner.base_layer
-    for path, parameter in layer.named_parameters():
-        if f".{name}." in f".{path}.":
-            parameter.requires_grad_(False)
+    for each in (*around, made):
+        each.set_adapter(active)  # which asks for their gradients
+        for parameter_name, parameter in each.named_parameters():
+            if any(f".{adapter}." in f".{parameter_name}." for adapter in active):
+                parameter.requires_grad_(False)
     return config
 
 
-def _layer(target: Any, base: nn.Module, update: WeightUpdate | None, name: str) -> tuple[nn.Module, Any]:
-    """A layer of peft's around a target, or the target itself where it is of that class already; its settings."""
+def _layer(around: Sequence[Any], base: nn.Module, update: WeightUpdate, name: str) -> tuple[Any, Any]:
+    """A layer of peft's for an adapter: one that is there already, or a new one; and its settings."""
     tuners = require_peft("An adapter").tuners
-    convolution = isinstance(base, nn.Conv2d)
     if isinstance(update, LowRank):
         rank = int(update.down.shape[0])
         alpha = _whole(update.scale * rank)
@@ -112,9 +111,9 @@ def _layer(target: Any, base: nn.Module, update: WeightUpdate | None, name: str)
         settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "config": config}
         kinds, kind = tuners.lora.layer, tuners.lora.LoraLayer
     elif isinstance(update, Hadamard):
-        rank, alpha = update.rank, update.scale * update.rank
-        config = tuners.loha.LoHaConfig(r=rank, init_weights=False, use_effective_conv2d="hada_t1" in update.parts)
-        settings = {"r": rank, "alpha": alpha, "config": config}
+        rank = update.rank
+        config = tuners.loha.LoHaConfig(r=rank, init_weights=False)
+        settings = {"r": rank, "alpha": update.scale * rank, "config": config}
         kinds, kind = tuners.loha.layer, tuners.loha.layer.LoHaLayer
     else:
         assert isinstance(update, Kronecker)
@@ -122,11 +121,13 @@ def _layer(target: Any, base: nn.Module, update: WeightUpdate | None, name: str)
         config = tuners.lokr.LoKrConfig(r=rank, init_weights=False)
         settings = {"r": rank, "alpha": update.scale * rank, "config": config}
         kinds, kind = tuners.lokr.layer, tuners.lokr.layer.LoKrLayer
-    if isinstance(target, kind):
-        layer: Any = target
+    there = [each for each in around if isinstance(each, kind)]
+    if there:
+        layer: Any = there[0]
         layer.update_layer(name, **settings)
     else:
-        layer = (kinds.Conv2d if convolution else kinds.Linear)(target, name, **settings)
+        made = kinds.Conv2d if isinstance(base, nn.Conv2d) else kinds.Linear
+        layer = made(base, name, **settings)
     own = next(base.parameters())
     if isinstance(update, LowRank):
         for part, value in ((layer.lora_A[name], update.down), (layer.lora_B[name], update.up)):
@@ -154,13 +155,14 @@ def _whole(value: float) -> float:
 
 def arrived(model: nn.Module, change: LayerUpdate, name: str, weight: float) -> bool:
     """Whether a wrapped layer holds the adapter's tensors, takes part, and counts as strongly as it should."""
-    layer: Any = model.get_submodule(change.module)
-    while isinstance(layer, nn.Module) and hasattr(layer, "adapter_layer_names"):
-        if name in layer.scaling:
-            break
-        layer = layer.base_layer
-    else:
+    wrapping: Any = model.get_submodule(change.module)
+    there = []
+    while wrapping is not base_layer(wrapping):
+        there += [wrapping] if name in wrapping.scaling else []
+        wrapping = wrapping.base_layer
+    if len(there) != 1:
         return False
+    layer: Any = there[0]
     update = change.update
     scale = 0.0 if update is None else update.scale * weight
     if name not in layer.active_adapters or abs(layer.scaling[name] - scale) > 1e-6 * abs(scale):
@@ -170,4 +172,4 @@ def arrived(model: nn.Module, change: LayerUpdate, name: str, weight: float) -> 
     else:
         assert isinstance(update, Hadamard | Kronecker)
         pairs = [(getattr(layer, part)[name], value) for part, value in update.parts.items()]
-    return all(torch.equal(there.flatten().cpu(), given.flatten().to(there.dtype).cpu()) for there, given in pairs)
+    return all(torch.equal(held.flatten().cpu(), given.flatten().to(held.dtype).cpu()) for held, given in pairs)

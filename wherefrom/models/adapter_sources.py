@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LORA = "pytorch_lora_weights.safetensors"
 _PEFT, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -59,9 +60,10 @@ def parse_adapter(given: AdapterInput) -> AdapterSource:
     if isinstance(given, AdapterSource):
         return given
     if isinstance(given, tuple):
-        if len(given) != 2 or isinstance(given[1], bool) or not isinstance(given[1], int | float):
+        pair: tuple[Any, ...] = given
+        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], int | float):
             raise ValueError(f"lora: {given!r} is no pair of a file and a weight.")
-        return AdapterSource(str(given[0]), float(given[1]))
+        return AdapterSource(str(pair[0]), float(pair[1]))
     text = str(given)
     found = None if isinstance(given, Path) else _WEIGHT.fullmatch(text)
     if found is None:

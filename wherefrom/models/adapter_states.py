@@ -75,6 +75,15 @@ def normed(layer: Any, adapter: str) -> bool:
     return adapter in getattr(layer, "lora_variant", {})
 
 
+def wrong_gradients(layer: Any, adapter: str) -> str:
+    """Why gradients of an adapter's layer are not those of its output in peft 0.21; empty where they are."""
+    if normed(layer, adapter):
+        return "DoRA, or a kind like it, whose norm peft holds fixed"
+    if adapter in getattr(layer, "hada_t1", {}):
+        return "LoHa in Tucker form, whose gradients peft computes wrongly"
+    return ""
+
+
 def adapter_weights(network: nn.Module) -> dict[str, bool]:
     """Name -> whether it takes part, of all weights of adapters."""
     result: dict[str, bool] = {}

@@ -186,7 +186,8 @@ def decomposed(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
         axes, shown = tuple(range(1, summed.dim())), (outputs, 1, *ones)
     else:
         axes, shown = (0, *range(2, summed.dim())), (1, inputs, *ones)
-    return magnitude.reshape(shown) * summed / torch.linalg.vector_norm(summed, dim=axes, keepdim=True)
+    scaled: Tensor = magnitude.reshape(shown) * summed / torch.linalg.vector_norm(summed, dim=axes, keepdim=True)
+    return scaled
 
 
 def is_norm(magnitude: Tensor, shape: tuple[int, ...]) -> bool:

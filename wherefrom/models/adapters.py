@@ -183,6 +183,11 @@ def adapters_beside(
             f"{folder} holds several adapters beside the pipeline ({', '.join(path.name for path in found)}): which of "
             "them belong to the model? Name these with the option 'lora', each with its weight; move the others."
         )
+    if found and not (folder / "model_index.json").is_file() and not any(folder.glob("*/config.json")):
+        raise ValueError(
+            f"{folder} holds an adapter ({found[0].name}) and no pipeline: give the base that it was trained for as "
+            "the model, and this folder with the option 'lora'."
+        )
     if found and checkpoints and found[0].name != LORA:
         raise ValueError(
             f"{found[0]} lies beside a pipeline and {checkpoints[0].name}, as in a copy of a whole repository: does it "

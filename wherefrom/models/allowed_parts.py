@@ -106,6 +106,12 @@ def check_pipeline(parts: PipelineParts, family: ModelFamily) -> None:
     kind, network, vae = type(parts.pipeline), parts.network, parts.components["vae"]
     if family.pipelines:
         _check_class(kind, family.pipelines)
+        channels = network.config.in_channels, network.config.out_channels
+        if len(set(channels)) > 1 and not (family.learned_variance and channels[1] == 2 * channels[0]):
+            raise ValueError(
+                f"{NETWORK} takes {channels[0]} channels and says {channels[1]} (out_channels), which is not "
+                "supported: it is not known what the others are."
+            )
         check_settings(vae, AUTOENCODER, {} if family.latent_statistics else _STATISTICS)
     check_settings(network, NETWORK, family.refused_settings)
     check_part(network, NETWORK)

@@ -58,6 +58,11 @@ class Customization:
     embeddings: Mapping[str, Float[Tensor, " d"]]
 
 
+def is_customized(folder: Path) -> bool:
+    """Whether a folder holds weights or new words of a customized model."""
+    return folder.is_dir() and any(any(folder.glob(f"{start}*")) for start in (WEIGHTS, "<"))
+
+
 def read_customization(folder: str | Path) -> Customization:
     """Reads the files of a customized model; nothing is unpickled.
 

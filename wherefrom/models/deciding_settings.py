@@ -107,7 +107,7 @@ _MINILM = {384: 12}  # its heads are 32 wide, where other text encoders have 64
 def _of_network(part: nn.Module, kind: type) -> dict[str, Any]:
     names, usual_of = _SETTINGS[kind]
     config: Any = part.config
-    usual, parameters = usual_of(config), inspect.signature(kind.__init__).parameters
+    usual, parameters = usual_of(config), inspect.signature(kind).parameters
     result = {}
     for name in names:
         value = config.get(name, parameters[name].default)
@@ -132,7 +132,7 @@ def _of_text_model(part: PreTrainedModel) -> dict[str, Any]:
     config: Any = part.config.get_text_config()
     default: Any = type(config)()
     heads = next((name for name in _HEADS if hasattr(config, name)), None)
-    width = config.d_kv * config.num_heads if hasattr(config, "d_kv") else getattr(config, "hidden_size", None)
+    width: Any = config.d_kv * config.num_heads if hasattr(config, "d_kv") else getattr(config, "hidden_size", None)
     usual: dict[str, Any] = {"position_embedding_type": "absolute"}
     if heads is not None and width is not None:
         usual[heads] = _MINILM.get(width, max(2, width // 64))

@@ -22,7 +22,16 @@ from wherefrom.models.attention_processors import check_processor
 _PLAIN = (bool, int, float, str, FunctionType, BuiltinFunctionType)
 # Attributes that decide nothing that is computed, or that weights' shapes show.
 _FREE = frozenset(
-    {"training", "gradient_checkpointing", "num_embeddings", "vocab_size", "name_or_path", "use_slicing", "use_tiling"}
+    {
+        "training",
+        "gradient_checkpointing",
+        "num_embeddings",
+        "vocab_size",
+        "name_or_path",
+        "use_slicing",
+        "use_tiling",
+        "lora_scale",  # what fuse_lora was asked for
+    }
 )
 _FREEU = frozenset({"s1", "s2", "b1", "b2"})
 _KEPT = 16  # fresh parts that are remembered
@@ -73,7 +82,8 @@ def made_fresh(part: nn.Module) -> nn.Module | None:
             return result
         if isinstance(part, ConfigMixin):
             names = inspect.signature(kind.__init__).parameters
-            return kind(**{name: value for name, value in dict(config).items() if name in names})
+            made: nn.Module = kind(**{name: value for name, value in dict(config).items() if name in names})
+            return made
     return None
 
 

@@ -152,7 +152,8 @@ def check_code(part: nn.Module, what: str) -> None:
         what: Names it in messages.
 
     Raises:
-        ValueError: A hook, a replaced method, a class or a patched function is not known; the message names it.
+        ValueError: A hook, a replaced method, a class or a patched function is not known, or dropout is on; the message
+            names it.
     """
     own = _root(type(part).__module__)
     _check_functions()
@@ -168,5 +169,10 @@ def check_code(part: nn.Module, what: str) -> None:
             _check_methods_of(processor, where, _CODE | {own})
         kinds |= {type(module), processor}
         _check_methods(module, where)
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"{where} drops values at random (dropout {module.p:g} in training mode), so no two passes agree. Call "
+                "`eval()` on it first."
+            )
     for name, parameter in part.named_parameters():
         _check_hooks(parameter, ("_backward_hooks",), f"{what} ({name})")

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from wherefrom.models.adapter_states import active_in, adapter_layers, adapter_weights, fused_adapters, normed
+from wherefrom.models.adapter_states import active_in, adapter_layers, adapter_weights, fused_adapters, wrong_gradients
 from wherefrom.models.adapter_states import adapter_scales as adapter_scales
 from wherefrom.models.families.registry import family_class_of
 from wherefrom.models.families.stable_diffusion import StableDiffusion
@@ -61,14 +61,15 @@ def _check_apart(denoiser: nn.Module, counting: Mapping[str, bool]) -> None:
 
 
 def _check_gradients(denoiser: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
-    """Refuses weights whose gradients by peft are not those of the output: it holds DoRA's norm fixed."""
+    """Refuses weights whose gradients by peft are not those of the output."""
     for layer_name, layer in adapter_layers(denoiser):
-        odd = [each for each in active_in(layer) if normed(layer, each)]
-        if odd and any(name.startswith(f"{layer_name}.") for name in chosen):
-            raise ValueError(
-                f"{layer_name} has the adapter {odd[0]} of a kind (DoRA) whose norm peft holds fixed, so that its "
-                "gradients are not those of the model. Fuse it before, with fuse_lora() of the pipeline."
-            )
+        for each in active_in(layer):
+            why = wrong_gradients(layer, each)
+            if why and any(name.startswith(f"{layer_name}.") for name in chosen):
+                raise ValueError(
+                    f"{layer_name} has the adapter {each} ({why}), so that its gradients are not those of the model. "
+                    "Fuse it before, with fuse_lora() of the pipeline."
+                )
 
 
 @torch.no_grad()

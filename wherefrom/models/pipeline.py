@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel
 
 from wherefrom.models.adapter_sources import LORA as LORA
-from wherefrom.models.adapter_sources import AdapterSource
+from wherefrom.models.adapter_sources import AdapterInput, AdapterSource, parse_adapter
 from wherefrom.models.adapter_states import known_adapters
 from wherefrom.models.adapters import (
     adapters_beside,
@@ -28,7 +28,8 @@ from wherefrom.models.adapters import (
 )
 from wherefrom.models.allowed_parts import check_components, check_pipeline
 from wherefrom.models.autoencoders import autoencoder_fault
-from wherefrom.models.customization import base_of, customize, read_customization
+from wherefrom.models.checkpoints import complete, partial_parts, without_base
+from wherefrom.models.customization import base_of, customize, is_customized, read_customization
 from wherefrom.models.diffusion import DiffusionModel
 from wherefrom.models.encoders import LatentEncoder, freeze
 from wherefrom.models.families.base import PipelineParts
@@ -38,6 +39,8 @@ from wherefrom.models.noise_schedule import pipeline_scheduler
 from wherefrom.models.package_paths import resolve_path
 from wherefrom.models.plain_parts import plain_parts
 from wherefrom.models.prompt_encoders import PromptEncoder
+from wherefrom.models.single_file import load_single_file
+from wherefrom.models.step_distilled import distilled_notes, is_noted
 from wherefrom.models.textual_inversions import load_inversions
 from wherefrom.runtime.artifacts import write_json
 
@@ -100,32 +103,63 @@ def save_pipeline(folder: Path, model: DiffusionModel, text_source: str, dtype: 
     )
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Loads a diffusers pipeline from a folder or a hub id.
+def load_pipeline(path: str, dtype: torch.dtype = torch.float32, base: str | None = None) -> DiffusionPipeline:
+    """Loads a diffusers pipeline from a folder, a hub id, or a single file in the original names.
 
     Where a folder holds an adapter, such as `pytorch_lora_weights.safetensors`, which diffusers' training scripts and
     `save_lora_weights` write, it is loaded too, and so are textual
     inversions; see `wherefrom.models.adapters` and `wherefrom.models.textual_inversions`.
 
+    Args:
+        path: The folder, hub id or file.
+        dtype: Type of number.
+        base: The pipeline from which comes what a trainer's checkpoint or a single file lacks.
+
     Raises:
         ImportError: There is an adapter, but peft is not installed.
         OSError: There is no pipeline at that path.
-        ValueError: The path is neither a folder nor a hub id, a tensor is missing or damaged, or not all of an adapter
-            has a place in the model.
+        ValueError: The path is neither a folder nor a hub id, a tensor is missing or damaged, a base is missing or of
+            no use, or not all of an adapter has a place in the model.
     """
-    return _read_pipeline(path, dtype)[0]
+    return _read_pipeline(path, dtype, base=base)[0]
 
 
 def _read_pipeline(
-    path: str, dtype: torch.dtype, lora: Sequence[AdapterSource] = ()
+    path: str, dtype: torch.dtype, lora: Sequence[AdapterSource] = (), base: str | None = None
 ) -> tuple[DiffusionPipeline, list[str]]:
     """A pipeline, and what is to be said of how it was loaded.
 
     Args:
-        path: Folder or hub id.
+        path: Folder, hub id, or single file.
         dtype: Type of number.
         lora: Adapters that are added afterwards, so that they do not also count as lying beside the pipeline.
+        base: See `load_pipeline`.
     """
+    place = Path(path)
+    parts = partial_parts(place)
+    if not place.is_file() and parts is None:
+        if base is not None:
+            raise ValueError(
+                f"model: {path} is a whole pipeline, of which nothing comes from a base: leave out the option 'base'."
+            )
+        return _read_whole(path, dtype, lora)
+    if parts is not None and base is None:
+        raise without_base(place, parts)
+    below, notes = (None, []) if base is None else _read_pipeline(base, dtype, lora)
+    adapters = [] if below is None else [each.name for each in known_adapters(PipelineParts(below).network)]
+    if adapters:
+        raise ValueError(
+            f"model: the base {base} comes with adapters ({', '.join(adapters)}), which its part in {path} may have or "
+            "not: give a base without them, and name those that belong to the model as the option 'lora'."
+        )
+    if parts is None:
+        pipeline, more = load_single_file(place, dtype, below)
+        return pipeline, [*notes, *more]
+    assert below is not None
+    return below, [*notes, *complete(below, parts, dtype)]
+
+
+def _read_whole(path: str, dtype: torch.dtype, lora: Sequence[AdapterSource]) -> tuple[DiffusionPipeline, list[str]]:
     folder = local_folder(path)
     source, (beside, notes) = folder / TEXT_SOURCE, adapters_beside(folder, lora, whole=Path(path).is_dir())
     parts: dict[str, Any] = {}
@@ -198,17 +232,23 @@ def model_from_pipeline(pipeline: DiffusionPipeline) -> DiffusionModel:
     check_pipeline(parts, family)
     encoder = family.latent_encoder(parts)
     model = DiffusionModel(freeze(network), family.noise_schedule(parts.components["scheduler"]), encoder)
-    model.notes = (*notes, *fused_notes(known_adapters(network)))
+    adapters = known_adapters(network)
+    places = [str(getattr(config, "_name_or_path", "")), *(adapter.name for adapter in adapters)]
+    distilled = distilled_notes(places, parts.components["scheduler"])
+    model.notes = (*notes, *fused_notes(adapters), *distilled)
     return model
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterSource] = ()) -> DiffusionModel:
+def load_model(
+    path: str, dtype: torch.dtype = torch.float32, lora: Sequence[AdapterInput] = (), base: str | None = None
+) -> DiffusionModel:
     """`model_from_pipeline` of `load_pipeline`; of a customized model's folder, with what it changes of its base.
 
     Args:
-        path: Folder or hub id.
+        path: Folder, hub id, or single file.
         dtype: Type of number.
-        lora: Adapters that are added to it.
+        lora: Adapters that are added to it: files, folders or hub ids; see `parse_adapter`.
+        base: See `load_pipeline`; or the base of a customized model, whose folder may name it too.
 
     Raises:
         FileNotFoundError: A customized model's folder lacks a file.
@@ -217,15 +257,18 @@ def load_model(path: str, dtype: torch.dtype = torch.float32, lora: Sequence[Ada
         ValueError: The path is neither a folder nor a hub id, the pipeline is of a kind that is not supported, a
             customized model does not belong to its base, or an adapter cannot be found or does not fit.
     """
-    files = read_adapters(lora)  # before the pipeline, which may be large
-    base = base_of(Path(path))
-    if base is not None:
-        model = load_customized(base, path, dtype)
+    asked = [parse_adapter(each) for each in lora]
+    files = read_adapters(asked)  # before the pipeline, which may be large
+    named = base_of(Path(path))
+    if named is not None or (base is not None and is_customized(Path(path))):
+        model = load_customized(base or str(named), path, dtype)
     else:
-        pipeline, notes = _read_pipeline(path, dtype, lora)
+        pipeline, notes = _read_pipeline(path, dtype, asked, base)
         model = model_from_pipeline(pipeline)
         model.notes = (*notes, *model.notes)
     add_adapters(model, files)
+    said = [] if is_noted(model.notes) else distilled_notes([path, *(each.place for each in asked)])
+    model.notes = (*model.notes, *said)
     return model
 
 
@@ -243,7 +286,13 @@ def load_customized(base: str, folder: str | Path, dtype: torch.dtype = torch.fl
         ValueError: One of weights and words is missing or damaged, or does not belong to the base.
     """
     customization = read_customization(folder)  # before the base, which may be large
-    return customize(load_model(base, dtype), customization)
+    model = load_model(base, dtype)
+    if known := known_adapters(model.denoiser):
+        raise ValueError(
+            f"The base {base} of {folder} has an adapter ({known[0].name}): whose weights were customized, its own or "
+            "those with the adapter? Name a base without one, or one that it is merged into."
+        )
+    return customize(model, customization)
 
 
 def encoder_of_pipeline(path: str) -> LatentEncoder:

@@ -127,7 +127,7 @@ def _readings(text: EmbeddedText, texts: Sequence[EmbeddedText]) -> list[Generat
             key, value = name, value.removeprefix(f"{name}:")
     place = f"{text.place} {text.key}" if text.place != "PNG text" else f"PNG text {key!r}"
     parsed = parse_json(value) if value.startswith("{") else None
-    if is_graph(parsed):
+    if parsed is not None and is_graph(parsed):
         graph = read_graph(parsed)
         weights = _weight_note(graph.prompt, "ComfyUI")
         return [

@@ -43,7 +43,7 @@ class QueryRegion:
     """A part of a query's image, attributed beside the whole image.
 
     Attributes:
-        of: The prompt or the image file whose image it is a part of.
+        of: The prompt or the image file whose image it is a part of; a file's name alone where it is unique.
         box: [left, top, right, bottom] in image pixels; right and bottom are the first outside.
         mask: A mask file instead: white is inside, grey partly.
 
@@ -224,13 +224,18 @@ def read_regions(
     """
     result: dict[str, list[Region]] = {}
     for each in regions:
-        if each.of not in known:
+        named = [source for source in known if source == each.of] or [
+            source for source in known if Path(source).name == each.of and Path(source).is_file()
+        ]
+        if len(named) > 1:
+            raise ValueError(f"queries.regions: several images are called {each.of!r}; give its whole path.")
+        if not named:
             raise ValueError(
                 f"queries.regions: {each.of!r} is neither a prompt nor an image file of this run; there are "
                 f"{', '.join(map(repr, known))}."
             )
-        region = each.read(size[each.of] if isinstance(size, Mapping) else size)
-        others = result.setdefault(each.of, [])
+        region = each.read(size[named[0]] if isinstance(size, Mapping) else size)
+        others = result.setdefault(named[0], [])
         if region.name in [other.name for other in others]:
             raise ValueError(f"queries.regions: {region.name} of {each.of!r} is given twice.")
         others.append(region)

@@ -106,7 +106,7 @@ def page_of(scores: Scores, data: TrainingData, options: ReportOptions) -> Query
         return result
 
     facts, notes = _facts(scores)
-    notes += tie_notes(scores, options.top)
+    notes += [*tie_notes(scores, options.top), *sign_notes(scores, options.top)]
     shares = {}
     if scores.all_equal:
         pass
@@ -147,6 +147,25 @@ def tie_notes(scores: Scores, shown: int) -> list[str]:
     return [
         f"From place {before + 1} on, {tied:,} training images have the same score: which of them are shown, and in "
         "what order, is decided by their names."
+    ]
+
+
+def sign_notes(scores: Scores, shown: int) -> list[str]:
+    """What must be said where the first images have negative scores.
+
+    Args:
+        scores: The scores.
+        shown: How many of the first images are shown.
+    """
+    if scores.all_equal:
+        return []
+    positive = int((scores.scores > 0).sum())
+    if positive >= min(shown, len(scores.scores)):
+        return []
+    from_where = f"From place {positive + 1} on, scores are" if positive else "No score is above 0: all are"
+    return [
+        f"{from_where} 0 or less. Where a method measures losses or gradients, 0 is no effect and less is an influence "
+        "against this image; where it measures similarity, 0 is no likeness. They are shown because none has more."
     ]
 
 

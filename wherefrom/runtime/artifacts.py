@@ -156,7 +156,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} holds no {MANIFEST}: it is not an artifact of wherefrom, or not whole."
@@ -165,7 +165,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete the folder and make it again.") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
         raise ValueError(f"{path} is damaged: it names no identity. Delete the folder and make it again.")
-    return manifest
+    result: dict[str, Any] = manifest
+    return result
 
 
 def check_identity(folder: Path, identity: Identity) -> None:

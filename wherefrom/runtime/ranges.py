@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
@@ -71,11 +70,11 @@ RANGES: Mapping[str, Range] = {
 }
 
 
-def check_ranges(**values: float | None) -> None:
+def check_ranges(**values: Any) -> None:
     """Refuses settings that are out of their range; None is a setting that was not given.
 
     Args:
-        values: Settings by name, each a name of `RANGES`.
+        values: Numbers by name, each a name of `RANGES`; YAML may have given anything.
 
     Raises:
         ValueError: One is no number, not finite, not whole where it must be, or out of its range.
@@ -85,7 +84,7 @@ def check_ranges(**values: float | None) -> None:
         if value is None:
             continue
         words = allowed.words
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             words = "be a finite number"
         elif allowed.whole and value != int(value):
             words = "be a whole number"

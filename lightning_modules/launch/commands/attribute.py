@@ -54,7 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Settings) -> Outputs:
     """Attributes the queries."""
     attributor, output = settings.attributor, settings.output
-    run = prepare(settings, settings.model, [attributor])
+    run = prepare(settings, settings.model, [attributor], lora=settings.lora)
     if run.runner.is_main:
         announce(
             run.console,

@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Settings) -> Outputs:
     """Runs every method on the queries."""
     methods, output = settings.methods, settings.output
-    run = prepare(settings, settings.model, methods.values())
+    run = prepare(settings, settings.model, methods.values(), lora=settings.lora)
     for name, method in methods.items():
         if run.runner.is_main:
             run.console.log(name)

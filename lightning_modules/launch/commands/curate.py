@@ -76,7 +76,7 @@ def run(settings: Settings) -> Outputs:
     """
     if settings.queries.prompts or settings.queries.images:
         raise ValueError("evaluate.py curate draws its queries from captions: leave queries.prompts and images out.")
-    run = prepare(settings, settings.model, [settings.teacher], with_queries=False)
+    run = prepare(settings, settings.model, [settings.teacher], with_queries=False, lora=settings.lora)
     alone = settings.workers.engine == "local"
     curate(
         settings.output,

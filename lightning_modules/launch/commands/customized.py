@@ -71,6 +71,8 @@ def run(settings: Settings) -> Outputs:
         raise ValueError(
             "evaluate.py customized takes its queries from the tasks: leave queries.prompts and images out."
         )
+    if settings.lora:
+        raise ValueError("evaluate.py customized takes its models from the tasks: leave lora out.")
     methods, tasks = settings.methods, settings.read_tasks()
     run = prepare(settings, settings.model, methods.values(), with_queries=False)
     for method in methods.values():

@@ -137,6 +137,7 @@ class ModelFamily:
         saved_as: How models are saved; None where they are only read.
         pipelines: Names of diffusers' pipeline classes that draw from text with such a network; empty takes any.
         refused_settings: Settings of the network's configuration that need what losses do not hand to it, and why.
+        learned_variance: Whether the network may say a variance of each value too, which losses leave out.
         latent_statistics: Whether the pipeline takes the autoencoder's `latents_mean` and `latents_std` into account.
 
     Raises:
@@ -149,6 +150,7 @@ class ModelFamily:
     saved_as: ClassVar[SavedAs | None] = None
     pipelines: ClassVar[tuple[str, ...]] = ()
     refused_settings: ClassVar[Mapping[str, str]] = {}
+    learned_variance: ClassVar[bool] = False
     latent_statistics: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:

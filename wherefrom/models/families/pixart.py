@@ -67,6 +67,7 @@ class PixArt(TransformerFamily):
     networks: ClassVar[tuple[type[nn.Module], ...]] = (PixArtTransformer2DModel,)
     description: ClassVar[str] = "a transformer of PixArt"
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    learned_variance: ClassVar[bool] = True
     refused_settings: ClassVar[Mapping[str, str]] = {"attention_type": GROUNDED}
     saved_as: ClassVar[SavedAs | None] = SavedAs("PixArtAlphaPipeline", "transformer")
 
