@@ -20,7 +20,11 @@ from wherefrom.runtime.run_settings import plain
 
 # Settings of data modules that decide no ranking: how training batches are made, and where things are kept.
 _NOT_DECIDING = {"store", "batch_size", "seed", "flip_share", "caption_dropout", "encoder"}
-_LATER = {"split", "held_out"}  # settings that records of earlier runs do not hold: written where they are given
+_LATER = {
+    "split",
+    "held_out",
+    "captions_file",
+}  # settings that records of earlier runs do not hold: written where they are given
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import signal
@@ -110,10 +111,10 @@ def changed(captions_file: CaptionsFile, path: tuple[Any, ...], value: Any) -> C
         (lambda captions_file: "[]", r"holds no JSON object"),
         (lambda captions_file: without(captions_file, "images"), r"has no list 'images'.*captions_train2017"),
         (lambda captions_file: without(captions_file, "annotations"), r"has no list 'annotations'"),
-        (lambda captions_file: changed(captions_file, ("images", 3), 5), r"images\[3\] has no 'id' of type int"),
+        (lambda captions_file: changed(captions_file, ("images", 3), 5), r"images\[3\] has no 'id' of type int or str"),
         (
-            lambda captions_file: changed(captions_file, ("images", 3, "id"), "7"),
-            r"images\[3\] has no 'id' of type int \('7'\)",
+            lambda captions_file: changed(captions_file, ("images", 3, "id"), 7.5),
+            r"images\[3\] has no 'id' of type int or str \(7\.5\)",
         ),
         (
             lambda captions_file: changed(captions_file, ("annotations", 2), {"image_id": 9, "bbox": []}),
@@ -225,6 +226,138 @@ def test_another_frame_and_shape(folder: Path, captions_file: CaptionsFile, coco
     assert coco().fingerprint == coco(size=(8, 8)).fingerprint != images.fingerprint
     with pytest.raises(ValueError, match="buckets: these images are brought to one size"):
         coco(framing=Framing(buckets=Buckets()))
+
+
+def test_ids_may_be_text_and_files_in_subfolders(
+    folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
+) -> None:
+    numbered = coco()
+    for name in ("images", "annotations"):
+        for entry in captions_file[name]:
+            key = "id" if name == "images" else "image_id"
+            entry[key] = f"img-{entry[key]:05d}"
+    (folder / "train2017" / "a" / "b").mkdir(parents=True)
+    for image in captions_file["images"][:3]:
+        (folder / "train2017" / image["file_name"]).rename(folder / "train2017" / "a" / "b" / image["file_name"])
+        image["file_name"] = f"a/b/{image['file_name']}"
+    write_captions(folder, "train2017", captions_file)
+    named = coco()
+    assert named.ids == tuple(f"img-{int(name):05d}" for name in numbered.ids), "as text, in the order of text"
+    assert named.captions == numbered.captions
+    np.testing.assert_array_equal(named.pixels, numbered.pixels)
+    assert sum(name.startswith("a/b/") for name in named.columns["file_name"]) == 3
+    (folder / "elsewhere").mkdir()
+    (folder / "train2017" / "link").symlink_to(folder / "elsewhere")
+    image = captions_file["images"][5]
+    (folder / "train2017" / image["file_name"]).rename(folder / "elsewhere" / image["file_name"])
+    write_captions(
+        folder, "train2017", changed(captions_file, ("images", 5, "file_name"), f"link/{image['file_name']}")
+    )
+    with pytest.raises(ValueError, match=r"train2017/link leads out of "):
+        coco()
+
+
+def test_only_images_that_are_asked_for_need_captions(
+    folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
+) -> None:
+    first, second, third = (image["id"] for image in captions_file["images"][:3])
+    kept = [each for each in captions_file["annotations"] if each["image_id"] != first]
+    for each in [each for each in kept if each["image_id"] == second]:
+        each["caption"] = " "
+    of_third = [each for each in kept if each["image_id"] == third]
+    of_third[0]["caption"] = ""
+    write_captions(folder, "train2017", {**captions_file, "annotations": kept})
+    with pytest.raises(ValueError, match=rf"1 images have no caption: '{first}'.*option 'subset'"):
+        coco()
+    images = coco(subset=[str(image["id"]) for image in captions_file["images"][1:]])
+    assert len(images) == 11
+    captions = dict(zip(images.ids, images.captions, strict=True))
+    assert captions[str(second)] == ("",) * 5, "an empty caption is one"
+    assert captions[str(third)] == (*(each["caption"] for each in of_third[1:]), ""), "what says something comes first"
+
+
+def karpathy(folder: Path, captions_file: CaptionsFile) -> CaptionsFile:
+    """Karpathy's file of the same images: the first six for training, four more, one each for val and test."""
+    splits = ["train"] * 6 + ["restval"] * 4 + ["val", "test"]
+    said = [
+        [a["caption"] for a in captions_file["annotations"] if a["image_id"] == image["id"]]
+        for image in captions_file["images"]
+    ]
+    content = {
+        "dataset": "coco",
+        "images": [
+            {
+                "filepath": "train2017",
+                "filename": image["file_name"],
+                "cocoid": image["id"],
+                "imgid": number,
+                "sentids": [],
+                "split": split,
+                "sentences": [{"raw": text, "tokens": text.split(), "imgid": number} for text in texts],
+            }
+            for number, (image, split, texts) in enumerate(zip(captions_file["images"], splits, said, strict=True))
+        ],
+    }
+    (folder / "dataset_coco.json").write_text(json.dumps(content))
+    return content
+
+
+def test_karpathys_splits(
+    tmp_path: Path,
+    folder: Path,
+    captions_file: CaptionsFile,
+    coco: Callable[..., ImageSet],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = coco()
+    content = karpathy(folder, captions_file)
+    ids = {
+        split: {str(each["cocoid"]) for each in content["images"] if each["split"] == split}
+        for split in ("train", "restval", "val", "test")
+    }
+    common: dict[str, Any] = {"options": CocoOptions(size=8), "store": str(tmp_path / "store")}
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    data = MSCOCO(str(folder), **common)
+    train, held_out = data.load()
+    assert set(train.ids) == ids["train"] | ids["restval"]
+    assert set(held_out.ids) == ids["val"]
+    assert "dataset_coco.json: 10 training images of the splits 'train', 'restval'; held out: 'val'" in caplog.text
+    where = [plain.ids.index(name) for name in train.ids]
+    assert where == sorted(where), "in the numerical order of the ids"
+    assert train.captions == tuple(plain.captions[place] for place in where)
+    np.testing.assert_array_equal(train.pixels, np.asarray(plain.pixels)[where])
+    census = data.census()
+    assert (census.training, census.held_out) == (10, 1)
+    assert census.decode is not None
+    assert census.decode() == 10
+    several = MSCOCO(str(folder), split=["train", "test"], held_out="none", **common).load()
+    assert (set(several[0].ids), len(several[1])) == (ids["train"] | ids["test"], 0)
+    with pytest.raises(ValueError, match=r"no image has the split 'dev'; its splits are 'restval' \(4\), 'test' \(1\)"):
+        MSCOCO(str(folder), split="dev", **common).load()
+    with pytest.raises(ValueError, match="held_out: 'val' cannot be trained on"):
+        MSCOCO(str(folder), split="val", **common)
+    # COCO's own files are still there, and are read where they are named.
+    own = MSCOCO(str(folder), captions_file="annotations/captions_{split}.json", held_out="none", **common)
+    assert own.load()[0].ids == plain.ids
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("images", 2, "cocoid"), 1.5, r"images\[2\] has no 'cocoid'"),
+        (("images", 2, "sentences"), [{"tokens": []}], r"images\[2\] has a sentence without 'raw'"),
+        (("images", 2, "filepath"), "../train2017", r"which leads elsewhere"),
+        (("images", 2, "filepath"), "/etc", r"which leads elsewhere"),
+        (("images", 2, "sentences"), [], r"1 images have no caption"),
+    ],
+)
+def test_bad_files_of_karpathys_are_refused(
+    tmp_path: Path, folder: Path, captions_file: CaptionsFile, path: tuple[Any, ...], value: Any, message: str
+) -> None:
+    content = changed(karpathy(folder, captions_file), path, value)
+    (folder / "dataset_coco.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        MSCOCO(str(folder), options=CocoOptions(size=8), store=str(tmp_path / "store")).load()
 
 
 def test_a_subset_by_ids(coco: Callable[..., ImageSet]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import tarfile
@@ -19,16 +20,17 @@ from PIL import Image
 import evaluate
 from datamodules import LAION
 from tests.support.tiny import attribution_config
-from tests.support.worlds import jpeg_of, make_shards, plain, sample_of, write_shard, write_table
+from tests.support.worlds import add_member, jpeg_of, make_shards, plain, sample_of, write_shard, write_table
 from wherefrom.data import webdataset
 from wherefrom.data.decoding import Sample, SkippedItem, assign_parts
 from wherefrom.data.image_folder import split_images
 from wherefrom.data.image_set import ImageSet
-from wherefrom.data.shards import DAMAGED, LARGE, REFUSED
+from wherefrom.data.shards import DAMAGED, LARGE, REFUSED, ShardSample, read_shard
 from wherefrom.data.webdataset import (
     LOST,
     NO_CAPTION,
     NO_IMAGE,
+    SEVERAL_IMAGES,
     UNDECODABLE,
     ShardOptions,
     build_laion,
@@ -148,6 +150,7 @@ def test_broken_members_are_counted_by_name(
         *[("not.png", b"<script>"), ("not.txt", text)],
         *[("mute.jpg", good), ("mute.json", b'{"caption": null}')],
         *[("blank.jpg", good), ("blank.txt", b" \n")],
+        *[("void.jpg", good), ("void.txt", b""), ("void.json", b'{"caption": null}')],
         *[("half.jpg", good), ("half.json", b'{"caption": "\\ud800"}')],
         *[("latin.jpg", good), ("latin.txt", b"caf\xe9")],
         *[("blind.txt", text), ("blind.json", metadata)],
@@ -163,22 +166,111 @@ def test_broken_members_are_counted_by_name(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     with caplog.at_level(logging.WARNING):
         images = build(tmp_path, folder, largest_member=5000)
-    assert images.ids == ("ok", "json", "twice", "last")
+    assert images.ids == ("ok", "json", "blank", "twice", "last")
     assert images.captions[1] == ("from the json",)
-    np.testing.assert_array_equal(images.pixels[0], images.pixels[2])
+    assert images.captions[2] == ("",), "an empty caption is one, and none is not"
+    np.testing.assert_array_equal(images.pixels[0], images.pixels[3])
     result: dict[str, list[str]] = {}
     for problem in problems(tmp_path):
         result.setdefault(problem.kind, []).append(problem.name.removeprefix("00000.tar: "))
     assert result == {
         UNDECODABLE: ["cut", "not", "bomb", "warned"],
-        NO_CAPTION: ["mute", "blank", "half", "latin"],
+        NO_CAPTION: ["mute", "void", "half", "latin"],
         NO_IMAGE: ["blind", "big"],
         LARGE: ["big.jpg"],
         REFUSED: ["twice.jpg", "ok.png", "ok.txt"],
         LOST: ["gone"],
     }
-    assert "4 images are used; skipped were 4 images that cannot be decoded: '00000.tar: cut'" in caplog.text
+    assert "5 images are used; skipped were 4 images that cannot be decoded: '00000.tar: cut'" in caplog.text
     assert "decompression bomb" in next(each.detail for each in problems(tmp_path) if each.name.endswith("warned"))
+
+
+def test_shards_without_tables_name_their_own_samples(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
+    whole = build(tmp_path, folder)
+    for table in folder.glob("*.parquet"):
+        table.unlink()
+    alone = build(tmp_path, folder)
+    assert (alone.ids, alone.captions) == (whole.ids, whole.captions)
+    assert alone.columns == {**whole.columns, "license": ("unknown",) * len(whole)}
+    np.testing.assert_array_equal(alone.pixels, whole.pixels)
+    assert build(tmp_path, folder, subset=keys[2][3:5]).ids == tuple(keys[2][3:5])
+    with pytest.raises(ValueError, match=r"subset names 1 keys .*'no'; keys look like '000000000'"):
+        build(tmp_path, folder, subset=["no"])
+    # A cut shard says what is behind the cut as far as anybody knows.
+    path = folder / "00003.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    cut = build(tmp_path, folder, store="cut")
+    assert cut.ids == whole.ids[: len(cut)]
+    assert [problem.kind for problem in problems(tmp_path, "cut")][-1] == DAMAGED
+
+
+def test_shards_in_subfolders_have_ids_of_their_own(tmp_path: Path, folder: Path) -> None:
+    for place in ("a", "b/c"):
+        make_shards(folder / place, shards=1, count=3)
+    images = build(tmp_path, folder)
+    names = [f"00000000{number}" for number in range(3)]
+    assert images.ids == tuple(f"{place}/{name}" for place in ("a", "b/c") for name in names)
+    assert images.columns["shard"] == ("a/00000.tar",) * 3 + ("b/c/00000.tar",) * 3
+    assert images.columns["url"][:3] == tuple(f"http://x/{name}" for name in names)
+    assert build(tmp_path, folder, subset=["b/c/000000001"]).ids == ("b/c/000000001",)
+    assert not [each for each in problems_of_all(tmp_path) if each.kind != LOST]
+
+
+def problems_of_all(tmp_path: Path) -> list[SkippedItem]:
+    manifests = [read_manifest(path) for path in (tmp_path / "store" / "laion").iterdir() if path.suffix != ".partial"]
+    return [SkippedItem(*each) for manifest in manifests for each in manifest["problems"]]
+
+
+def shard_of(folder: Path, *samples: dict[str, bytes]) -> Path:
+    """A shard of samples 0, 1, … without a table."""
+    folder.mkdir(exist_ok=True)
+    members = [(f"s/{number}.{kind}", content) for number, each in enumerate(samples) for kind, content in each.items()]
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name, content in members:
+            add_member(tar, name, content)
+    return folder
+
+
+def test_members_of_other_names(tmp_path: Path, folder: Path) -> None:
+    one, other = jpeg_of(1, (8, 8), "PNG"), jpeg_of(2, (8, 8), "PNG")
+    alone = shard_of(tmp_path / "alone", {"input.png": one, "caption": b"of a.b", "cls": b"7"})
+    images = build(tmp_path, alone, columns=())
+    assert (images.ids, images.captions) == (("s/0",), (("of a.b",),))
+    np.testing.assert_array_equal(images.pixels[0], np.asarray(Image.open(io.BytesIO(one))))
+    assert build(tmp_path, alone, columns=(), caption="cls").captions == (("7",),)
+
+    beside = shard_of(tmp_path / "beside", {"seg.png": other, "png": one, "txt": b"x"})
+    np.testing.assert_array_equal(build(tmp_path, beside, columns=()).pixels[0], images.pixels[0])
+
+    several = {"input.png": one, "edited.png": other, "txt": b"x"}
+    pairs = shard_of(tmp_path / "pairs", several, {"txt": b"y", "input.png": other})
+    with pytest.raises(ValueError, match=r"holds 2 images \('edited\.png', 'input\.png'\).*options\.image"):
+        build(tmp_path, pairs, columns=())
+    with pytest.raises(
+        ValueError, match=r"no member 'jpg' \(options\.image\), only 'edited\.png', 'input\.png', 'txt'"
+    ):
+        build(tmp_path, pairs, columns=(), image="jpg")
+    chosen = build(tmp_path, pairs, columns=(), image=".Input.PNG")
+    assert chosen.ids == ("s/0", "s/1")
+    np.testing.assert_array_equal(chosen.pixels[0], images.pixels[0])
+
+    later = shard_of(tmp_path / "later", {"png": one, "txt": b"x"}, several)
+    assert build(tmp_path, later, store="later", columns=()).ids == ("s/0",)
+    (problem,) = problems(tmp_path, "later")
+    assert (problem.name, problem.kind) == ("x.tar: s/1", SEVERAL_IMAGES)
+    hostile = {f"a{number}.png": one for number in range(50)}
+    (sample,) = read_shard(shard_of(tmp_path / "hostile", hostile) / "x.tar")
+    assert isinstance(sample, ShardSample)
+    assert len(sample.members) == 8, "what a sample may hold in memory is bounded"
+
+
+def test_columns_and_captions_come_from_json_members(tmp_path: Path, folder: Path) -> None:
+    facts = {"caption": "of json", "url": "http://x", "terms": "CC0", "author": 5}
+    shards = shard_of(folder, {"jpg": jpeg_of(1, (8, 8)), "json": json.dumps(facts).encode()})
+    images = build(tmp_path, shards, columns=("url", "author", "nothing"), license="terms")
+    assert images.captions == (("of json",),)
+    got = {name: column[0] for name, column in images.columns.items()}
+    assert got == {"url": "http://x", "author": "5", "nothing": "", "license": "CC0", "shard": "x.tar"}
 
 
 def test_an_empty_shard_is_an_error(tmp_path: Path, folder: Path, keys: list[list[str]]) -> None:
@@ -212,9 +304,6 @@ def test_bad_folders_and_tables_are_refused_before_anything_is_decoded(
         build(tmp_path, folder)
     pq.write_table(pa.table({"url": ["x"]}), folder / "00002.parquet")
     with pytest.raises(ValueError, match=r"00002\.parquet has no column 'key'"):
-        build(tmp_path, folder)
-    (folder / "00002.parquet").unlink()
-    with pytest.raises(ValueError, match=r"00002\.tar has no 00002\.parquet beside it"):
         build(tmp_path, folder)
     assert not (tmp_path / "store").exists()
 

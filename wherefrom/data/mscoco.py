@@ -1,8 +1,7 @@
-"""COCO 2017: image folders with a JSON file of captions, resized to one size."""
+"""COCO: image folders with a JSON file of captions, resized to one size."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import PIL
 
+from wherefrom.data.coco_captions import CocoImage, read_captions
 from wherefrom.data.decoding import (
     NOT_DECODABLE,
     Progress,
@@ -24,7 +24,7 @@ from wherefrom.data.decoding import (
 from wherefrom.data.framing import AnySize, Framing, one_number, sides_of
 from wherefrom.data.image_files import load_image, unreadable_headers
 from wherefrom.data.image_metadata import shown
-from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
+from wherefrom.data.image_set import ImageSet, read_image_set
 from wherefrom.data.on_error import OnError, checked, reading_identity, takes_skip_unreadable
 from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
 from wherefrom.runtime.mapped_arrays import announce_size
@@ -70,129 +70,25 @@ class CocoOptions:
         return _SIZE if self.size is None else self.size
 
 
-@dataclass(frozen=True)
-class CocoImage:
-    """Metadata of one image in the JSON file."""
-
-    id: str
-    file_name: str
-    captions: tuple[str, ...]
-    license: str
-    url: str
-
-
-def _entries(path: Path, content: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    entries = content.get(name)
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} has no list {name!r}: give COCO's captions file, such as captions_train2017.json.")
-    for number, entry in enumerate(entries):
-        for key, kind in fields.items():
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(
-                    f"{path}: {name}[{number}] has no {key!r} of type {kind.__name__} ({value!r}): it is not COCO's "
-                    "captions file (captions_train2017.json; instances_… and person_keypoints_… hold no captions)."
-                )
-    return entries
-
-
-def read_captions(path: Path, captions: int = 5) -> list[CocoImage]:
-    """Reads COCO's captions file, in the numerical order of the image ids, as the papers do.
-
-    Raises:
-        ValueError: The file is missing, has another layout, names an image twice, or an image has too few captions.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file. Unpack COCO's annotations_trainval2017.zip beside the image folders.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: give COCO's captions file, such as captions_train2017.json.")
-    images = _entries(path, content, "images", {"id": int, "file_name": str})
-    written = _entries(path, content, "annotations", {"image_id": int, "caption": str})
-    _check_images(path, images)
-    captions_of: dict[int, list[str]] = {image["id"]: [] for image in images}
-    for annotation in written:
-        if annotation["image_id"] not in captions_of:
-            raise ValueError(f"{path}: a caption is of image {annotation['image_id']}, which 'images' does not have.")
-        if annotation["caption"].strip():
-            captions_of[annotation["image_id"]].append(annotation["caption"])
-    for minimum, what in ((1, "no caption"), (captions, f"fewer than {captions} captions")):
-        short = [str(name) for name, several in captions_of.items() if len(several) < minimum]
-        if short:
-            raise ValueError(
-                f"{path}: {len(short)} images have {what}: {shown(short)}. Add what is missing, take the images out of "
-                "the file, or ask for fewer captions."
-            )
-    terms = _license_names(content.get("licenses"))
-    return [
-        CocoImage(
-            str(image["id"]),
-            image["file_name"],
-            tuple(captions_of[image["id"]][:captions]),
-            terms.get(_number(image.get("license")), "unknown"),
-            str(image.get("flickr_url") or image.get("coco_url") or ""),
-        )
-        for image in sorted(images, key=lambda image: int(image["id"]))
-    ]
-
-
-def _check_images(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        check_unique(str(image["id"]) for image in images)
-        check_unique(str(image["file_name"]) for image in images)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    for image in images:
-        name = image["file_name"]
-        if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
-            raise ValueError(
-                f"{path}: image {image['id']} has the file name {name!r}, which leads elsewhere. A file name of COCO "
-                "is that of a file in the image folder, without any folder."
-            )
-
-
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) else -1
-
-
-def _license_names(licenses: Any) -> dict[int, str]:
-    """Maps numbers of licences to names."""
-    entries = [entry for entry in licenses if isinstance(entry, dict)] if isinstance(licenses, list) else []
-    return {_number(entry.get("id")): str(entry.get("name") or entry.get("url") or "unknown") for entry in entries}
-
-
-def select(images: Sequence[CocoImage], subset: Sequence[str]) -> list[CocoImage]:
-    """Selects the images with these ids, in the order of the images.
-
-    Raises:
-        ValueError: An id is unknown or named twice.
-    """
-    check_unique(subset)
-    wanted = set(subset)
-    unknown = sorted(wanted - {image.id for image in images})
-    if unknown:
-        raise ValueError(
-            f"subset names {len(unknown)} ids that the captions file does not have: {shown(unknown)}; its ids look "
-            f"like {images[0].id!r}."
-        )
-    return [image for image in images if image.id in wanted]
-
-
 def _sizes(folder: Path, images: Sequence[CocoImage]) -> str:
     """Hashes names and sizes of all files.
 
     Unlike for a user's folder, not their bytes: COCO's 19 GB are published once and never edited.
 
     Raises:
-        ValueError: The folder or a file is missing.
+        ValueError: The folder or a file is missing, or a file lies elsewhere.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Unpack COCO's train2017.zip or val2017.zip there.")
-    with os.scandir(folder) as entries:
-        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    sizes: dict[str, int] = {}
+    for place in sorted({image.file_name.rpartition("/")[0] for image in images}):
+        below = folder / place
+        if place and not Path(os.path.realpath(below)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{below} leads out of {folder}. Put the images themselves there.")
+        if below.is_dir():
+            with os.scandir(below) as entries:
+                inside = f"{place}/" if place else ""
+                sizes |= {inside + entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     missing = [image.file_name for image in images if image.file_name not in sizes]
     if missing:
         raise ValueError(
@@ -224,6 +120,7 @@ def build_mscoco(
     captions: Path,
     options: CocoOptions = CocoOptions(),
     subset: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
     log: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> ImageSet:
@@ -234,9 +131,10 @@ def build_mscoco(
     Args:
         store: Where the images, and finished parts of an interrupted run, are kept.
         folder: Image folder, such as `train2017`.
-        captions: The captions file, such as `annotations/captions_train2017.json`.
+        captions: The captions file, such as `annotations/captions_train2017.json`; see `read_captions`.
         options: Options of reading.
         subset: Ids to keep; None keeps all.
+        splits: Splits to keep of a file whose images name theirs; None keeps all.
         log: Receives a message with the size on disk before decoding.
         progress: Called with (done, total) images while they are decoded.
 
@@ -248,11 +146,7 @@ def build_mscoco(
     height, width = sides_of(options.side)
     if options.captions < 1:
         raise ValueError(f"captions must be at least 1; given {options.captions}.")
-    images = read_captions(captions, options.captions)
-    if subset is not None:
-        images = select(images, subset)
-    if not images:
-        raise ValueError(f"subset keeps no image of {captions}. Name at least one id.")
+    images = read_captions(captions, options.captions, subset, splits)
     settings = {name: value for name, value in reading_identity(options).items() if name != "workers"}
     identity = {
         **settings,

@@ -1,5 +1,8 @@
 """Reader of WebDataset shards: tar files whose members `KEY.jpg`, `KEY.txt`, `KEY.json` form one sample.
 
+A key is a member's name up to the first dot of its last part; what follows is the member's kind, such as `jpg` or
+`input.jpg`.
+
 Everything in a shard is untrusted. Nothing is unpacked to disk: names are keys and never paths. Damaged or rejected
 members are reported and skipped; a damaged shard yields all samples before the damage.
 """
@@ -7,14 +10,18 @@ members are reported and skipped; a damaged shard yields all samples before the 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from wherefrom.data.decoding import SkippedItem
 
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp"))
-_WANTED = IMAGES | {"txt", "json"}
+# Read too where a sample has none of the above, or by name.
+_FURTHER_IMAGES = frozenset(("gif", "bmp", "tif", "tiff", "jp2", "avif", "ppm", "pgm"))
+CAPTIONS = ("txt", "caption", "json")
+_MOST_IMAGES = 8  # of a sample: what a shard may hold in memory is bounded
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_KEY = 256
 # tarfile raises many unrelated types on damaged headers.
@@ -28,11 +35,21 @@ class ShardSample:
 
     Attributes:
         key: Name of the members up to the first dot.
-        members: Lower-case extension -> bytes.
+        members: Lower-case kind, such as `jpg` or `input.jpg` -> bytes.
     """
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
+
+
+def is_image(kind: str) -> bool:
+    """Whether a member of this kind is an image, by the last part of its name."""
+    return kind.rpartition(".")[2] in IMAGES | _FURTHER_IMAGES
+
+
+def image_kinds(kinds: Collection[str]) -> list[str]:
+    """The kinds of a sample that may be its image, sorted: `jpg` and the like, and only without one `input.jpg`."""
+    return sorted(IMAGES & {*kinds}) or sorted(kind for kind in kinds if is_image(kind))
 
 
 def _refusal(member: tarfile.TarInfo) -> str | None:
@@ -66,8 +83,39 @@ def check_shard(path: Path) -> None:
         raise ValueError(f"{path} is an empty shard: it holds no image. Download it again, or move it away.")
 
 
+def list_samples(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields key and kinds of each sample of a shard, by the members' headers alone, up to where it is damaged."""
+    key, kinds, length = "", list[str](), path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.size < 0 or tar.offset > length + _BLOCK:
+                    break
+                if member.isdir() or _refusal(member) is not None:
+                    continue
+                name, kind = _split(member.name)
+                if name != key:
+                    if key:
+                        yield key, kinds
+                    key, kinds = name, []
+                kinds.append(kind)
+                tar.members = []  # or all headers of a large shard would stay in memory
+    except _DAMAGED:
+        pass  # what is lost is named when the shard is read
+    if key:
+        yield key, kinds
+
+
+def first_kinds(path: Path) -> list[str]:
+    """The kinds of a shard's first sample."""
+    return next((kinds for _, kinds in islice(list_samples(path), 1)), [])
+
+
 def read_shard(
-    path: Path, largest: int = 2**26, wanted: Callable[[str], bool] = lambda key: True
+    path: Path,
+    largest: int = 2**26,
+    wanted: Callable[[str], bool] = lambda key: True,
+    further: Collection[str] = (),
 ) -> Iterator[ShardSample | SkippedItem]:
     """Yields the samples of a shard in order, and skipped items.
 
@@ -75,6 +123,7 @@ def read_shard(
         path: The tar file.
         largest: Members of more bytes than this, by their header, are not read.
         wanted: Whether to read a key; others are ignored.
+        further: Kinds to read beside images and captions.
 
     Raises:
         OSError: The file cannot be read at all.
@@ -103,10 +152,14 @@ def read_shard(
                         finished.add(sample.key)
                         yield sample
                     sample = ShardSample(key)
-                if extension not in _WANTED or not wanted(key):
+                if not (is_image(extension) or extension in CAPTIONS or extension in further) or not wanted(key):
+                    continue
+                if extension not in further and "." in extension and len(sample.members) >= _MOST_IMAGES:
                     continue
                 if key in finished or extension in sample.members:
                     yield SkippedItem(f"{path.name}: {member.name}", REFUSED, "its key or name occurs twice")
+                elif member.size > largest and extension not in IMAGES.union(CAPTIONS, further):
+                    continue  # beside the image that is used, or else the sample has none, which is said
                 elif member.size > largest:
                     yield SkippedItem(f"{path.name}: {member.name}", LARGE, f"{member.size:,} bytes")
                 else:

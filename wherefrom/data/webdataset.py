@@ -1,4 +1,4 @@
-"""WebDataset shards as written by img2dataset (`00000.tar` beside `00000.parquet`), resized to one size."""
+"""WebDataset shards, such as img2dataset's (`00000.tar` beside `00000.parquet`), resized to one size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from wherefrom.data.decoding import (
     NOT_DECODABLE,
@@ -29,16 +27,18 @@ from wherefrom.data.image_files import load_image
 from wherefrom.data.image_metadata import shown
 from wherefrom.data.image_set import ImageSet, check_unique, read_image_set
 from wherefrom.data.on_error import OnError, checked
-from wherefrom.data.shards import IMAGES, ShardSample, check_shard, read_shard
-from wherefrom.runtime.artifacts import Store, hash_file, identity_hash, read_manifest
+from wherefrom.data.shard_tables import Shard, find_shards
+from wherefrom.data.shards import ShardSample, image_kinds, read_shard
+from wherefrom.runtime.artifacts import Store, identity_hash, read_manifest
 from wherefrom.runtime.mapped_arrays import announce_size
 from wherefrom.runtime.stable_names import added_setting, settings_identity
 
-UNDECODABLE, NO_IMAGE, NO_CAPTION, LOST = (
+UNDECODABLE, NO_IMAGE, NO_CAPTION, LOST, SEVERAL_IMAGES = (
     "images that cannot be decoded",
     "samples without an image",
     "samples without a caption",
     "samples of the table that are not in their shard",
+    "samples with several images, of which options.image names none",
 )
 _SIZE = 512
 _NOT_DECIDING = ("workers", "on_error")  # what is skipped is listed, so that stopping at it needs no decoding
@@ -56,6 +56,9 @@ class ShardOptions:
         license: Column of the licences; without it they are `unknown`.
         largest_member: Members of more bytes than this are skipped unread.
         workers: Number of decoding threads, each with its own shard; does not change the result.
+        image: Kind of the member that is the image, such as `input.jpg`, where a sample holds several.
+        caption: Kind of the member that is the caption, such as `cls` or `prompt.txt`; None takes `txt`, `caption`, or
+            `caption` of the JSON member.
         on_error: Samples that cannot be used are left out and counted (`skip`), or refused (`stop`).
         framing: Padding, EXIF and transparency, where they are not as usual.
 
@@ -70,9 +73,15 @@ class ShardOptions:
     workers: int = 1
     on_error: OnError = "skip"
     framing: Framing = added_setting(Framing())
+    image: str | None = added_setting(None)
+    caption: str | None = added_setting(None)
 
     def __post_init__(self) -> None:
         checked(self.on_error)
+        for name in ("image", "caption"):
+            kind = getattr(self, name)
+            if kind is not None:  # kinds are compared without regard to case, and without the dot before them
+                object.__setattr__(self, name, kind.lower().lstrip("."))
         object.__setattr__(self, "size", one_number(self.size))
         self.framing.of_one_size()
 
@@ -82,121 +91,95 @@ class ShardOptions:
         return _SIZE if self.size is None else self.size
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """Finds the shards of a folder, sorted by name.
-
-    Raises:
-        ValueError: There is none, one is empty, or one has no Parquet file beside it.
-    """
-    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else []
-    if not shards:
-        raise ValueError(
-            f"{folder} holds no shard. Give the output folder of img2dataset (--output_format webdataset), with "
-            "00000.tar beside 00000.parquet."
-        )
-    for shard in shards:
-        check_shard(shard)
-        if not shard.with_suffix(".parquet").is_file():
-            raise ValueError(
-                f"{shard} has no {shard.stem}.parquet beside it, which names its samples. Copy it there, or move the "
-                "shard away."
-            )
-    return shards
-
-
-def _table(shard: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Reads columns of the Parquet file beside a shard, and `status` if present.
-
-    Raises:
-        ValueError: The file cannot be read, or lacks a column.
-    """
-    path = shard.with_suffix(".parquet")
+def _metadata(sample: ShardSample) -> dict[str, Any]:
+    """The JSON member, if it can be read."""
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            missing = [name for name in ("key", *columns) if name not in names]
-            if missing:
-                raise ValueError(
-                    f"{path} has no column {missing[0]!r}, only {', '.join(map(repr, names))}. Name columns that it "
-                    "has in the options 'columns' and 'license'; 'key' must be there."
-                )
-            wanted = list(dict.fromkeys(("key", *columns, *(name for name in ("status",) if name in names))))
-            table: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error}). Download it again.") from error
-    return table
-
-
-def _keys(shard: Path, columns: Sequence[str]) -> list[str]:
-    """Reads the keys that the shard should hold; img2dataset also lists failed downloads."""
-    table = _table(shard, columns)
-    states = table.get("status", ["success"] * len(table["key"]))
-    return [str(key) for key, status in zip(table["key"], states, strict=True) if status == "success"]
-
-
-def _caption(sample: ShardSample) -> str:
-    """Reads the caption from the text member, or else from the JSON member; '' if neither is usable."""
-    try:
-        text: Any = sample.members.get("txt", b"").decode()
-        if not text.strip() and "json" in sample.members:
-            metadata = json.loads(sample.members["json"])
-            text = metadata.get("caption") if isinstance(metadata, dict) else ""
-        if not isinstance(text, str):
-            return ""
-        text.encode()  # JSON can spell half a surrogate pair
+        made = json.loads(sample.members.get("json", b"{}"))
     except (ValueError, RecursionError):
-        return ""
-    return text.strip()
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
+def _caption(sample: ShardSample, metadata: Mapping[str, Any], member: str | None) -> str | None:
+    """Reads the caption from the member that is asked for, or else the text members or the JSON member.
+
+    A text member that is empty is an empty caption, unless the JSON member says that there is none.
+
+    Returns:
+        None if there is no caption that can be used.
+    """
+    texts = [sample.members[kind] for kind in ((member,) if member else ("txt", "caption")) if kind in sample.members]
+    named = [] if member else [metadata[name] for name in ("caption", "text") if name in metadata]
+    said: list[str] = []
+    for value in [*texts, *named]:
+        try:
+            text = value.decode() if isinstance(value, bytes) else value
+            if isinstance(text, str):
+                text.encode()  # JSON can spell half a surrogate pair
+                said.append(text.strip())
+        except ValueError:
+            continue
+    if named and not any(isinstance(value, str) for value in named):
+        said = [text for text in said if text]  # img2dataset writes an empty text where there was no caption
+    return next((text for text in said if text), said[0] if said else None)
 
 
 def decode_shard(
-    shard: Path, options: ShardOptions, subset: frozenset[str] | None = None
+    shard: Shard | Path, options: ShardOptions, subset: frozenset[str] | None = None
 ) -> Iterator[Sample | SkippedItem]:
     """Decodes the images of a shard; yields samples and skipped items.
 
     Args:
-        shard: The tar file.
+        shard: The shard, or the tar file of one.
         options: Options of reading.
-        subset: Keys to keep; None keeps all.
+        subset: Ids to keep; None keeps all.
 
     Raises:
         ValueError: The Parquet file cannot be used.
     """
+    shard = Shard(shard, shard.name) if isinstance(shard, Path) else shard
     names = [*options.columns, *((options.license,) if options.license else ())]
-    table = _table(shard, names)
-    row_of = {str(key): row for row, key in enumerate(table["key"])}
-    expected = [key for key in _keys(shard, names) if subset is None or key in subset]
+    table, prefix = shard.read_table(names), shard.prefix
+    row_of = {} if table is None else {str(key): row for row, key in enumerate(table["key"])}
     seen = set()
 
     def wanted(key: str) -> bool:
-        return subset is None or key in subset
+        return subset is None or prefix + key in subset
 
-    for sample in read_shard(shard, options.largest_member, wanted):
+    expected = [] if table is None else [key for key in shard.keys(names) if wanted(key)]
+    further = [kind for kind in (options.image, options.caption) if kind is not None]
+    for sample in read_shard(shard.path, options.largest_member, wanted, further):
         if isinstance(sample, SkippedItem):
-            yield sample
+            yield replace(sample, name=prefix + sample.name)
             continue
         if not wanted(sample.key) or sample.key in seen:
             continue
         seen.add(sample.key)
-        name, caption = f"{shard.name}: {sample.key}", _caption(sample)
-        image = next((sample.members[kind] for kind in sorted(IMAGES & sample.members.keys())), None)
-        if image is None:
+        name, metadata = f"{shard.name}: {sample.key}", _metadata(sample)
+        caption = _caption(sample, metadata, options.caption)
+        found = image_kinds(sample.members) if options.image is None else [options.image]
+        if len(found) > 1:
+            yield SkippedItem(name, SEVERAL_IMAGES, ", ".join(found))
+        elif not found or found[0] not in sample.members:
             yield SkippedItem(name, NO_IMAGE)
-        elif not caption:
+        elif caption is None:
             yield SkippedItem(name, NO_CAPTION)
         else:
             try:
-                pixels = load_image(io.BytesIO(image), options.side, options.framing)
+                pixels = load_image(io.BytesIO(sample.members[found[0]]), options.side, options.framing)
             except NOT_DECODABLE as error:
                 # The message contains the buffer's address, which differs between runs.
                 detail = type(error).__name__ if "BytesIO" in str(error) else str(error)
                 yield SkippedItem(name, UNDECODABLE, detail)
                 continue
             row = row_of.get(sample.key)
-            cells = {column: "" if row is None else _text(table[column][row]) for column in names}
+            if table is None:
+                cells = {column: _text(metadata.get(column)) for column in names}
+            else:
+                cells = {column: "" if row is None else _text(table[column][row]) for column in names}
             terms = (cells.get(options.license) if options.license else None) or "unknown"
             columns = {column: cells[column] for column in options.columns}
-            yield Sample(sample.key, (caption,), pixels, {**columns, "license": terms, "shard": shard.name})
+            yield Sample(prefix + sample.key, (caption,), pixels, {**columns, "license": terms, "shard": shard.name})
     for key in expected:
         if key not in seen:
             yield SkippedItem(f"{shard.name}: {key}", LOST)
@@ -213,11 +196,11 @@ class Shards:
     Attributes:
         paths: Shards with wanted samples.
         counts: Expected number of wanted samples per shard.
-        subset: Keys to keep; None keeps all.
+        subset: Ids to keep; None keeps all.
         identity: Identity of the decoded images.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Shard, ...]
     counts: tuple[int, ...]
     subset: frozenset[str] | None
     identity: Mapping[str, Any]
@@ -234,10 +217,15 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
         raise ValueError(f"largest_member must be at least 1; given {options.largest_member}.")
     reserved = sorted(_OWN & set(options.columns))
     if reserved:
-        raise ValueError(f"columns: {reserved[0]!r} is a reserved column name. Leave it out; see 'license'.")
+        raise ValueError(
+            f"options.columns: {reserved[0]!r} is a reserved column name. Leave it out; see options.license."
+        )
     names = [*options.columns, *((options.license,) if options.license else ())]
     shards = find_shards(folder)
-    keys = [_keys(shard, names) for shard in shards]
+    for shard in shards:
+        shard.check_kinds(options.image)
+    listed = [shard.keys(names) for shard in shards]
+    keys = [[shard.prefix + key for key in several] for shard, several in zip(shards, listed, strict=True)]
     every = [key for several in keys for key in several]
     try:
         check_unique(every)
@@ -252,19 +240,19 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
             "Correct the list, and name at least one."
         )
     counts = [len(several) if chosen is None else sum(key in chosen for key in several) for several in keys]
-    used = [(shard, count) for shard, count in zip(shards, counts, strict=True) if count or chosen is None]
+    used = [each for each in zip(shards, counts, listed, strict=True) if each[1] or chosen is None]
     said = settings_identity(replace(options, size=options.side))
     settings = {name: value for name, value in said.items() if name not in _NOT_DECIDING}
     identity = {
         **settings,
         "columns": list(options.columns),
         # Sizes of the shards, not their contents: they may be terabytes, and are written once.
-        "shards": identity_hash({"files": [[path.name, path.stat().st_size] for path, _ in used]}),
-        "tables": identity_hash({"files": [hash_file(path.with_suffix(".parquet")) for path, _ in used]}),
+        "shards": identity_hash({"files": [[shard.name, shard.path.stat().st_size] for shard, _, _ in used]}),
+        "tables": identity_hash({"files": [shard.content(several) for shard, _, several in used]}),
         "subset": None if chosen is None else identity_hash({"keys": sorted(chosen)}),
         "pillow": PIL.__version__,
     }
-    return Shards(tuple(path for path, _ in used), tuple(count for _, count in used), chosen, identity)
+    return Shards(tuple(shard for shard, _, _ in used), tuple(count for _, count, _ in used), chosen, identity)
 
 
 def decode_shards(
@@ -316,15 +304,16 @@ def build_laion(
     log: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """Builds the image set of shards in their order, or loads it from the store; ids are img2dataset's keys.
+    """Builds the image set of shards in their order, or loads it from the store; ids are the keys.
 
-    Columns: `license`, `shard`, and `options.columns`. Damaged samples are skipped, and listed in the manifest.
+    Keys of shards in subfolders have the subfolder's path before them. Columns: `license`, `shard`, and
+    `options.columns`. Damaged samples are skipped, and listed in the manifest.
 
     Args:
         store: Where the images, and finished shards of an interrupted run, are kept.
-        folder: The output folder of img2dataset.
+        folder: The output folder of img2dataset, or any folder with shards in it or below.
         options: Options of reading.
-        subset: Keys to keep; None keeps all.
+        subset: Ids to keep; None keeps all.
         log: Receives a message with the size on disk before decoding.
         progress: Called with (done, total) images while they are decoded.
 
