@@ -22,6 +22,9 @@ from tests.support.processes import exit_status_of
 from tests.support.tiny import attribution_config
 from tests.support.worlds import LICENSES, make_coco, write_captions
 from wherefrom.data import mscoco
+from wherefrom.data.aspect_buckets import Buckets
+from wherefrom.data.framing import Framing
+from wherefrom.data.image_files import load_image
 from wherefrom.data.image_set import ImageSet
 from wherefrom.data.mscoco import CocoOptions, build_mscoco, read_captions
 from wherefrom.runtime.artifacts import Store, read_manifest
@@ -199,6 +202,32 @@ def test_unreadable_images_are_named_or_skipped_and_counted(
     assert [name for name, _, _ in read_manifest(made)["problems"]] == [broken.name]
 
 
+def test_bad_headers_are_all_named_before_anything_is_decoded(
+    tmp_path: Path, folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
+) -> None:
+    names = sorted(image["file_name"] for image in captions_file["images"][3:5])
+    for name in names:
+        (folder / "train2017" / name).write_bytes(b"not an image")
+    for workers in (1, 3):
+        with pytest.raises(ValueError, match=r"^2 of 12 images .*headers.*on_error: skip") as error:
+            coco(workers=workers)
+        assert all(f"{name} cannot be read" in str(error.value) for name in names)
+    assert not list((tmp_path / "store").rglob("part-*")), "nothing was decoded"
+    assert sorted(coco(on_error="skip").skipped) == names
+
+
+def test_another_frame_and_shape(folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]) -> None:
+    file = {str(image["id"]): image["file_name"] for image in captions_file["images"]}
+    framing = Framing(fit="pad", pad_color="black")
+    images = coco(size=(6, 10), framing=framing)
+    assert images.pixels.shape == (12, 6, 10, 3)
+    for name, pixels in zip(images.ids, images.pixels, strict=True):
+        np.testing.assert_array_equal(pixels, load_image(folder / "train2017" / file[name], (6, 10), framing))
+    assert coco().fingerprint == coco(size=(8, 8)).fingerprint != images.fingerprint
+    with pytest.raises(ValueError, match="buckets: these images are brought to one size"):
+        coco(framing=Framing(buckets=Buckets()))
+
+
 def test_ids_may_be_text_and_files_in_subfolders(
     folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
 ) -> None:
@@ -329,32 +358,6 @@ def test_bad_files_of_karpathys_are_refused(
     (folder / "dataset_coco.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         MSCOCO(str(folder), options=CocoOptions(size=8), store=str(tmp_path / "store")).load()
-
-
-def test_bad_headers_are_all_named_before_anything_is_decoded(
-    tmp_path: Path, folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]
-) -> None:
-    names = sorted(image["file_name"] for image in captions_file["images"][3:5])
-    for name in names:
-        (folder / "train2017" / name).write_bytes(b"not an image")
-    for workers in (1, 3):
-        with pytest.raises(ValueError, match=r"^2 of 12 images .*headers.*on_error: skip") as error:
-            coco(workers=workers)
-        assert all(f"{name} cannot be read" in str(error.value) for name in names)
-    assert not list((tmp_path / "store").rglob("part-*")), "nothing was decoded"
-    assert sorted(coco(on_error="skip").skipped) == names
-
-
-def test_another_frame_and_shape(folder: Path, captions_file: CaptionsFile, coco: Callable[..., ImageSet]) -> None:
-    file = {str(image["id"]): image["file_name"] for image in captions_file["images"]}
-    framing = Framing(fit="pad", pad_color="black")
-    images = coco(size=(6, 10), framing=framing)
-    assert images.pixels.shape == (12, 6, 10, 3)
-    for name, pixels in zip(images.ids, images.pixels, strict=True):
-        np.testing.assert_array_equal(pixels, load_image(folder / "train2017" / file[name], (6, 10), framing))
-    assert coco().fingerprint == coco(size=(8, 8)).fingerprint != images.fingerprint
-    with pytest.raises(ValueError, match="buckets: these images are brought to one size"):
-        coco(framing=Framing(buckets=Buckets()))
 
 
 def test_a_subset_by_ids(coco: Callable[..., ImageSet]) -> None:
