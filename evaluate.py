@@ -72,9 +72,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if command == "budget" and words[1:2] in (["-h"], ["--help"]):
         print("\n".join(documented(command)))
         return
-    from wherefrom.runtime.cli_errors import mistakes_in_one_line
+    from lightning_modules.launch.words import DATA_WORDS
+    from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names
 
-    with mistakes_in_one_line(called_from_python=args is not None):
+    with mistakes_in_one_line(called_from_python=args is not None), option_names(DATA_WORDS):
         run(words)
 
 

@@ -22,10 +22,11 @@ import datamodules  # noqa: F401  so that YAML may use short class names
 import lightning_modules  # noqa: F401
 from lightning_modules.launch.committed import places_of_training, refuse_committed
 from lightning_modules.launch.opened_wandb import hand_over, open_wandb
+from lightning_modules.launch.words import DATA_WORDS
 from lightning_modules.result import LeavesResult
 from lightning_modules.whole_checkpoints import WholeCheckpoints, readable_checkpoint
 from wherefrom.commands.curvature_settings import accept_old_curvature, words_in_new_form
-from wherefrom.runtime.cli_errors import mistakes_in_one_line
+from wherefrom.runtime.cli_errors import mistakes_in_one_line, option_names
 from wherefrom.runtime.renamed_settings import accepting_old_names
 
 
@@ -101,7 +102,8 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         args: Words of the command line; None takes the program's.
         run: False makes trainer, model and data only; the words then begin after the subcommand.
     """
-    with warnings.catch_warnings(), mistakes_in_one_line(called_from_python=args is not None):
+    in_one_line = mistakes_in_one_line(called_from_python=args is not None)
+    with warnings.catch_warnings(), in_one_line, option_names(DATA_WORDS):
         # Lightning suspects a mistake wherever a process with a command line of its own gives arguments, as sweeps do.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
         return CommandLine(

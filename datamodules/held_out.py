@@ -65,6 +65,15 @@ class HoldsOut(LightningDataModule):
         """
         return TRAINING_SHARE if validation_share is None and self.training else validation_share
 
+    def check_choice(self, choice: RankedImages, splits: Sequence[str]) -> None:
+        """Refuses a choice that does not fit these splits of the images.
+
+        Raises:
+            ValueError: See `RankedImages.parts`.
+        """
+        with option_names(WORDS):
+            choice.parts(splits)
+
     def divide(
         self, images: ImageSet, choice: RankedImages, read: Callable[[Path], ImageSet], validation_share: float | None
     ) -> tuple[ImageSet, ImageSet]:

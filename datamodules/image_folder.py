@@ -91,4 +91,8 @@ class ImageFolder(ImageDataModule):
         def read(folder: Path) -> ImageSet:
             return build_image_folder(self.store, folder, self.options)
 
+        if self.choice.chosen:  # a wrong choice is refused before anything is decoded
+            reading = replace(self.options.reading, cache=self.store.root)
+            splits = [row.split for row in open_images(self.folder, reading).reader.rows]
+            self.check_choice(self.choice, splits)
         return self.divide(read(self.folder), self.choice, read, self.validation_share)

@@ -146,6 +146,8 @@ def commands(name: str, data: Path, prompt: str, output: Path, steps: int) -> di
     options = (
         *("--data", f"configs/data/{name}.yaml", "--data.init_args.folder", data),
         *("--data.init_args.options.size", str(SIZE)),
+        # What training holds out is not ranked, but the null; COCO names its own.
+        *(("--data.init_args.validation_share", "0.05") if name == "laion" else ()),
     )
     encoder = {
         "class_path": "wherefrom.models.encoders.LatentEncoder",

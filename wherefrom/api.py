@@ -36,6 +36,10 @@ WORDS: Mapping[str, str] = {
     "queries.regions": "AttributionOptions.regions",
     "the option 'base'": "AttributionOptions.base",
     "the option 'caption'": "AttributionOptions.caption",
+    # Columns are not chosen here: what is in the way is changed in the metadata.
+    "Name the columns to keep in the option 'columns'.": "Write it as text, or take the column out of the metadata.",
+    ", or leave it out of the option 'columns'": ", or rename the column",
+    "Take it out of the option 'columns'.": "Rename the column, or take it out of the metadata.",
     "the option 'layout'": "AttributionOptions.layout",
     "layout: sidecar": "AttributionOptions(layout='sidecar')",
     "the option 'one_caption'": "AttributionOptions.one_caption",

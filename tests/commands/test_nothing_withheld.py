@@ -225,6 +225,37 @@ def test_a_wrong_choice_is_refused_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_laboratory_refuses_a_wrong_choice_in_its_own_words(world: UserWorld, tmp_path: Path) -> None:
+    folder = with_splits(tmp_path / "splits", world.images)
+    for given, message in (
+        ({"split": "holdout"}, r"data\.init_args\.split: no image has the split 'holdout'"),
+        ({"split": "all", "held_out": "val"}, r"data\.init_args\.held_out: images of the split 'validation' cannot be"),
+        ({"options": {"caption": "prompts"}}, r"no column 'prompts'.*data\.init_args\.options\.caption"),
+    ):
+        data = {"class_path": "ImageFolder", "init_args": {"folder": str(folder), **given}}
+        config = attribution_config(tmp_path, "lab", data=data, attributor=PIXEL, model=str(world.model))
+        with pytest.raises(ValueError, match=message):
+            evaluate.main(["attribute", "-c", str(config)])
+    assert not (tmp_path / "store" / "image_folder").exists(), "before anything is decoded"
+
+
+@pytest.mark.parametrize("interface", ["command", "api"])
+def test_remedies_name_what_an_interface_has(world: UserWorld, tmp_path: Path, interface: str) -> None:
+    folder = tmp_path / "nested"
+    make(folder, 2, extra={"a": 1})
+    store = tmp_path / "store"
+
+    def ask() -> object:
+        if interface == "command":
+            words = ["--model", str(world.model), "--images", str(folder), *world.query, "--store", str(store)]
+            return main(["attribute", *words, "--output", str(tmp_path / "run")])
+        options = AttributionOptions(store=store, progress=False)
+        return attribute_images(world.model, folder, [(world.generated, "a red square")], "pixel", options)
+
+    with pytest.raises(ValueError, match=r"'extra' holds a dict, not text\. Write it as text, or take the column out"):
+        ask()
+
+
 def test_a_query_and_training_images_among_the_null_are_warned_of(
     world: UserWorld, tmp_path: Path, null_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

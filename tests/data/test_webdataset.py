@@ -244,10 +244,10 @@ def test_members_of_other_names(tmp_path: Path, folder: Path) -> None:
 
     several = {"input.png": one, "edited.png": other, "txt": b"x"}
     pairs = shard_of(tmp_path / "pairs", several, {"txt": b"y", "input.png": other})
-    with pytest.raises(ValueError, match=r"holds 2 images \('edited\.png', 'input\.png'\).*options\.image"):
+    with pytest.raises(ValueError, match=r"holds 2 images \('edited\.png', 'input\.png'\).*the option 'image'"):
         build(tmp_path, pairs, columns=())
     with pytest.raises(
-        ValueError, match=r"no member 'jpg' \(options\.image\), only 'edited\.png', 'input\.png', 'txt'"
+        ValueError, match=r"no member 'jpg' \(the option 'image'\), only 'edited\.png', 'input\.png', 'txt'"
     ):
         build(tmp_path, pairs, columns=(), image="jpg")
     chosen = build(tmp_path, pairs, columns=(), image=".Input.PNG")

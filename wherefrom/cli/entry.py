@@ -42,7 +42,10 @@ WORDS = {
     "the option 'caption'": "--caption",
     "the option 'image_column'": "--image-column",
     "the options 'image_column' and 'caption'": "--image-column and --caption",
-    "the option 'columns'": "fewer columns",
+    # Columns are not chosen here: what is in the way is changed in the metadata.
+    "Name the columns to keep in the option 'columns'.": "Write it as text, or take the column out of the metadata.",
+    ", or leave it out of the option 'columns'": ", or rename the column",
+    "Take it out of the option 'columns'.": "Rename the column, or take it out of the metadata.",
     "the option 'layout'": "--layout",
     "layout: sidecar": "--layout sidecar",
     "layout:": "--layout:",

@@ -83,7 +83,7 @@ def read_captions(
         if short:
             raise ValueError(
                 f"{path}: {len(short)} images have {what}: {shown(short)}. Add what is missing, leave the images out "
-                "by the option 'subset', or ask for fewer captions (options.captions)."
+                "by the option 'subset', or ask for fewer captions in the option 'captions'."
             )
     result = [CocoImage(each.id, each.file_name, several, each.license, each.url, each.split) for each, several in made]
     numbers = all(image.id.isdecimal() for image in result)

@@ -76,11 +76,12 @@ class Shard:
         if image is None and len(found) > 1:
             raise ValueError(
                 f"{self.path}: each sample holds {len(found)} images ({shown(found)}). Name the one that the model was "
-                "trained on in options.image, such as image: " + f"{found[0]}."
+                "trained on in the option 'image', such as " + f"{found[0]}."
             )
         if image is not None and kinds and image not in kinds:
             raise ValueError(
-                f"{self.path}: its first sample has no member {image!r} (options.image), only {shown(sorted(kinds))}."
+                f"{self.path}: its first sample has no member {image!r} (the option 'image'), only "
+                f"{shown(sorted(kinds))}."
             )
 
 
@@ -110,8 +111,8 @@ def _read_table(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
             if missing:
                 raise ValueError(
                     f"{path} has no column {missing[0]!r}, only {', '.join(map(repr, names))}. Name columns that it "
-                    "has in options.columns and options.license; 'key' must be there. (Without the file, keys are read "
-                    "from the shard, and columns from its JSON members.)"
+                    "has in the option 'columns' and the option 'license'; 'key' must be there. (Without the file, keys "
+                    "are read from the shard, and columns from its JSON members.)"
                 )
             wanted = list(dict.fromkeys(("key", *columns, *(name for name in ("status",) if name in names))))
             table: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()

@@ -38,7 +38,7 @@ UNDECODABLE, NO_IMAGE, NO_CAPTION, LOST, SEVERAL_IMAGES = (
     "samples without an image",
     "samples without a caption",
     "samples of the table that are not in their shard",
-    "samples with several images, of which options.image names none",
+    "samples with several images, of which the option 'image' names none",
 )
 _SIZE = 512
 _NOT_DECIDING = ("workers", "on_error")  # what is skipped is listed, so that stopping at it needs no decoding
@@ -217,9 +217,7 @@ def plan_shards(folder: Path, options: ShardOptions = ShardOptions(), subset: Se
         raise ValueError(f"largest_member must be at least 1; given {options.largest_member}.")
     reserved = sorted(_OWN & set(options.columns))
     if reserved:
-        raise ValueError(
-            f"options.columns: {reserved[0]!r} is a reserved column name. Leave it out; see options.license."
-        )
+        raise ValueError(f"columns: {reserved[0]!r} is a reserved column name. Leave it out; see the option 'license'.")
     names = [*options.columns, *((options.license,) if options.license else ())]
     shards = find_shards(folder)
     for shard in shards:
