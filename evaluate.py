@@ -89,7 +89,7 @@ def run(words: Sequence[str]) -> None:
 
         budget.run(words[1:], train.main)
         return
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from lightning.pytorch.utilities import rank_zero_only
 
     from lightning_modules.launch.folders import claimed
     from lightning_modules.launch.settings import RunSettings
@@ -105,7 +105,7 @@ def run(words: Sequence[str]) -> None:
         module.run(*arguments)
         return
     about: dict[str, Any] = {"job": words[0], "folder": settings.output, "config": settings.given}
-    is_main = rank_zero_only.rank in (None, 0) and os.environ.get("NODE_RANK", "0") == "0"
+    is_main = getattr(rank_zero_only, "rank", None) in (None, 0) and os.environ.get("NODE_RANK", "0") == "0"
     with claimed(words[0], settings, words), tracked(settings.wandb, **about, is_main=is_main) as opened:
         outputs = module.run(*arguments)
     if outputs is not None and outputs.is_main:

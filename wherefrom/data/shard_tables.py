@@ -111,8 +111,8 @@ def _read_table(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
             if missing:
                 raise ValueError(
                     f"{path} has no column {missing[0]!r}, only {', '.join(map(repr, names))}. Name columns that it "
-                    "has in the option 'columns' and the option 'license'; 'key' must be there. (Without the file, keys "
-                    "are read from the shard, and columns from its JSON members.)"
+                    "has in the option 'columns' and the option 'license'; 'key' must be there. (Without the file, "
+                    "keys are read from the shard, and columns from its JSON members.)"
                 )
             wanted = list(dict.fromkeys(("key", *columns, *(name for name in ("status",) if name in names))))
             table: dict[str, list[Any]] = file.read(columns=wanted).to_pydict()

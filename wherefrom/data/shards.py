@@ -88,7 +88,8 @@ def list_samples(path: Path) -> Iterator[tuple[str, list[str]]]:
     key, kinds, length = "", list[str](), path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
                 if member.size < 0 or tar.offset > length + _BLOCK:
                     break
                 if member.isdir() or _refusal(member) is not None:
@@ -99,7 +100,6 @@ def list_samples(path: Path) -> Iterator[tuple[str, list[str]]]:
                         yield key, kinds
                     key, kinds = name, []
                 kinds.append(kind)
-                tar.members = []  # or all headers of a large shard would stay in memory
     except _DAMAGED:
         pass  # what is lost is named when the shard is read
     if key:
