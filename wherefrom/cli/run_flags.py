@@ -22,13 +22,15 @@ queries:
   one that follows another --prompt, or stands first, is drawn.
 
 images:
-  A folder whose layout is found out and said (--layout NAME overrides):
+  A folder whose layout is found out and said, the first of these that it is of (--layout NAME
+  overrides):
     imagefolder  metadata.jsonl, .csv or .parquet with file_name, text, license, author, ...
-    sidecar      a.jpg beside a.txt or a.caption
-    kohya        folders such as 10_name, seen ten times an epoch; or its dataset.toml itself
-    list         kohya's or musubi's JSON or JSON lines
-    parquet      a parquet file, or a folder of them, with the images in a column
     save_to_disk what Dataset.save_to_disk of Hugging Face's datasets left
+    toml         kohya's or musubi's dataset.toml itself
+    list         kohya's or musubi's JSON or JSON lines
+    kohya        folders such as 10_name, seen ten times an epoch
+    sidecar      a.jpg beside a.txt or a.caption
+    parquet      a parquet file, or a folder of them, with the images in a column
     images       images alone, with --one-caption
     hub          OWNER/NAME, a data set of Hugging Face's hub
   All are ranked. Where rows have a split, those of train are, and those of validation are the
@@ -122,7 +124,7 @@ def run_parser(command: str, line: str, example: str) -> argparse.ArgumentParser
     add("--image-column", metavar="COLUMN", help="the column of images, in a table that has several")
     add("--one-caption", metavar="TEXT", help="caption of all images of a folder without captions ('' for no words)")
     add("--trigger", metavar="WORD", help="what stands for [trigger] in captions")
-    add("--caption-lines", metavar="HOW", help="a caption file's lines: each a caption, the first one, or the whole")
+    add("--caption-lines", metavar="HOW", help="a caption file's lines are read: each, first or whole")
     add(
         "--split", action="append", metavar="NAME", help="rank images of this split; repeat it, or all (default: train)"
     )
