@@ -19,10 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wherefrom.data.layouts.base import SPLITS as SPLITS
-from wherefrom.data.layouts.base import SUFFIXES as SUFFIXES
-from wherefrom.data.layouts.base import Row as Row
-from wherefrom.data.layouts.base import counted, finished_rows, inside, with_folder_splits
+from wherefrom.data.layouts.base import SPLITS, SUFFIXES, Row, counted, finished_rows, inside, with_folder_splits
 from wherefrom.data.layouts.base import shown as shown
 from wherefrom.data.split_names import split_named
 
@@ -339,8 +336,3 @@ def read_metadata(folder: Path, caption: str | None, columns: Collection[str] | 
         told.lines.append(f"{counted(len(empty), 'image')} of {len(rows):,} without a caption, which are taken as ''")
     told.rows, told.caption = rows, ", ".join(dict.fromkeys(taken))
     return told
-
-
-def read_rows(folder: Path, caption: str | None, columns: Collection[str] | None) -> list[Row]:
-    """The rows alone; see `read_metadata`."""
-    return read_metadata(folder, caption, columns).rows

@@ -247,6 +247,18 @@ class FileReader:
         return {"rows": rows_hash(self.rows)} if self.hashes is None else self.hashes
 
 
+def image_row(name: str, captions: tuple[str, ...], *, where: str = "", repeats: int = 1) -> Row:
+    """The row of an image file of which nothing is known but its captions.
+
+    Args:
+        name: Its path below the folder, which is its id too.
+        captions: At least one.
+        where: Where it is named; its own name where nothing else names it.
+        repeats: How often an epoch of training sees it.
+    """
+    return Row(where or name, name, name, captions, "", {"file_name": name, "license": "unknown"}, repeats)
+
+
 def rows_hash(rows: Sequence[Row]) -> str:
     """Hashes everything that rows say, but not where they say it."""
     said = [[row.id, row.name, list(row.captions), row.split, dict(row.columns), row.repeats] for row in rows]

@@ -17,6 +17,7 @@ from wherefrom.data.layouts.base import (
     Row,
     counted,
     finished_rows,
+    image_row,
     inside,
     shown,
 )
@@ -94,7 +95,7 @@ def list_rows(
         if "\n" in text.strip():
             several.append(image)
         captions = with_trigger(rules.captions(text, lines, where), where, options.trigger)
-        rows.append(Row(where, image, image, captions, "", {"file_name": image, "license": "unknown"}))
+        rows.append(image_row(image, captions, where=where))
     told = [f"of {path.name} caption and tags are read, not {shown(sorted(more))}"] if more else []
     if several and options.caption_lines is None:
         how = {"each": "each of them is a caption", "first": "the first is the caption", "whole": "all are one caption"}

@@ -7,10 +7,10 @@ from wherefrom.data.layouts.base import (
     Found,
     Place,
     ReadingOptions,
-    Row,
     check_inside,
     counted,
     finished_rows,
+    image_row,
     with_folder_splits,
 )
 from wherefrom.data.layouts.caption_files import with_trigger
@@ -47,7 +47,7 @@ class ImagesOnlyLayout:
             )
         check_inside(folder, images)
         (caption,) = with_trigger((options.one_caption,), "one_caption", options.trigger, before=True)
-        rows = [Row(name, name, name, (caption,), "", {"file_name": name, "license": "unknown"}) for name in images]
+        rows = [image_row(name, (caption,)) for name in images]
         made, _ = with_folder_splits(folder, rows)
         return FileReader(
             self.name, finished_rows(made), folder, lines=[f"all captions are {caption!r}", *left_out(place)]

@@ -14,6 +14,7 @@ from wherefrom.data.layouts.base import (
     check_inside,
     counted,
     finished_rows,
+    image_row,
     shown,
 )
 from wherefrom.data.layouts.caption_files import captions_of_text, lines_of, text_beside, with_trigger
@@ -85,7 +86,7 @@ class KohyaFoldersLayout:
             if text is not None and options.caption_lines is None and any(map(str.strip, lines_of(text)[1:])):
                 cut.append(image)
             captions = with_trigger(captions, str(folder / image), options.trigger)
-            rows.append(Row(image, image, image, captions, "", {"file_name": image, "license": "unknown"}, repeats))
+            rows.append(image_row(image, captions, repeats=repeats))
         lines = [*left_out(place), *untrained(place.files)]
         times = sorted({repeats for repeats, _ in seen.values()})
         lines.append(f"training sees images {', '.join(map(str, times))} times an epoch, which weighs them so")

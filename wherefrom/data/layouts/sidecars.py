@@ -13,6 +13,7 @@ from wherefrom.data.layouts.base import (
     check_inside,
     counted,
     finished_rows,
+    image_row,
     shown,
     with_folder_splits,
 )
@@ -67,7 +68,7 @@ class SidecarLayout:
                 captions = captions_of_text(text, options.caption_lines or "each")
             several += len(captions) > 1
             captions = with_trigger(captions, str(folder / image), options.trigger, before=True)
-            rows.append(Row(image, image, image, captions, "", {"file_name": image, "license": "unknown"}))
+            rows.append(image_row(image, captions))
         if not rows:
             raise ValueError(f"{place.given} holds no image. It should hold {self.needs}.")
         lines = left_out(place)
